@@ -1,0 +1,280 @@
+"""The configuration of a whole run: pydantic models, TOML in and out. Field docstrings are the user docs.
+
+Defaults are the paper's settings (arXiv 2606.01249, section 4) where it gives them. A value comes from, in
+rising precedence: the default here, ``config.toml`` in the workspace, ``--set section.field=value``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tropd.pipeline.objectives.spec import Objective, Spec
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class RunConfig(Spec):
+    """The run as a whole."""
+
+    recipe: str = ""
+    """The packaged recipe that config.toml was made from (for the record; changing it changes nothing)."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Root of every random choice. The same seed and settings give the same result."""
+
+
+class RuntimeConfig(Spec):
+    """How this machine is used. Nothing here changes results beyond rounding."""
+
+    device: Device = "auto"
+    """Where models run: auto takes CUDA if there is one."""
+    threads: int = Field(default=1, ge=0)
+    """Intra-op CPU threads per process; 0 leaves PyTorch's choice. Tiny models are fastest with 1: waiting
+    threads spin, and slow each other down on a busy machine."""
+
+
+class DataConfig(Spec):
+    """Prompts to train on and problems to evaluate on: JSONL files, one object per line."""
+
+    prompts: str = "data/train.jsonl"
+    """Training prompts. A relative path is inside the workspace."""
+    evaluation: str = "data/eval.jsonl"
+    """Evaluation problems; each needs an answer."""
+    id_field: str = "id"
+    """Field with a unique name of the prompt; where absent, the line number is used."""
+    prompt_field: str = "prompt"
+    """Field with the prompt's text."""
+    answer_field: str = "answer"
+    """Field with the expected answer."""
+    chat: bool = False
+    """Wrap prompts as a user turn in the tokenizer's chat template; otherwise the text is used as it is."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first this many training prompts."""
+
+
+class ModelConfig(Spec):
+    """A causal language model in Hugging Face format (safetensors)."""
+
+    model: str
+    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the weights in memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher, and the service that scores with it during training."""
+
+    model: str = "models/teacher"
+    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+    url: str | None = None
+    """A scoring service that is already running; if not set, `tropd train` starts one on a free loopback port."""
+    token_env: str = "TROPD_TEACHER_TOKEN"
+    """Environment variable with the bearer token of that service."""
+    timeout_seconds: float = Field(default=300.0, gt=0)
+    """How long the trainer keeps trying to get an answer before it stops, with everything saved."""
+
+
+class StudentConfig(ModelConfig):
+    """The student."""
+
+    model: str = "models/student"
+    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+
+
+class PrefixesConfig(Spec):
+    """Stage 1: trajectories of the teacher, from whose beginnings the student continues."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Trajectories per prompt."""
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    keep: Literal["all", "correct"] = "all"
+    """Keep all trajectories, or only those whose answer is right."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest trajectory; rollout.max_tokens if not set."""
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+    shard_prompts: int = Field(default=512, ge=1)
+    """Prompts per shard: what a crash can cost."""
+
+
+class ScoresConfig(Spec):
+    """Stage 2: the teacher's top-k log-probs of its trajectories, cached on disk."""
+
+    k: int = Field(default=64, ge=1, le=1024)
+    """At most this many alternatives per token."""
+    mass: float = Field(default=0.999, gt=0.0, le=1.0)
+    """Keep alternatives until they hold this much probability."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens, padding included, per forward pass."""
+
+
+class ServiceConfig(Spec):
+    """The teacher-scoring service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs a bearer token in the environment."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port; 0 takes a free one."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens, padding included, per forward pass; small requests are scored together up to this."""
+    queue_tokens: int = Field(default=1 << 20, ge=1)
+    """Tokens that may wait; beyond this a request is answered 429 with Retry-After."""
+    max_request_tokens: int = Field(default=1 << 18, ge=1)
+    """Largest request, in tokens."""
+    max_request_bytes: int = Field(default=64 << 20, ge=1024)
+    """Largest request body."""
+
+
+class RolloutConfig(Spec):
+    """The student's responses during training."""
+
+    prompts_per_step: int = Field(default=128, ge=1)
+    """Prompts per step."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Responses per prompt."""
+    max_tokens: int = Field(default=8096, ge=1)
+    """Longest response, teacher prefix included (the paper's number is 8,096)."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Sampling temperature. All log-probs and losses are at temperature 1."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+
+
+class TrainConfig(Spec):
+    """Optimisation."""
+
+    steps: int = Field(default=200, ge=1)
+    """Optimiser steps."""
+    learning_rate: float = Field(default=5e-6, gt=0.0)
+    """Peak learning rate (AdamW)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations during training; 0 is never."""
+    evaluate_problems: int = Field(default=100, ge=1)
+    """Problems per such evaluation."""
+
+
+class EvaluationConfig(Spec):
+    """Accuracy on held-out problems: before, after, and the teacher's."""
+
+    samples: int = Field(default=1, ge=1)
+    """Sampled responses per problem (greedy decoding is always evaluated too)."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Temperature of sampled responses."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest response; rollout.max_tokens if not set."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first this many problems."""
+    batch_size: int = Field(default=128, ge=1)
+    """Sequences decoded together."""
+    answer_pattern: str = r"#\s*([^\s#]+)\s*$"
+    """Regular expression whose first group is the answer in a response."""
+
+
+class DemoConfig(Spec):
+    """The embedded task and its two tiny models; only `tropd prepare` reads this."""
+
+    enabled: bool = False
+    """Whether `tropd prepare` makes the models and problems of this run."""
+    train_problems: int = Field(default=2000, ge=1)
+    """Training problems written to data.prompts."""
+    eval_problems: int = Field(default=500, ge=1)
+    """Held-out problems written to data.evaluation, disjoint from all others."""
+    min_operations: int = Field(default=3, ge=1)
+    """Fewest operations of a problem."""
+    max_operations: int = Field(default=5, ge=1)
+    """Most operations of a problem."""
+    teacher_steps: int = Field(default=800, ge=1)
+    """Supervised steps of the teacher."""
+    student_steps: int = Field(default=500, ge=1)
+    """Supervised steps of the student on clean chains."""
+    spoil_steps: int = Field(default=120, ge=0)
+    """Steps that spoil the student afterwards, so that there is something to distil."""
+    spoil: Literal["noisy", "terse"] = "noisy"
+    """`noisy`: wrong intermediate results and some terse answers (mild); `terse`: another format (mismatch)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DemoConfig:
+        if self.min_operations > self.max_operations:
+            raise ValueError(
+                f"min_operations ({self.min_operations}) is above max_operations ({self.max_operations})"
+            )
+        return self
+
+
+class Config(Spec):
+    """Everything that a run depends on."""
+
+    run: RunConfig = RunConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    prefixes: PrefixesConfig = PrefixesConfig()
+    scores: ScoresConfig = ScoresConfig()
+    service: ServiceConfig = ServiceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: Objective
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps:
+            raise ValueError(
+                f"train.warmup_steps ({self.train.warmup_steps}) must be below train.steps ({self.train.steps})"
+            )
+        longest = self.prefixes.max_tokens or self.rollout.max_tokens
+        if longest > self.rollout.max_tokens:
+            raise ValueError(
+                f"prefixes.max_tokens ({longest}) is above rollout.max_tokens ({self.rollout.max_tokens}): "
+                "the student could not continue such a prefix"
+            )
+        if self.objective.guidance.loss.estimator == "topk_fkl" and self.objective.guidance.loss.k > self.scores.k:
+            raise ValueError(
+                f"objective.guidance.loss.k ({self.objective.guidance.loss.k}) is above scores.k "
+                f"({self.scores.k}): the cache does not hold that many alternatives"
+            )
+        return self
+
+    @property
+    def prefix_max_tokens(self) -> int:
+        return self.prefixes.max_tokens or self.rollout.max_tokens
+
+    @property
+    def evaluation_max_tokens(self) -> int:
+        return self.evaluation.max_tokens or self.rollout.max_tokens
+
+
+def to_plain(spec: Spec) -> dict[str, Any]:
+    """A specification as plain nested dicts, lists and scalars."""
+    return spec.model_dump(mode="json")

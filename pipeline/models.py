@@ -1,0 +1,215 @@
+"""Loading causal LMs and tokenizers, their identity (hashes), and whether two of them fit together."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
+from tropd.storage.atomic import content_digest
+from tropd.storage.errors import ConfigError
+from tropd.storage.workspace import Workspace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What must agree between two models that exchange token ids."""
+
+    digest: str
+    vocab_size: int
+
+
+def configure_runtime(runtime: RuntimeConfig) -> torch.device:
+    """Set the thread count and pick the device.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    return pick_device(runtime.device)
+
+
+def pick_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.device is 'cuda', but PyTorch sees no CUDA device",
+            hint="install a CUDA build of PyTorch, or set runtime.device = \"cpu\"",
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Path:
+    """The local folder of a model; a hub name is downloaded (safetensors and tokenizer files only).
+
+    Raises:
+        ConfigError: nothing there, no weights, or weights only in a pickle format.
+    """
+    folder = workspace.resolve(config.model)
+    if not folder.exists():
+        if config.model.count("/") == 1 and not config.model.startswith((".", "/", "~", "models/")):
+            return _download(config.model, role)
+        raise ConfigError(
+            f"{role}.model = {config.model!r}: {folder} does not exist",
+            hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{role}.model: {folder} has no config.json, so it is not a Hugging Face model")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{role}.model: {folder} has no *.safetensors weights",
+            hint="convert the model: model.save_pretrained(path) of transformers writes safetensors",
+        )
+    return folder
+
+
+def _download(name: str, role: str) -> Path:
+    from huggingface_hub import snapshot_download  # only where a hub model is used
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}") from error
+
+
+def load_model(
+    folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """A causal LM in evaluation mode. Weights are read from safetensors only, never from pickle."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[dtype],
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        ConfigError: it has none, or no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} has no readable tokenizer: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token")
+    return tokenizer
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a response: the tokenizer's, and those of the model's generation config."""
+    ids: set[int] = {int(tokenizer.eos_token_id)}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if isinstance(configured, int):
+        ids.add(configured)
+    elif configured:
+        ids.update(int(i) for i in configured)
+    return frozenset(ids)
+
+
+def context_length(model_config: Any) -> int:
+    """Longest sequence a model takes (unbounded if its config does not say)."""
+    length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else 2**31 - 1
+
+
+@functools.cache
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files and the model configuration of a directory."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest.update(f"{path.name}\0{content_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
+    """Hash of vocabulary, merges, normalisation and added tokens.
+
+    The chat template is left out: token ids are exchanged, not text, and related models often differ there.
+    """
+    content: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        data = json.loads(backend.to_str())
+        model = data.get("model", {})
+        content["merges"] = model.get("merges")
+        content["rules"] = [data.get("normalizer"), data.get("pre_tokenizer")]
+    text = json.dumps(content, ensure_ascii=True, sort_keys=True)
+    return TokenizerIdentity(hashlib.sha256(text.encode()).hexdigest(), len(tokenizer))
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse a pair whose token ids do not mean the same.
+
+    Output layers padded to different sizes are fine; only the tokenizers' content is compared.
+
+    Raises:
+        ConfigError: with the first differing tokens.
+    """
+    if tokenizer_identity(student).digest == tokenizer_identity(teacher).digest:
+        return
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differences = [
+        f"{token!r}: student {ours.get(token)}, teacher {theirs.get(token)}"
+        for token in sorted(ours.keys() | theirs.keys())
+        if ours.get(token) != theirs.get(token)
+    ]
+    shown = "\n    ".join(differences[:MAX_SHOWN_DIFFERENCES]) or "same vocabulary, other merges or normalisation"
+    raise ConfigError(
+        f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens, "
+        f"{len(differences)} differ):\n    {shown}",
+        hint="distillation by log-probs needs models that share a tokenizer",
+    )
+
+
+def check_lengths(teacher_max_length: int, longest_prompt: int, max_tokens: int) -> None:
+    """Refuse a teacher that cannot read prompt and response.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if longest_prompt + max_tokens > teacher_max_length:
+        raise ConfigError(
+            f"the longest prompt ({longest_prompt} tokens) and rollout.max_tokens ({max_tokens}) make "
+            f"{longest_prompt + max_tokens} tokens, but the model takes {teacher_max_length}",
+            hint=f"set rollout.max_tokens to at most {max(0, teacher_max_length - longest_prompt)}, or drop long prompts",
+        )
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[Any]:
+    """Switch a model to evaluation mode and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+def num_parameters(model: Any) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(math.prod(p.shape) for p in {id(p): p for p in model.parameters()}.values())

@@ -1,0 +1,344 @@
+"""Objectives as data: partition rule × estimator per region × token weights × guidance × importance.
+
+Everything here is plain configuration (pydantic, TOML); the formulas are in ``partition.py``,
+``estimators.py`` and ``weights.py``. A named method is a TOML file in ``recipes/objectives``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Spec(BaseModel):
+    """Base of all configuration: unknown fields are refused, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+# --------------------------------------------------------------------------------------- partition
+
+
+class AllTrusted(Spec):
+    """Every student token is trusted; there are no outliers."""
+
+    rule: Literal["all"] = "all"
+
+
+class NoneTrusted(Spec):
+    """Every student token is an outlier: the outlier estimator applies everywhere."""
+
+    rule: Literal["none"] = "none"
+
+
+class SampledPartition(Spec):
+    """Trust with probability min(π_T/π_S, 1), drawn per token from a seeded generator (TrOPD)."""
+
+    rule: Literal["sampled"] = "sampled"
+
+
+class ExpectedPartition(Spec):
+    """Both regions at once, weighted by P_trust and 1 - P_trust: the sampled rule's expectation."""
+
+    rule: Literal["expected"] = "expected"
+
+
+class RatioPartition(Spec):
+    """Trust where min(π_T/π_S, 1) ≥ threshold; threshold 1 is AOPD's sign gate."""
+
+    rule: Literal["ratio"] = "ratio"
+    threshold: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Smallest acceptance ratio that is trusted."""
+
+
+class TeacherEntropyPartition(Spec):
+    """Every token is trusted; where the teacher's entropy reaches the threshold, the outlier estimator is added."""
+
+    rule: Literal["teacher_entropy"] = "teacher_entropy"
+    threshold: float = Field(default=0.8, ge=0.0)
+    """Full-vocabulary teacher entropy in nats from which a token counts (EOPD: 0.8)."""
+
+
+Partition = Annotated[
+    AllTrusted
+    | NoneTrusted
+    | SampledPartition
+    | ExpectedPartition
+    | RatioPartition
+    | TeacherEntropyPartition,
+    Field(discriminator="rule"),
+]
+
+# -------------------------------------------------------------------------------------- estimators
+
+Support = Literal["truncated", "tail", "renormalized"]
+
+
+class Zero(Spec):
+    """The region contributes nothing: its tokens are masked out."""
+
+    estimator: Literal["zero"] = "zero"
+
+
+class K1(Spec):
+    """Policy gradient on the sampled token: -sg[A]·log π_S, with A = log π_T - log π_S unless changed below."""
+
+    estimator: Literal["k1"] = "k1"
+    floor: float | None = Field(default=None, lt=0.0)
+    """Advantages below this are raised to it (REOPOLD, 'clip'); none by default."""
+    proximal: float | None = Field(default=None, gt=0.0, le=1.0)
+    """α of the proximal teacher α·π_T + (1-α)·π_S: A becomes log(α·e^A + 1-α) (TOP-D)."""
+    returns: bool = False
+    """Add to each token's reward the mean reward of the tokens after it (TOP-D, eq. 8)."""
+    standardize: bool = False
+    """Subtract the mean and divide by the standard deviation of the rollouts of the same prompt (TOP-D)."""
+    baseline: Literal["none", "kl"] = "none"
+    """`kl` adds KL(π_S‖π_T), a state's expected advantage with the sign turned: a control variate (vOPD)."""
+    reward_scale: float = Field(default=1.0, gt=0.0)
+    """λ: A = λ(log π_T - log π_ref) - (log π_S - log π_ref); 1 is plain K1 (ExOPD: 1.25)."""
+    k: int = Field(default=64, ge=1, le=65535)
+    """Alternatives asked for when the baseline needs them."""
+
+
+class NegativeLogLikelihood(Spec):
+    """-log π_S of the token that is there: on the teacher's tokens, the one-sample forward KL."""
+
+    estimator: Literal["nll"] = "nll"
+
+
+class TopkForwardKL(Spec):
+    """Σ over the teacher's top k of π_T·(log π_T - log π_S)."""
+
+    estimator: Literal["topk_fkl"] = "topk_fkl"
+    k: int = Field(default=64, ge=1, le=65535)
+    """Number of the teacher's likeliest tokens."""
+    support: Support = "truncated"
+    """`truncated`: raw probabilities, not a KL; `tail`: one more bucket with the rest, a true KL;
+    `renormalized`: the teacher's probabilities rescaled to sum to one over the top k."""
+
+
+class TopkReverseKL(Spec):
+    """Σ over the teacher's top k of π_S·(log π_S - log π_T), with the tail bucket."""
+
+    estimator: Literal["topk_rkl"] = "topk_rkl"
+    k: int = Field(default=64, ge=1, le=65535)
+    """Number of the teacher's likeliest tokens."""
+
+
+class TopkJSD(Spec):
+    """Generalised Jensen-Shannon divergence over the teacher's top k and the tail bucket (GKD)."""
+
+    estimator: Literal["topk_jsd"] = "topk_jsd"
+    k: int = Field(default=64, ge=1, le=65535)
+    """Number of the teacher's likeliest tokens."""
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Weight of the teacher in the mixture β·π_T + (1-β)·π_S."""
+
+
+Estimator = Annotated[
+    Zero | K1 | NegativeLogLikelihood | TopkForwardKL | TopkReverseKL | TopkJSD,
+    Field(discriminator="estimator"),
+]
+
+
+class Region(Spec):
+    """What the tokens of one region contribute to the loss."""
+
+    loss: Estimator = Zero()
+    """The estimator."""
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor on the region's loss."""
+
+
+# ---------------------------------------------------------------------------------- token weights
+
+
+class _Phase(Spec):
+    since: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the training steps after which this weight starts to apply."""
+    until: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the training steps after which it stops."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Phase:
+        if self.since >= self.until:
+            raise ValueError(f"since ({self.since}) must be less than until ({self.until})")
+        return self
+
+
+class StudentEntropyTop(_Phase):
+    """Only the given share of tokens with the highest student entropy (Entropy-OPD, REOPOLD phase II)."""
+
+    kind: Literal["student_entropy_top"] = "student_entropy_top"
+    fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of the student's tokens in the global batch that is kept."""
+
+
+class AdvantageFloorMask(_Phase):
+    """Only tokens whose log π_T - log π_S is at least the floor (REOPOLD phase I)."""
+
+    kind: Literal["advantage_floor"] = "advantage_floor"
+    floor: float = Field(default=-2.558427881104495, lt=0.0)
+    """Smallest log-ratio that is kept; the default is log(λ)/(1-λ) at λ = 0.1."""
+
+
+class SoftOrTop(_Phase):
+    """The share of tokens with the highest h + d - h·d of student entropy h and divergence d (TIP)."""
+
+    kind: Literal["soft_or_top"] = "soft_or_top"
+    fraction: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Share of the student's tokens in the global batch that is kept (ρ)."""
+    k: int = Field(default=64, ge=1, le=65535)
+    """Alternatives from which the divergence KL(π_S‖π_T) is estimated (with tail bucket)."""
+
+
+class PrefixImportance(_Phase):
+    """1 + γ(1 - share of Σ|A| that lies before the token): early tokens weigh more (IW-OPD)."""
+
+    kind: Literal["prefix_importance"] = "prefix_importance"
+    gamma: float = Field(default=0.5, ge=0.0)
+    """γ."""
+
+
+class OverlapDrift(_Phase):
+    """clamp(1 - drop·(tokens so far whose top-k overlap is below the threshold), 0, 1) + base (Prune-OPD)."""
+
+    kind: Literal["overlap_drift"] = "overlap_drift"
+    threshold: float = Field(default=0.7, ge=0.0, le=1.0)
+    """Overlap of student's and teacher's top k below which a token counts as drift."""
+    drop: float = Field(default=0.01, ge=0.0)
+    """Weight lost per drifted token."""
+    base: float = Field(default=0.5, ge=0.0)
+    """Weight that remains."""
+    k: int = Field(default=16, ge=1, le=65535)
+    """Size of the two sets that are compared."""
+
+
+TokenWeight = Annotated[
+    StudentEntropyTop | AdvantageFloorMask | SoftOrTop | PrefixImportance | OverlapDrift,
+    Field(discriminator="kind"),
+]
+
+# ------------------------------------------------------------------------------------- the whole
+
+
+class Schedule(Spec):
+    """How much of a teacher trajectory the student continues from (the curriculum)."""
+
+    kind: Literal["none", "cosine", "constant"] = "none"
+    """`cosine`: from `fraction` down to 0 over `steps_share` of the run; `constant`: `fraction` throughout."""
+    fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Prefix length at step 0 as a share of rollout.max_tokens (f0)."""
+    steps_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the training steps over which a cosine schedule reaches 0."""
+    length: Literal["max", "uniform"] = "max"
+    """Per row: the scheduled length itself, or uniform between 0 and it."""
+
+
+class Importance(Spec):
+    """Correction where the rollout engine's probabilities differ from the trainer's."""
+
+    clip: float | None = Field(default=None, gt=0.0)
+    """c of the detached weight min(π_θ/μ, c) on K1 terms; no correction by default."""
+
+
+class Objective(Spec):
+    """A distillation method. Says what it needs from the teacher through ``teacher_needs``."""
+
+    name: str
+    """The method's name."""
+    title: str
+    """One line that describes it."""
+    source: str
+    """Where the definition comes from."""
+    confidence: str = "exact"
+    """How sure the definition is: exact, or what was reconstructed."""
+    formula: str = ""
+    """The loss, in plain text."""
+    rollouts: Literal["student", "teacher", "stored"] = "student"
+    """Who wrote the response: the current student, the teacher (all of it), or a student once, stored on disk."""
+    partition: Partition = AllTrusted()
+    """How student tokens are split into trust region and outliers."""
+    trust: Region = Region(loss=K1())
+    """Loss of trusted student tokens."""
+    outlier: Region = Region(loss=Zero())
+    """Loss of outlier student tokens."""
+    guidance: Region = Region(loss=Zero())
+    """Loss of the teacher's prefix tokens."""
+    schedule: Schedule = Schedule()
+    """Length of the teacher prefix over training."""
+    token_weights: tuple[TokenWeight, ...] = ()
+    """Weights on student tokens, multiplied."""
+    importance: Importance = Importance()
+    """Correction for rollouts from another distribution."""
+    reduction: Literal["token_mean", "region_mean", "weight_mean", "sequence_mean"] = "token_mean"
+    """Denominator: all supervised tokens; per region its own tokens; the sum of weights; or per row, then rows."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Objective:
+        if self.guidance.loss.estimator not in ("zero", "nll", "topk_fkl"):
+            raise ValueError(
+                f"guidance.loss.estimator = {self.guidance.loss.estimator!r}: prefix tokens were written by the "
+                "teacher, so only zero, nll and topk_fkl (from the cache) apply"
+            )
+        if self.trust.loss.estimator == "nll" or self.outlier.loss.estimator == "nll":
+            raise ValueError(
+                "trust/outlier.loss.estimator = 'nll' would train the student on its own samples; "
+                "use k1 or a top-k divergence"
+            )
+        if self.rollouts == "teacher" and (self.schedule.kind, self.schedule.fraction) != ("constant", 1.0):
+            raise ValueError(
+                "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0 }: "
+                "the whole response comes from the teacher"
+            )
+        if self.guidance.weight > 0 and self.guidance.loss.estimator != "zero" and self.schedule.kind == "none":
+            raise ValueError(
+                "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; "
+                "set schedule.kind, or guidance.loss.estimator = 'zero'"
+            )
+        if self.rollouts == "stored" and self.schedule.kind != "none":
+            raise ValueError("rollouts = 'stored' have no teacher prefix: set schedule.kind = 'none'")
+        return self
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What an objective asks of the teacher for the student's tokens; nothing else is fetched."""
+
+    sampled: bool
+    """The teacher's log-prob of each student token."""
+    topk: Literal["none", "outliers", "all"]
+    """On which student tokens alternatives are needed."""
+    k: int
+    """How many (0 if none)."""
+    entropy: bool
+    """The teacher's full-vocabulary entropy of each student token."""
+    cached_topk: bool
+    """Top-k of prefix tokens, from the cache (never from the service)."""
+
+
+def _estimator_k(loss: Any) -> int:
+    if loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd"):
+        return int(loss.k)
+    return int(loss.k) if loss.estimator == "k1" and loss.baseline == "kl" else 0
+
+
+def teacher_needs(objective: Objective) -> TeacherNeeds:
+    """Derive the needs from the parts of an objective."""
+    cached_topk = objective.guidance.loss.estimator == "topk_fkl"
+    if objective.rollouts == "teacher":
+        return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
+    rule = objective.partition.rule
+    weight_k = max((getattr(w, "k", 0) for w in objective.token_weights), default=0)
+    trust_k = _estimator_k(objective.trust.loss) if rule != "none" else 0
+    outlier_k = _estimator_k(objective.outlier.loss) if rule != "all" else 0
+    everywhere = weight_k or trust_k or (outlier_k and rule == "none")
+    return TeacherNeeds(
+        sampled=True,
+        topk="all" if everywhere else ("outliers" if outlier_k else "none"),
+        k=max(weight_k, trust_k, outlier_k),
+        entropy=rule == "teacher_entropy",
+        cached_topk=cached_topk,
+    )

@@ -1,0 +1,52 @@
+"""How a stage says what it is doing, without knowing who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """A running piece of work."""
+
+    def advance(self, amount: float = 1, **values: object) -> None:
+        """``amount`` more units are done; ``values`` are shown beside the bar (loss=0.12)."""
+
+
+class Reporter(Protocol):
+    """Receives progress. The command line draws bars; tests and libraries may pass ``SILENT``."""
+
+    def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> _TaskContext: ...
+
+    def info(self, message: str) -> None: ...
+
+    def warning(self, message: str) -> None: ...
+
+
+class _TaskContext(Protocol):
+    def __enter__(self) -> Task: ...
+
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class _SilentTask:
+    def advance(self, amount: float = 1, **values: object) -> None:
+        pass
+
+
+class _Silent:
+    @contextmanager
+    def task(
+        self, description: str, total: float, *, done: float = 0, unit: str = "it"
+    ) -> Iterator[_SilentTask]:
+        yield _SilentTask()
+
+    def info(self, message: str) -> None:
+        pass
+
+    def warning(self, message: str) -> None:
+        pass
+
+
+SILENT: Reporter = _Silent()

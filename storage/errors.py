@@ -1,0 +1,43 @@
+"""The errors that a user is meant to read: what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class TropdError(Exception):
+    """A failure with an explanation. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+class ConfigError(TropdError):
+    """The configuration or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(TropdError):
+    """An input file (prompts, trajectories) is missing or malformed."""
+
+
+class DamagedShardError(TropdError):
+    """A stored file does not have the content that its manifest promises."""
+
+
+class FingerprintMismatchError(TropdError):
+    """A stage was started with other settings or inputs than the ones given now."""
+
+
+class StageLockedError(TropdError):
+    """Another process is writing the same stage."""
+
+
+class WorkspaceVersionError(TropdError):
+    """The workspace was written by a version of tropd with another layout."""

@@ -1,0 +1,169 @@
+"""Running a stage: one writer at a time, resumable, refusing to mix outputs of different settings.
+
+    with open_stage(folder, "prefixes", fingerprint) as stage:
+        for name in shard_names:
+            if not stage.has(name):
+                with atomic_file(folder / name) as temporary:
+                    ...
+                stage.commit(name, rows=...)
+        stage.finish()
+
+A kill at any instant loses at most the shard being written: a shard counts only once the manifest, itself
+replaced atomically, names it with its checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tropd.storage.atomic import content_size, remove_temporaries
+from tropd.storage.errors import FingerprintMismatchError, StageLockedError
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import Manifest, describe_shard, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+LOCK_NAME = ".lock"
+
+
+class Stage:
+    """The writer's view of a stage folder. Obtained from ``open_stage``, valid inside its block."""
+
+    def __init__(self, folder: Path, manifest: Manifest, timings: Path | None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._timings = timings
+        self._mark = time.monotonic()
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest.complete
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest.shards
+
+    def commit(self, name: str, rows: int) -> None:
+        """Record a shard that is already in place under its final name."""
+        shards = {**self.manifest.shards, name: describe_shard(self.folder, name, rows)}
+        self._replace(shards=dict(sorted(shards.items())))
+        self._log_time()
+
+    def retire(self, name: str) -> None:
+        """Forget a shard; call it before deleting the file, so that the manifest never names a missing one."""
+        self._replace(shards={k: v for k, v in self.manifest.shards.items() if k != name})
+
+    def finish(self, **summary: Any) -> None:
+        """Mark the stage complete, with a small JSON-serialisable summary."""
+        self._replace(complete=True, summary=summary)
+        self._log_time()
+
+    def _replace(self, **changes: Any) -> None:
+        self.manifest = self.manifest.model_copy(update=changes)
+        write_manifest(self.folder, self.manifest)
+
+    def _log_time(self) -> None:
+        """Append the time since the last entry: their sum is the stage's time over all its sessions."""
+        if self._timings is None:
+            return
+        now = time.monotonic()
+        self._timings.parent.mkdir(parents=True, exist_ok=True)
+        with self._timings.open("a", encoding="utf-8") as stream:
+            entry = {"stage": self.manifest.stage, "seconds": round(now - self._mark, 6)}
+            stream.write(json.dumps(entry) + "\n")
+        self._mark = now
+
+
+@contextmanager
+def open_stage(
+    folder: Path, name: str, fingerprint: Fingerprint, *, force: bool = False, timings: Path | None = None
+) -> Iterator[Stage]:
+    """Lock a stage folder and load or start its manifest.
+
+    Shards that are listed but missing or of the wrong size are dropped from the manifest, so that the stage
+    makes them again. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
+
+    Raises:
+        StageLockedError: another process holds the stage.
+        FingerprintMismatchError: the existing output was made with other settings or inputs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}{LOCK_NAME}", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StageLockedError(
+            f"another process is writing {folder}",
+            hint="wait for it to end, or stop it; the lock goes away with the process",
+        ) from None
+    try:
+        if force:
+            _move_aside(folder)
+        remove_temporaries(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            manifest = Manifest.start(name, fingerprint)
+            write_manifest(folder, manifest)
+        elif manifest.fingerprint != fingerprint.digest:
+            raise _mismatch(name, folder, manifest, fingerprint)
+        else:
+            manifest = _drop_broken(folder, manifest)
+        yield Stage(folder, manifest, timings)
+    finally:
+        lock.release()
+
+
+def _move_aside(folder: Path) -> None:
+    if any(folder.iterdir()):
+        number = 1
+        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        os.rename(folder, target)
+        logger.info("moved the old output of %s to %s", folder.name, target.name)
+    folder.mkdir(exist_ok=True)
+
+
+def _drop_broken(folder: Path, manifest: Manifest) -> Manifest:
+    broken = [
+        shard.name
+        for shard in manifest.shards.values()
+        if not (folder / shard.name).exists() or content_size(folder / shard.name) != shard.size
+    ]
+    if not broken:
+        return manifest
+    logger.warning("%s: missing or truncated, made again: %s", manifest.stage, ", ".join(broken))
+    kept = {k: v for k, v in manifest.shards.items() if k not in broken}
+    manifest = manifest.model_copy(update={"shards": kept, "complete": False})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _mismatch(
+    name: str, folder: Path, manifest: Manifest, fingerprint: Fingerprint
+) -> FingerprintMismatchError:
+    changes = fingerprint.changes_from(manifest.fields)
+    lines = "\n".join(f"    {field}: {old!r} → {new!r}" for field, old, new in changes)
+    return FingerprintMismatchError(
+        f"{folder} holds the output of stage {name!r} made with other settings or inputs:\n{lines}",
+        hint="set them back, or start the stage over with --force (the old output is moved aside, not deleted)",
+    )
+
+
+def stage_seconds(timings: Path) -> dict[str, float]:
+    """Seconds per stage, summed over all sessions, from the timings log (torn last lines are ignored)."""
+    seconds: dict[str, float] = {}
+    if timings.exists():
+        for line in timings.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            seconds[entry["stage"]] = seconds.get(entry["stage"], 0.0) + float(entry["seconds"])
+    return seconds

@@ -1,0 +1,74 @@
+"""The workspace: one directory is one run. This module knows where things are, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tropd.storage.atomic import write_text_atomic
+from tropd.storage.errors import ConfigError, WorkspaceVersionError
+
+LAYOUT_VERSION = 1
+MARKER = "workspace.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of a run. Use ``Workspace.create`` and ``Workspace.open``; both check the layout version."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage (``models``, ``prefixes``, ``scores``, ``train``, ``eval``, ``report``)."""
+        return self.root / name
+
+    def resolve(self, path: str) -> Path:
+        """An absolute path as it is; a relative one inside the workspace."""
+        given = Path(path).expanduser()
+        return given if given.is_absolute() else self.root / given
+
+    @classmethod
+    def create(cls, root: Path) -> Workspace:
+        """Make the folder and its version marker. Opening an existing workspace is not an error."""
+        root.mkdir(parents=True, exist_ok=True)
+        marker = root / MARKER
+        if not marker.exists():
+            write_text_atomic(marker, json.dumps({"layout": LAYOUT_VERSION}) + "\n")
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, root: Path) -> Workspace:
+        """Open an existing workspace.
+
+        Raises:
+            ConfigError: ``root`` is not a workspace.
+            WorkspaceVersionError: it has the layout of another version.
+        """
+        marker = root / MARKER
+        if not marker.is_file():
+            raise ConfigError(
+                f"{root} is not a tropd workspace (no {MARKER} in it)",
+                hint=f"make one with: tropd init {root} --recipe demo",
+            )
+        try:
+            layout = json.loads(marker.read_text(encoding="utf-8"))["layout"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise WorkspaceVersionError(
+                f"{marker} is not readable as a workspace marker ({error})",
+                hint=f'restore it, or write {{"layout": {LAYOUT_VERSION}}} into it if nothing else was touched',
+            ) from error
+        if layout != LAYOUT_VERSION:
+            raise WorkspaceVersionError(
+                f"{root} has workspace layout {layout}; this tropd reads and writes layout {LAYOUT_VERSION}",
+                hint="use the tropd version that made it, or start a new workspace",
+            )
+        return cls(root.resolve())
