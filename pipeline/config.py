@@ -259,7 +259,10 @@ class Config(Spec):
                 f"prefixes.max_tokens ({longest}) is above rollout.max_tokens ({self.rollout.max_tokens}): "
                 "the student could not continue such a prefix"
             )
-        if self.objective.guidance.loss.estimator == "topk_fkl" and self.objective.guidance.loss.k > self.scores.k:
+        if (
+            self.objective.guidance.loss.estimator == "topk_fkl"
+            and self.objective.guidance.loss.k > self.scores.k
+        ):
             raise ValueError(
                 f"objective.guidance.loss.k ({self.objective.guidance.loss.k}) is above scores.k "
                 f"({self.scores.k}): the cache does not hold that many alternatives"

@@ -14,7 +14,7 @@ import tomlkit
 from pydantic import BaseModel, ValidationError
 
 from tropd.pipeline.config import Config, to_plain
-from tropd.pipeline.objectives.spec import Objective
+from tropd.pipeline.objectives.spec import Objective, Spec
 from tropd.storage.errors import ConfigError
 
 Plain = dict[str, Any]
@@ -48,7 +48,9 @@ class FieldInfo:
 def recipe_names(kind: str = "runs") -> list[str]:
     """Names of the packaged recipes (``runs`` or ``objectives``)."""
     folder = resources.files("tropd.pipeline.recipes") / kind
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def recipe_text(name: str, kind: str = "runs") -> str:
@@ -60,7 +62,9 @@ def recipe_text(name: str, kind: str = "runs") -> str:
     names = recipe_names(kind)
     if name not in names:
         what = "recipe" if kind == "runs" else "objective"
-        raise ConfigError(f"unknown {what} {name!r}", hint=f"{_closest(name, names)}one of: {', '.join(names)}")
+        raise ConfigError(
+            f"unknown {what} {name!r}", hint=f"{_closest(name, names)}one of: {', '.join(names)}"
+        )
     return (resources.files("tropd.pipeline.recipes") / kind / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -94,11 +98,11 @@ def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "co
         data: Plain = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not valid TOML: {error}") from error
-    sources = {leaf: where for leaf in _leaves(data)}
+    sources = dict.fromkeys(_leaves(data), where)
     for assignment in assignments:
         override = parse_assignment(assignment)
         data = _merge(data, override)
-        sources.update({leaf: f"--set {assignment}" for leaf in _leaves(override)})
+        sources.update(dict.fromkeys(_leaves(override), f"--set {assignment}"))
     objective = data.get("objective", {"name": "tropd"})
     if isinstance(objective, dict):
         name = objective.get("name", "tropd")
@@ -162,7 +166,8 @@ def explain(resolved: ResolvedConfig, path: str) -> list[FieldInfo]:
     if not found:
         names = [f.path for f in everything]
         raise ConfigError(
-            f"there is no configuration field {path!r}", hint=f"{_closest(path, names)}tropd config show lists all"
+            f"there is no configuration field {path!r}",
+            hint=f"{_closest(path, names)}tropd config show lists all",
         )
     return found
 
@@ -178,7 +183,9 @@ def _walk(resolved: ResolvedConfig, model: BaseModel, prefix: str) -> list[Field
         annotation = info.annotation
         kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
         default = None if info.is_required() else info.get_default(call_default_factory=True)
-        plain = [to_plain(v) if isinstance(v, BaseModel) else v for v in value] if isinstance(value, tuple) else value
+        plain = (
+            [to_plain(v) if isinstance(v, Spec) else v for v in value] if isinstance(value, tuple) else value
+        )
         fields.append(
             FieldInfo(path, plain, resolved.source(path), default, kind, _one_line(info.description))
         )
@@ -193,7 +200,9 @@ def _validated(model: type[Any], data: Plain, *, where: str, prefix: str = "") -
         for problem in error.errors():
             path = _path_of(model, problem["loc"], prefix)
             lines.append(f"{path}: {_explain_problem(model, problem, data)}")
-        raise ConfigError(f"{where}: " + "\n  ".join(lines), hint="tropd config explain FIELD shows what a field takes") from error
+        raise ConfigError(
+            f"{where}: " + "\n  ".join(lines), hint="tropd config explain FIELD shows what a field takes"
+        ) from error
 
 
 def _path_of(model: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> str:
@@ -211,7 +220,9 @@ def _explain_problem(model: type[BaseModel], problem: Any, data: Plain) -> str:
     if kind == "extra_forbidden":
         name = str(problem["loc"][-1])
         valid = _siblings(model, problem["loc"])
-        return f"unknown field; {_closest(name, valid)}valid: {', '.join(valid)}" if valid else "unknown field"
+        return (
+            f"unknown field; {_closest(name, valid)}valid: {', '.join(valid)}" if valid else "unknown field"
+        )
     if kind == "missing":
         return "required, but not given"
     message = str(problem["msg"]).removeprefix("Value error, ")

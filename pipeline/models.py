@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHOWN_DIFFERENCES = 5
@@ -47,7 +50,7 @@ def pick_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "runtime.device is 'cuda', but PyTorch sees no CUDA device",
-            hint="install a CUDA build of PyTorch, or set runtime.device = \"cpu\"",
+            hint='install a CUDA build of PyTorch, or set runtime.device = "cpu"',
         )
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,12 +88,12 @@ def _download(name: str, role: str) -> Path:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise ConfigError(f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}") from error
+        raise ConfigError(
+            f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}"
+        ) from error
 
 
-def load_model(
-    folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False
-) -> Any:
+def load_model(folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
     """A causal LM in evaluation mode. Weights are read from safetensors only, never from pickle."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -177,7 +180,9 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         for token in sorted(ours.keys() | theirs.keys())
         if ours.get(token) != theirs.get(token)
     ]
-    shown = "\n    ".join(differences[:MAX_SHOWN_DIFFERENCES]) or "same vocabulary, other merges or normalisation"
+    shown = (
+        "\n    ".join(differences[:MAX_SHOWN_DIFFERENCES]) or "same vocabulary, other merges or normalisation"
+    )
     raise ConfigError(
         f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens, "
         f"{len(differences)} differ):\n    {shown}",
@@ -210,6 +215,72 @@ def evaluation_mode(model: Any) -> Iterator[Any]:
         model.train(was_training)
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Matrix products in ``dtype`` over float32 weights; nothing where ``dtype`` is None."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
 def num_parameters(model: Any) -> int:
     """Parameters, tied ones counted once."""
     return sum(math.prod(p.shape) for p in {id(p): p for p in model.parameters()}.values())
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A causal LM as backbone (token ids to hidden states) and head (hidden states to logits).
+
+    Lets logits be computed for chosen positions only. ``softcap`` bounds logits as c·tanh(logit/c).
+    """
+
+    backbone: Any
+    head: Any
+    softcap: float | None
+
+    def hidden(self, **inputs: Any) -> torch.Tensor:
+        """Last hidden states ``[B, T, H]``."""
+        hidden: torch.Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
+        logits: torch.Tensor = self.head(hidden).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class _WholeModel:
+    """Stands in for a backbone where the head cannot be taken apart: its 'hidden states' are the logits."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self._model(**inputs)
+        output.last_hidden_state = output.logits
+        return output
+
+
+def split_model(model: Any) -> SplitModel:
+    """Take a causal LM apart, and check on a few tokens that the parts give the model's own logits.
+
+    Where they do not (unusual heads, scaled logits), the whole model is used, with more memory.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    whole = SplitModel(_WholeModel(model), torch.nn.Identity(), None)
+    if backbone is model or head is None:
+        logger.info("%s has no separable head: logits of all positions are computed", type(model).__name__)
+        return whole
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    split = SplitModel(backbone, head, softcap)
+    vocab = head.weight.shape[0]
+    ids = (torch.arange(8, device=model.device) * 7 % vocab).unsqueeze(0)
+    with torch.no_grad(), evaluation_mode(model):
+        expected = model(input_ids=ids).logits.float()
+        actual = split.logits(split.hidden(input_ids=ids))
+    if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-3, atol=1e-3):
+        return split
+    logger.info("%s has an unusual head: logits of all positions are computed", type(model).__name__)
+    return whole

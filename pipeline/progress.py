@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,17 +17,13 @@ class Task(Protocol):
 class Reporter(Protocol):
     """Receives progress. The command line draws bars; tests and libraries may pass ``SILENT``."""
 
-    def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> _TaskContext: ...
+    def task(
+        self, description: str, total: float, *, done: float = 0, unit: str = "it"
+    ) -> AbstractContextManager[Task]: ...
 
     def info(self, message: str) -> None: ...
 
     def warning(self, message: str) -> None: ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:
@@ -37,9 +33,7 @@ class _SilentTask:
 
 class _Silent:
     @contextmanager
-    def task(
-        self, description: str, total: float, *, done: float = 0, unit: str = "it"
-    ) -> Iterator[_SilentTask]:
+    def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
         yield _SilentTask()
 
     def info(self, message: str) -> None:

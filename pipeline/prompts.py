@@ -54,7 +54,9 @@ def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -
     if problems:
         shown = "\n    ".join(problems[:MAX_SHOWN])
         more = f"\n    and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        raise DataError(f"{path} has {len(problems)} bad line(s):\n    {shown}{more}", hint="fix or delete these lines")
+        raise DataError(
+            f"{path} has {len(problems)} bad line(s):\n    {shown}{more}", hint="fix or delete these lines"
+        )
     if not prompts:
         raise DataError(f"{path} has no prompts")
     return prompts

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Spec(BaseModel):
     """Base of all configuration: unknown fields are refused, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 # --------------------------------------------------------------------------------------- partition
@@ -293,7 +295,11 @@ class Objective(Spec):
                 "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0 }: "
                 "the whole response comes from the teacher"
             )
-        if self.guidance.weight > 0 and self.guidance.loss.estimator != "zero" and self.schedule.kind == "none":
+        if (
+            self.guidance.weight > 0
+            and self.guidance.loss.estimator != "zero"
+            and self.schedule.kind == "none"
+        ):
             raise ValueError(
                 "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; "
                 "set schedule.kind, or guidance.loss.estimator = 'zero'"

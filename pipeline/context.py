@@ -1,0 +1,157 @@
+"""What the stages share: loading the run's models and data, and the fingerprint fields that identify them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tropd.pipeline.config import Config, ModelConfig, to_plain
+from tropd.pipeline.configuration import ResolvedConfig
+from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.models import (
+    check_tokenizers,
+    configure_runtime,
+    load_model,
+    load_tokenizer,
+    model_directory,
+    stop_token_ids,
+    tokenizer_identity,
+    weights_digest,
+)
+from tropd.pipeline.progress import Reporter
+from tropd.pipeline.prompts import Prompt, encode_prompts, read_prompts
+from tropd.storage.atomic import content_digest
+from tropd.storage.errors import DataError, TropdError
+from tropd.storage.fingerprint import Scalar, flatten
+from tropd.storage.manifest import Manifest, read_manifest
+from tropd.storage.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Run:
+    """A workspace with its checked configuration, and who listens."""
+
+    workspace: Workspace
+    resolved: ResolvedConfig
+    reporter: Reporter
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+    @property
+    def timings(self) -> Path:
+        """Log of the stages' times."""
+        return self.workspace.logs / "stages.jsonl"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with its tokenizer."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+
+    def engine(
+        self, *, batch_size: int, batch_tokens: int = 16384, autocast: torch.dtype | None = None
+    ) -> TransformersEngine:
+        stop_ids = stop_token_ids(self.model, self.tokenizer)
+        return TransformersEngine(
+            self.model, stop_ids, batch_size=batch_size, batch_tokens=batch_tokens, autocast=autocast
+        )
+
+
+def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
+    """Load ``teacher`` or ``student`` (or another directory with that role's settings) for inference."""
+    settings: ModelConfig = getattr(run.config, role)
+    device = configure_runtime(run.config.runtime)
+    folder = folder or model_directory(run.workspace, settings, role)
+    model = load_model(
+        folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
+    )
+    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=settings.trust_remote_code))
+
+
+def role_tokenizer(run: Run, role: str) -> Any:
+    """The tokenizer of a role without its weights."""
+    settings: ModelConfig = getattr(run.config, role)
+    folder = model_directory(run.workspace, settings, role)
+    return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+
+
+def check_pair(run: Run) -> None:
+    """Refuse a student and a teacher whose token ids differ in meaning, before any weights are read."""
+    check_tokenizers(role_tokenizer(run, "student"), role_tokenizer(run, "teacher"))
+
+
+def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Prompt], list[list[int]]]:
+    """The training prompts and their token ids; each leaves room for a response in ``max_length``."""
+    data = run.config.data
+    path = run.workspace.resolve(data.prompts)
+    prompts = read_prompts(path, data, need_answer=run.config.prefixes.keep == "correct")[: data.limit]
+    room = max_length - run.config.rollout.max_tokens
+    return prompts, encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, path=path)
+
+
+def evaluation_problems(
+    run: Run, tokenizer: Any, max_length: int, limit: int | None
+) -> tuple[list[Prompt], list[list[int]]]:
+    """The evaluation problems and their token ids."""
+    data = run.config.data
+    path = run.workspace.resolve(data.evaluation)
+    problems = read_prompts(path, data, need_answer=True)[:limit]
+    room = max_length - run.config.evaluation_max_tokens
+    return problems, encode_prompts(problems, tokenizer, chat=data.chat, max_length=room, path=path)
+
+
+def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
+    """Fingerprint fields of a model: weights, tokenizer, precision."""
+    settings: ModelConfig = getattr(run.config, role)
+    folder = folder or model_directory(run.workspace, settings, role)
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    return {
+        f"{role}.weights": weights_digest(folder),
+        f"{role}.tokenizer": tokenizer_identity(tokenizer).digest,
+        f"{role}.dtype": settings.dtype,
+    }
+
+
+def data_fields(run: Run, which: str) -> dict[str, Scalar]:
+    """Fingerprint fields of ``prompts`` or ``evaluation``: the file's content and how it is read."""
+    data = run.config.data
+    path = run.workspace.resolve(getattr(data, which))
+    if not path.is_file():
+        raise DataError(
+            f"data.{which}: {path} does not exist",
+            hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
+        )
+    fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
+    names = {"id_field", "prompt_field", "answer_field", "chat"} | (
+        {"limit"} if which == "prompts" else set()
+    )
+    return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
+
+
+def section_fields(section: str, spec: Any, *, without: Collection[str] = ()) -> dict[str, Scalar]:
+    """Fingerprint fields of a configuration section, less those that do not decide the result."""
+    return flatten(section, {k: v for k, v in to_plain(spec).items() if k not in without})
+
+
+def finished(run: Run, stage: str, command: str) -> Manifest:
+    """The manifest of an upstream stage.
+
+    Raises:
+        TropdError: it is not complete; the message names the command that makes it.
+    """
+    manifest = read_manifest(run.workspace.stage(stage))
+    if manifest is None or not manifest.complete:
+        state = (
+            "was not run" if manifest is None else f"is not finished ({len(manifest.shards)} shards so far)"
+        )
+        raise TropdError(f"stage {stage!r} {state}", hint=f"tropd {command} -w {run.workspace.root}")
+    return manifest

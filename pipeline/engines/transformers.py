@@ -1,0 +1,358 @@
+"""The engine on transformers: batched decoding with a preallocated cache, and scoring of given tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tropd.pipeline.engines.base import (
+    Generation,
+    Sampling,
+    SequenceScores,
+    TopkWhere,
+    everywhere,
+)
+from tropd.pipeline.engines.sampling import sample_tokens
+from tropd.pipeline.models import autocast, context_length, evaluation_mode, split_model
+from tropd.storage.seeds import uniforms
+
+# Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
+LOGIT_ELEMENTS = 1 << 26
+
+
+class TransformersEngine:
+    """Samples from and scores with a causal LM in this process.
+
+    It shares the model's weights with whoever trains it, and switches it to evaluation mode while it works.
+
+    Args:
+        model: a causal LM of transformers.
+        stop_ids: tokens that end a response.
+        batch_size: rows decoded together.
+        batch_tokens: tokens, padding included, per scoring pass.
+        autocast: lower precision for matrix products, where the weights are kept in float32 for training.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stop_ids: Collection[int],
+        *,
+        batch_size: int = 64,
+        batch_tokens: int = 16384,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self._autocast = autocast
+        self._split = split_model(model)
+        self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        return context_length(self.model.config)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), evaluation_mode(self.model), autocast(self.model.device, self._autocast):
+            yield
+
+    # ------------------------------------------------------------------------------------ generate
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+    ) -> list[Generation]:
+        """See ``Engine.generate``. Rows are sorted by length, so that little is padded."""
+        self._check_sequences(prompts, [1] * len(prompts))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), max_tokens[i]))
+        results: list[Generation | None] = [None] * len(prompts)
+        with self._inference():
+            for low in range(0, len(order), self._batch_size):
+                rows = order[low : low + self._batch_size]
+                batch = self._decode(
+                    [prompts[i] for i in rows],
+                    sampling,
+                    [seeds[i] for i in rows],
+                    [max_tokens[i] for i in rows],
+                )
+                for i, generation in zip(rows, batch, strict=True):
+                    results[i] = generation
+        return [r for r in results if r is not None]
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+    ) -> list[Generation]:
+        """Decode one batch; rows that are finished leave it once they are a quarter of it."""
+        device = self.model.device
+        width = max(len(p) for p in prompts)
+        steps = min(max(max_tokens), self.max_length - min(len(p) for p in prompts))
+        ids, mask = _left_pad(prompts, width, device)
+        # Columns of the mask beyond the prompt are filled as tokens are appended.
+        mask = torch.nn.functional.pad(mask, (0, steps), value=1)
+        cache = _preallocated_cache(self.model.config, width + steps)
+        positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
+        next_position = torch.tensor([len(p) for p in prompts], device=device).unsqueeze(-1)
+        tokens_out = torch.zeros((len(prompts), steps), dtype=torch.long, device=device)
+        logprobs_out = torch.zeros((len(prompts), steps), dtype=torch.float32, device=device)
+        lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        limits = torch.tensor(
+            [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)],
+            device=device,
+        )
+        draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(steps)[None, :])).to(device)
+        rows = torch.arange(len(prompts), device=device)
+        for step in range(steps):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask[:, : width + step],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens, logprobs = sample_tokens(
+                output.logits[:, -1].float(),
+                draws[rows, step],
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+            )
+            # Rows that are done stay in the batch for a while; what they draw is not recorded.
+            open_rows = ~stopped[rows] & (lengths[rows] < limits[rows])
+            live = rows[open_rows]
+            tokens_out[live, step] = tokens[open_rows]
+            logprobs_out[live, step] = logprobs[open_rows]
+            lengths[live] += 1
+            stopped[live] = torch.isin(tokens[open_rows], self._stop_ids)
+            going = ~stopped[rows] & (lengths[rows] < limits[rows])
+            num_going = int(going.sum())
+            if num_going == 0:
+                break
+            ids, positions = tokens.unsqueeze(-1), next_position
+            if num_going <= 0.75 * len(rows):
+                keep = going.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                rows, ids, mask = rows[keep], ids[keep], mask[keep]
+                positions = next_position = next_position[keep]
+            next_position = next_position + 1
+        return _collect(tokens_out, logprobs_out, lengths, stopped)
+
+    # --------------------------------------------------------------------------------------- score
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        k: int = 0,
+        entropy: bool = False,
+        topk_where: TopkWhere = everywhere,
+        vocab_limit: int | None = None,
+    ) -> list[SequenceScores]:
+        """See ``Engine.score``. Only the scored positions go through the output layer."""
+        self._check_sequences(sequences, starts)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        results: list[SequenceScores | None] = [None] * len(sequences)
+        with self._inference():
+            for rows in _token_budget_batches([len(sequences[i]) for i in order], self._batch_tokens):
+                batch = [order[r] for r in rows]
+                scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)
+                for i, scores in zip(batch, scored, strict=True):
+                    results[i] = scores
+        return [r for r in results if r is not None]
+
+    def _score_batch(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        batch: Sequence[int],
+        k: int,
+        entropy: bool,
+        topk_where: TopkWhere,
+        vocab_limit: int | None,
+    ) -> list[SequenceScores]:
+        device = self.model.device
+        width = max(len(sequences[i]) for i in batch)
+        ids, mask = _right_pad([sequences[i] for i in batch], width, device)
+        hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
+        # The hidden state at position t predicts token t + 1.
+        targets = torch.cat([ids[r, starts[i] : len(sequences[i])] for r, i in enumerate(batch)])
+        states = torch.cat([hidden[r, starts[i] - 1 : len(sequences[i]) - 1] for r, i in enumerate(batch)])
+        k = min(k, self.vocab_size if vocab_limit is None else vocab_limit)
+        at_once = k if topk_where is everywhere else 0
+        flat = [
+            self._head_pass(s, t, entropy, at_once, vocab_limit) for s, t in self._chunks(states, targets)
+        ]
+        sampled, norms, entropies, top_ids, top_logprobs = (
+            torch.cat(parts) for parts in zip(*flat, strict=True)
+        )
+        counts = [len(sequences[i]) - starts[i] for i in batch]
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        sampled_np, entropy_np = _numpy(sampled), _numpy(entropies) if entropy else None
+        chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        for r, i in enumerate(batch):
+            low, high = bounds[r], bounds[r + 1]
+            if k == 0:
+                chosen.append(np.zeros(0, dtype=np.int64))
+                continue
+            part = None if entropy_np is None else entropy_np[low:high]
+            chosen.append(np.flatnonzero(topk_where(i, sampled_np[low:high], part)))
+        if k and not at_once:
+            picks = np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])
+            top_ids, top_logprobs = self._topk_of(
+                states, norms, torch.from_numpy(picks).to(device), k, vocab_limit
+            )
+        ids_np, logprobs_np = top_ids.cpu().numpy().astype(np.int32), _numpy(top_logprobs)
+        first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
+        return [
+            SequenceScores(
+                sampled=sampled_np[bounds[r] : bounds[r + 1]],
+                entropy=None if entropy_np is None else entropy_np[bounds[r] : bounds[r + 1]],
+                topk_positions=chosen[r],
+                topk_ids=ids_np[first[r] : first[r + 1]],
+                topk_logprobs=logprobs_np[first[r] : first[r + 1]],
+            )
+            for r in range(len(batch))
+        ]
+
+    def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        size = max(1, LOGIT_ELEMENTS // self.vocab_size)
+        return list(zip(states.split(size), targets.split(size), strict=True))
+
+    def _head_pass(
+        self, states: torch.Tensor, targets: torch.Tensor, entropy: bool, k: int, vocab_limit: int | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Sampled log-probs, log-normalisers, entropies and top-k of ``[n, H]`` states, in one pass."""
+        logits = self._split.logits(states)
+        norms = logits.logsumexp(dim=-1)
+        sampled = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - norms
+        entropies = sampled.new_empty(0)
+        if entropy:
+            logprobs = logits - norms.unsqueeze(-1)
+            entropies = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+        values, ids = logits[:, :vocab_limit].topk(k, dim=-1)
+        return sampled.clamp_(max=0.0), norms, entropies, ids, (values - norms.unsqueeze(-1)).clamp_(max=0.0)
+
+    def _topk_of(
+        self, states: torch.Tensor, norms: torch.Tensor, picks: torch.Tensor, k: int, vocab_limit: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Top-k at chosen rows of ``states``; the output layer runs again, but only for these."""
+        ids, logprobs = [states.new_empty((0, k), dtype=torch.long)], [norms.new_empty((0, k))]
+        for part in picks.split(max(1, LOGIT_ELEMENTS // self.vocab_size)):
+            values, index = self._split.logits(states[part])[:, :vocab_limit].topk(k, dim=-1)
+            ids.append(index)
+            logprobs.append((values - norms[part].unsqueeze(-1)).clamp_(max=0.0))
+        return torch.cat(ids), torch.cat(logprobs)
+
+    def _check_sequences(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        for number, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            if not 1 <= start <= len(sequence):
+                raise ValueError(f"sequence {number}: start {start} is outside 1 … {len(sequence)}")
+            if len(sequence) > self.max_length:
+                raise ValueError(
+                    f"sequence {number}: {len(sequence)} tokens, the model takes {self.max_length}"
+                )
+            if min(sequence) < 0 or max(sequence) >= self.vocab_size:
+                raise ValueError(f"sequence {number}: a token id is outside 0 … {self.vocab_size - 1}")
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer that writes into a buffer of full length, where DynamicLayer would copy at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._key_buffer = key_states.new_empty(
+                (*key_states.shape[:2], self._capacity, key_states.shape[-1])
+            )
+            self._value_buffer = value_states.new_empty(
+                (*value_states.shape[:2], self._capacity, value_states.shape[-1])
+            )
+        end = self._length + key_states.shape[-2]
+        self._key_buffer[:, :, self._length : end] = key_states
+        self._value_buffer[:, :, self._length : end] = value_states
+        self._length = end
+        self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
+        self.keys = self._key_buffer[:, :, : self._length]
+        self.values = self._value_buffer[:, :, : self._length]
+
+
+def _preallocated_cache(config: Any, capacity: int) -> DynamicCache:
+    """The model's own cache; plain full-attention layers get a preallocated buffer."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_PreallocatedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
+def _left_pad(
+    rows: Sequence[Sequence[int]], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def _right_pad(
+    rows: Sequence[Sequence[int]], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+    return ids, mask
+
+
+def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
+    """Consecutive ranges of rows (lengths rising) whose padded size stays within the budget, at least one row each."""
+    batches: list[range] = []
+    low = 0
+    for high in range(1, len(lengths) + 1):
+        if high == len(lengths) or (high + 1 - low) * lengths[high] > budget:
+            batches.append(range(low, high))
+            low = high
+    return batches
+
+
+def _collect(
+    tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, stopped: torch.Tensor
+) -> list[Generation]:
+    return [
+        Generation(t[:n], p[:n], "stop" if s else "length")
+        for t, p, n, s in zip(
+            tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+        )
+    ]
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.float().cpu().numpy()
+    return array

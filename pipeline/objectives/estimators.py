@@ -1,0 +1,153 @@
+"""Per-token losses: pure functions of log-probs, each tested against the closed form.
+
+Legend: T tokens · M tokens that have alternatives · A = Σ counts alternatives of all M tokens, concatenated.
+Log-probs are natural, from full softmaxes; student log-probs carry gradient, everything else is data.
+Inputs may be float32 or float64; results have the student's dtype. Half precision is not accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd.pipeline.objectives.spec import Support
+
+LOGPROB_FLOOR = -100.0
+"""Teacher log-probs below this (-inf included: a token that the teacher excludes) count as this, so that an
+advantage stays finite. e^-100 is far below float32's resolution of a probability."""
+
+TAIL_FLOOR = 1e-7
+"""Smallest tail mass in a logarithm: about the resolution of 1 - Σp in float32."""
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """Ragged teacher alternatives of M tokens and the student's log-probs of the same ids."""
+
+    teacher_logprobs: Tensor
+    """``[A]``."""
+    student_logprobs: Tensor
+    """``[A]``, with gradient."""
+    counts: Tensor
+    """``[M]`` int64."""
+    teacher_tail: Tensor
+    """``[M]`` log of the teacher's mass outside its alternatives; -inf if none."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum ``[A]`` values per token to ``[M]``; 0 for a token without alternatives."""
+        if len(self.counts) == 0:
+            return values.new_zeros(0) + values.sum()
+        total: Tensor = torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)
+        return total
+
+
+def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
+    """A = log π_T - log π_S per token, detached, with the teacher's log-prob floored at LOGPROB_FLOOR."""
+    return (teacher_logprobs.clamp(min=LOGPROB_FLOOR) - student_logprobs).detach()
+
+
+def k1_policy_gradient(
+    student_logprobs: Tensor, advantages: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """``[T]`` -w·sg[A]·log π_S(x): with A = log π_T - log π_S, its expected gradient is ∇KL(π_S‖π_T).
+
+    Args:
+        student_logprobs: ``[T]`` of the sampled tokens, with gradient.
+        advantages: ``[T]``; gradient through them is cut.
+        importance: ``[T]`` weight min(π_θ/μ, c), detached; 1 if None.
+    """
+    weight = advantages.detach() if importance is None else advantages.detach() * importance.detach()
+    return -weight * student_logprobs
+
+
+def negative_log_likelihood(student_logprobs: Tensor) -> Tensor:
+    """``[T]`` -log π_S(x): on tokens that the teacher sampled, the one-sample forward KL up to a constant."""
+    return -student_logprobs
+
+
+def topk_forward_kl(alternatives: Alternatives, support: Support) -> Tensor:
+    """``[M]`` Σ_v π_T(v)·(log π_T(v) - log π_S(v)) over the teacher's alternatives.
+
+    ``truncated``: raw probabilities; may be negative, is no KL (arXiv 2606.01249 as written).
+    ``tail``: one more bucket with the remaining mass of both sides: the KL of two (k+1)-way distributions,
+    ≥ 0 and a lower bound of the full forward KL.
+    ``renormalized``: the teacher's probabilities divided by their sum (EOPD, arXiv 2603.07079).
+    """
+    teacher = alternatives.teacher_logprobs
+    student = alternatives.student_logprobs
+    if support == "renormalized":
+        mass = alternatives.sum(teacher.exp())
+        # A token without alternatives has mass 0 and nothing to divide.
+        teacher = teacher - torch.repeat_interleave(mass.clamp(min=1e-30).log(), alternatives.counts)
+    total = alternatives.sum(_weighted_difference(teacher, teacher, student))
+    if support == "tail":
+        total = total + _weighted_difference(
+            alternatives.teacher_tail, alternatives.teacher_tail, student_tail(alternatives)
+        )
+    return total
+
+
+def topk_reverse_kl(alternatives: Alternatives) -> Tensor:
+    """``[M]`` KL(π_S‖π_T) of the (k+1)-way distributions over the teacher's alternatives and the rest."""
+    student, tail = alternatives.student_logprobs, student_tail(alternatives)
+    teacher = alternatives.teacher_logprobs.clamp(min=LOGPROB_FLOOR)
+    teacher_tail = _floored_tail(alternatives.teacher_tail)
+    return alternatives.sum(student.exp() * (student - teacher)) + tail.exp() * (tail - teacher_tail)
+
+
+def topk_jensen_shannon(alternatives: Alternatives, beta: float) -> Tensor:
+    """``[M]`` β·KL(π_T‖m) + (1-β)·KL(π_S‖m), m = β·π_T + (1-β)·π_S, on the (k+1)-way distributions (GKD)."""
+
+    def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+        t, s = teacher.exp(), student.exp()
+        mixture = (beta * t + (1 - beta) * s).clamp(min=1e-30).log()
+        return beta * _weighted_difference(teacher, teacher, mixture) + (1 - beta) * s * (student - mixture)
+
+    inside = alternatives.sum(divergence(alternatives.teacher_logprobs, alternatives.student_logprobs))
+    return inside + divergence(_floored_tail(alternatives.teacher_tail), student_tail(alternatives))
+
+
+def student_tail(alternatives: Alternatives) -> Tensor:
+    """``[M]`` log of the student's mass outside the alternatives, at least log TAIL_FLOOR."""
+    mass = alternatives.sum(alternatives.student_logprobs.exp())
+    return (1.0 - mass).clamp(min=TAIL_FLOOR).log()
+
+
+def _floored_tail(tail: Tensor) -> Tensor:
+    return tail.clamp(min=float(torch.log(torch.tensor(TAIL_FLOOR, dtype=torch.float64))))
+
+
+def _weighted_difference(weight_logprobs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """exp(weight)·(left - right), and 0 (also in the gradient) where the weight is 0 and ``left`` is -inf."""
+    empty = torch.isneginf(weight_logprobs)
+    difference = torch.where(empty, torch.zeros_like(right), left.masked_fill(empty, 0.0) - right)
+    return weight_logprobs.exp() * difference
+
+
+# ------------------------------------------------------------------------- transforms of the advantage
+
+
+def proximal_advantage(advantages: Tensor, alpha: float) -> Tensor:
+    """log(α·e^A + 1 - α): the log-ratio to the proximal teacher α·π_T + (1-α)·π_S (TOP-D); ≥ log(1-α)."""
+    if alpha == 1.0:
+        return advantages
+    constant = torch.log1p(torch.tensor(-alpha, dtype=torch.float64)).to(advantages)
+    return torch.logaddexp(
+        advantages + torch.log(torch.tensor(alpha, dtype=torch.float64)).to(advantages), constant
+    )
+
+
+def scaled_advantage(
+    teacher_logprobs: Tensor, student_logprobs: Tensor, reference_logprobs: Tensor, scale: float
+) -> Tensor:
+    """λ(log π_T - log π_ref) - (log π_S - log π_ref), detached (G-OPD/ExOPD, arXiv 2602.12125)."""
+    teacher = teacher_logprobs.clamp(min=LOGPROB_FLOOR)
+    reference = reference_logprobs.clamp(min=LOGPROB_FLOOR)
+    return (scale * (teacher - reference) - (student_logprobs - reference)).detach()
+
+
+def importance_weight(student_logprobs: Tensor, sampler_logprobs: Tensor, clip: float) -> Tensor:
+    """``[T]`` min(π_θ/μ, c), detached: corrects for a sampler μ that is not quite the student."""
+    return (student_logprobs - sampler_logprobs).detach().exp().clamp(max=clip)

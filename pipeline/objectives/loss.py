@@ -1,0 +1,245 @@
+"""Putting an objective together: a plan of coefficients for a whole step, then the loss of each micro-batch.
+
+The plan (numpy, no gradient) folds region weights, token weights and the reduction's denominator into one
+coefficient per token and region. The loss of a micro-batch is then Σ coefficient · estimator, and the sum
+over micro-batches is the loss of the step, however it was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tropd.pipeline.objectives.estimators import (
+    LOGPROB_FLOOR,
+    Alternatives,
+    importance_weight,
+    k1_policy_gradient,
+    log_ratio,
+    negative_log_likelihood,
+    proximal_advantage,
+    scaled_advantage,
+    topk_forward_kl,
+    topk_jensen_shannon,
+    topk_reverse_kl,
+)
+from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.spec import K1, Estimator, Objective
+from tropd.pipeline.objectives.weights import (
+    TokenStatistics,
+    mean_of_later,
+    standardize_by_group,
+    token_weight,
+)
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Coefficients of a step: T student tokens and G guidance tokens, over all rows."""
+
+    trust: Floats
+    """``[T]``."""
+    outlier: Floats
+    """``[T]``."""
+    guidance: Floats
+    """``[G]``."""
+    advantages: Floats | None
+    """``[T]`` final advantages, where they depend on more than their own token; None if elementwise."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch, flat: its t student tokens and g guidance tokens."""
+
+    student_logprobs: Tensor
+    """``[t]`` log π_S of the student's tokens, with gradient."""
+    teacher_logprobs: Tensor
+    """``[t]`` log π_T of the same tokens."""
+    sampler_logprobs: Tensor
+    """``[t]`` log μ: what the rollout engine said when it sampled them."""
+    trust: Tensor
+    """``[t]`` coefficients from the plan; likewise the next two."""
+    outlier: Tensor
+    guidance: Tensor
+    """``[g]``."""
+    guidance_logprobs: Tensor
+    """``[g]`` log π_S of the teacher's prefix tokens, with gradient."""
+    advantages: Tensor | None = None
+    """``[t]`` from the plan."""
+    reference_logprobs: Tensor | None = None
+    """``[t]`` log π_ref, where the objective scales rewards."""
+    topk_index: Tensor | None = None
+    """``[m]`` which of the t tokens have alternatives."""
+    topk: Alternatives | None = None
+    """The alternatives of those m tokens."""
+    guidance_topk: Alternatives | None = None
+    """Cached alternatives of all g guidance tokens."""
+
+
+def plan_step(
+    objective: Objective,
+    regions: Regions,
+    statistics: TokenStatistics,
+    *,
+    groups: Ints,
+    guidance_rows: Ints,
+    progress: float,
+) -> StepPlan:
+    """Coefficients of every token of a step.
+
+    Args:
+        regions: partition weights ``[T]``.
+        statistics: ``[T]`` per student token.
+        groups: ``[T]`` number of the prompt that each token answers.
+        guidance_rows: ``[G]`` row of each prefix token (same numbering as ``statistics.rows``).
+        progress: share of the training steps done, in [0, 1).
+    """
+    weight = np.ones(len(statistics.rows))
+    for spec in objective.token_weights:
+        weight = weight * token_weight(spec, statistics, progress)
+    trust = regions.trust.astype(np.float64) * weight
+    outlier = regions.outlier.astype(np.float64) * weight
+    guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
+    guidance = np.full(len(guidance_rows), 1.0 if guided else 0.0)
+    if objective.reduction == "region_mean":
+        trust, outlier, guidance = _mean(trust), _mean(outlier), _mean(guidance)
+    elif objective.reduction == "sequence_mean":
+        supervised_rows = np.concatenate([statistics.rows, guidance_rows[guidance > 0]])
+        lengths = np.bincount(supervised_rows)
+        scale = 1.0 / np.maximum(lengths * max(1, int(np.count_nonzero(lengths))), 1)
+        trust, outlier = trust * scale[statistics.rows], outlier * scale[statistics.rows]
+        # A guidance token outside the loss may lie in a row that has no supervised token at all.
+        guidance = (
+            np.where(guidance > 0, scale[np.minimum(guidance_rows, len(scale) - 1)], 0.0)
+            if len(scale)
+            else guidance
+        )
+    else:
+        students = float(weight.sum()) if objective.reduction == "weight_mean" else float(len(weight))
+        total = max(students + float(guidance.sum()), 1e-12)
+        trust, outlier, guidance = trust / total, outlier / total, guidance / total
+    return StepPlan(
+        trust=trust * objective.trust.weight,
+        outlier=outlier * objective.outlier.weight,
+        guidance=guidance * objective.guidance.weight,
+        advantages=_planned_advantages(objective.trust.loss, statistics, groups),
+    )
+
+
+def _mean(weights: Floats) -> Floats:
+    total = weights.sum()
+    return weights / total if total > 0 else weights
+
+
+def _planned_advantages(loss: Estimator, statistics: TokenStatistics, groups: Ints) -> Floats | None:
+    if not isinstance(loss, K1) or not (loss.returns or loss.standardize):
+        return None
+    rewards = proximal_advantage(torch.from_numpy(statistics.advantages), loss.proximal or 1.0).numpy()
+    if loss.returns:
+        rewards = rewards + mean_of_later(rewards, statistics.rows)
+    if loss.standardize:
+        rewards = standardize_by_group(rewards, groups)
+    return rewards if loss.floor is None else np.maximum(rewards, loss.floor)
+
+
+def region_losses(objective: Objective, batch: TokenBatch) -> Mapping[str, Tensor]:
+    """The loss of a micro-batch as scalars per region (``trust``, ``outlier``, ``guidance``); the loss is their sum."""
+    student = _student_losses(objective.trust.loss, objective, batch, batch.trust)
+    outlier = _student_losses(objective.outlier.loss, objective, batch, batch.outlier)
+    return {"trust": student, "outlier": outlier, "guidance": _guidance_loss(objective, batch)}
+
+
+def _student_losses(loss: Estimator, objective: Objective, batch: TokenBatch, coefficients: Tensor) -> Tensor:
+    # Coefficient 0 must mean no contribution even where a loss is huge, so tokens are selected, not multiplied.
+    zero = batch.student_logprobs.sum() * 0.0
+    if loss.estimator == "zero":
+        return zero
+    if loss.estimator == "k1":
+        used = coefficients != 0
+        values = k1_policy_gradient(
+            batch.student_logprobs[used],
+            k1_advantages(loss, batch)[used],
+            _importance(objective, batch, used),
+        )
+        return (coefficients[used] * values).sum() + zero
+    if batch.topk is None or batch.topk_index is None:
+        if bool((coefficients != 0).any()):
+            raise ValueError(
+                f"estimator {loss.estimator!r} needs the teacher's top-k, which the batch does not have"
+            )
+        return zero
+    weights = coefficients[batch.topk_index]
+    missing = int((coefficients != 0).sum()) - int((weights != 0).sum())
+    if missing:
+        raise ValueError(f"{missing} tokens need the teacher's top-k, but have none")
+    values = _topk_loss(loss, batch.topk)
+    return (weights * torch.where(weights != 0, values, torch.zeros_like(values))).sum() + zero
+
+
+def _topk_loss(loss: Estimator, alternatives: Alternatives) -> Tensor:
+    if loss.estimator == "topk_fkl":
+        return topk_forward_kl(alternatives, loss.support)
+    if loss.estimator == "topk_rkl":
+        return topk_reverse_kl(alternatives)
+    if loss.estimator == "topk_jsd":
+        return topk_jensen_shannon(alternatives, loss.beta)
+    raise ValueError(f"{loss.estimator!r} is not a top-k estimator")
+
+
+def k1_advantages(loss: K1, batch: TokenBatch) -> Tensor:
+    """``[t]`` advantages after every transform of the specification, detached."""
+    if batch.advantages is not None and (loss.returns or loss.standardize):
+        return batch.advantages
+    student = batch.student_logprobs.detach()
+    if loss.reward_scale != 1.0:
+        if batch.reference_logprobs is None:
+            raise ValueError("k1 with reward_scale needs the reference model's log-probs")
+        advantages = scaled_advantage(
+            batch.teacher_logprobs, student, batch.reference_logprobs, loss.reward_scale
+        )
+    else:
+        advantages = log_ratio(batch.teacher_logprobs, student)
+    if loss.proximal is not None:
+        advantages = proximal_advantage(advantages, loss.proximal)
+    if loss.baseline == "kl":
+        if batch.topk is None or batch.topk_index is None:
+            raise ValueError("k1 with baseline 'kl' needs the teacher's top-k on every token")
+        divergence = torch.zeros_like(advantages)
+        divergence[batch.topk_index] = topk_reverse_kl(batch.topk).detach()
+        advantages = advantages + divergence
+    return advantages if loss.floor is None else advantages.clamp(min=loss.floor)
+
+
+def _importance(objective: Objective, batch: TokenBatch, used: Tensor) -> Tensor | None:
+    if objective.importance.clip is None:
+        return None
+    return importance_weight(
+        batch.student_logprobs[used], batch.sampler_logprobs[used], objective.importance.clip
+    )
+
+
+def _guidance_loss(objective: Objective, batch: TokenBatch) -> Tensor:
+    loss = objective.guidance.loss
+    zero = batch.guidance_logprobs.sum() * 0.0
+    if loss.estimator == "nll":
+        return (batch.guidance * negative_log_likelihood(batch.guidance_logprobs)).sum()
+    if loss.estimator == "topk_fkl" and batch.guidance_topk is not None:
+        return (batch.guidance * topk_forward_kl(batch.guidance_topk, loss.support)).sum() + zero
+    return zero
+
+
+def floored_log_ratio(
+    teacher_logprobs: npt.NDArray[np.float32], student_logprobs: npt.NDArray[np.float32]
+) -> Floats:
+    """``[T]`` log π_T - log π_S in float64, with the teacher's log-prob floored at LOGPROB_FLOOR."""
+    return np.maximum(teacher_logprobs.astype(np.float64), LOGPROB_FLOOR) - student_logprobs.astype(
+        np.float64
+    )
