@@ -170,6 +170,8 @@ class TrainConfig(Spec):
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    region_gradients: bool = False
+    """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -39,6 +39,9 @@ class TokenLogprobs:
     """``[A]`` log-probs of the looked-up ids, float32, with gradient."""
     entropy: Tensor
     """``[n]`` entropy in nats, detached."""
+    overlap: Tensor
+    """``[n]`` share of a position's looked-up ids that are among as many likeliest ids of the student;
+    NaN where nothing is looked up. Detached."""
 
 
 def token_logprobs(
@@ -69,7 +72,7 @@ def token_logprobs(
         first = last
     if not parts:
         empty = states.sum(dim=-1).float()
-        return TokenLogprobs(empty, empty, empty.detach())
+        return TokenLogprobs(empty, empty, empty.detach(), empty.detach())
     return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -81,10 +84,25 @@ def vocabulary(split: SplitModel, states: Tensor) -> int:
 
 def _chunk(
     split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs = torch.log_softmax(split.logits(states), dim=-1)
     chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     rows = torch.repeat_interleave(torch.arange(len(targets), device=targets.device), counts)
+    found = logprobs[rows, ids]
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
-    return chosen, logprobs[rows, ids], entropy
+        overlap = _overlap(logprobs, found, rows, counts)
+    return chosen, found, entropy, overlap
+
+
+def _overlap(logprobs: Tensor, found: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """An id is among the c likeliest iff its log-prob reaches the c-th largest."""
+    overlap = torch.full_like(logprobs[:, 0], torch.nan)
+    asked = counts > 0
+    if not bool(asked.any()):
+        return overlap
+    largest = logprobs[asked].topk(int(counts.max()), dim=-1).values
+    threshold = torch.full_like(overlap, torch.inf)
+    threshold[asked] = largest.gather(-1, (counts[asked] - 1).unsqueeze(-1)).squeeze(-1)
+    hits = torch.zeros_like(overlap).index_add_(0, rows, (found >= threshold[rows]).float())
+    return torch.where(asked, hits / counts.clamp(min=1), overlap)

@@ -1,0 +1,176 @@
+"""Commands that look: status, query, verify, config, objectives."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tropd.cli.options import JsonOption, SetOption, WorkspaceOption
+from tropd.cli.render import print_json, print_table, stderr, stdout
+
+config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
+objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("status")(status)
+    app.command("query")(query)
+    app.command("verify")(verify)
+    app.add_typer(config_app, name="config")
+    app.add_typer(objectives_app, name="objectives")
+
+
+def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
+    """Stages of a run: state, progress, size, time, and what to do next."""
+    from tropd.pipeline.status import workspace_status
+    from tropd.storage.workspace import Workspace
+
+    found = workspace_status(Workspace.open(workspace))
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    rows = [
+        (s.name, s.state, s.progress_text, _size(s.bytes), f"{s.seconds:.1f} s" if s.seconds else "")
+        for s in found.stages
+    ]
+    print_table(("stage", "state", "progress", "size", "time"), rows)
+    stdout.print(
+        f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else "")
+    )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def query(
+    workspace: WorkspaceOption,
+    sql: Annotated[
+        str, typer.Argument(help="A SELECT over prompts, trajectories, tokens, metrics, evaluations.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the run's files in SQL (DuckDB, read-only)."""
+    from tropd.storage.catalog import run_query
+    from tropd.storage.workspace import Workspace
+
+    result = run_query(Workspace.open(workspace), sql)
+    if as_json:
+        print_json([dict(zip(result.columns, row, strict=True)) for row in result.rows])
+    else:
+        print_table(result.columns, result.rows)
+
+
+def verify(
+    workspace: WorkspaceOption,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Set damaged shards aside, so that rerunning the stage makes them again."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every stored file against its checksum and every invariant; exit 1 if anything is wrong."""
+    from tropd.storage.verify import repair as repair_workspace
+    from tropd.storage.verify import verify_workspace
+    from tropd.storage.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    findings = verify_workspace(opened)
+    if as_json:
+        print_json([vars(f) for f in findings])
+    else:
+        for finding in findings:
+            stdout.print(str(finding), markup=False)
+        if not findings:
+            stdout.print("everything is as its manifest says")
+    errors = [f for f in findings if f.severity == "error"]
+    if repair and errors:
+        for line in repair_workspace(opened, findings):
+            stderr.print(line, markup=False)
+    if errors:
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(workspace: WorkspaceOption, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """The resolved configuration of a run, as TOML with documentation."""
+    from tropd.pipeline.config import to_plain
+    from tropd.pipeline.configuration import dump_config, load_config
+    from tropd.storage.workspace import Workspace
+
+    resolved = load_config(Workspace.open(workspace).config_path, settings or [])
+    if as_json:
+        print_json(to_plain(resolved.config))
+    else:
+        stdout.print(dump_config(resolved.config), markup=False, end="")
+
+
+@config_app.command("explain")
+def config_explain(
+    field: Annotated[str, typer.Argument(help="A field (train.learning_rate) or section (train).")],
+    workspace: Annotated[
+        str | None,
+        typer.Option("--workspace", "-w", help="A run; otherwise the demo recipe's.", metavar="DIR"),
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A field's value, where the value comes from, and what it means."""
+    from pathlib import Path
+
+    from tropd.pipeline.configuration import explain, load_config, parse_config, recipe_text
+    from tropd.storage.workspace import Workspace
+
+    if workspace is None:
+        resolved = parse_config(recipe_text("demo"), settings or [], where="recipe demo")
+    else:
+        resolved = load_config(Workspace.open(Path(workspace)).config_path, settings or [])
+    fields = explain(resolved, field)
+    if as_json:
+        print_json([vars(f) for f in fields])
+        return
+    for info in fields:
+        stdout.print(f"[bold]{info.path}[/bold] = {info.value!r}")
+        stdout.print(f"  from {info.source}; default {info.default!r}; {info.kind}", markup=False)
+        stdout.print(f"  {info.documentation}", markup=False)
+
+
+@objectives_app.callback(invoke_without_command=True)
+def objectives_list(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the methods: what each asks of the teacher, and where it comes from."""
+    if context.invoked_subcommand:
+        return
+    from tropd.pipeline.objectives.catalog import list_objectives
+
+    entries = list_objectives()
+    if as_json:
+        print_json([vars(e) for e in entries])
+    else:
+        print_table(("name", "method", "teacher needs"), [(e.name, e.title, e.needs) for e in entries])
+
+
+@objectives_app.command("show")
+def objectives_show(name: str, as_json: JsonOption = False) -> None:
+    """A method's formula, source, teacher needs and recipe."""
+    from tropd.pipeline.config import to_plain
+    from tropd.pipeline.configuration import load_objective, recipe_text
+    from tropd.pipeline.objectives.catalog import describe_needs
+    from tropd.pipeline.objectives.spec import teacher_needs
+
+    objective = load_objective(name)
+    if as_json:
+        print_json({**to_plain(objective), "teacher_needs": vars(teacher_needs(objective))})
+        return
+    stdout.print(f"[bold]{objective.name}[/bold]  {objective.title}")
+    stdout.print(f"source: {objective.source}\nconfidence: {objective.confidence}", markup=False)
+    stdout.print(f"teacher needs: {describe_needs(teacher_needs(objective))}\n", markup=False)
+    stdout.print(f"{objective.formula.strip()}\n", markup=False)
+    stdout.print(f"# recipe\n{recipe_text(name, 'objectives')}", markup=False, end="")

@@ -1,0 +1,87 @@
+"""Entry point of ``tropd``: the application, and how failures become messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+# Waiting OpenMP threads spin by default, which slows tiny models tenfold on a busy machine. This must be set
+# before PyTorch is loaded; a user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import click
+import typer
+from rich.markup import escape
+
+from tropd.cli import inspection, stages
+from tropd.cli.render import stderr
+from tropd.storage.errors import TropdError
+
+app = typer.Typer(
+    name="tropd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Trust Region On-Policy Distillation: distil a large language model into a small one.\n\n"
+    "Stages, each resumable on its own: init → prepare (demo) → generate-prefixes → score-teacher → train → "
+    "evaluate → report. `tropd demo` runs all of them on two tiny models.",
+)
+INTERRUPTED = 130
+
+
+@app.callback()
+def _global_options(
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and debug logs."),
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    if debug:
+        os.environ["TROPD_DEBUG"] = "1"
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+stages.register(app)
+inspection.register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        stderr.print("interrupted; the same command goes on where it stopped")
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except TropdError as error:
+        if os.environ.get("TROPD_DEBUG"):
+            raise
+        stderr.print(f"[red]error:[/red] {escape(error.message)}")
+        if error.hint:
+            stderr.print(f"  → {error.hint}", markup=False)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        if os.environ.get("TROPD_DEBUG"):
+            raise
+        stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
+        stderr.print("  → tropd --debug … shows the traceback", markup=False)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What people see: progress bars on a terminal, plain lines elsewhere, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from tropd.pipeline.progress import Reporter, Task
+
+# Progress and messages go to stderr, so that stdout holds results only.
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, soft_wrap=True)
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+def make_reporter() -> Reporter:
+    """Bars if stderr is a terminal, a line every ten seconds otherwise."""
+    return _TerminalReporter() if stderr.is_terminal else _PlainReporter()
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="dim")
+
+
+class _BarTask:
+    def __init__(self, progress: Progress, identity: Any) -> None:
+        self._progress = progress
+        self._identity = identity
+
+    def advance(self, amount: float = 1, **values: object) -> None:
+        self._progress.update(self._identity, advance=amount, values=_format_values(values))
+
+
+class _PlainTask:
+    def __init__(self, description: str, total: float, done: float, unit: str) -> None:
+        self._description, self._total, self._done, self._unit = description, total, done, unit
+        self._first = done
+        self._started = self._said = time.monotonic()
+
+    def advance(self, amount: float = 1, **values: object) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._said >= PLAIN_INTERVAL_SECONDS or self._done >= self._total:
+            self._said = now
+            elapsed = now - self._started
+            rate = (self._done - self._first) / elapsed if elapsed > 0 else 0.0
+            left = (
+                f", {(self._total - self._done) / rate:.0f} s left"
+                if rate > 0 and self._done < self._total
+                else ""
+            )
+            stderr.print(
+                f"{self._description}: {self._done:g}/{self._total:g} {self._unit} ({rate:,.1f}/s{left}) "
+                f"{_format_values(values)}".rstrip(),
+                markup=False,
+            )
+
+
+class _Messages:
+    def info(self, message: str) -> None:
+        stderr.print(message, markup=False)
+
+    def warning(self, message: str) -> None:
+        stderr.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+
+class _TerminalReporter(_Messages):
+    @contextmanager
+    def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[values]}"),
+        )
+        with Progress(*columns, console=stderr) as progress:
+            identity = progress.add_task(description, total=total, completed=int(done), values="", unit=unit)
+            yield _BarTask(progress, identity)
+
+
+class _PlainReporter(_Messages):
+    @contextmanager
+    def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
+        yield _PlainTask(description, total, done, unit)
+
+
+def _format_values(values: Mapping[str, object]) -> str:
+    return " ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if value is not None
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    stdout.print(json.dumps(value, indent=2, ensure_ascii=False, default=str), markup=False)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
+    """A table on stdout; numbers are right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    stdout.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "" if value is None else str(value).lower()
+    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))

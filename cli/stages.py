@@ -1,0 +1,227 @@
+"""Commands that run stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.render import print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from tropd.pipeline.context import Run
+    from tropd.storage.manifest import Manifest
+
+DEMO_WORKSPACE = Path("runs/demo")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("init")(init)
+    app.command("prepare")(prepare)
+    app.command("generate-prefixes")(generate_prefixes)
+    app.command("score-teacher")(score_teacher)
+    app.command("train")(train)
+    app.command("serve-teacher")(serve_teacher)
+    app.command("evaluate")(evaluate)
+    app.command("report")(report)
+    app.command("demo")(demo)
+
+
+def init(
+    workspace: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],
+    recipe: Annotated[str, typer.Option(help="Packaged recipe to start from.")] = "demo",
+) -> None:
+    """Make a workspace with a config.toml from a packaged recipe."""
+    from tropd.pipeline.configuration import parse_config, recipe_text
+    from tropd.storage.atomic import write_text_atomic
+    from tropd.storage.errors import ConfigError
+    from tropd.storage.workspace import Workspace
+
+    text = recipe_text(recipe)
+    parse_config(text, where=f"recipe {recipe}")
+    made = Workspace.create(workspace)
+    if made.config_path.exists():
+        raise ConfigError(f"{made.config_path} exists already", hint="edit it, or choose another directory")
+    write_text_atomic(made.config_path, text)
+    stdout.print(f"made {made.config_path} from recipe {recipe!r}", markup=False)
+
+
+def _stage(
+    function: Callable[..., Manifest],
+    workspace: Path,
+    assignments: list[str] | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run one stage function and show its summary."""
+    manifest = function(open_run(workspace, assignments), force=force)
+    if as_json:
+        print_json({"stage": manifest.stage, "fingerprint": manifest.fingerprint, **manifest.summary})
+    else:
+        _print_summary(manifest.stage, manifest.summary)
+
+
+def _print_summary(stage: str, summary: dict[str, Any]) -> None:
+    parts = []
+    for name, value in summary.items():
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            shown = (
+                f"{value:,}"
+                if isinstance(value, int)
+                else f"{value:.4g}"
+                if isinstance(value, float)
+                else value
+            )
+            parts.append(f"{name.replace('_', ' ')} {shown}")
+    stderr.print(f"{stage}: {', '.join(parts)}", markup=False)
+
+
+def prepare(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Demo recipes only: train the tiny teacher and student, and write the problems."""
+    from tropd.pipeline.demo.prepare import prepare as run_prepare
+
+    run = open_run(workspace, settings)
+    result = run_prepare(run.workspace, run.config, run.reporter, force=force)
+    if as_json:
+        print_json(vars(result))
+
+
+def generate_prefixes(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 1: sample trajectories from the teacher, for students to continue from."""
+    from tropd.pipeline.prefixes import generate_prefixes as stage
+
+    _stage(stage, workspace, settings, force, as_json)
+
+
+def score_teacher(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 2: cache the teacher's top-k log-probs of its trajectories."""
+    from tropd.pipeline.scoring import score_teacher as stage
+
+    _stage(stage, workspace, settings, force, as_json)
+
+
+def train(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 3: distil the student; starts a local teacher service unless teacher.url is set."""
+    from tropd.pipeline.training.loop import train as stage
+
+    _stage(stage, workspace, settings, force, as_json)
+
+
+def evaluate(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy on held-out problems: student before and after, and teacher."""
+    from tropd.pipeline.evaluation.evaluate import evaluate as stage
+
+    manifest = stage(open_run(workspace, settings), force=force)
+    if as_json:
+        print_json(manifest.summary)
+        return
+    for who, modes in manifest.summary["accuracy"].items():
+        shown = ", ".join(f"{mode} {value:.1%}" for mode, value in modes.items())
+        stdout.print(f"{who:>8}: {shown}", markup=False)
+
+
+def report(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
+    """Write the report page; with --json, print its numbers."""
+    from tropd.pipeline.report.collect import build_report
+    from tropd.pipeline.report.page import write_report
+    from tropd.storage.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    page = write_report(opened)
+    if as_json:
+        print_json(build_report(opened).model_dump(mode="json"))
+    else:
+        stdout.print(f"report: {page}", markup=False)
+
+
+def serve_teacher(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: service.host).")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; 0 takes a free one (default: service.port).")
+    ] = None,
+    exit_with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the teacher-scoring service until it is stopped."""
+    from tropd.pipeline.teacher.serve import serve
+
+    assignments = list(settings or [])
+    assignments += [f"service.host={host}"] if host is not None else []
+    assignments += [f"service.port={port}"] if port is not None else []
+
+    def ready(url: str) -> None:
+        if as_json:
+            typer.echo(f'{{"url": "{url}"}}')
+        else:
+            stdout.print(f"teacher service ready at {url}", markup=False)
+
+    serve(open_run(workspace, assignments), ready, exit_with_parent=exit_with_parent)
+
+
+def demo(
+    workspace: Annotated[
+        Path, typer.Option("--workspace", "-w", help="Directory of the run.", metavar="DIR")
+    ] = DEMO_WORKSPACE,
+    recipe: Annotated[str, typer.Option(help="demo or demo-mismatch.")] = "demo",
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Everything, on two tiny models trained on the spot: minutes on a laptop, no GPU, no downloads."""
+    from tropd.pipeline.configuration import recipe_text
+    from tropd.storage.atomic import write_text_atomic
+    from tropd.storage.workspace import Workspace
+
+    made = Workspace.create(workspace)
+    if not made.config_path.exists():
+        write_text_atomic(made.config_path, recipe_text(recipe))
+    run_all(open_run(workspace, settings))
+    report(workspace, as_json)
+
+
+def run_all(run: Run) -> None:
+    """All stages of a run in order; what is done already is skipped."""
+    from tropd.pipeline.demo.prepare import prepare as run_prepare
+    from tropd.pipeline.evaluation.evaluate import evaluate as run_evaluate
+    from tropd.pipeline.prefixes import generate_prefixes as run_prefixes
+    from tropd.pipeline.scoring import score_teacher as run_scores
+    from tropd.pipeline.training.loop import train as run_train
+
+    if run.config.demo.enabled:
+        run_prepare(run.workspace, run.config, run.reporter)
+    for stage in (run_prefixes, run_scores, run_train, run_evaluate):
+        manifest = stage(run)
+        if manifest.stage != "eval":
+            _print_summary(manifest.stage, manifest.summary)
+    for who, modes in manifest.summary["accuracy"].items():
+        stderr.print(f"{who:>8}: " + ", ".join(f"{m} {v:.1%}" for m, v in modes.items()), markup=False)

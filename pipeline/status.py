@@ -1,0 +1,293 @@
+"""Where a run stands: what each stage has done, how much room and time it took, and which command is next.
+
+Reads files only, loads no model and takes no lock, so it may run beside a running stage. Checksums are left
+to ``tropd verify``: here a shard counts as damaged when it is missing or has another size than promised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tropd.pipeline.config import Config
+from tropd.pipeline.configuration import load_config
+from tropd.storage.errors import TropdError
+from tropd.storage.manifest import FILE_NAME, Manifest, read_manifest
+from tropd.storage.stage import stage_seconds
+from tropd.storage.workspace import Workspace
+
+State = Literal["not started", "in progress", "complete", "damaged"]
+
+COMMANDS: Mapping[str, str] = {
+    "models": "prepare",
+    "prefixes": "generate-prefixes",
+    "scores": "score-teacher",
+    "train": "train",
+    "eval": "evaluate",
+    "report": "report",
+}
+"""Stage folder → the command that fills it, in the order of a run."""
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATED = ("before", "after", "teacher")
+"""Who is evaluated, one file each."""
+
+
+class StageStatus(BaseModel):
+    """One stage as it is on disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Folder in the workspace."""
+    command: str
+    """The command that fills it."""
+    state: State
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    """What ``done`` and ``total`` count (shards, steps, models); either may be unknown."""
+    rows: int = 0
+    bytes: int = 0
+    """Everything in the folder, not only what the manifest lists."""
+    seconds: float | None = None
+    """Time spent, over all sessions; None if there is no record."""
+    fingerprint: str | None = None
+    problem: str = ""
+    """What is damaged or stale, in words."""
+
+    @property
+    def progress(self) -> str:
+        """Such as ``step 40 of 100``; empty if nothing is known."""
+        if self.done is None:
+            return ""
+        counted = f"{self.done} of {self.total}" if self.total is not None else f"{self.done}"
+        return f"step {counted}" if self.unit == "steps" else f"{counted} {self.unit}"
+
+
+class Status(BaseModel):
+    """The whole workspace."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workspace: str
+    stages: list[StageStatus]
+    bytes: int
+    next_command: str | None
+    """The command to run next; None when there is nothing left to do."""
+    next_reason: str
+    """Why that one, in words."""
+
+    def stage(self, name: str) -> StageStatus | None:
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def workspace_status(workspace: Workspace) -> Status:
+    """Look at every stage. Damaged files become part of the answer; only an unreadable disk raises."""
+    config: Config | None = None
+    config_problem = ""
+    try:
+        config = load_config(workspace.config_path).config
+    except (TropdError, OSError, ValueError) as error:
+        config_problem = str(error)
+    seconds, _ = read_stage_seconds(workspace)
+    stages: list[StageStatus] = []
+    for name in COMMANDS:
+        if name == "report":
+            stages.append(_report_status(workspace, stages))
+        elif name != "models" or _prepares(workspace, config):
+            stages.append(_stage_status(workspace, name, config, seconds, stages))
+    command, reason = _next(workspace, stages, config_problem)
+    return Status(
+        workspace=workspace.root.name,
+        stages=stages,
+        bytes=folder_size(workspace.root),
+        next_command=command,
+        next_reason=reason,
+    )
+
+
+def read_stage_seconds(workspace: Workspace) -> tuple[dict[str, float], str]:
+    """Seconds per stage from the timings log, and what is wrong with that log (empty if nothing)."""
+    try:
+        return stage_seconds(workspace.logs / "stages.jsonl"), ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"logs/stages.jsonl is not readable ({type(error).__name__}: {error})"
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below ``folder``; files that vanish meanwhile (a running stage) are skipped."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def _prepares(workspace: Workspace, config: Config | None) -> bool:
+    """Whether this run makes its own models (demo recipes), or has done so."""
+    return (config is not None and config.demo.enabled) or (workspace.stage("models") / FILE_NAME).exists()
+
+
+def _stage_status(
+    workspace: Workspace,
+    name: str,
+    config: Config | None,
+    seconds: Mapping[str, float],
+    earlier: list[StageStatus],
+) -> StageStatus:
+    folder = workspace.stage(name)
+    size = folder_size(folder)
+    command = COMMANDS[name]
+    try:
+        manifest = read_manifest(folder)
+    except (TropdError, OSError) as error:
+        return StageStatus(
+            name=name,
+            command=command,
+            state="damaged",
+            bytes=size,
+            seconds=seconds.get(name),
+            problem=str(error).replace(f"{folder}/", ""),
+        )
+    if manifest is None:
+        # Without a manifest nothing counts, whatever else lies in the folder.
+        return StageStatus(name=name, command=command, state="not started", bytes=size)
+    broken = _broken_shards(folder, manifest)
+    done, total, unit = _progress(workspace, name, manifest, config, earlier)
+    state: State = "damaged" if broken else "complete" if manifest.complete else "in progress"
+    return StageStatus(
+        name=name,
+        command=command,
+        state=state,
+        done=done,
+        total=total,
+        unit=unit,
+        rows=manifest.rows,
+        bytes=size,
+        seconds=seconds.get(manifest.stage, seconds.get(name)),
+        fingerprint=manifest.fingerprint,
+        problem="; ".join(broken),
+    )
+
+
+def _broken_shards(folder: Path, manifest: Manifest) -> list[str]:
+    broken: list[str] = []
+    for shard in manifest.shards.values():
+        path = folder / shard.name
+        if not path.exists():
+            broken.append(f"{shard.name} is missing")
+        elif (size := folder_size(path) if path.is_dir() else path.stat().st_size) != shard.size:
+            broken.append(f"{shard.name} has {size} bytes instead of {shard.size}")
+    return broken
+
+
+def _progress(
+    workspace: Workspace, name: str, manifest: Manifest, config: Config | None, earlier: list[StageStatus]
+) -> tuple[int, int | None, str]:
+    """Done, total (if known) and the unit of both."""
+    shards = len(manifest.shards)
+    if name == "train":
+        steps = count_steps(workspace.stage("train") / METRICS_FILE)
+        return steps, config.train.steps if config else None, "steps"
+    if name == "eval":
+        return shards, max(shards, len(EVALUATED)), "parts"
+    if name == "models":
+        return shards, shards if manifest.complete else None, "parts"
+    # A scores shard may be several files of one stem (arrays beside a table).
+    shards = len({shard.split(".")[0] for shard in manifest.shards})
+    if manifest.complete:
+        return shards, shards, "shards"
+    if name == "scores":
+        upstream = next((s for s in earlier if s.name == "prefixes" and s.state == "complete"), None)
+        return shards, upstream.done if upstream else None, "shards"
+    return shards, _prefix_shards(workspace, config), "shards"
+
+
+def _prefix_shards(workspace: Workspace, config: Config | None) -> int | None:
+    """How many shards the prefixes will have: known from the length of the prompt file."""
+    if config is None:
+        return None
+    try:
+        with workspace.resolve(config.data.prompts).open("rb") as stream:
+            prompts = sum(1 for line in stream if line.strip())
+    except OSError:
+        return None
+    return math.ceil(min(prompts, config.data.limit or prompts) / config.prefixes.shard_prompts) or None
+
+
+def count_steps(metrics: Path) -> int:
+    """Optimiser steps on record. A step that was repeated after an interruption counts once."""
+    steps: set[int] = set()
+    try:
+        with metrics.open("rb") as stream:
+            for line in stream:
+                try:
+                    entry = json.loads(line)
+                    if any(not key.startswith(("step", "accuracy_")) for key in entry):
+                        steps.add(int(entry["step"]))
+                except (ValueError, KeyError, TypeError, OverflowError):
+                    continue
+    except OSError:
+        return 0
+    return len(steps)
+
+
+def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStatus:
+    """The report is complete while it describes the other stages as they are now.
+
+    Contents are compared, not file times: those do not survive a copy of the workspace.
+    """
+    folder = workspace.stage("report")
+    size = folder_size(folder)
+    state: State = "complete"
+    problem = ""
+    try:
+        written = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]
+        seen = {name: (s["state"], s["fingerprint"], s["rows"], s["done"]) for name, s in written.items()}
+        if not (folder / "index.html").is_file():
+            state, problem = "damaged", "index.html is missing"
+        elif seen != {s.name: (s.state, s.fingerprint, s.rows, s.done) for s in stages}:
+            state, problem = "in progress", "the report is older than the results"
+    except FileNotFoundError:
+        state = "not started"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state, problem = "damaged", f"report.json is not readable ({type(error).__name__})"
+    return StageStatus(name="report", command="report", state=state, bytes=size, problem=problem)
+
+
+def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) -> tuple[str | None, str]:
+    where = shlex.quote(_shown_path(workspace.root))
+    if config_problem:
+        return f"tropd config show -w {where}", f"the configuration cannot be read: {config_problem}"
+    for stage in stages:
+        command = f"tropd {stage.command} -w {where}"
+        if stage.state == "complete":
+            continue
+        if stage.state == "not started":
+            return command, f"{stage.command} has not been run yet"
+        if stage.state == "in progress":
+            return command, stage.problem or f"{stage.command} is not finished ({stage.progress})"
+        if stage.fingerprint is None and stage.name != "report":
+            # Without a readable manifest the stage cannot be continued, only started over.
+            return f"{command} --force", stage.problem
+        return command, f"{stage.problem}: running the stage again makes it good"
+    return None, f"everything is done: open {_shown_path(workspace.stage('report') / 'index.html')}"
+
+
+def _shown_path(path: Path) -> str:
+    """As a person in the current directory would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

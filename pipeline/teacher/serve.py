@@ -1,0 +1,28 @@
+"""``serve-teacher``: load the teacher of a run and answer scoring requests until stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from tropd.pipeline.context import Run, load_role
+from tropd.pipeline.models import tokenizer_identity, weights_digest
+from tropd.pipeline.teacher.protocol import ServiceInfo
+from tropd.pipeline.teacher.service import run_service
+
+
+def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
+    """Run the service in this process; ``on_ready`` gets its URL once it answers."""
+    settings = run.config.service
+    teacher = load_role(run, "teacher")
+    engine = teacher.engine(batch_size=1, batch_tokens=settings.batch_tokens)
+    identity = tokenizer_identity(teacher.tokenizer)
+    info = ServiceInfo.describe(
+        model=teacher.folder.name,
+        weights=weights_digest(teacher.folder),
+        tokenizer=identity,
+        engine=engine,
+        settings=settings,
+    )
+    token = os.environ.get(run.config.teacher.token_env) or None
+    run_service(engine, info, settings, token=token, on_ready=on_ready, exit_with_parent=exit_with_parent)

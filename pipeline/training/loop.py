@@ -1,0 +1,243 @@
+"""Stage 3, ``train``: roll out, have the teacher score, step; checkpointed, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tropd.pipeline.config import TrainConfig
+from tropd.pipeline.context import Run, check_pair, data_fields, finished, model_fields, section_fields
+from tropd.pipeline.evaluation.evaluate import Mode, respond
+from tropd.pipeline.guidance import scheduled_length
+from tropd.pipeline.models import DTYPES
+from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.training.checkpoint import load_checkpoint, remove_uncommitted, save_checkpoint
+from tropd.pipeline.training.interrupt import StopRequest, stop_on_signal
+from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
+from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out
+from tropd.pipeline.training.session import Session, open_session
+from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
+from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
+from tropd.storage.atomic import atomic_directory, write_text_atomic
+from tropd.storage.errors import InterruptedStageError, TropdError
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import Manifest
+from tropd.storage.stage import Stage, open_stage
+
+STAGE = "train"
+FINAL = "final"
+SUMMED = (
+    "tokens_on_policy",
+    "tokens_guidance",
+    "teacher_tokens_scored",
+    "teacher_topk_tokens",
+    "teacher_bytes_sent",
+    "teacher_bytes_received",
+)
+
+
+def fingerprint(run: Run) -> Fingerprint:
+    """Everything that decides the final weights."""
+    config = run.config
+    needs = teacher_needs(config.objective)
+    fields = data_fields(run, "prompts") | model_fields(run, "student") | model_fields(run, "teacher")
+    fields |= section_fields("objective", config.objective, without={"title", "source", "confidence", "formula"})
+    fields |= section_fields("rollout", config.rollout, without={"batch_size"})
+    irrelevant = {
+        "micro_batch_tokens",
+        "gradient_checkpointing",
+        "region_gradients",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "evaluate_every",
+        "evaluate_problems",
+    }
+    fields |= section_fields("train", config.train, without=irrelevant)
+    fields["run.seed"] = config.run.seed
+    if config.objective.schedule.kind != "none":
+        fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
+    if needs.cached_topk:
+        fields["upstream.scores"] = finished(run, "scores", "score-teacher").fingerprint
+    return Fingerprint(fields)
+
+
+def train(run: Run, *, force: bool = False) -> Manifest:
+    """Train to the last step, from the newest checkpoint if there is one, and return the finished manifest.
+
+    Raises:
+        InterruptedStageError: Ctrl-C or SIGTERM; a checkpoint was written.
+        TropdError: a non-finite loss or gradient (the batch is saved), or a teacher that stays away.
+    """
+    check_pair(run)
+    folder = run.workspace.stage(STAGE)
+    with open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings) as stage:
+        if stage.complete:
+            run.reporter.info(f"train: done before ({stage.manifest.summary['steps']} steps), nothing to do")
+            return stage.manifest
+        remove_uncommitted(stage)
+        with ExitStack() as stack:
+            stop = stack.enter_context(stop_on_signal())
+            session = open_session(run, stack, run.reporter.warning)
+            _run_steps(session, stage, stop)
+        return stage.manifest
+
+
+def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
+    run, config = session.run, session.run.config.train
+    model, optimizer = session.student.model, session.optimizer
+    first, counters = load_checkpoint(stage, model, optimizer)
+    if first:
+        run.reporter.info(f"train: resuming after step {first} of {config.steps}")
+    with MetricsLog(stage.folder, first) as log:
+        with run.reporter.task("train", config.steps, done=first, unit="steps") as task:
+            for step in range(first, config.steps):
+                record = _step(session, stage, step)
+                for name in SUMMED:
+                    counters[name] = counters.get(name, 0) + record[name]
+                done = step + 1
+                if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
+                    record |= _evaluate(session)
+                log.write(record)
+                task.advance(1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"])
+                if stop or done % config.checkpoint_every == 0 or done == config.steps:
+                    log.sync()
+                    save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
+                if stop and done < config.steps:
+                    raise InterruptedStageError(
+                        f"train: stopped after step {done} of {config.steps}; a checkpoint was saved",
+                        hint=f"tropd train -w {run.workspace.root} goes on from there",
+                    )
+    _export(session, stage)
+    stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
+
+
+def _step(session: Session, stage: Stage, step: int) -> Record:
+    """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
+    run, config, objective = session.run, session.run.config, session.run.config.objective
+    started = time.perf_counter()
+    limit = scheduled_length(
+        objective.schedule, step=step, total_steps=config.train.steps, max_tokens=config.rollout.max_tokens
+    )
+    plans = plan_rows(
+        step,
+        prompt_ids=[p.id for p in session.prompts],
+        encoded=session.encoded,
+        store=session.store,
+        schedule=objective.schedule,
+        limit=limit,
+        rollout=config.rollout,
+        seed=config.run.seed,
+    )
+    rows = roll_out(plans, session.engine, config.rollout)
+    rolled_out = time.perf_counter()
+    traffic_before = session.traffic()
+    teacher = _teacher_data(session, rows)
+    traffic = {k: v - traffic_before[k] for k, v in session.traffic().items()}
+    inputs = StepInputs(
+        rows=rows,
+        teacher=teacher,
+        regions=draw_regions(objective, rows, teacher),
+        guidance_topk=session.guidance_topk(rows),
+        reference_logprobs=session.reference_logprobs(rows),
+        progress=step / config.train.steps,
+    )
+    scored = time.perf_counter()
+    session.student.model.train()
+    session.optimizer.zero_grad(set_to_none=True)
+    try:
+        outcome = backpropagate(
+            session.split,
+            session.parameters,
+            objective,
+            inputs,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            precision=session.precision,
+            region_gradients=config.train.region_gradients,
+        )
+        norm = float(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient's norm is {norm}")
+    except NonFiniteError as error:
+        raise _stopped(stage, step, rows, teacher, error) from error
+    learning_rate = learning_rate_at(config.train, step)
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate
+    session.optimizer.step()
+    ended = time.perf_counter()
+    return {
+        "step": step,
+        **step_metrics(inputs, outcome, guided=objective.guidance.weight > 0),
+        **traffic,
+        "prefix_length_scheduled": limit,
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        "time_rollout": rolled_out - started,
+        "time_score": scored - rolled_out,
+        "time_train": ended - scored,
+        "time_total": ended - started,
+    }
+
+
+def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
+    if session.scorer is None:
+        return TeacherData.nothing()
+    return ask_teacher(
+        session.scorer, rows, session.run.config.objective, session.needs, session.vocab_limit
+    )
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Learning rate of the step with this number (from 0): linear warm-up, then the schedule down to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    return config.learning_rate
+
+
+def _evaluate(session: Session) -> Record:
+    if session.problems is None:
+        return {}
+    record: Record = {}
+    problems, encoded = session.problems
+    modes: tuple[Mode, ...] = ("greedy", "sampled")
+    for mode in modes:
+        marks = respond(session.run, session.engine, session.student.tokenizer, problems, encoded, mode, 1)
+        record[f"accuracy_{mode}"] = sum(m.correct for m in marks) / len(marks)
+    return record
+
+
+def _export(session: Session, stage: Stage) -> None:
+    """The final student as a plain Hugging Face directory, in the configured precision."""
+    with atomic_directory(stage.folder / FINAL) as folder:
+        model = session.student.model.to(DTYPES[session.run.config.student.dtype])
+        model.save_pretrained(folder)
+        session.student.tokenizer.save_pretrained(folder)
+    stage.commit(FINAL, rows=session.run.config.train.steps)
+
+
+def _stopped(stage: Stage, step: int, rows: list[Row], teacher: TeacherData, error: Exception) -> TropdError:
+    """Save the batch of a non-finite step and say where it is. The last checkpoint stays as it is."""
+    path = stage.folder / f"non-finite-step-{step:06d}.json"
+    content: dict[str, Any] = {
+        "step": step,
+        "reason": str(error),
+        "rows": [asdict(row) for row in rows],
+        "teacher_logprobs": teacher.logprobs.tolist(),
+    }
+    write_text_atomic(path, json.dumps(content))
+    return TropdError(
+        f"step {step}: {error}. The step's batch is in {path}; the weights of the last checkpoint are untouched",
+        hint="look at the batch; a lower train.learning_rate or teacher.dtype = 'float32' often helps",
+    )
+
+

@@ -1,0 +1,157 @@
+"""Metrics of a step, and the files they go to (JSONL and TensorBoard), exact across interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from tropd.pipeline.objectives.loss import floored_log_ratio
+from tropd.pipeline.objectives.partition import Regions, acceptance
+from tropd.pipeline.training.batch import Layout
+from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.step import StepInputs, StepOutcome
+from tropd.storage.atomic import atomic_file
+
+FILE_NAME = "metrics.jsonl"
+HISTOGRAM_BINS = 10
+
+Record = dict[str, Any]
+
+
+def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Record:
+    """Everything that is known about a step's tokens, as flat numbers (see docs/metrics.md for what each means)."""
+    layout = Layout(inputs.rows, guided)
+    student = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
+    teacher = inputs.teacher.logprobs
+    # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
+    k1 = -floored_log_ratio(teacher, student)
+    prefix = int(sum(len(row.plan.prefix_tokens) for row in inputs.rows))
+    record: Record = {
+        "loss": sum(outcome.losses.values()),
+        **{f"loss_{name}": value for name, value in outcome.losses.items()},
+        **_fractions(inputs.regions, prefix),
+        "tokens_on_policy": len(teacher),
+        "tokens_guidance": prefix,
+        "tokens_supervised": len(teacher) + int(layout.guidance_counts.sum()),
+        **_responses(inputs.rows),
+        "k1_mean": _mean(k1),
+        "k1_min": float(k1.min()) if len(k1) else None,
+        "k1_max": float(k1.max()) if len(k1) else None,
+        "k1_trust": _weighted_mean(k1, inputs.regions.trust),
+        "k1_outlier": _weighted_mean(k1, inputs.regions.outlier),
+        "student_entropy": _mean(outcome.student_entropy),
+        "teacher_entropy": None if inputs.teacher.entropy is None else _mean(inputs.teacher.entropy),
+        "topk_overlap": _mean(outcome.overlap[~np.isnan(outcome.overlap)]),
+        "topk_student_mass": _mean(outcome.student_topk_mass[~np.isnan(outcome.student_topk_mass)]),
+        "topk_teacher_mass": _mean(-np.expm1(np.minimum(inputs.teacher.topk.tail.astype(np.float64), 0.0))),
+        **_acceptance(student, teacher),
+        **_importance(outcome, student),
+    }
+    record |= {f"grad_norm_{name}": norm for name, norm in outcome.region_gradient_norms.items()}
+    return record
+
+
+def _fractions(regions: Regions, prefix: int) -> Record:
+    trust, outlier = float(regions.trust.sum()), float(regions.outlier.sum())
+    tokens = max(len(regions.trust) + prefix, 1)
+    return {
+        "region_fraction_trust": trust / tokens,
+        "region_fraction_outlier": outlier / tokens,
+        "region_fraction_guidance": prefix / tokens,
+    }
+
+
+def _responses(rows: Sequence[Row]) -> Record:
+    lengths = [len(r.plan.prefix_tokens) + len(r.tokens) for r in rows]
+    return {
+        "prefix_length_mean": float(np.mean([len(r.plan.prefix_tokens) for r in rows])),
+        "response_length_mean": float(np.mean(lengths)),
+        "truncated_fraction": float(np.mean([r.truncated for r in rows])),
+    }
+
+
+def _acceptance(student: Any, teacher: Any) -> Record:
+    probability = acceptance(student, teacher)
+    histogram, _ = np.histogram(probability, bins=HISTOGRAM_BINS, range=(0.0, 1.0))
+    return {"acceptance_mean": _mean(probability), "acceptance_histogram": histogram.tolist()}
+
+
+def _importance(outcome: StepOutcome, sampler: Any) -> Record:
+    """π_θ/μ of the student's tokens: 1 but for rounding unless the sampler is another engine or older weights."""
+    difference = outcome.student_logprobs - sampler
+    if not len(difference):
+        return {"importance_mean": None, "importance_max": None, "sampler_logprob_difference_max": None}
+    ratio = np.exp(difference)
+    return {
+        "importance_mean": float(ratio.mean()),
+        "importance_max": float(ratio.max()),
+        "sampler_logprob_difference_max": float(np.abs(difference).max()),
+    }
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _weighted_mean(values: Any, weights: Any) -> float | None:
+    total = float(np.sum(weights))
+    return float(np.sum(values * weights) / total) if total > 0 else None
+
+
+class MetricsLog:
+    """Appends one record per step. Opened at a step, it first drops what a lost session wrote from there on."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._path = folder / FILE_NAME
+        kept = [r for r in read_metrics(self._path) if r["step"] < first_step]
+        with atomic_file(self._path) as temporary:
+            temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        self._stream = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, record: Record) -> None:
+        """Append a record; it has a ``step``."""
+        self._stream.write(_line(record))
+        self._stream.flush()
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Flush to disk, so that a checkpoint never is ahead of the metrics."""
+        os.fsync(self._stream.fileno())
+        self._board.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        self._board.close()
+
+
+def _line(record: Record) -> str:
+    plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+    return json.dumps(plain) + "\n"
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records in order; a torn last line (kill while writing) is left out."""
+    records: list[Record] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records

@@ -1,0 +1,174 @@
+"""The rows of a training step: which prompts, which teacher prefix, and what the student wrote after it.
+
+Everything is a function of (seed, step), so that a resumed run makes the same rows as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tropd.pipeline.config import RolloutConfig
+from tropd.pipeline.engines.base import Engine, Sampling
+from tropd.pipeline.guidance import prefix_length
+from tropd.pipeline.objectives.spec import Schedule
+from tropd.storage.manifest import Manifest, check_shard
+from tropd.storage.seeds import derive_seed, uniforms
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row before the student has written: a prompt, a seed, and the teacher tokens to start from."""
+
+    slot: int
+    """Number of the prompt within the step."""
+    prompt_index: int
+    prompt_tokens: Sequence[int]
+    prefix_tokens: Sequence[int]
+    trajectory: int | None
+    """Row of the trajectory store that the prefix comes from."""
+    prefix_complete: bool
+    """The prefix is a whole response: nothing is left for the student."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row with the student's tokens (none if the prefix is complete)."""
+
+    plan: RowPlan
+    tokens: Sequence[int]
+    sampler_logprobs: Sequence[float]
+    """log μ of ``tokens``: full softmax of the sampling engine, temperature 1."""
+    truncated: bool
+    """The student ran into the length limit."""
+
+    @property
+    def context(self) -> list[int]:
+        """Prompt and prefix."""
+        return [*self.plan.prompt_tokens, *self.plan.prefix_tokens]
+
+    @property
+    def sequence(self) -> list[int]:
+        return [*self.context, *self.tokens]
+
+
+class TrajectoryStore:
+    """All trajectories of a stage in memory, as compact Arrow columns, found by prompt.
+
+    Raises:
+        DamagedShardError: a shard does not match its checksum.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        tables = []
+        columns = ["prompt_id", "sample_index", "tokens", "sampled_logprobs", "finish_reason"]
+        self._location: list[tuple[str, int]] = []
+        for shard in manifest.shards.values():
+            check_shard(folder, shard)
+            tables.append(pq.read_table(folder / shard.name, columns=columns))
+            self._location += [(shard.name, row) for row in range(tables[-1].num_rows)]
+        self._table = pa.concat_tables(tables)
+        self._by_prompt: dict[str, list[int]] = defaultdict(list)
+        for row, prompt_id in enumerate(self._table["prompt_id"].to_pylist()):
+            self._by_prompt[prompt_id].append(row)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def rows_of(self, prompt_id: str) -> list[int]:
+        """Rows of a prompt's trajectories (none if all were filtered out)."""
+        return self._by_prompt.get(prompt_id, [])
+
+    def tokens(self, row: int) -> list[int]:
+        tokens: list[int] = self._table["tokens"][row].as_py()
+        return tokens
+
+    def sampled_logprobs(self, row: int) -> list[float]:
+        logprobs: list[float] = self._table["sampled_logprobs"][row].as_py()
+        return logprobs
+
+    def truncated(self, row: int) -> bool:
+        return bool(self._table["finish_reason"][row].as_py() == "length")
+
+    def location(self, row: int) -> tuple[str, int]:
+        """Shard name and row in the shard."""
+        return self._location[row]
+
+
+def prompts_of_step(step: int, num_prompts: int, per_step: int, seed: int) -> list[int]:
+    """Prompt indices of a step: consecutive pieces of one seeded permutation per pass over the data."""
+    positions = np.arange(step * per_step, (step + 1) * per_step)
+    chosen = np.empty(per_step, dtype=np.int64)
+    for epoch in np.unique(positions // num_prompts):
+        generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "order", int(epoch))))
+        here = positions // num_prompts == epoch
+        chosen[here] = generator.permutation(num_prompts)[positions[here] % num_prompts]
+    return [int(i) for i in chosen]
+
+
+def plan_rows(
+    step: int,
+    *,
+    prompt_ids: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    store: TrajectoryStore | None,
+    schedule: Schedule,
+    limit: int,
+    rollout: RolloutConfig,
+    seed: int,
+) -> list[RowPlan]:
+    """Rows of a step with their teacher prefixes.
+
+    Args:
+        limit: scheduled prefix length of this step, in tokens.
+        store: teacher trajectories; None where the objective uses none.
+    """
+    rows = []
+    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompt_ids[index]) if store is not None and limit > 0 else []
+        for sample in range(rollout.samples_per_prompt):
+            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            prefix: list[int] = []
+            trajectory, complete = None, False
+            if available and store is not None:
+                pick = int(uniforms(derive_seed(row_seed, "trajectory"), 0) * len(available))
+                trajectory = available[pick]
+                whole = store.tokens(trajectory)[: rollout.max_tokens]
+                prefix = whole[: prefix_length(schedule, limit=limit, seed=row_seed)]
+                complete = len(prefix) == len(whole) and len(whole) > 0
+            rows.append(
+                RowPlan(
+                    slot, index, encoded[index], prefix, trajectory if prefix else None, complete, row_seed
+                )
+            )
+    return rows
+
+
+def roll_out(plans: Sequence[RowPlan], engine: Engine, rollout: RolloutConfig) -> list[Row]:
+    """Let the student continue every row that its prefix leaves unfinished."""
+    open_plans = [p for p in plans if not p.prefix_complete]
+    generations = iter(
+        engine.generate(
+            [[*p.prompt_tokens, *p.prefix_tokens] for p in open_plans],
+            Sampling(rollout.temperature, rollout.top_p),
+            seeds=[p.seed for p in open_plans],
+            max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in open_plans],
+        )
+    )
+    rows = []
+    for plan in plans:
+        if plan.prefix_complete:
+            rows.append(Row(plan, [], [], truncated=False))
+        else:
+            generation = next(generations)
+            rows.append(
+                Row(plan, generation.tokens, generation.logprobs, generation.finish_reason == "length")
+            )
+    return rows

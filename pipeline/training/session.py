@@ -1,0 +1,164 @@
+"""Everything a training run holds in memory, assembled and checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tropd.pipeline.context import (
+    LoadedModel,
+    Run,
+    evaluation_problems,
+    finished,
+    load_role,
+    training_prompts,
+)
+from tropd.pipeline.engines.base import Engine
+from tropd.pipeline.models import (
+    DTYPES,
+    SplitModel,
+    configure_runtime,
+    load_model,
+    load_tokenizer,
+    model_directory,
+    split_model,
+    tokenizer_identity,
+)
+from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
+from tropd.pipeline.prompts import Prompt
+from tropd.pipeline.teacher.connection import connect_teacher
+from tropd.pipeline.training.batch import RaggedTopk
+from tropd.pipeline.training.cached import CachedScores
+from tropd.pipeline.training.rollouts import Row, TrajectoryStore
+from tropd.pipeline.training.teacher_data import Scorer
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop needs. Models share the process; the teacher is behind ``scorer``."""
+
+    run: Run
+    needs: TeacherNeeds
+    prompts: list[Prompt]
+    encoded: list[list[int]]
+    student: LoadedModel
+    split: SplitModel
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    precision: torch.dtype | None
+    store: TrajectoryStore | None
+    scorer: Scorer | None
+    cached: CachedScores | None
+    reference: Engine | None
+    problems: tuple[list[Prompt], list[list[int]]] | None
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.student.model.parameters() if p.requires_grad]
+
+    @property
+    def vocab_limit(self) -> int:
+        """Ids that mean something to the student: padding rows of the output layer do not count."""
+        return min(len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0]))
+
+    def traffic(self) -> dict[str, int]:
+        """What was asked of the teacher so far, under the names of the metrics."""
+        scorer = self.scorer
+        return {
+            "teacher_tokens_scored": 0 if scorer is None else scorer.tokens_scored,
+            "teacher_topk_tokens": 0 if scorer is None else scorer.topk_tokens,
+            "teacher_bytes_sent": 0 if scorer is None else scorer.bytes_sent,
+            "teacher_bytes_received": 0 if scorer is None else scorer.bytes_received,
+        }
+
+    def reference_logprobs(self, rows: list[Row]) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """``[T]`` log π_ref of the student's tokens, if the objective scales rewards."""
+        if self.reference is None:
+            return None
+        written = [row for row in rows if row.tokens]
+        scores = self.reference.score([r.sequence for r in written], [len(r.context) for r in written])
+        return np.concatenate([s.sampled for s in scores]) if scores else np.zeros(0, dtype=np.float32)
+
+    def guidance_topk(self, rows: list[Row]) -> RaggedTopk | None:
+        """Cached alternatives of the step's prefix tokens, if the objective learns from them."""
+        if self.cached is None or self.store is None:
+            return None
+        return self.cached.prefixes(rows, self.store, self.vocab_limit)
+
+
+def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> Session:
+    """Load student and data, start or reach the teacher service, and check that all fits together.
+
+    Raises:
+        ConfigError, DataError, TropdError: before any training has happened.
+    """
+    config, objective = run.config, run.config.objective
+    needs = teacher_needs(objective)
+    device = configure_runtime(config.runtime)
+    folder = model_directory(run.workspace, config.student, "student")
+    student = _trainable(run, folder, device)
+    precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
+    engine = student.engine(batch_size=config.rollout.batch_size, autocast=precision)
+    prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
+    store = None
+    if objective.schedule.kind != "none":
+        manifest = finished(run, "prefixes", "generate-prefixes")
+        store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
+    cached = None
+    if needs.cached_topk:
+        cached = CachedScores(run.workspace.stage("scores"), finished(run, "scores", "score-teacher"))
+    longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
+    scorer = None
+    if needs.sampled:
+        identity = tokenizer_identity(student.tokenizer)
+        scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, needs=needs, on_wait=on_wait)
+    problems = None
+    if config.train.evaluate_every:
+        limit = config.train.evaluate_problems
+        problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    return Session(
+        run=run,
+        needs=needs,
+        prompts=prompts,
+        encoded=encoded,
+        student=student,
+        split=split_model(student.model),
+        engine=engine,
+        optimizer=torch.optim.AdamW(
+            parameters,
+            lr=config.train.learning_rate,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+        ),
+        precision=precision,
+        store=store,
+        scorer=scorer,
+        cached=cached,
+        reference=_reference(run, folder),
+        problems=problems,
+    )
+
+
+def _trainable(run: Run, folder: Path, device: torch.device) -> LoadedModel:
+    """The student with float32 weights: updates of 5e-6 would vanish in bfloat16 ones."""
+    settings = run.config.student
+    remote = settings.trust_remote_code
+    model = load_model(folder, dtype="float32", device=device, trust_remote_code=remote)
+    if run.config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+
+
+def _reference(run: Run, folder: Path) -> Engine | None:
+    loss = run.config.objective.trust.loss
+    if not isinstance(loss, K1) or loss.reward_scale == 1.0:
+        return None
+    model = load_role(run, "student", folder)
+    return model.engine(batch_size=1, batch_tokens=run.config.train.micro_batch_tokens)

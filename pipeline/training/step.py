@@ -1,0 +1,256 @@
+"""One optimiser step's loss and gradient, from rows and what the teacher said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tropd.pipeline.models import SplitModel, autocast
+from tropd.pipeline.objectives.estimators import Alternatives, topk_reverse_kl
+from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
+from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.spec import Objective
+from tropd.pipeline.objectives.weights import TokenStatistics
+from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
+from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
+from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.teacher_data import TeacherData
+
+Floats = npt.NDArray[np.float64]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that a step's loss depends on, besides the weights."""
+
+    rows: Sequence[Row]
+    teacher: TeacherData
+    regions: Regions
+    guidance_topk: RaggedTopk | None
+    """Cached alternatives of the step's guidance tokens, where the objective learns from them."""
+    reference_logprobs: npt.NDArray[np.float32] | None
+    """``[T]`` log π_ref of the student's tokens, where the objective scales rewards."""
+    progress: float
+    """Share of the training steps done."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What the step measured, per token of the step; gradients are in the parameters."""
+
+    losses: dict[str, float]
+    """Loss per region."""
+    student_logprobs: Floats
+    """``[T]``."""
+    student_entropy: Floats
+    """``[T]``."""
+    overlap: Floats
+    """``[T]`` share of the teacher's alternatives among the student's likeliest; NaN where there are none."""
+    student_topk_mass: Floats
+    """``[T]`` the student's mass on the teacher's alternatives; NaN where there are none."""
+    region_gradient_norms: dict[str, float]
+    """Norm of each region's own gradient, where asked for."""
+
+
+def backpropagate(
+    split: SplitModel,
+    parameters: Sequence[torch.nn.Parameter],
+    objective: Objective,
+    inputs: StepInputs,
+    *,
+    micro_batch_tokens: int,
+    precision: torch.dtype | None,
+    region_gradients: bool = False,
+) -> StepOutcome:
+    """Add the gradient of the step's loss to the parameters.
+
+    The step is cut into micro-batches of at most ``micro_batch_tokens`` padded tokens; neither loss nor gradient
+    depends on how.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    device = parameters[0].device
+    guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
+    layout = Layout(inputs.rows, guided)
+    statistics = _statistics(split, objective, inputs, layout, micro_batch_tokens, device, precision)
+    plan = plan_step(
+        objective,
+        inputs.regions,
+        statistics,
+        groups=layout.groups,
+        guidance_rows=layout.guidance_rows,
+        progress=inputs.progress,
+    )
+    total = len(inputs.teacher.logprobs)
+    measured = {name: np.full(total, np.nan) for name in ("logprobs", "entropy", "overlap", "mass")}
+    losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
+    region_sums: dict[str, list[Tensor]] = {}
+    for micro_batch in micro_batches(layout, micro_batch_tokens, device):
+        topk, guidance_topk, output = _forward(split, inputs, micro_batch, precision)
+        batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
+        regions = region_losses(objective, batch)
+        for name, value in regions.items():
+            if not bool(torch.isfinite(value)):
+                raise NonFiniteError(f"the loss of region {name!r} is {float(value)}")
+            losses[name] += float(value.detach())
+        if region_gradients:
+            _add_region_gradients(regions, parameters, region_sums)
+        sum(regions.values(), start=torch.zeros((), device=device)).backward()
+        _measure(measured, micro_batch, output, batch)
+    return StepOutcome(
+        losses=losses,
+        student_logprobs=measured["logprobs"],
+        student_entropy=measured["entropy"],
+        overlap=measured["overlap"],
+        student_topk_mass=measured["mass"],
+        region_gradient_norms={
+            name: float(torch.nn.utils.get_total_norm(sums)) for name, sums in region_sums.items()
+        },
+    )
+
+
+def _forward(
+    split: SplitModel, inputs: StepInputs, micro_batch: MicroBatch, precision: torch.dtype | None
+) -> tuple[RaggedTopk, RaggedTopk | None, TokenLogprobs]:
+    """The student on a micro-batch, and the teacher's alternatives of its tokens."""
+    topk = inputs.teacher.topk.select(micro_batch.student_tokens)
+    guidance_topk = (
+        None if inputs.guidance_topk is None else inputs.guidance_topk.select(micro_batch.guidance_tokens)
+    )
+    # Lookups go in the order of the positions: per row first guidance, then student tokens.
+    counts = _lookup_counts(micro_batch, topk, guidance_topk)
+    flat = np.zeros(int(counts.sum()), dtype=np.int64)
+    student_entries = np.repeat(micro_batch.is_student, counts)
+    flat[student_entries] = topk.ids
+    if guidance_topk is not None:
+        flat[~student_entries] = guidance_topk.ids
+    device = micro_batch.ids.device
+    with autocast(device, precision):
+        hidden = split.hidden(input_ids=micro_batch.ids, attention_mask=micro_batch.mask)
+        states = hidden[micro_batch.row_index, micro_batch.column_index]
+        lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device))
+        output = token_logprobs(split, states, micro_batch.targets, lookups)
+    return topk, guidance_topk, output
+
+
+def _token_batch(
+    inputs: StepInputs,
+    plan: StepPlan,
+    micro_batch: MicroBatch,
+    topk: RaggedTopk,
+    guidance_topk: RaggedTopk | None,
+    output: TokenLogprobs,
+) -> TokenBatch:
+    device, dtype = output.targets.device, output.targets.dtype
+
+    def tensor(values: Any, index: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.asarray(values)[index]).to(device=device, dtype=dtype)
+
+    is_student = torch.from_numpy(micro_batch.is_student).to(device)
+    counts = _lookup_counts(micro_batch, topk, guidance_topk)
+    student_entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
+    students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
+    sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float64)
+    return TokenBatch(
+        student_logprobs=output.targets[is_student],
+        teacher_logprobs=tensor(inputs.teacher.logprobs, students),
+        sampler_logprobs=tensor(sampler, students),
+        trust=tensor(plan.trust, students),
+        outlier=tensor(plan.outlier, students),
+        guidance=tensor(plan.guidance, prefixes),
+        guidance_logprobs=output.targets[~is_student],
+        advantages=None if plan.advantages is None else tensor(plan.advantages, students),
+        reference_logprobs=(
+            None if inputs.reference_logprobs is None else tensor(inputs.reference_logprobs, students)
+        ),
+        topk_index=torch.from_numpy(topk.index).to(device),
+        topk=_alternatives(topk, output.lookups[student_entries]),
+        guidance_topk=(
+            None if guidance_topk is None else _alternatives(guidance_topk, output.lookups[~student_entries])
+        ),
+    )
+
+
+def _lookup_counts(
+    micro_batch: MicroBatch, topk: RaggedTopk, guidance_topk: RaggedTopk | None
+) -> npt.NDArray[np.int64]:
+    """``[n]`` alternatives per supervised position."""
+    counts = np.zeros(len(micro_batch.is_student), dtype=np.int64)
+    counts[np.flatnonzero(micro_batch.is_student)[topk.index]] = topk.counts
+    if guidance_topk is not None:
+        counts[np.flatnonzero(~micro_batch.is_student)[guidance_topk.index]] = guidance_topk.counts
+    return counts
+
+
+def _alternatives(topk: RaggedTopk, student_logprobs: Tensor) -> Alternatives:
+    def tensor(values: Any) -> Tensor:
+        return torch.from_numpy(values).to(device=student_logprobs.device)
+
+    return Alternatives(
+        teacher_logprobs=tensor(topk.logprobs).to(student_logprobs.dtype),
+        student_logprobs=student_logprobs,
+        counts=tensor(topk.counts),
+        teacher_tail=tensor(topk.tail).to(student_logprobs.dtype),
+    )
+
+
+def _measure(
+    measured: dict[str, Floats], micro_batch: MicroBatch, output: TokenLogprobs, batch: TokenBatch
+) -> None:
+    is_student = torch.from_numpy(micro_batch.is_student).to(output.targets.device)
+    tokens = micro_batch.student_tokens
+    measured["logprobs"][tokens] = output.targets.detach()[is_student].double().cpu().numpy()
+    measured["entropy"][tokens] = output.entropy[is_student].double().cpu().numpy()
+    measured["overlap"][tokens] = output.overlap[is_student].double().cpu().numpy()
+    if batch.topk is not None and batch.topk_index is not None and len(batch.topk_index):
+        mass = batch.topk.sum(batch.topk.student_logprobs.detach().exp())
+        measured["mass"][tokens[batch.topk_index.cpu().numpy()]] = mass.double().cpu().numpy()
+
+
+def _statistics(
+    split: SplitModel,
+    objective: Objective,
+    inputs: StepInputs,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> TokenStatistics:
+    """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
+    sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
+    advantages = floored_log_ratio(inputs.teacher.logprobs, sampler)
+    kinds = {weight.kind for weight in objective.token_weights}
+    if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
+        return TokenStatistics(layout.student_rows, advantages)
+    entropy, divergence, overlap = (np.zeros(len(advantages)) for _ in range(3))
+    with torch.no_grad():
+        for micro_batch in micro_batches(layout, budget, device):
+            topk, guidance_topk, output = _forward(split, inputs, micro_batch, precision)
+            tokens, is_student = micro_batch.student_tokens, torch.from_numpy(micro_batch.is_student)
+            entropy[tokens] = output.entropy.cpu()[is_student].double().numpy()
+            overlap[tokens] = output.overlap.cpu()[is_student].double().numpy()
+            counts = _lookup_counts(micro_batch, topk, guidance_topk)
+            entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
+            alternatives = _alternatives(topk, output.lookups[entries])
+            divergence[tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
+    return TokenStatistics(layout.student_rows, advantages, entropy, divergence, overlap)
+
+
+def _add_region_gradients(
+    regions: Any, parameters: Sequence[torch.nn.Parameter], sums: dict[str, list[Tensor]]
+) -> None:
+    for name, value in regions.items():
+        found = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+        old = sums.get(name)
+        sums[name] = list(found) if old is None else [a + b for a, b in zip(old, found, strict=True)]
