@@ -39,5 +39,19 @@ class StageLockedError(TropdError):
     """Another process is writing the same stage."""
 
 
+class DiskError(TropdError):
+    """The disk failed, refused, or is not writable; what was finished before is untouched."""
+
+
+class DiskFullError(DiskError):
+    """There is no room (or no quota) left for a file."""
+
+
 class WorkspaceVersionError(TropdError):
     """The workspace was written by a version of tropd with another layout."""
+
+
+class InterruptedStageError(TropdError):
+    """A stage was stopped on request; it can be resumed."""
+
+    exit_code = 130

@@ -26,24 +26,42 @@ class Fingerprint:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def changes_from(self, other: Mapping[str, Scalar]) -> list[tuple[str, Scalar, Scalar]]:
-        """Fields that differ as ``(field, other's value, own value)``, sorted; an absent field counts as None."""
+        """Fields that differ as ``(field, other's value, own value)``, sorted; an absent field counts as None.
+
+        Values are compared as they are hashed (1, 1.0 and true differ), so that two fingerprints with
+        different digests always differ in a field.
+        """
         names = sorted(self.fields.keys() | other.keys())
         return [
             (n, other.get(n), self.fields.get(n))
             for n in names
-            if (n in self.fields) != (n in other) or self.fields.get(n) != other.get(n)
+            if (n in self.fields) != (n in other)
+            or json.dumps(self.fields.get(n)) != json.dumps(other.get(n))
         ]
 
 
 def flatten(prefix: str, value: object) -> dict[str, Scalar]:
-    """Flatten nested mappings and lists of scalars into dotted paths (lists become JSON text)."""
-    if isinstance(value, Mapping):
+    """Flatten nested mappings into dotted paths; lists and empty mappings become JSON text.
+
+    Raises:
+        TypeError: a value that has no fixed text form.
+        ValueError: two values would get the same path.
+    """
+    if isinstance(value, Mapping) and value:
         flat: dict[str, Scalar] = {}
         for key, item in value.items():
-            flat.update(flatten(f"{prefix}.{key}" if prefix else str(key), item))
+            part = flatten(f"{prefix}.{key}" if prefix else str(key), item)
+            if clash := flat.keys() & part.keys():
+                raise ValueError(f"cannot fingerprint {', '.join(sorted(clash))}: two values under one path")
+            flat.update(part)
         return flat
-    if isinstance(value, list | tuple):
-        return {prefix: json.dumps(value)}
+    if isinstance(value, Mapping) and not prefix:
+        return {}
     if value is None or isinstance(value, str | int | float | bool):
         return {prefix: value}
+    if isinstance(value, list | tuple | Mapping):
+        try:
+            return {prefix: json.dumps(value, sort_keys=True)}
+        except TypeError as error:
+            raise TypeError(f"cannot fingerprint {prefix}: {error}") from None
     raise TypeError(f"cannot fingerprint {prefix}: {type(value).__name__}")

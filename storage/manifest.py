@@ -1,14 +1,19 @@
-"""Manifests: what a stage has produced so far, under which fingerprint, with row counts and checksums."""
+"""Manifests: what a stage has produced so far, under which fingerprint, with row counts and checksums.
+
+The file ends with a SHA-256 of itself (taken with the digest's place left empty), so that damage to the
+manifest is found like damage to a shard.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from tropd.storage.atomic import content_digest, content_size, write_text_atomic
+from tropd.storage.atomic import TEMPORARY_PREFIX, content_digest, content_size, write_text_atomic
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
 from tropd.storage.fingerprint import Fingerprint, Scalar
 
@@ -26,11 +31,27 @@ class Shard(BaseModel):
     size: int
     sha256: str
 
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        """A manifest may come from elsewhere; its names must not lead out of the stage folder."""
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or str(PurePosixPath(name)) != name
+            or parts[0] == "/"
+            or ".." in parts
+            or name == FILE_NAME
+            or any(part.startswith(TEMPORARY_PREFIX) for part in parts)
+        ):
+            raise ValueError(f"{name!r} cannot be the name of a shard")
+        return name
+
 
 class Manifest(BaseModel):
     """The state of a stage on disk. It holds no clock, so that equal runs give equal manifests."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     schema_version: int = SCHEMA_VERSION
     stage: str
@@ -40,6 +61,15 @@ class Manifest(BaseModel):
     complete: bool = False
     summary: dict[str, Any] = {}
     """Small results that other stages or people want: row counts, rates, accuracies."""
+    checksum: str = ""
+    """SHA-256 of the file with this value empty; filled in on writing."""
+
+    @model_validator(mode="after")
+    def _keys_are_names(self) -> Manifest:
+        for key, shard in self.shards.items():
+            if key != shard.name:
+                raise ValueError(f"shard {shard.name!r} is listed as {key!r}")
+        return self
 
     @classmethod
     def start(cls, stage: str, fingerprint: Fingerprint) -> Manifest:
@@ -65,11 +95,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
         version = data["schema_version"]
         if version == SCHEMA_VERSION:
-            return Manifest.model_validate(data)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+            manifest = Manifest.model_validate(data)
+            if _render(manifest) != text:
+                raise ValueError(
+                    "its content does not match its own checksum; it was changed after it was written"
+                )
+            return manifest
+    except (ValueError, KeyError, TypeError, ValidationError, OSError) as error:
         raise DamagedShardError(
             f"{path} is not a readable manifest: {error}",
             hint="restore it from a copy, or rerun the stage with --force",
@@ -82,7 +118,13 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest atomically."""
-    write_text_atomic(folder / FILE_NAME, manifest.model_dump_json(indent=1) + "\n")
+    write_text_atomic(folder / FILE_NAME, _render(manifest))
+
+
+def _render(manifest: Manifest) -> str:
+    plain = manifest.model_copy(update={"checksum": ""}).model_dump_json(indent=1) + "\n"
+    checksum = hashlib.sha256(plain.encode()).hexdigest()
+    return manifest.model_copy(update={"checksum": checksum}).model_dump_json(indent=1) + "\n"
 
 
 def describe_shard(folder: Path, name: str, rows: int) -> Shard:
@@ -101,9 +143,14 @@ def check_shard(folder: Path, shard: Shard) -> None:
     hint = "tropd verify -w WORKSPACE --repair sets damaged shards aside; rerun the stage to make them again"
     if not path.exists():
         raise DamagedShardError(f"{path} is missing, but its manifest lists it", hint=hint)
-    if (size := content_size(path)) != shard.size:
+    try:
+        size = content_size(path)
+        digest = content_digest(path) if size == shard.size else None
+    except OSError as error:
+        raise DamagedShardError(f"{path} cannot be read: {error}", hint=hint) from error
+    if digest is None:
         raise DamagedShardError(f"{path} has {size} bytes, its manifest says {shard.size}", hint=hint)
-    if (digest := content_digest(path)) != shard.sha256:
+    if digest != shard.sha256:
         raise DamagedShardError(
             f"{path} has sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…", hint=hint
         )

@@ -9,6 +9,7 @@ numbers in [0, 1) with the SplitMix64 finaliser (Steele, Lea and Flood, 2014), v
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def derive_seed(*path: str | int) -> int:
     """A 63-bit seed for a path of strings and integers; different paths give unrelated seeds."""
-    text = "\x1f".join(f"{type(part).__name__[0]}:{part}" for part in path)
+    text = json.dumps([part if isinstance(part, str) else int(part) for part in path])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

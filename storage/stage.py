@@ -18,17 +18,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tropd.storage.atomic import content_size, remove_temporaries
+from tropd.storage.atomic import content_size, explain_disk_errors, make_folder, remove_temporaries
 from tropd.storage.errors import FingerprintMismatchError, StageLockedError
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest, describe_shard, read_manifest, write_manifest
+from tropd.storage.manifest import FILE_NAME, Manifest, describe_shard, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
@@ -66,19 +66,46 @@ class Stage:
         self._log_time()
 
     def _replace(self, **changes: Any) -> None:
-        self.manifest = self.manifest.model_copy(update=changes)
-        write_manifest(self.folder, self.manifest)
+        manifest = self.manifest.model_copy(update=changes)
+        write_manifest(self.folder, manifest)
+        self.manifest = manifest  # only now: after a failed write, memory must not claim more than the disk
 
     def _log_time(self) -> None:
         """Append the time since the last entry: their sum is the stage's time over all its sessions."""
         if self._timings is None:
             return
         now = time.monotonic()
-        self._timings.parent.mkdir(parents=True, exist_ok=True)
-        with self._timings.open("a", encoding="utf-8") as stream:
-            entry = {"stage": self.manifest.stage, "seconds": round(now - self._mark, 6)}
-            stream.write(json.dumps(entry) + "\n")
+        entry = {"stage": self.manifest.stage, "seconds": round(now - self._mark, 6)}
+        with explain_disk_errors(self._timings):
+            self._timings.parent.mkdir(parents=True, exist_ok=True)
+            with self._timings.open("a+b") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+                torn = stream.read(1) not in (b"", b"\n")  # a killed writer's half line must not eat this one
+                stream.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
         self._mark = now
+
+
+@contextmanager
+def lock_stage(folder: Path) -> Iterator[None]:
+    """Be the only writer of a stage folder (created if missing) while the block runs.
+
+    Raises:
+        StageLockedError: another process is.
+    """
+    with explain_disk_errors(folder):
+        make_folder(folder)
+        lock = FileLock(folder.parent / f".{folder.name}{LOCK_NAME}", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StageLockedError(
+                f"another process is writing {folder}",
+                hint="wait for it to end, or stop it; the lock goes away with the process",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -88,27 +115,19 @@ def open_stage(
     """Lock a stage folder and load or start its manifest.
 
     Shards that are listed but missing or of the wrong size are dropped from the manifest, so that the stage
-    makes them again. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
+    makes them again. A stage that was started but holds nothing yet takes the new fingerprint. With
+    ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
 
     Raises:
         StageLockedError: another process holds the stage.
         FingerprintMismatchError: the existing output was made with other settings or inputs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}{LOCK_NAME}", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StageLockedError(
-            f"another process is writing {folder}",
-            hint="wait for it to end, or stop it; the lock goes away with the process",
-        ) from None
-    try:
+    with lock_stage(folder):
         if force:
             _move_aside(folder)
-        remove_temporaries(folder)
         manifest = read_manifest(folder)
-        if manifest is None:
+        remove_temporaries(folder, skip=[folder / shard for shard in manifest.shards] if manifest else ())
+        if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
             manifest = Manifest.start(name, fingerprint)
             write_manifest(folder, manifest)
         elif manifest.fingerprint != fingerprint.digest:
@@ -116,8 +135,10 @@ def open_stage(
         else:
             manifest = _drop_broken(folder, manifest)
         yield Stage(folder, manifest, timings)
-    finally:
-        lock.release()
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == FILE_NAME for path in folder.iterdir())
 
 
 def _move_aside(folder: Path) -> None:
@@ -139,7 +160,12 @@ def _drop_broken(folder: Path, manifest: Manifest) -> Manifest:
     if not broken:
         return manifest
     logger.warning("%s: missing or truncated, made again: %s", manifest.stage, ", ".join(broken))
-    kept = {k: v for k, v in manifest.shards.items() if k not in broken}
+    return drop_shards(folder, manifest, broken)
+
+
+def drop_shards(folder: Path, manifest: Manifest, names: Collection[str]) -> Manifest:
+    """Strike shards from the manifest on disk, so that the stage makes them again. Needs the stage's lock."""
+    kept = {k: v for k, v in manifest.shards.items() if k not in names}
     manifest = manifest.model_copy(update={"shards": kept, "complete": False})
     write_manifest(folder, manifest)
     return manifest
@@ -160,10 +186,11 @@ def stage_seconds(timings: Path) -> dict[str, float]:
     """Seconds per stage, summed over all sessions, from the timings log (torn last lines are ignored)."""
     seconds: dict[str, float] = {}
     if timings.exists():
-        for line in timings.read_text(encoding="utf-8").splitlines():
+        for line in timings.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+                stage, spent = str(entry["stage"]), float(entry["seconds"])
+            except (ValueError, KeyError, TypeError):
                 continue
-            seconds[entry["stage"]] = seconds.get(entry["stage"], 0.0) + float(entry["seconds"])
+            seconds[stage] = seconds.get(stage, 0.0) + spent
     return seconds

@@ -27,13 +27,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
 from tropd.storage.atomic import atomic_directory
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
 
 SCHEMA_VERSION = 1
 CHUNK_ELEMENTS = 1 << 18
+LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
+MASS_TOLERANCE = 5e-3  # rounded log-probs may sum to a little more than 1, where the tail is cut at 0
 
 _ARRAYS: dict[str, npt.DTypeLike] = {
     "offsets": np.int64,
@@ -43,6 +45,7 @@ _ARRAYS: dict[str, npt.DTypeLike] = {
     "tail": np.float32,
     "sampled": np.float32,
 }
+_FILL = {"offsets": -1, "counts": np.iinfo(np.uint16).max, "ids": -1}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,19 @@ def prune(
         sampled: ``[tokens]`` log-prob of the trajectory's own token.
         row_lengths: tokens per row; their sum is ``tokens``.
         mass: in (0, 1].
+
+    Raises:
+        ValueError: shapes do not fit, log-probs are NaN, positive or not descending.
     """
+    if logprobs.shape != ids.shape or len(ids) != len(sampled) or sum(row_lengths) != len(sampled):
+        raise ValueError(
+            f"ids {ids.shape}, logprobs {logprobs.shape}, sampled {sampled.shape} and rows of "
+            f"{sum(row_lengths)} tokens in all do not fit together"
+        )
+    if not (sampled <= LOGPROB_SLACK).all() or not (logprobs <= LOGPROB_SLACK).all():
+        raise ValueError("a teacher log-prob is NaN or positive")  # never stored as if it were an answer
+    if (logprobs[:, 1:] > logprobs[:, :-1]).any():
+        raise ValueError("log-probs are not descending")
     rounded = logprobs.astype(np.float16)
     probabilities = np.exp(rounded.astype(np.float64))
     cumulative = np.cumsum(probabilities, axis=1)
@@ -128,7 +143,8 @@ def concatenate(parts: Sequence[TopK]) -> TopK:
 
 def write_topk(path: Path, data: TopK) -> None:
     """Write one shard atomically."""
-    codec = BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle)
+    # Blosc decodes a truncated chunk without complaint, hence the checksum around it.
+    codecs = (BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec())
     with atomic_directory(path) as temporary:
         group = zarr.create_group(store=temporary, zarr_format=3)
         group.attrs["tropd.schema_version"] = SCHEMA_VERSION
@@ -139,7 +155,9 @@ def write_topk(path: Path, data: TopK) -> None:
                 shape=values.shape,
                 chunks=(max(1, min(len(values), CHUNK_ELEMENTS)),),
                 dtype=values.dtype,
-                compressors=codec,
+                # Zarr reads a missing chunk as this value: it must be one that check_invariants refuses.
+                fill_value=_FILL.get(name, np.nan),
+                compressors=codecs,
             )
             array[...] = values
 
@@ -159,7 +177,7 @@ def read_topk(path: Path) -> TopK:
                 f"{path} has top-k cache schema version {version}; this tropd reads version {SCHEMA_VERSION}",
                 hint="use the tropd version that wrote it, or score again",
             )
-        data = TopK(**{name: np.asarray(group[name][...]) for name in _ARRAYS})  # type: ignore[index]
+        data = TopK(**{name: np.asarray(group[name][...]) for name in _ARRAYS})
     except WorkspaceVersionError:
         raise
     except Exception as error:  # zarr and its codecs raise many types for a damaged store
@@ -174,28 +192,34 @@ def read_topk(path: Path) -> TopK:
 
 def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
     """What is wrong with the arrays, in words; empty if they are consistent."""
-    problems = []
     tokens = data.num_tokens
+    alternatives = int(data.counts.sum(dtype=np.int64))
+    lengths = {"ids": alternatives, "logprobs": alternatives, "tail": tokens, "sampled": tokens}
+    problems = [
+        f"{name} has {len(getattr(data, name))} entries, {length} are expected"
+        for name, length in lengths.items()
+        if len(getattr(data, name)) != length
+    ]
     if len(data.offsets) == 0 or data.offsets[0] != 0 or np.any(np.diff(data.offsets) < 0):
         problems.append("offsets do not start at 0 and rise")
     elif data.offsets[-1] != tokens:
         problems.append(f"offsets end at {data.offsets[-1]}, but there are {tokens} tokens")
-    alternatives = int(data.counts.sum(dtype=np.int64))
-    for name in ("ids", "logprobs"):
-        if len(getattr(data, name)) != alternatives:
-            problems.append(f"{name} has {len(getattr(data, name))} entries, counts sum to {alternatives}")
-    for name in ("tail", "sampled"):
-        if len(getattr(data, name)) != tokens:
-            problems.append(f"{name} has {len(getattr(data, name))} entries for {tokens} tokens")
     if problems:
         return problems
-    for name in ("logprobs", "tail", "sampled"):
-        values = getattr(data, name)
-        if np.isnan(values).any() or (values > 1e-3).any():
-            problems.append(f"{name} has NaN or positive log-probs")
+    problems = [
+        f"{name} has NaN or positive log-probs"
+        for name in ("logprobs", "tail", "sampled")
+        if not (getattr(data, name) <= LOGPROB_SLACK).all()
+    ]
     if len(data.ids) and (data.ids.min() < 0 or (vocab_size is not None and data.ids.max() >= vocab_size)):
         problems.append("ids lie outside the vocabulary")
-    same_token = np.repeat(np.arange(tokens), data.counts)
-    if len(same_token) > 1 and np.any((np.diff(data.logprobs.astype(np.float32)) > 0) & (np.diff(same_token) == 0)):
+    token_of = np.repeat(np.arange(tokens), data.counts)
+    if np.any((np.diff(data.logprobs.astype(np.float32)) > 0) & (np.diff(token_of) == 0)):
         problems.append("log-probs of a token are not descending")
+    kept_mass = np.bincount(token_of, weights=np.exp(data.logprobs.astype(np.float64)), minlength=tokens)
+    wrong = np.abs(kept_mass + np.exp(data.tail.astype(np.float64)) - 1.0) > MASS_TOLERANCE
+    if wrong.any():
+        problems.append(
+            f"kept mass and tail do not add up to 1 at {wrong.sum()} tokens, first {wrong.argmax()}"
+        )
     return problems

@@ -16,6 +16,7 @@ from tropd.storage.manifest import Manifest, check_shard
 
 SCHEMA_VERSION = "1"
 ROW_GROUP_ROWS = 1024
+LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 
 FinishReason = Literal["stop", "length"]
 Author = Literal["teacher", "student"]
@@ -58,41 +59,67 @@ SCHEMA = pa.schema(
 
 
 def write_trajectories(path: Path, rows: Iterable[Trajectory]) -> int:
-    """Write one shard atomically; returns the number of rows."""
-    listed = list(rows)
+    """Write one shard atomically; returns the number of rows.
+
+    Raises:
+        ValueError: a row whose tokens and log-probs do not match, or with a NaN or positive log-prob.
+        DiskError: the disk is full or failing.
+    """
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-    for row in listed:
+    num_rows = 0
+    for row in rows:
+        _check_row(row)
+        num_rows += 1
         for name in SCHEMA.names:
             value = getattr(row, name)
             columns[name].append(sorted(value.items()) if name == "meta" else value)
     table = pa.table(columns, schema=SCHEMA)
     with atomic_file(path) as temporary:
         pq.write_table(
-            table, temporary, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS
+            table,
+            temporary,
+            compression="zstd",
+            compression_level=3,
+            row_group_size=ROW_GROUP_ROWS,
+            write_page_checksum=True,
         )
-    return len(listed)
+    return num_rows
+
+
+def _check_row(row: Trajectory) -> None:
+    where = f"trajectory {row.prompt_id!r}, sample {row.sample_index}"
+    if len(row.tokens) != len(row.sampled_logprobs):
+        raise ValueError(f"{where}: {len(row.tokens)} tokens, but {len(row.sampled_logprobs)} log-probs")
+    if not all(logprob <= LOGPROB_SLACK for logprob in row.sampled_logprobs):
+        raise ValueError(f"{where}: a log-prob is NaN or positive")
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
-    """Read one shard, a row group at a time.
+    """Read one shard, a row group at a time; page checksums are verified.
 
     Raises:
-        DamagedShardError: the file is not readable as Parquet.
+        DamagedShardError: the file is not readable as trajectories.
         WorkspaceVersionError: it has another schema version.
     """
     try:
-        parquet = pq.ParquetFile(path)
-        metadata = parquet.schema_arrow.metadata or {}
-        version = metadata.get(b"tropd.schema_version", b"none").decode()
-        if version != SCHEMA_VERSION:
-            raise WorkspaceVersionError(
-                f"{path} has trajectory schema version {version}; this tropd reads version {SCHEMA_VERSION}",
-                hint="use the tropd version that wrote it, or make the file again",
-            )
-        for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
-                yield Trajectory(**cast(dict[str, object], row))  # type: ignore[arg-type]
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            version = (schema.metadata or {}).get(b"tropd.schema_version", b"none").decode()
+            if version != SCHEMA_VERSION:
+                raise WorkspaceVersionError(
+                    f"{path} has trajectory schema version {version}; this tropd reads version {SCHEMA_VERSION}",
+                    hint="use the tropd version that wrote it, or make the file again",
+                )
+            if not schema.equals(SCHEMA):
+                raise pa.ArrowInvalid(f"its columns are {schema.names}, not those of trajectories")
+            missing = sum(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
+            for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
+                missing -= batch.num_rows
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    yield Trajectory(**cast(dict[str, object], row))  # type: ignore[arg-type]
+            if missing:
+                raise pa.ArrowInvalid(f"its row counts disagree by {missing}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise DamagedShardError(
             f"{path} is not readable: {error}", hint="tropd verify finds what is damaged"
         ) from error

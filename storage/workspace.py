@@ -61,7 +61,7 @@ class Workspace:
             )
         try:
             layout = json.loads(marker.read_text(encoding="utf-8"))["layout"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise WorkspaceVersionError(
                 f"{marker} is not readable as a workspace marker ({error})",
                 hint=f'restore it, or write {{"layout": {LAYOUT_VERSION}}} into it if nothing else was touched',

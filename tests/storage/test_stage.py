@@ -1,0 +1,179 @@
+"""The stage: one writer, resumable, never mixing outputs of different settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from storage_samples import tree
+
+from tropd.storage.atomic import write_text_atomic
+from tropd.storage.errors import DiskFullError, FingerprintMismatchError, StageLockedError
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import read_manifest
+from tropd.storage.stage import Stage, open_stage, stage_seconds
+
+ONE = Fingerprint({"seed": 1, "model": "a"})
+
+
+def fill(folder: Path, fingerprint: Fingerprint = ONE, *, parts: int = 3, force: bool = False) -> list[str]:
+    """Run a stage of small text shards; returns the names that were written now."""
+    written = []
+    with open_stage(folder, "texts", fingerprint, force=force) as stage:
+        for index in range(parts):
+            if not stage.has(name := f"part-{index}"):
+                write_text_atomic(stage.folder / name, f"content {index}")
+                stage.commit(name, rows=index)
+                written.append(name)
+        if not stage.complete:
+            stage.finish(rows=stage.manifest.rows)
+    return written
+
+
+def test_rerun_of_a_finished_stage_does_nothing(tmp_path: Path) -> None:
+    assert len(fill(tmp_path / "s")) == 3
+    before = tree(tmp_path)
+    for path in (tmp_path / "s").iterdir():
+        os.utime(path, (0, 4e9))  # the clock jumped
+    assert fill(tmp_path / "s") == []
+    assert tree(tmp_path) == before
+    manifest = read_manifest(tmp_path / "s")
+    assert manifest is not None
+    assert (manifest.rows, manifest.complete, manifest.summary) == (3, True, {"rows": 3})
+    assert manifest.size == 27
+
+
+def test_missing_and_truncated_shards_are_made_again(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    before = tree(tmp_path)
+    (tmp_path / "s" / "part-0").unlink()
+    (tmp_path / "s" / "part-2").write_text("half")
+    assert fill(tmp_path / "s") == ["part-0", "part-2"]
+    assert tree(tmp_path) == before
+
+
+def test_shard_without_manifest_entry_is_made_again(tmp_path: Path) -> None:
+    fill(tmp_path / "s", parts=1)
+    (tmp_path / "s" / "part-1").write_text("written, but never committed")
+    with open_stage(tmp_path / "s", "texts", ONE) as stage:
+        assert not stage.has("part-1")
+
+
+def test_changed_settings_are_named_and_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    before = tree(tmp_path)
+    with pytest.raises(FingerprintMismatchError) as caught:
+        fill(tmp_path / "s", Fingerprint({"seed": 2, "model": "a", "k": 64}))
+    assert "k: None → 64" in str(caught.value)
+    assert "seed: 1 → 2" in str(caught.value)
+    assert "model" not in caught.value.message.replace("models", "")
+    assert "--force" in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_stage_that_holds_nothing_takes_new_settings(tmp_path: Path) -> None:
+    fill(tmp_path / "s", parts=0)
+    with open_stage(tmp_path / "s", "texts", Fingerprint({"seed": 2})) as stage:
+        assert not stage.complete
+        assert stage.manifest.fields == {"seed": 2}
+
+
+def test_force_moves_the_old_output_aside(tmp_path: Path) -> None:
+    fill(tmp_path / "s", parts=1)
+    for number in (1, 2):
+        assert len(fill(tmp_path / "s", Fingerprint({"seed": number + 1}), force=True)) == 3
+        assert (tmp_path / f"s.old-{number}" / "part-0").read_text() == "content 0"
+
+
+def test_failed_write_is_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_stage(tmp_path / "s", "texts", ONE) as stage:
+        write_text_atomic(stage.folder / "part-0", "x")
+
+        def full(folder: Path, manifest: object) -> None:
+            raise DiskFullError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("tropd.storage.stage.write_manifest", full)
+            with pytest.raises(DiskFullError):
+                stage.commit("part-0", rows=1)
+        assert not stage.has("part-0")
+        stage.commit("part-0", rows=1)
+        assert stage.has("part-0")
+        stage.retire("part-0")
+        assert not stage.has("part-0")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.stage import open_stage
+with open_stage(Path(sys.argv[1]), "texts", Fingerprint({"seed": 1, "model": "a"})) as stage:
+    (stage.folder / ".tmp-1-part-0").write_text("half")
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_writer_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(StageLockedError, match="another process is writing"):
+            fill(tmp_path / "s")
+        assert (tmp_path / "s" / ".tmp-1-part-0").exists()  # not ours to clean while it is being written
+        manifest = read_manifest(tmp_path / "s")  # readers need no lock
+        assert manifest is not None
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert len(fill(tmp_path / "s")) == 3
+    assert not (tmp_path / "s" / ".tmp-1-part-0").exists()
+
+
+def test_same_process_cannot_open_twice(tmp_path: Path) -> None:
+    with open_stage(tmp_path / "s", "texts", ONE), pytest.raises(StageLockedError):
+        fill(tmp_path / "s")
+    assert len(fill(tmp_path / "s")) == 3
+
+
+def test_timings_add_up_despite_torn_lines_and_clock_jumps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = tmp_path / "logs" / "timings.jsonl"
+    monkeypatch.setattr(time, "time", lambda: -1e9)
+    with open_stage(tmp_path / "s", "texts", ONE, timings=timings) as stage:
+        stage.finish()
+    with timings.open("ab") as stream:
+        stream.write(b'{"stage": "tex\xff')
+    with open_stage(tmp_path / "s", "texts", ONE, timings=timings) as stage:
+        stage.finish()
+    with timings.open("a") as stream:
+        stream.write('3\n{"stage": "other", "seconds": 2.5}\n{"seconds": 1}\n')
+    seconds = stage_seconds(timings)
+    assert seconds.keys() == {"texts", "other"}
+    assert 0 <= seconds["texts"] < 5
+    assert seconds["other"] == 2.5
+    assert len(timings.read_bytes().splitlines()) == 6
+    assert stage_seconds(tmp_path / "absent") == {}
+
+
+def test_readers_see_whole_manifests_while_one_writes(tmp_path: Path) -> None:
+    with open_stage(tmp_path / "s", "texts", ONE) as stage:
+        assert isinstance(stage, Stage)
+        seen = []
+        for index in range(20):
+            write_text_atomic(stage.folder / f"part-{index:02d}", "x")
+            stage.commit(f"part-{index:02d}", rows=1)
+            manifest = read_manifest(tmp_path / "s")
+            assert manifest is not None
+            seen.append(manifest.rows)
+    assert seen == list(range(1, 21))
