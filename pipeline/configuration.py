@@ -207,7 +207,7 @@ def _validated(model: type[Any], data: Plain, *, where: str, prefix: str = "") -
 
 def _path_of(model: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> str:
     """Dotted path without the tags that pydantic inserts for discriminated unions."""
-    tags = {"all", "none", "sampled", "expected", "ratio", "teacher_entropy", "zero", "k1", "nll"}
+    tags = {"all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy", "zero", "k1", "nll"}
     tags |= {"topk_fkl", "topk_rkl", "topk_jsd", "student_entropy_top", "advantage_floor", "soft_or_top"}
     tags |= {"prefix_importance", "overlap_drift"}
     parts = [str(p) for p in location if p not in tags]

@@ -62,6 +62,10 @@ def partition_tokens(
         if teacher_entropy is None:
             raise ValueError("partition rule 'teacher_entropy' needs the teacher's entropy")
         return Regions(ones, (teacher_entropy >= partition.threshold).astype(np.float32))
+    if partition.rule == "sign":
+        margin = np.exp(teacher_logprobs.astype(np.float64)) - np.exp(student_logprobs.astype(np.float64))
+        trust = (margin > partition.margin).astype(np.float32)
+        return Regions(trust, np.float32(1.0) - trust)
     probability = acceptance(student_logprobs, teacher_logprobs)
     if partition.rule == "expected":
         trust = probability.astype(np.float32)

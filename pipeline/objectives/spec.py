@@ -48,11 +48,19 @@ class ExpectedPartition(Spec):
 
 
 class RatioPartition(Spec):
-    """Trust where min(π_T/π_S, 1) ≥ threshold; threshold 1 is AOPD's sign gate."""
+    """Trust where min(π_T/π_S, 1) ≥ threshold; at threshold 1 the tokens that the teacher likes at least as much."""
 
     rule: Literal["ratio"] = "ratio"
     threshold: float = Field(default=1.0, ge=0.0, le=1.0)
     """Smallest acceptance ratio that is trusted."""
+
+
+class SignPartition(Spec):
+    """Trust where the teacher likes the token more than the student does: π_T - π_S > margin (AOPD)."""
+
+    rule: Literal["sign"] = "sign"
+    margin: float = Field(default=0.0, ge=-1.0, le=1.0)
+    """τ: 0 is the sign of the advantage, -1 trusts every token (OPD), 1 none."""
 
 
 class TeacherEntropyPartition(Spec):
@@ -69,6 +77,7 @@ Partition = Annotated[
     | SampledPartition
     | ExpectedPartition
     | RatioPartition
+    | SignPartition
     | TeacherEntropyPartition,
     Field(discriminator="rule"),
 ]
