@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tropd.storage.topk_cache import TopK, prune
-from tropd.storage.trajectories import Trajectory
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.stage import open_stage
+from tropd.storage.topk_cache import TopK, prune, write_topk
+from tropd.storage.trajectories import Trajectory, write_trajectories
+from tropd.storage.workspace import Workspace
 
 VOCAB_SIZE = 50
 
@@ -65,3 +68,24 @@ def tree(folder: Path) -> dict[str, str]:
         elif not path.name.endswith(".lock"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def build_workspace(root: Path, *, parts: int, rows: int, scored: int | None = None) -> Workspace:
+    """A workspace with ``parts`` trajectory shards of ``rows`` rows, the first ``scored`` of them scored."""
+    workspace = Workspace.create(root)
+    prefixes = Fingerprint({"seed": 1})
+    shards = [[trajectory(100 * part + i) for i in range(rows)] for part in range(parts)]
+    with open_stage(workspace.stage("prefixes"), "prefixes", prefixes) as stage:
+        for part, listed in enumerate(shards):
+            name = f"part-{part:05d}.parquet"
+            stage.commit(name, write_trajectories(stage.folder / name, listed))
+        stage.finish(rows=parts * rows)
+    fingerprint = Fingerprint({"upstream.prefixes": prefixes.digest, "teacher.vocab_size": VOCAB_SIZE})
+    with open_stage(workspace.stage("scores"), "scores", fingerprint) as stage:
+        for part, listed in enumerate(shards[:scored]):
+            name = f"part-{part:05d}.zarr"
+            write_topk(stage.folder / name, topk_of(listed, seed=part))
+            stage.commit(name, rows=len(listed))
+        if scored is None:
+            stage.finish()
+    return workspace
