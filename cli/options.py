@@ -31,4 +31,5 @@ def open_run(workspace: Path, assignments: list[str] | None) -> Run:
     from tropd.storage.workspace import Workspace
 
     opened = Workspace.open(workspace)
-    return Run(opened, load_config(opened.config_path, assignments or []), make_reporter())
+    given = tuple(assignments or ())
+    return Run(opened, load_config(opened.config_path, given), make_reporter(), given)

@@ -38,6 +38,8 @@ class Run:
     workspace: Workspace
     resolved: ResolvedConfig
     reporter: Reporter
+    assignments: tuple[str, ...] = ()
+    """The ``--set`` overrides that the configuration was read with, to pass on to processes started for the run."""
 
     @property
     def config(self) -> Config:

@@ -117,7 +117,7 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
     scorer = None
     if needs.sampled:
         identity = tokenizer_identity(student.tokenizer)
-        scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, needs=needs, on_wait=on_wait)
+        scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, on_wait=on_wait)
     problems = None
     if config.train.evaluate_every:
         limit = config.train.evaluate_problems

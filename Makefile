@@ -1,0 +1,49 @@
+# Everything sets itself up: a virtual environment in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPECHECK := build/typecheck
+
+# Tiny models are fastest with one thread per process; waiting threads must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install demo demo-mismatch test lint types format clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## Install tropd and its tools into .venv
+
+demo: $(STAMP)  ## The whole pipeline on two tiny models; leaves runs/demo/report/index.html
+	$(BIN)/tropd demo --workspace runs/demo
+
+demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-policy distillation collapses
+	$(BIN)/tropd demo --workspace runs/demo-mismatch --recipe demo-mismatch
+
+test: $(STAMP)  ## All tests (minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)  ## Lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Static types
+	@# mypy does not follow editable installs, so it gets the packages under their import names.
+	mkdir -p $(TYPECHECK)/tropd
+	ln -sfn $(CURDIR)/cli $(CURDIR)/pipeline $(CURDIR)/storage $(TYPECHECK)/tropd/
+	MYPYPATH=$(TYPECHECK) $(BIN)/mypy --explicit-package-bases --namespace-packages -p tropd
+
+format: $(STAMP)  ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove build output and caches (not .venv, not runs)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

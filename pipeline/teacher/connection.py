@@ -1,0 +1,43 @@
+"""Reaching the teacher service of a run: the one that is configured, or a local one started for the purpose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from tropd.pipeline.context import Run
+from tropd.pipeline.models import TokenizerIdentity
+from tropd.pipeline.teacher.client import TeacherClient
+from tropd.pipeline.teacher.process import LocalTeacher
+
+
+def connect_teacher(
+    run: Run,
+    stack: ExitStack,
+    *,
+    identity: TokenizerIdentity,
+    needed_length: int,
+    on_wait: Callable[[str], None],
+) -> TeacherClient:
+    """A client whose service is known to fit; what was started is stopped when ``stack`` closes.
+
+    Raises:
+        ConfigError: the service's tokenizer or context length does not fit.
+        TropdError: there is no service at ``teacher.url``, or the local one does not start.
+    """
+    teacher = run.config.teacher
+    url = teacher.url
+    if url is None:
+        local = LocalTeacher(run.workspace, assignments=run.assignments)
+        url = stack.enter_context(local).url
+    client = stack.enter_context(
+        TeacherClient(
+            url,
+            token=os.environ.get(teacher.token_env) or None,
+            timeout_seconds=teacher.timeout_seconds,
+            on_wait=on_wait,
+        )
+    )
+    client.check_compatible(identity.digest, identity.vocab_size, needed_length)
+    return client
