@@ -1,0 +1,197 @@
+"""Checking everything a workspace has stored, and setting aside what is damaged.
+
+``verify_workspace`` reads every shard that a manifest names: checksum, row count, and what must hold inside
+(``checks.py``). Files that no manifest names are left alone and mentioned. ``repair`` moves damaged shards to
+``damaged/<stage>/`` and strikes them from the manifest, so that rerunning the stage makes them again; it never
+deletes anything.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tropd.storage.atomic import TEMPORARY_PREFIX, explain_disk_errors, make_folder
+from tropd.storage.catalog import EVALUATIONS
+from tropd.storage.checks import belongs_to, check_rows, check_score_rows, check_scores, check_trajectories
+from tropd.storage.errors import TropdError
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import FILE_NAME, Manifest, Shard, check_shard, read_manifest
+from tropd.storage.stage import drop_shards, lock_stage
+from tropd.storage.workspace import Workspace
+
+STAGES = ("models", "prefixes", "scores", "train", "eval", "report")
+DAMAGED = "damaged"
+# What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
+_COMPANIONS = {"train": ("metrics.jsonl", "tensorboard", "non-finite-step-*.json"), "report": ("*",)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be. ``shard`` is set if setting that shard aside repairs it."""
+
+    severity: Literal["error", "note"]
+    stage: str
+    path: str
+    """Relative to the workspace."""
+    problem: str
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.path}: {self.problem}"
+
+
+def verify_workspace(workspace: Workspace) -> list[Finding]:
+    """Check every stage; errors first within a stage, in manifest order."""
+    findings: list[Finding] = []
+    manifests: dict[str, Manifest | None] = {}
+    for stage in STAGES:
+        folder = workspace.stage(stage)
+        try:
+            manifests[stage] = read_manifest(folder)
+        except TropdError as error:
+            manifests[stage] = None
+            findings.append(Finding("error", stage, f"{stage}/{FILE_NAME}", str(error)))
+            continue
+        manifest = manifests[stage]
+        if manifest is not None:
+            findings += _verify_stage(workspace, stage, manifest, manifests.get("prefixes"))
+        findings += _foreign(folder, stage, manifest)
+    return findings
+
+
+def _verify_stage(
+    workspace: Workspace, stage: str, manifest: Manifest, prefixes: Manifest | None
+) -> Iterator[Finding]:
+    folder = workspace.stage(stage)
+    if Fingerprint(manifest.fields).digest != manifest.fingerprint:
+        yield Finding("error", stage, f"{stage}/{FILE_NAME}", "its fields do not have its fingerprint")
+    if stage == "scores" and prefixes is not None and not belongs_to(manifest, prefixes):
+        yield Finding("error", stage, stage, "was made from other trajectories than the ones in prefixes/")
+    seen: dict[tuple[str, int], str] = {}
+    for shard in manifest.shards.values():
+        try:
+            check_shard(folder, shard)
+            problems = _inside(workspace, stage, manifest, shard, seen, prefixes)
+        except TropdError as error:
+            if _gone_meanwhile(folder, shard):
+                continue
+            problems = [error.message.replace(f"{folder / shard.name} ", "")]
+        for problem in problems:
+            yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
+
+
+def _inside(
+    workspace: Workspace,
+    stage: str,
+    manifest: Manifest,
+    shard: Shard,
+    seen: dict[tuple[str, int], str],
+    prefixes: Manifest | None,
+) -> list[str]:
+    path = workspace.stage(stage) / shard.name
+    if stage == "prefixes" and path.suffix == ".parquet":
+        return check_trajectories(path, shard, seen)
+    if stage == "eval" and path.suffix == ".parquet":
+        return check_rows(path, shard, EVALUATIONS)
+    if stage == "scores":
+        source = _scored_shard(workspace, manifest, shard, prefixes)
+        if path.suffix == ".zarr":
+            return check_scores(path, shard, manifest.fields, source)
+        if path.suffix == ".parquet":
+            return check_score_rows(path, shard, source)
+    return []
+
+
+def _scored_shard(
+    workspace: Workspace, scores: Manifest, shard: Shard, prefixes: Manifest | None
+) -> Path | None:
+    """The trajectory shard with the same number, if it is sound and the stages belong together."""
+    name = Path(shard.name).with_suffix(".parquet").name
+    if prefixes is None or not belongs_to(scores, prefixes) or name not in prefixes.shards:
+        return None
+    try:
+        check_shard(workspace.stage("prefixes"), prefixes.shards[name])
+    except TropdError:
+        return None  # reported with its own stage
+    return workspace.stage("prefixes") / name
+
+
+def _gone_meanwhile(folder: Path, shard: Shard) -> bool:
+    """A running stage may retire a checkpoint while it is being checked."""
+    try:
+        manifest = read_manifest(folder)
+    except TropdError:
+        return False
+    return manifest is None or manifest.shards.get(shard.name) != shard
+
+
+def _foreign(folder: Path, stage: str, manifest: Manifest | None) -> Iterator[Finding]:
+    """Files in a stage folder that neither its manifest nor its stage knows. Temporaries are gc's business."""
+    if not folder.is_dir():
+        return
+    listed = set(manifest.shards) if manifest else set()
+    for parent, folders, files in os.walk(folder):
+        inside = Path(parent).relative_to(folder)
+        folders[:] = sorted(n for n in folders if not _known(stage, (inside / n).as_posix(), listed))
+        for name in sorted(files):
+            path = (inside / name).as_posix()
+            if path != FILE_NAME and not _known(stage, path, listed):
+                yield Finding("note", stage, f"{stage}/{path}", "no manifest names it; it is ignored")
+
+
+def _known(stage: str, path: str, listed: set[str]) -> bool:
+    return (
+        path in listed
+        or Path(path).name.startswith(TEMPORARY_PREFIX)
+        or any(fnmatch.fnmatch(path, pattern) for pattern in _COMPANIONS.get(stage, ()))
+    )
+
+
+def repair(workspace: Workspace, findings: Sequence[Finding]) -> list[str]:
+    """Set aside every damaged shard; returns what was done, and what could not be, one line each.
+
+    Raises:
+        StageLockedError: a stage is running.
+        DiskError: a file cannot be moved.
+    """
+    lines = [
+        f"{f.path}: cannot be repaired here; restore it from a copy, or rerun the stage with --force"
+        for f in findings
+        if f.severity == "error" and f.shard is None
+    ]
+    by_stage: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.severity == "error" and finding.shard is not None:
+            names = by_stage.setdefault(finding.stage, [])
+            if finding.shard not in names:
+                names.append(finding.shard)
+    for stage, names in by_stage.items():
+        folder = workspace.stage(stage)
+        with lock_stage(folder):
+            manifest = read_manifest(folder)
+            if manifest is None:
+                continue
+            drop_shards(folder, manifest, names)
+            lines += [_set_aside(workspace, stage, name) for name in names]
+    return lines
+
+
+def _set_aside(workspace: Workspace, stage: str, name: str) -> str:
+    source = workspace.stage(stage) / name
+    if not source.exists():
+        return f"{stage}/{name}: was missing; rerun the stage to make it again"
+    target = workspace.root / DAMAGED / stage / name
+    number = 1
+    while target.exists():
+        number += 1
+        target = workspace.root / DAMAGED / stage / f"{name}.{number}"
+    with explain_disk_errors(target):
+        make_folder(target.parent)
+        os.rename(source, target)
+    moved = target.relative_to(workspace.root)
+    return f"{stage}/{name}: moved to {moved}; rerun the stage to make it again"
