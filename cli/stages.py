@@ -89,10 +89,7 @@ def prepare(
     """Demo recipes only: train the tiny teacher and student, and write the problems."""
     from tropd.pipeline.demo.prepare import prepare as run_prepare
 
-    run = open_run(workspace, settings)
-    result = run_prepare(run.workspace, run.config, run.reporter, force=force)
-    if as_json:
-        print_json(vars(result))
+    _stage(run_prepare, workspace, settings, force, as_json)
 
 
 def generate_prefixes(
@@ -218,7 +215,7 @@ def run_all(run: Run) -> None:
     from tropd.pipeline.training.loop import train as run_train
 
     if run.config.demo.enabled:
-        run_prepare(run.workspace, run.config, run.reporter)
+        run_prepare(run)
     for stage in (run_prefixes, run_scores, run_train, run_evaluate):
         manifest = stage(run)
         if manifest.stage != "eval":

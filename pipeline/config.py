@@ -216,7 +216,7 @@ class DemoConfig(Spec):
     """Most operations of a problem."""
     teacher_steps: int = Field(default=800, ge=1)
     """Supervised steps of the teacher."""
-    student_steps: int = Field(default=500, ge=1)
+    student_steps: int = Field(default=1200, ge=1)
     """Supervised steps of the student on clean chains."""
     spoil_steps: int = Field(default=120, ge=0)
     """Steps that spoil the student afterwards, so that there is something to distil."""
@@ -266,7 +266,7 @@ class Config(Spec):
             and self.objective.guidance.loss.k > self.scores.k
         ):
             raise ValueError(
-                f"objective.guidance.loss.k ({self.objective.guidance.loss.k}) is above scores.k "
+                f"objective.k ({self.objective.k}) is above scores.k "
                 f"({self.scores.k}): the cache does not hold that many alternatives"
             )
         return self

@@ -1,0 +1,1 @@
+"""The embedded task and its two tiny models: everything that ``tropd prepare`` makes."""

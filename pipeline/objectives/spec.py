@@ -109,8 +109,6 @@ class K1(Spec):
     """`kl` adds KL(π_S‖π_T), a state's expected advantage with the sign turned: a control variate (vOPD)."""
     reward_scale: float = Field(default=1.0, gt=0.0)
     """λ: A = λ(log π_T - log π_ref) - (log π_S - log π_ref); 1 is plain K1 (ExOPD: 1.25)."""
-    k: int = Field(default=64, ge=1, le=65535)
-    """Alternatives asked for when the baseline needs them."""
 
 
 class NegativeLogLikelihood(Spec):
@@ -123,8 +121,6 @@ class TopkForwardKL(Spec):
     """Σ over the teacher's top k of π_T·(log π_T - log π_S)."""
 
     estimator: Literal["topk_fkl"] = "topk_fkl"
-    k: int = Field(default=64, ge=1, le=65535)
-    """Number of the teacher's likeliest tokens."""
     support: Support = "truncated"
     """`truncated`: raw probabilities, not a KL; `tail`: one more bucket with the rest, a true KL;
     `renormalized`: the teacher's probabilities rescaled to sum to one over the top k."""
@@ -134,16 +130,12 @@ class TopkReverseKL(Spec):
     """Σ over the teacher's top k of π_S·(log π_S - log π_T), with the tail bucket."""
 
     estimator: Literal["topk_rkl"] = "topk_rkl"
-    k: int = Field(default=64, ge=1, le=65535)
-    """Number of the teacher's likeliest tokens."""
 
 
 class TopkJSD(Spec):
     """Generalised Jensen-Shannon divergence over the teacher's top k and the tail bucket (GKD)."""
 
     estimator: Literal["topk_jsd"] = "topk_jsd"
-    k: int = Field(default=64, ge=1, le=65535)
-    """Number of the teacher's likeliest tokens."""
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Weight of the teacher in the mixture β·π_T + (1-β)·π_S."""
 
@@ -201,8 +193,6 @@ class SoftOrTop(_Phase):
     kind: Literal["soft_or_top"] = "soft_or_top"
     fraction: float = Field(default=0.5, gt=0.0, le=1.0)
     """Share of the student's tokens in the global batch that is kept (ρ)."""
-    k: int = Field(default=64, ge=1, le=65535)
-    """Alternatives from which the divergence KL(π_S‖π_T) is estimated (with tail bucket)."""
 
 
 class PrefixImportance(_Phase):
@@ -223,8 +213,6 @@ class OverlapDrift(_Phase):
     """Weight lost per drifted token."""
     base: float = Field(default=0.5, ge=0.0)
     """Weight that remains."""
-    k: int = Field(default=16, ge=1, le=65535)
-    """Size of the two sets that are compared."""
 
 
 TokenWeight = Annotated[
@@ -284,6 +272,8 @@ class Objective(Spec):
     """Weights on student tokens, multiplied."""
     importance: Importance = Importance()
     """Correction for rollouts from another distribution."""
+    k: int = Field(default=64, ge=1, le=1024)
+    """Alternatives per token, wherever a part needs the teacher's top k (the vocabulary, if that is smaller)."""
     reduction: Literal["token_mean", "region_mean", "weight_mean", "sequence_mean"] = "token_mean"
     """Denominator: all supervised tokens; per region its own tokens; the sum of weights; or per row, then rows."""
 
@@ -334,26 +324,29 @@ class TeacherNeeds:
     """Top-k of prefix tokens, from the cache (never from the service)."""
 
 
-def _estimator_k(loss: Any) -> int:
-    if loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd"):
-        return int(loss.k)
-    return int(loss.k) if loss.estimator == "k1" and loss.baseline == "kl" else 0
-
-
 def teacher_needs(objective: Objective) -> TeacherNeeds:
     """Derive the needs from the parts of an objective."""
     cached_topk = objective.guidance.loss.estimator == "topk_fkl"
     if objective.rollouts == "teacher":
         return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
     rule = objective.partition.rule
-    weight_k = max((getattr(w, "k", 0) for w in objective.token_weights), default=0)
-    trust_k = _estimator_k(objective.trust.loss) if rule != "none" else 0
-    outlier_k = _estimator_k(objective.outlier.loss) if rule != "all" else 0
-    everywhere = weight_k or trust_k or (outlier_k and rule == "none")
+    outliers = rule != "all" and _needs_topk(objective.outlier.loss)
+    everywhere = (
+        any(weight.kind in ("soft_or_top", "overlap_drift") for weight in objective.token_weights)
+        or (rule != "none" and _needs_topk(objective.trust.loss))
+        or (rule == "none" and outliers)
+    )
+    topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
     return TeacherNeeds(
         sampled=True,
-        topk="all" if everywhere else ("outliers" if outlier_k else "none"),
-        k=max(weight_k, trust_k, outlier_k),
+        topk=topk,
+        k=0 if topk == "none" else objective.k,
         entropy=rule == "teacher_entropy",
         cached_topk=cached_topk,
+    )
+
+
+def _needs_topk(loss: Estimator) -> bool:
+    return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
+        isinstance(loss, K1) and loss.baseline == "kl"
     )

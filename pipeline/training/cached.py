@@ -32,8 +32,8 @@ class CachedScores:
         check_shard(self._folder, shard)
         return read_topk(self._folder / name)
 
-    def prefixes(self, rows: Sequence[Row], store: TrajectoryStore, vocab_limit: int) -> RaggedTopk:
-        """Alternatives of all prefix tokens of a step, numbered in row order."""
+    def prefixes(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> RaggedTopk:
+        """The k likeliest cached alternatives of all prefix tokens of a step, numbered in row order."""
         parts: list[TopK] = []
         for row in rows:
             if row.plan.trajectory is not None:
@@ -43,10 +43,21 @@ class CachedScores:
         if not parts:
             return RaggedTopk.empty()
         counts = np.concatenate([p.counts for p in parts]).astype(np.int64)
+        logprobs = np.concatenate([p.logprobs for p in parts]).astype(np.float32)
+        tail = np.concatenate([p.tail for p in parts])
+        rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        keep = rank < k
+        if not keep.all():
+            # What is cut off joins the tail.
+            cut = np.bincount(
+                np.repeat(np.arange(len(counts)), counts)[~keep], np.exp(logprobs[~keep]), len(counts)
+            )
+            with np.errstate(divide="ignore"):
+                tail = np.log(np.exp(tail.astype(np.float64)) + cut).astype(np.float32)
         return RaggedTopk(
             index=np.arange(len(counts)),
-            counts=counts,
-            ids=np.concatenate([p.ids for p in parts]).astype(np.int64),
-            logprobs=np.concatenate([p.logprobs for p in parts]).astype(np.float32),
-            tail=np.concatenate([p.tail for p in parts]),
+            counts=np.minimum(counts, k),
+            ids=np.concatenate([p.ids for p in parts]).astype(np.int64)[keep],
+            logprobs=logprobs[keep],
+            tail=tail,
         )

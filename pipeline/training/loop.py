@@ -47,7 +47,9 @@ def fingerprint(run: Run) -> Fingerprint:
     config = run.config
     needs = teacher_needs(config.objective)
     fields = data_fields(run, "prompts") | model_fields(run, "student") | model_fields(run, "teacher")
-    fields |= section_fields("objective", config.objective, without={"title", "source", "confidence", "formula"})
+    fields |= section_fields(
+        "objective", config.objective, without={"title", "source", "confidence", "formula"}
+    )
     fields |= section_fields("rollout", config.rollout, without={"batch_size"})
     irrelevant = {
         "micro_batch_tokens",
@@ -104,7 +106,9 @@ def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
                 if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
                     record |= _evaluate(session)
                 log.write(record)
-                task.advance(1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"])
+                task.advance(
+                    1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"]
+                )
                 if stop or done % config.checkpoint_every == 0 or done == config.steps:
                     log.sync()
                     save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
@@ -119,7 +123,7 @@ def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
 
 def _step(session: Session, stage: Stage, step: int) -> Record:
     """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
-    run, config, objective = session.run, session.run.config, session.run.config.objective
+    config, objective = session.run.config, session.run.config.objective
     started = time.perf_counter()
     limit = scheduled_length(
         objective.schedule, step=step, total_steps=config.train.steps, max_tokens=config.rollout.max_tokens
@@ -187,9 +191,7 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
 def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
     if session.scorer is None:
         return TeacherData.nothing()
-    return ask_teacher(
-        session.scorer, rows, session.run.config.objective, session.needs, session.vocab_limit
-    )
+    return ask_teacher(session.scorer, rows, session.run.config.objective, session.needs, session.vocab_limit)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -239,5 +241,3 @@ def _stopped(stage: Stage, step: int, rows: list[Row], teacher: TeacherData, err
         f"step {step}: {error}. The step's batch is in {path}; the weights of the last checkpoint are untouched",
         hint="look at the batch; a lower train.learning_rate or teacher.dtype = 'float32' often helps",
     )
-
-

@@ -65,7 +65,9 @@ class Session:
     @property
     def vocab_limit(self) -> int:
         """Ids that mean something to the student: padding rows of the output layer do not count."""
-        return min(len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0]))
+        return min(
+            len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0])
+        )
 
     def traffic(self) -> dict[str, int]:
         """What was asked of the teacher so far, under the names of the metrics."""
@@ -89,7 +91,7 @@ class Session:
         """Cached alternatives of the step's prefix tokens, if the objective learns from them."""
         if self.cached is None or self.store is None:
             return None
-        return self.cached.prefixes(rows, self.store, self.vocab_limit)
+        return self.cached.prefixes(rows, self.store, self.run.config.objective.k)
 
 
 def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> Session:

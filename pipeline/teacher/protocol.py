@@ -1,0 +1,327 @@
+"""The wire format of the teacher service: Arrow IPC streams, one record batch per message, one row per sequence.
+
+Options and version travel as JSON in the schema's metadata. Nothing is unpickled; every field is checked, and
+whatever does not fit raises ``ProtocolError`` with the number of the sequence at fault.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tropd.pipeline.objectives.spec import Partition
+
+PROTOCOL_VERSION = 1
+CONTENT_TYPE = "application/vnd.apache.arrow.stream"
+POSITIVE_SLACK = 1e-3
+"""Log-probs up to this are rounding and count as 0; larger ones are an error."""
+
+_OPTIONS = b"tropd.options"
+_LIST_F32, _LIST_I32, _LIST_BOOL = pa.list_(pa.float32()), pa.list_(pa.int32()), pa.list_(pa.bool_())
+_REQUEST = pa.schema(
+    [("tokens", _LIST_I32), ("start", pa.int32()), ("student", _LIST_F32), ("seed", pa.int64())]
+)
+_RESPONSE = pa.schema(
+    [
+        ("teacher", _LIST_F32),
+        ("trusted", _LIST_BOOL),
+        ("entropy", _LIST_F32),
+        ("positions", _LIST_I32),
+        ("topk_ids", _LIST_I32),
+        ("topk_logprobs", _LIST_F32),
+        ("tail", _LIST_F32),
+    ]
+)
+_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
+
+Floats = npt.NDArray[np.float32]
+TopkScope = Literal["none", "outliers", "all"]
+
+
+class ProtocolError(ValueError):
+    """A message that is not of this protocol. ``sequence`` is the row at fault, if it is one row's."""
+
+    def __init__(self, message: str, sequence: int | None = None) -> None:
+        super().__init__(message if sequence is None else f"sequence {sequence}: {message}")
+        self.sequence = sequence
+
+
+@dataclass(frozen=True)
+class ScoreItem:
+    """One sequence to score from token index ``start`` (≥ 1) to its end, n = len(tokens) - start ≥ 1 tokens."""
+
+    tokens: npt.NDArray[np.int32]
+    start: int
+    student_logprobs: Floats
+    """``[n]`` of the scored tokens; the partition rule compares the teacher's with them."""
+    seed: int
+    """Of the uniform numbers that the sampled partition draws, one per token index (``seeds.uniforms``)."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What is asked: K1 of every scored token, and top-k where ``topk`` says."""
+
+    sequences: Sequence[ScoreItem]
+    partition: Partition
+    topk: TopkScope
+    k: int
+    entropy: bool
+    vocab_limit: int
+    """Top-k ids are below this: the ids that the student knows."""
+
+
+@dataclass(frozen=True)
+class ScoredItem:
+    """The teacher's answer for one sequence's n scored tokens, of which m have alternatives."""
+
+    teacher_logprobs: Floats
+    """``[n]``."""
+    trusted: npt.NDArray[np.bool_]
+    """``[n]`` the token has no outlier weight."""
+    entropy: Floats | None
+    """``[n]`` nats, if asked for."""
+    topk_positions: npt.NDArray[np.int32]
+    """``[m]`` which of the n tokens, rising."""
+    topk_ids: npt.NDArray[np.int32]
+    """``[m, k]`` likeliest first."""
+    topk_logprobs: Floats
+    """``[m, k]`` descending."""
+    tail: Floats
+    """``[m]`` log of the mass outside the alternatives; -inf if none."""
+
+
+@dataclass(frozen=True)
+class ScoreResponse:
+    """Answers in the order of the request."""
+
+    items: Sequence[ScoredItem]
+
+
+class _RequestOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int
+    partition: Partition
+    topk: TopkScope
+    k: Annotated[int, Field(ge=0, le=65535)]
+    entropy: bool
+    vocab_limit: Annotated[int, Field(ge=1)]
+
+
+class _ResponseOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int
+    k: Annotated[int, Field(ge=0)]
+    entropy: bool
+
+
+def encode_request(request: ScoreRequest) -> bytes:
+    """A request as bytes."""
+    options = _RequestOptions(
+        version=PROTOCOL_VERSION,
+        partition=request.partition,
+        topk=request.topk,
+        k=request.k,
+        entropy=request.entropy,
+        vocab_limit=request.vocab_limit,
+    )
+    items = request.sequences
+    columns = [
+        _lists([i.tokens for i in items], pa.int32()),
+        pa.array([i.start for i in items], pa.int32()),
+        _lists([i.student_logprobs for i in items], pa.float32()),
+        pa.array([i.seed for i in items], pa.int64()),
+    ]
+    return _write(columns, _REQUEST, options)
+
+
+def decode_request(data: bytes, *, vocab_size: int, max_length: int) -> ScoreRequest:
+    """Parse and check a request.
+
+    Raises:
+        ProtocolError: not a stream of this protocol, another version, ids outside ``vocab_size``, lengths that do
+            not fit or exceed ``max_length``, student log-probs that are NaN, infinite or positive.
+    """
+    batch, metadata = _read(data, _REQUEST)
+    options = _parse(_RequestOptions, metadata)
+    tokens, students = _arrays(batch, "tokens"), _arrays(batch, "student")
+    starts, seeds = _scalars(batch, "start"), _scalars(batch, "seed")
+    items = []
+    for row in range(batch.num_rows):
+        item = ScoreItem(tokens[row], starts[row], np.minimum(students[row], 0.0), seeds[row])
+        _check_item(row, item, students[row], vocab_size, max_length)
+        items.append(item)
+    return ScoreRequest(
+        items,
+        options.partition,
+        options.topk,
+        options.k,
+        options.entropy,
+        min(options.vocab_limit, vocab_size),
+    )
+
+
+def _check_item(row: int, item: ScoreItem, student: Floats, vocab_size: int, max_length: int) -> None:
+    length = len(item.tokens)
+    if not 1 <= item.start < length:
+        raise ProtocolError(
+            f"start {item.start} leaves no token to score or no context ({length} tokens)", row
+        )
+    if length > max_length:
+        raise ProtocolError(f"{length} tokens, the teacher takes {max_length}", row)
+    if item.tokens.min() < 0 or item.tokens.max() >= vocab_size:
+        raise ProtocolError(f"a token id is outside 0 … {vocab_size - 1}", row)
+    if len(student) != length - item.start:
+        raise ProtocolError(f"{len(student)} student log-probs for {length - item.start} scored tokens", row)
+    if not np.isfinite(student).all() or (student > POSITIVE_SLACK).any():
+        raise ProtocolError("a student log-prob is NaN, infinite or positive", row)
+    if item.seed < 0:
+        raise ProtocolError("the seed is negative", row)
+
+
+def encode_response(response: ScoreResponse, *, k: int, entropy: bool) -> bytes:
+    """A response as bytes. Columns that were not asked for are empty lists, which cost next to nothing."""
+    items = response.items
+    none = np.zeros(0, dtype=np.float32)
+    columns = [
+        _lists([i.teacher_logprobs for i in items], pa.float32()),
+        _lists([i.trusted for i in items], pa.bool_()),
+        _lists([none if i.entropy is None else i.entropy for i in items], pa.float32()),
+        _lists([i.topk_positions for i in items], pa.int32()),
+        _lists([i.topk_ids.reshape(-1) for i in items], pa.int32()),
+        _lists([i.topk_logprobs.reshape(-1) for i in items], pa.float32()),
+        _lists([i.tail for i in items], pa.float32()),
+    ]
+    return _write(columns, _RESPONSE, _ResponseOptions(version=PROTOCOL_VERSION, k=k, entropy=entropy))
+
+
+def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
+    """Parse an answer and check that it answers ``request``.
+
+    Raises:
+        ProtocolError: another number of sequences or tokens, NaN or positive log-probs, ids out of range.
+    """
+    batch, metadata = _read(data, _RESPONSE)
+    options = _parse(_ResponseOptions, metadata)
+    if batch.num_rows != len(request.sequences) or options.entropy != request.entropy:
+        raise ProtocolError(f"the answer has {batch.num_rows} sequences for {len(request.sequences)} asked")
+    columns = {name: _arrays(batch, name) for name in _RESPONSE.names}
+    items = []
+    for row, asked in enumerate(request.sequences):
+        values = {name: column[row] for name, column in columns.items()}
+        m = len(values["positions"])
+        if len(values["topk_ids"]) != m * options.k or len(values["topk_logprobs"]) != m * options.k:
+            raise ProtocolError("alternatives and positions do not fit", row)
+        item = ScoredItem(
+            teacher_logprobs=values["teacher"],
+            trusted=values["trusted"],
+            entropy=values["entropy"] if options.entropy else None,
+            topk_positions=values["positions"],
+            topk_ids=values["topk_ids"].reshape(m, options.k),
+            topk_logprobs=values["topk_logprobs"].reshape(m, options.k),
+            tail=values["tail"],
+        )
+        _check_answer(row, item, len(asked.student_logprobs), request.vocab_limit)
+        items.append(item)
+    return ScoreResponse(items)
+
+
+def _check_answer(row: int, item: ScoredItem, n: int, vocab_limit: int) -> None:
+    if not len(item.teacher_logprobs) == len(item.trusted) == n or len(item.tail) != len(item.topk_positions):
+        raise ProtocolError(f"the answer does not have {n} tokens", row)
+    if item.entropy is not None and (len(item.entropy) != n or not np.isfinite(item.entropy).all()):
+        raise ProtocolError("the entropies are not one finite number per token", row)
+    for values in (item.teacher_logprobs, item.topk_logprobs, item.tail):
+        if np.isnan(values).any() or (values > 0.0).any():
+            raise ProtocolError("a teacher log-prob is NaN or positive", row)
+    if len(item.topk_positions):
+        if (
+            item.topk_positions.min() < 0
+            or item.topk_positions.max() >= n
+            or (np.diff(item.topk_positions) < 1).any()
+        ):
+            raise ProtocolError("positions of alternatives are not rising within the tokens", row)
+        if item.topk_ids.size and (item.topk_ids.min() < 0 or item.topk_ids.max() >= vocab_limit):
+            raise ProtocolError(f"an alternative's id is outside 0 … {vocab_limit - 1}", row)
+
+
+def log_tail(topk_logprobs: Floats) -> Floats:
+    """``[m]`` log(1 - Σ exp) of ``[m, k]`` log-probs in float64; -inf where nothing is left."""
+    mass = np.exp(topk_logprobs.astype(np.float64)).sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.log(np.maximum(1.0 - mass, 0.0)).astype(np.float32)
+
+
+def _lists(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
+    flat = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+
+
+def _write(columns: Sequence[pa.Array], schema: pa.Schema, options: BaseModel) -> bytes:
+    named = schema.with_metadata({_OPTIONS: options.model_dump_json().encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, named, options=_IPC) as writer:
+        writer.write_batch(pa.record_batch(list(columns), schema=named))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _read(data: bytes, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+    # Arrow raises several types on hostile bytes (ArrowInvalid, OSError, ValueError, MemoryError …).
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+            if not reader.schema.equals(schema, check_metadata=False):
+                raise ProtocolError(
+                    f"the columns are {reader.schema.names}, not {schema.names} of the right types"
+                )
+            metadata = reader.schema.metadata or {}
+            batch = reader.read_next_batch()
+        batch.validate(full=True)
+    except ProtocolError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"not an Arrow stream of this protocol ({type(error).__name__})") from error
+    if any(batch.column(i).null_count for i in range(batch.num_columns)):
+        raise ProtocolError("a value is null")
+    return batch, metadata
+
+
+def _parse(model: type[Any], metadata: dict[bytes, bytes]) -> Any:
+    try:
+        options = json.loads(metadata[_OPTIONS])
+        version = options["version"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError("the message has no options") from error
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version!r}, this side speaks {PROTOCOL_VERSION}")
+    try:
+        return model.model_validate_json(metadata[_OPTIONS])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ProtocolError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
+    """One array per row of a list column. Nulls inside a list are refused: they would turn into NaN or zeros."""
+    column = batch.column(batch.schema.get_field_index(name))
+    flat = column.flatten()
+    if flat.null_count:
+        raise ProtocolError(f"column {name!r} has a null in a list")
+    values = flat.to_numpy(zero_copy_only=False)
+    offsets = column.offsets.to_numpy() - (column.offsets[0].as_py() if len(column) else 0)
+    return [values[offsets[i] : offsets[i + 1]] for i in range(len(column))]
+
+
+def _scalars(batch: pa.RecordBatch, name: str) -> list[int]:
+    values: list[int] = batch.column(batch.schema.get_field_index(name)).to_pylist()
+    return values
