@@ -216,7 +216,7 @@ class DemoConfig(Spec):
     """Most operations of a problem."""
     teacher_steps: int = Field(default=800, ge=1)
     """Supervised steps of the teacher."""
-    student_steps: int = Field(default=1200, ge=1)
+    student_steps: int = Field(default=1000, ge=1)
     """Supervised steps of the student on clean chains."""
     spoil_steps: int = Field(default=120, ge=0)
     """Steps that spoil the student afterwards, so that there is something to distil."""

@@ -22,8 +22,8 @@ PEAK_LEARNING_RATE = 3e-3
 SPOIL_LEARNING_RATE = 1e-3
 TEACHER_OPERATIONS = (3, 8)
 TEACHER_NOISE = 0.13
-STUDENT_NOISE = 0.13
-TERSE_SHARE = 0.3
+STUDENT_NOISE = 0.1
+TERSE_SHARE = 0.15
 
 Step = Callable[[float], None]
 """Called after every optimiser step with the loss."""
@@ -39,7 +39,7 @@ class Shape:
 
 
 TEACHER = Shape(layers=3, hidden=96, heads=3)
-STUDENT = Shape(layers=2, hidden=64, heads=2)
+STUDENT = Shape(layers=2, hidden=64, heads=4)
 
 
 def make_model(shape: Shape, seed: int) -> Any:

@@ -98,11 +98,12 @@ class Engine(Protocol):
         k: int = 0,
         entropy: bool = False,
         topk_where: TopkWhere = everywhere,
+        vocab_limit: int | None = None,
     ) -> list[SequenceScores]:
         """Log-probs of ``sequence[start:]`` for each sequence (1 ≤ start ≤ length).
 
         With k > 0, also the k likeliest tokens (at most the vocabulary) at the positions that ``topk_where``
-        chooses from the sampled log-probs.
+        chooses from the sampled log-probs; ``vocab_limit`` restricts them to ids below it.
 
         Raises:
             ValueError: an id outside the vocabulary, a start out of range, or a sequence above ``max_length``.

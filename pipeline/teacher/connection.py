@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from tropd.pipeline.context import Run
 from tropd.pipeline.models import TokenizerIdentity
 from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.process import LocalTeacher
+from tropd.pipeline.teacher.process import LocalTeacher, serve_command
 
 
 def connect_teacher(
@@ -29,8 +29,9 @@ def connect_teacher(
     teacher = run.config.teacher
     url = teacher.url
     if url is None:
-        local = LocalTeacher(run.workspace, assignments=run.assignments)
-        url = stack.enter_context(local).url
+        run.reporter.info("train: starting a local teacher service")
+        command = serve_command(run.workspace.root, run.assignments)
+        url = stack.enter_context(LocalTeacher(command, run.workspace.logs / "teacher-service.log")).url
     client = stack.enter_context(
         TeacherClient(
             url,

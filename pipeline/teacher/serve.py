@@ -7,22 +7,26 @@ from collections.abc import Callable
 
 from tropd.pipeline.context import Run, load_role
 from tropd.pipeline.models import tokenizer_identity, weights_digest
-from tropd.pipeline.teacher.protocol import ServiceInfo
-from tropd.pipeline.teacher.service import run_service
+from tropd.pipeline.teacher.service import ServiceInfo, check_address, run_service
 
 
 def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
     """Run the service in this process; ``on_ready`` gets its URL once it answers."""
     settings = run.config.service
+    token = os.environ.get(run.config.teacher.token_env) or None
+    check_address(settings.host, token, run.config.teacher.token_env)
     teacher = load_role(run, "teacher")
     engine = teacher.engine(batch_size=1, batch_tokens=settings.batch_tokens)
     identity = tokenizer_identity(teacher.tokenizer)
-    info = ServiceInfo.describe(
+    info = ServiceInfo(
         model=teacher.folder.name,
         weights=weights_digest(teacher.folder),
-        tokenizer=identity,
-        engine=engine,
-        settings=settings,
+        tokenizer=identity.digest,
+        tokenizer_size=identity.vocab_size,
+        vocab_size=engine.vocab_size,
+        max_length=engine.max_length,
+        max_request_tokens=settings.max_request_tokens,
+        max_request_bytes=settings.max_request_bytes,
+        queue_tokens=settings.queue_tokens,
     )
-    token = os.environ.get(run.config.teacher.token_env) or None
     run_service(engine, info, settings, token=token, on_ready=on_ready, exit_with_parent=exit_with_parent)

@@ -112,6 +112,10 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
     if objective.schedule.kind != "none":
         manifest = finished(run, "prefixes", "generate-prefixes")
         store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
+        if objective.rollouts == "teacher":
+            # A prompt whose trajectories were all filtered out has nothing to be learned from.
+            covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
+            prompts, encoded = [prompts[i] for i in covered], [encoded[i] for i in covered]
     cached = None
     if needs.cached_topk:
         cached = CachedScores(run.workspace.stage("scores"), finished(run, "scores", "score-teacher"))

@@ -1,0 +1,231 @@
+"""The client of the teacher service: splits, retries, checks every answer, and never makes up a score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import httpx
+import numpy as np
+import tenacity
+from pydantic import ValidationError
+
+from tropd.pipeline.teacher.batcher import outlier_mask
+from tropd.pipeline.teacher.protocol import (
+    CONTENT_TYPE,
+    PROTOCOL_VERSION,
+    ProtocolError,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResponse,
+    decode_response,
+    encode_request,
+)
+from tropd.pipeline.teacher.service import ServiceInfo
+from tropd.storage.errors import ConfigError, TropdError
+
+CONNECT_SECONDS = 10.0
+FIRST_WAIT_SECONDS = 0.2
+LONGEST_WAIT_SECONDS = 10.0
+
+
+class _TryAgainError(Exception):
+    """An answer that may be different next time. ``after`` is the wait that the service asks for."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class TeacherClient:
+    """Talks to one service, one request at a time. Use as a context manager.
+
+    Args:
+        url: of the service.
+        token: bearer token, if it wants one.
+        timeout_seconds: how long a request is retried before ``score`` gives up.
+        on_wait: told once per outage why nothing happens.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 300.0,
+        on_wait: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.tokens_scored = 0
+        self.topk_tokens = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.retries = 0
+        self._timeout = timeout_seconds
+        self._on_wait = on_wait
+        self._info: ServiceInfo | None = None
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        timeout = httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds))
+        # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> TeacherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def info(self) -> ServiceInfo:
+        """Identity and limits of the service (asked once).
+
+        Raises:
+            TropdError: it does not answer, or is not a service of this protocol.
+        """
+        if self._info is None:
+            response = self._retrying(lambda: self._http.get("/v1/info"))
+            try:
+                self._info = ServiceInfo.model_validate_json(response.content)
+            except ValidationError as error:
+                raise TropdError(
+                    f"{self.url} is not a tropd teacher service",
+                    hint="start one with: tropd serve-teacher -w WORKSPACE",
+                ) from error
+            if self._info.protocol != PROTOCOL_VERSION:
+                raise TropdError(
+                    f"{self.url} speaks protocol {self._info.protocol}, this client {PROTOCOL_VERSION}",
+                    hint="run service and trainer with the same version of tropd",
+                )
+        return self._info
+
+    def check_compatible(self, tokenizer: str, tokenizer_size: int, needed_length: int) -> None:
+        """Refuse a teacher that does not fit the student.
+
+        Raises:
+            ConfigError: other tokenizer, or a context that is too short; with both values.
+        """
+        info = self.info()
+        if info.tokenizer != tokenizer:
+            raise ConfigError(
+                f"the teacher at {self.url} ({info.model}) has another tokenizer than the student: "
+                f"{info.tokenizer_size} tokens, hash {info.tokenizer[:12]}… against {tokenizer_size}, {tokenizer[:12]}…",
+                hint="distillation by log-probs needs models that share a tokenizer",
+            )
+        if info.max_length < needed_length:
+            raise ConfigError(
+                f"the teacher at {self.url} takes {info.max_length} tokens, but the longest prompt and "
+                f"rollout.max_tokens need {needed_length}",
+                hint="lower rollout.max_tokens",
+            )
+
+    def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Have all sequences scored, in as many requests as the service's limits ask for.
+
+        Raises:
+            TropdError: no answer within the time limit, a refusal, or an answer that does not check out.
+        """
+        items = []
+        for part in self._split(request):
+            body = encode_request(part)
+            response = self._retrying(
+                lambda body=body: self._http.post(
+                    "/v1/score", content=body, headers={"Content-Type": CONTENT_TYPE}
+                )
+            )
+            try:
+                answer = decode_response(response.content, part)
+            except ProtocolError as error:
+                raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
+            self._check_masks(part, answer)
+            self.bytes_sent += len(body)
+            self.bytes_received += len(response.content)
+            self.tokens_scored += sum(len(item.teacher_logprobs) for item in answer.items)
+            self.topk_tokens += sum(len(item.topk_positions) for item in answer.items)
+            items.extend(answer.items)
+        return ScoreResponse(items)
+
+    def _split(self, request: ScoreRequest) -> list[ScoreRequest]:
+        """Consecutive parts within the service's limit of tokens; always cut the same way."""
+        limit = self.info().max_request_tokens
+        parts: list[list[ScoreItem]] = []
+        size = 0
+        for item in request.sequences:
+            if not parts or size + len(item.tokens) > limit:
+                parts.append([])
+                size = 0
+            parts[-1].append(item)
+            size += len(item.tokens)
+        fields = (request.partition, request.topk, request.k, request.entropy, request.vocab_limit)
+        return [ScoreRequest(part, *fields) for part in parts]
+
+    def _check_masks(self, request: ScoreRequest, response: ScoreResponse) -> None:
+        """Trainer and service must draw the same regions, and alternatives must be where they were asked for."""
+        for number, (asked, item) in enumerate(zip(request.sequences, response.items, strict=True)):
+            outlier = outlier_mask(request, asked, item.teacher_logprobs, item.entropy)
+            if not np.array_equal(item.trusted, ~outlier):
+                raise TropdError(
+                    f"the teacher at {self.url} partitioned sequence {number} otherwise than this client"
+                )
+            wanted = {"none": np.zeros_like(outlier), "outliers": outlier, "all": np.ones_like(outlier)}[
+                request.topk
+            ]
+            if not np.array_equal(item.topk_positions, np.flatnonzero(wanted)):
+                raise TropdError(f"the teacher at {self.url} gave alternatives for other tokens than asked")
+
+    def _retrying(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+        """Send until there is an answer; requests are idempotent, so a lost answer may be asked for again."""
+        started = time.monotonic()
+
+        def attempt() -> httpx.Response:
+            try:
+                response = send()
+            except httpx.TransportError as error:
+                raise _TryAgainError(f"{type(error).__name__}: {error}") from error
+            if response.status_code in (429, 502, 503, 504):
+                raise _TryAgainError(_reason(response), _retry_after(response))
+            return response
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            self.retries += 1
+            error = state.outcome.exception() if state.outcome else None
+            if state.attempt_number == 1:
+                self._on_wait(
+                    f"the teacher at {self.url} does not answer ({error}); waiting, nothing is lost"
+                )
+            jittered = tenacity.wait_random_exponential(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)(state)
+            return max(jittered, error.after if isinstance(error, _TryAgainError) else 0.0)
+
+        try:
+            response = tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(_TryAgainError),
+                stop=tenacity.stop_after_delay(self._timeout),
+                wait=wait,
+                reraise=True,
+            )(attempt)
+        except _TryAgainError as error:
+            raise TropdError(
+                f"the teacher at {self.url} gave no answer for {time.monotonic() - started:.0f} s (last: {error})",
+                hint="see its log, start it again, and rerun the same command: it goes on from the last checkpoint",
+            ) from error
+        if response.status_code != httpx.codes.OK:
+            raise TropdError(
+                f"the teacher at {self.url} refused with {response.status_code}: {_reason(response)}",
+                hint="see the service's log" if response.status_code >= 500 else None,
+            )
+        return response
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or response.reason_phrase
+
+
+def _retry_after(response: httpx.Response) -> float:
+    try:
+        return float(response.headers.get("Retry-After", 0))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,109 @@
+"""A teacher service in a process of its own, for as long as a training run needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, Queue
+from types import TracebackType
+
+from tropd.storage.errors import TropdError
+
+START_SECONDS = 600.0
+STOP_SECONDS = 10.0
+LOG_LINES = 15
+
+
+class LocalTeacher:
+    """Context manager: starts ``command``, which prints ``{"url": …}`` on its first line, and stops it at the end.
+
+    The child's standard input is a pipe that closes with this process, however it ends: no orphan stays behind.
+
+    Args:
+        command: the process to start.
+        log: where its standard error goes.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, *, start_seconds: float = START_SECONDS) -> None:
+        self.url = ""
+        self._command = list(command)
+        self._log = log
+        self._start_seconds = start_seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> LocalTeacher:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a", encoding="utf-8") as log:
+            # A session of its own: Ctrl-C reaches the trainer only, which stops this when it has saved its state.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            self.url = self._wait_for_url(self._process)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _wait_for_url(self, process: subprocess.Popen[str]) -> str:
+        lines: Queue[str] = Queue()
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.put(line)
+
+        threading.Thread(target=read, daemon=True).start()
+        deadline = time.monotonic() + self._start_seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Empty, ValueError, KeyError, TypeError):
+                return str(json.loads(lines.get(timeout=0.1))["url"])
+            if process.poll() is not None and lines.empty():
+                raise self._failure(
+                    f"the teacher service ended with exit code {process.returncode} while starting"
+                )
+        raise self._failure(f"the teacher service did not start within {self._start_seconds:.0f} s")
+
+    def _failure(self, message: str) -> TropdError:
+        text = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+        tail = "\n    ".join(text.splitlines()[-LOG_LINES:])
+        return TropdError(
+            f"{message}; the end of {self._log}:\n    {tail}", hint="tropd serve-teacher shows it live"
+        )
+
+    def _stop(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for stop in (lambda: None, process.terminate, process.kill):
+            stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+                break
+
+
+def serve_command(workspace: Path, assignments: Sequence[str]) -> list[str]:
+    """The command that serves a run's teacher."""
+    command = [sys.executable, "-m", "tropd.cli.main", "serve-teacher", "--workspace", str(workspace)]
+    for assignment in assignments:
+        command += ["--set", assignment]
+    return [*command, "--port", "0", "--exit-with-parent", "--json"]

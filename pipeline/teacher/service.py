@@ -1,0 +1,262 @@
+"""The teacher-scoring service: FastAPI around one engine, Arrow in and out (see ``protocol``)."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from pydantic import BaseModel, ConfigDict
+
+from tropd.pipeline.config import ServiceConfig
+from tropd.pipeline.engines.base import Engine
+from tropd.pipeline.objectives.spec import AllTrusted
+from tropd.pipeline.teacher.batcher import Batcher, QueueFullError, TeacherOutputError, score_requests
+from tropd.pipeline.teacher.protocol import (
+    CONTENT_TYPE,
+    PROTOCOL_VERSION,
+    ProtocolError,
+    ScoreItem,
+    ScoreRequest,
+    decode_request,
+    encode_response,
+)
+from tropd.storage.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+RETRY_AFTER_SECONDS = 1
+
+
+class ServiceInfo(BaseModel):
+    """What ``/v1/info`` says: who the teacher is, and what it accepts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    protocol: int = PROTOCOL_VERSION
+    model: str
+    weights: str
+    """SHA-256 of the weights."""
+    tokenizer: str
+    """SHA-256 of the tokenizer's content."""
+    tokenizer_size: int
+    vocab_size: int
+    """Rows of the output layer."""
+    max_length: int
+    max_request_tokens: int
+    max_request_bytes: int
+    queue_tokens: int
+
+
+class _Metrics:
+    """Prometheus metrics of one application, in a registry of their own."""
+
+    def __init__(self, waiting: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("tropd_requests", "Answered requests", ["status"], registry=self.registry)
+        self.tokens = Counter("tropd_scored_tokens", "Tokens scored", registry=self.registry)
+        self.topk = Counter("tropd_topk_tokens", "Tokens with alternatives", registry=self.registry)
+        self.bytes_in = Counter("tropd_bytes_received", "Bytes of requests", registry=self.registry)
+        self.bytes_out = Counter("tropd_bytes_sent", "Bytes of answers", registry=self.registry)
+        self.seconds = Histogram("tropd_request_seconds", "Time to answer", registry=self.registry)
+        self.batch = Histogram(
+            "tropd_batch_tokens",
+            "Tokens of a forward batch",
+            buckets=[2**n for n in range(6, 19)],
+            registry=self.registry,
+        )
+        Gauge("tropd_waiting_tokens", "Tokens in the queue", registry=self.registry).set_function(waiting)
+
+
+def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token: str | None) -> FastAPI:
+    """The application. The engine is used by one thread only; ``/readyz`` answers after a self-test score."""
+    batcher = Batcher(
+        engine,
+        batch_tokens=settings.batch_tokens,
+        queue_tokens=settings.queue_tokens,
+        on_batch=lambda sequences, tokens, seconds: metrics.batch.observe(tokens),
+    )
+    metrics = _Metrics(lambda: batcher.waiting_tokens)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.get_running_loop().run_in_executor(None, self_test, engine)
+        app.state.ready = True
+        yield
+        app.state.ready = False
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+
+    app = FastAPI(title="tropd teacher", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.ready = False
+    app.state.batcher = batcher
+
+    @app.middleware("http")
+    async def observe(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.monotonic()
+        allowed = request.url.path in ("/healthz", "/readyz") or _authorized(request, token)
+        response = await call_next(request) if allowed else _error(401, "a bearer token is needed")
+        metrics.requests.labels(status=str(response.status_code)).inc()
+        if request.url.path == "/v1/score":
+            metrics.seconds.observe(time.monotonic() - started)
+        return response
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return JSONResponse({"status": "ready"}) if app.state.ready else _error(503, "not ready")
+
+    @app.get("/v1/info")
+    async def get_info() -> ServiceInfo:
+        return info
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        if request.headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
+            return _error(415, f"the content type must be {CONTENT_TYPE}")
+        body = await _read_body(request, settings.max_request_bytes)
+        if body is None:
+            return _error(413, f"the body is above {settings.max_request_bytes} bytes")
+        metrics.bytes_in.inc(len(body))
+        try:
+            asked = decode_request(body, vocab_size=engine.vocab_size, max_length=engine.max_length)
+            tokens = sum(len(item.tokens) for item in asked.sequences)
+            if tokens > settings.max_request_tokens:
+                raise ProtocolError(f"{tokens} tokens, a request may have {settings.max_request_tokens}")
+        except ProtocolError as error:
+            return _error(422, str(error), sequence=error.sequence)
+        try:
+            answer = await asyncio.wrap_future(batcher.submit(asked))
+        except QueueFullError as error:
+            response = _error(429, str(error))
+            response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+            return response
+        except TeacherOutputError as error:
+            return _error(500, str(error))
+        except Exception as error:
+            return _error(500, f"scoring failed: {type(error).__name__}")
+        k = answer.items[0].topk_ids.shape[1] if answer.items else 0
+        content = encode_response(answer, k=k, entropy=asked.entropy)
+        metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
+        metrics.topk.inc(sum(len(item.topk_positions) for item in answer.items))
+        metrics.bytes_out.inc(len(content))
+        return Response(content, media_type=CONTENT_TYPE)
+
+    return app
+
+
+def self_test(engine: Engine) -> None:
+    """Score two tokens; a teacher that cannot must not be called ready.
+
+    Raises:
+        TeacherOutputError: it gives NaN or positive log-probs.
+    """
+    tokens = np.array([0, min(1, engine.vocab_size - 1), 0], dtype=np.int32)
+    item = ScoreItem(tokens, 1, np.array([-1.0, -1.0], dtype=np.float32), 0)
+    score_requests(engine, [ScoreRequest([item], AllTrusted(), "all", 1, False, engine.vocab_size)])
+
+
+def _authorized(request: Request, token: str | None) -> bool:
+    if token is None:
+        return True
+    given = request.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+async def _read_body(request: Request, limit: int) -> bytes | None:
+    """The body, or None if it is longer than ``limit``, whatever its header claims."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _error(status: int, message: str, **details: Any) -> JSONResponse:
+    return JSONResponse({"error": message, **details}, status_code=status)
+
+
+def check_address(host: str, token: str | None, token_env: str) -> None:
+    """Refuse to listen beyond this machine without a token.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and token is None:
+        raise ConfigError(
+            f"service.host = {host!r} is not loopback, and no bearer token is set",
+            hint=f'set {token_env} in the environment of service and trainer, or service.host = "127.0.0.1"',
+        )
+
+
+def run_service(
+    engine: Engine,
+    info: ServiceInfo,
+    settings: ServiceConfig,
+    *,
+    token: str | None,
+    on_ready: Callable[[str], None],
+    exit_with_parent: bool = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT, answering first what is queued.
+
+    Args:
+        on_ready: called with the URL once the service answers.
+        exit_with_parent: also stop when standard input ends, which it does if the process that started this dies.
+    """
+    app = create_app(engine, info, settings, token)
+    listener = socket.create_server((settings.host, settings.port))
+    host, port = listener.getsockname()[:2]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+    threading.Thread(
+        target=_announce, args=(server, app, f"http://{host}:{port}", on_ready), daemon=True
+    ).start()
+    if exit_with_parent:
+        threading.Thread(target=_watch_stdin, args=(server,), daemon=True).start()
+    server.run(sockets=[listener])
+
+
+def _announce(server: uvicorn.Server, app: FastAPI, url: str, on_ready: Callable[[str], None]) -> None:
+    while not (server.started and app.state.ready):
+        if server.should_exit:
+            return
+        time.sleep(0.02)
+    on_ready(url)
+
+
+def _watch_stdin(server: uvicorn.Server) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    server.should_exit = True
