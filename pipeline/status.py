@@ -35,6 +35,8 @@ COMMANDS: Mapping[str, str] = {
 }
 """Stage folder → the command that fills it, in the order of a run."""
 
+DATA_STAGE = "data"
+"""`prepare` fills this folder too; it counts as part of the stage ``models``."""
 METRICS_FILE = "metrics.jsonl"
 EVALUATED = ("before", "after", "teacher")
 """Who is evaluated, one file each."""
@@ -64,7 +66,7 @@ class StageStatus(BaseModel):
     """What is damaged or stale, in words."""
 
     @property
-    def progress(self) -> str:
+    def progress_text(self) -> str:
         """Such as ``step 40 of 100``; empty if nothing is known."""
         if self.done is None:
             return ""
@@ -79,7 +81,7 @@ class Status(BaseModel):
 
     workspace: str
     stages: list[StageStatus]
-    bytes: int
+    total_bytes: int
     next_command: str | None
     """The command to run next; None when there is nothing left to do."""
     next_reason: str
@@ -87,6 +89,12 @@ class Status(BaseModel):
 
     def stage(self, name: str) -> StageStatus | None:
         return next((s for s in self.stages if s.name == name), None)
+
+
+def is_needed(stage: StageStatus, stages: list[StageStatus]) -> bool:
+    """Whether the run needs a stage: a purely on-policy one trains without prefixes and their scores."""
+    trains = any(s.name == "train" and s.state != "not started" for s in stages)
+    return not (trains and stage.name in ("prefixes", "scores") and stage.state == "not started")
 
 
 def workspace_status(workspace: Workspace) -> Status:
@@ -97,7 +105,7 @@ def workspace_status(workspace: Workspace) -> Status:
         config = load_config(workspace.config_path).config
     except (TropdError, OSError, ValueError) as error:
         config_problem = str(error)
-    seconds, _ = read_stage_seconds(workspace)
+    seconds = stage_seconds(workspace.logs / "stages.jsonl")
     stages: list[StageStatus] = []
     for name in COMMANDS:
         if name == "report":
@@ -108,18 +116,10 @@ def workspace_status(workspace: Workspace) -> Status:
     return Status(
         workspace=workspace.root.name,
         stages=stages,
-        bytes=folder_size(workspace.root),
+        total_bytes=folder_size(workspace.root),
         next_command=command,
         next_reason=reason,
     )
-
-
-def read_stage_seconds(workspace: Workspace) -> tuple[dict[str, float], str]:
-    """Seconds per stage from the timings log, and what is wrong with that log (empty if nothing)."""
-    try:
-        return stage_seconds(workspace.logs / "stages.jsonl"), ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {}, f"logs/stages.jsonl is not readable ({type(error).__name__}: {error})"
 
 
 def folder_size(folder: Path) -> int:
@@ -164,6 +164,10 @@ def _stage_status(
         # Without a manifest nothing counts, whatever else lies in the folder.
         return StageStatus(name=name, command=command, state="not started", bytes=size)
     broken = _broken_shards(folder, manifest)
+    spent = seconds.get(name)
+    if name == "models":
+        broken += _broken_data(workspace.stage(DATA_STAGE))
+        spent = None if spent is None else spent + seconds.get(DATA_STAGE, 0.0)
     done, total, unit = _progress(workspace, name, manifest, config, earlier)
     state: State = "damaged" if broken else "complete" if manifest.complete else "in progress"
     return StageStatus(
@@ -173,12 +177,29 @@ def _stage_status(
         done=done,
         total=total,
         unit=unit,
-        rows=manifest.rows,
+        rows=done if name == "train" else _rows(manifest),
         bytes=size,
-        seconds=seconds.get(manifest.stage, seconds.get(name)),
+        seconds=spent,
         fingerprint=manifest.fingerprint,
         problem="; ".join(broken),
     )
+
+
+def _rows(manifest: Manifest) -> int:
+    """Rows of all shards; one that is several files of one stem (arrays beside a table) counts once."""
+    rows: dict[str, int] = {}
+    for shard in manifest.shards.values():
+        stem = shard.name.split(".")[0]
+        rows[stem] = max(shard.rows, rows.get(stem, 0))
+    return sum(rows.values())
+
+
+def _broken_data(folder: Path) -> list[str]:
+    try:
+        manifest = read_manifest(folder)
+    except (TropdError, OSError) as error:
+        return [str(error).replace(f"{folder}/", f"{DATA_STAGE}/")]
+    return [f"{DATA_STAGE}/{line}" for line in _broken_shards(folder, manifest)] if manifest else []
 
 
 def _broken_shards(folder: Path, manifest: Manifest) -> list[str]:
@@ -204,7 +225,6 @@ def _progress(
         return shards, max(shards, len(EVALUATED)), "parts"
     if name == "models":
         return shards, shards if manifest.complete else None, "parts"
-    # A scores shard may be several files of one stem (arrays beside a table).
     shards = len({shard.split(".")[0] for shard in manifest.shards})
     if manifest.complete:
         return shards, shards, "shards"
@@ -272,12 +292,12 @@ def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) 
         return f"tropd config show -w {where}", f"the configuration cannot be read: {config_problem}"
     for stage in stages:
         command = f"tropd {stage.command} -w {where}"
-        if stage.state == "complete":
+        if stage.state == "complete" or not is_needed(stage, stages):
             continue
         if stage.state == "not started":
             return command, f"{stage.command} has not been run yet"
         if stage.state == "in progress":
-            return command, stage.problem or f"{stage.command} is not finished ({stage.progress})"
+            return command, stage.problem or f"{stage.command} is not finished ({stage.progress_text})"
         if stage.fingerprint is None and stage.name != "report":
             # Without a readable manifest the stage cannot be continued, only started over.
             return f"{command} --force", stage.problem

@@ -1,0 +1,111 @@
+"""The training metrics: read whatever lines are whole, and add them up over the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tropd.pipeline.report.schema import RegionFraction, Training
+
+Row = dict[str, float]
+
+_SUMMED = (
+    "tokens_on_policy",
+    "tokens_guidance",
+    "teacher_tokens_scored",
+    "teacher_topk_tokens",
+    "teacher_bytes_received",
+    "teacher_bytes_sent",
+)
+_TIMED = ("rollout", "score", "train")
+
+
+def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
+    """Numeric fields per step, in step order, and what was wrong with the file.
+
+    A step that was repeated after an interruption counts once, as it was last. A torn last line is what a
+    kill leaves behind and is not worth a word; other unreadable lines are.
+    """
+    rows: dict[int, Row] = {}
+    unreadable = 0
+    not_finite: dict[str, list[int]] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        return [], [f"train: {path.name} cannot be read ({error.strerror})"]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            step = int(entry["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            unreadable += number < len(lines)
+            continue
+        row: Row = {}
+        for name, value in entry.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                row[name] = value
+            else:
+                not_finite.setdefault(name, []).append(step)
+        rows[step] = row
+    problems = [f"train: {unreadable} unreadable line(s) in {path.name} are left out"] if unreadable else []
+    for name, steps in sorted(not_finite.items()):
+        more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
+        problems.append(f"train: {name} is not a finite number at step {steps[0]}{more}")
+    return [rows[step] for step in sorted(rows)], problems
+
+
+def summarize_training(
+    rows: list[Row], *, planned_steps: int | None, stage_seconds: float | None
+) -> Training | None:
+    """Totals and columns, or None if no step is on record."""
+    if not rows:
+        return None
+    names = sorted({name for row in rows for name in row} - {"step"})
+    # A line may hold an evaluation only, such as one before the first step.
+    steps = [row for row in rows if any(not n.startswith(("step", "accuracy_")) for n in row)]
+    sums = {name: _total(steps, name) for name in _SUMMED}
+    return Training(
+        steps=len(steps),
+        planned_steps=planned_steps,
+        **{name: None if total is None else round(total) for name, total in sums.items()},
+        region_fraction=RegionFraction(
+            trust=_token_weighted(steps, "region_fraction_trust"),
+            outlier=_token_weighted(steps, "region_fraction_outlier"),
+            guidance=_token_weighted(steps, "region_fraction_guidance"),
+        ),
+        seconds=_seconds(steps, stage_seconds),
+        series={name: [row.get(name) for row in rows] for name in ["step", *names]},
+    )
+
+
+def _total(rows: list[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row]
+    return math.fsum(values) if values else None
+
+
+def _token_weighted(rows: list[Row], name: str) -> float | None:
+    """Mean over the run of a share of each step's supervised tokens; equal weights where no step counts them."""
+    known = [row for row in rows if name in row]
+    if not known:
+        return None
+    weights = [row.get("tokens_on_policy", 0) + row.get("tokens_guidance", 0) for row in known]
+    if not any(weights):
+        weights = [1.0] * len(known)
+    return math.fsum(w * row[name] for w, row in zip(weights, known, strict=True)) / math.fsum(weights)
+
+
+def _seconds(rows: list[Row], stage_seconds: float | None) -> dict[str, float]:
+    """Parts of the steps; ``other`` is what the stage took beyond them (start, evaluations, checkpoints)."""
+    parts = {part: _total(rows, f"time_{part}") for part in _TIMED}
+    seconds = {part: value for part, value in parts.items() if value is not None}
+    whole = stage_seconds if stage_seconds is not None else _total(rows, "time_total")
+    if whole is not None and seconds:
+        seconds["other"] = max(0.0, whole - sum(seconds.values()))
+    return seconds

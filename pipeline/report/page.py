@@ -1,0 +1,258 @@
+"""The report as one self-contained HTML page: no network, no script, no font from elsewhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from tropd.pipeline.report.collect import build_report
+from tropd.pipeline.report.plots import WHO_COLORS, Plot, draw_report
+from tropd.pipeline.report.schema import Evaluation, Mode, Report
+from tropd.pipeline.status import EVALUATED
+from tropd.storage.atomic import atomic_directory, write_text_atomic
+from tropd.storage.fingerprint import flatten
+from tropd.storage.workspace import Workspace
+
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
+_STEP_PARTS = {"rollout": "sampling responses", "score": "waiting for the teacher", "train": "model updates"}
+
+
+def write_report(workspace: Workspace) -> Path:
+    """Write ``report/index.html``, ``report/report.json`` and ``report/plots``; returns the page's path.
+
+    Each file is replaced atomically, the page last.
+    """
+    report = build_report(workspace)
+    plots = draw_report(report)
+    folder = workspace.stage("report")
+    with atomic_directory(folder / "plots") as temporary:
+        for plot in plots:
+            (temporary / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+            (temporary / f"{plot.name}.png").write_bytes(plot.png)
+    write_text_atomic(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    page = folder / "index.html"
+    write_text_atomic(page, render_page(report, plots))
+    return page
+
+
+def render_page(report: Report, plots: list[Plot]) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=FunctionLoader(_resource),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent, count=count, bytes=human_bytes, duration=duration, points=points
+    )
+    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in ("outcome", "main", "time", "more")}
+    for plot in plots:
+        card = {"title": plot.title, "caption": _subscripts(plot.caption), "healthy": plot.healthy}
+        groups[plot.group].append({**card, "name": plot.name, "svg": Markup(plot.inline)})
+    html = environment.get_template("page.html.j2").render(
+        report=report,
+        css=Markup(_resource("page.css")),
+        headline=headline(report.evaluation),
+        subtitle=_subtitle(report),
+        contenders=_contenders(report.evaluation),
+        figures=_key_figures(report),
+        plots=groups,
+        times=_times(report),
+        cache=_cache_rows(report),
+        config=_config_rows(report),
+    )
+    return visible(html)
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The outcome in one sentence, in sampled answers where there are any."""
+    for mode in ("sampled", "greedy"):
+        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
+        beside = f"; the teacher has {percent(teacher.accuracy)}" if teacher else ""
+        if before and after:
+            verb = "fell" if after.accuracy < before.accuracy else "went"
+            return (
+                f"The student {verb} from {percent(before.accuracy)} to {percent(after.accuracy)} "
+                f"of {mode} answers right{beside}."
+            )
+        if after:
+            return f"The trained student has {percent(after.accuracy)} of {mode} answers right{beside}."
+        if before:
+            return (
+                f"Before training the student has {percent(before.accuracy)} of {mode} answers right{beside}."
+            )
+        if teacher:
+            return f"The teacher has {percent(teacher.accuracy)} of {mode} answers right."
+    return "This run has not been evaluated yet."
+
+
+def _subtitle(report: Report) -> list[str]:
+    """What run this is, in a few words."""
+    parts = [report.workspace]
+    if report.config:
+        run, objective = report.config["run"], report.config["objective"]
+        if run["recipe"] and run["recipe"] != report.workspace:
+            parts.append(f"recipe {run['recipe']}")
+        parts += [f"objective {objective['name']}", f"seed {run['seed']}"]
+    if report.training:
+        parts.append(_amount(report.training.steps, "steps"))
+    return parts
+
+
+def _contenders(evaluation: Evaluation) -> list[dict[str, Any]]:
+    names = {"before": "Student before", "after": "Student after", "teacher": "Teacher"}
+    return [
+        {
+            "who": who,
+            "name": names[who],
+            "sampled": evaluation.accuracy(who, "sampled"),  # type: ignore[arg-type]
+            "greedy": evaluation.accuracy(who, "greedy"),  # type: ignore[arg-type]
+        }
+        for who in WHO_COLORS
+        if getattr(evaluation, who) is not None
+    ]
+
+
+def _key_figures(report: Report) -> list[tuple[str, str, str]]:
+    """(value, what it is, detail): the handful of numbers that one asks for first."""
+    figures: list[tuple[str, str, str]] = []
+    modes: tuple[Mode, ...] = ("sampled", "greedy")
+    for mode in modes:
+        gain = getattr(report.evaluation.gain, mode)
+        if gain:
+            interval = f"95\u00a0% interval {points(gain.low)} to\u00a0{points(gain.high)}"
+            figures.append((points(gain.difference), f"points gained, {mode}", interval))
+    training = report.training
+    if training:
+        share = training.region_fraction
+        if share.trust is not None and share.outlier is not None and share.trust + share.outlier > 0:
+            trusted = share.trust / (share.trust + share.outlier)
+            figures.append((percent(trusted), "student tokens trusted", "over the whole run"))
+        if training.tokens_on_policy is not None:
+            scored = training.teacher_tokens_scored
+            detail = "" if scored is None else f"{count(scored)} scored by the teacher"
+            figures.append((count(training.tokens_on_policy), "on-policy tokens", detail))
+        if training.teacher_bytes_received is not None:
+            detail = ""
+            if training.teacher_tokens_scored:
+                each = training.teacher_bytes_received / training.teacher_tokens_scored
+                detail = f"{each:.1f} bytes per scored token"
+            figures.append((human_bytes(training.teacher_bytes_received), "from the teacher", detail))
+    seconds = [stage.seconds for stage in report.stages.values() if stage.seconds is not None]
+    if seconds:
+        figures.append((duration(sum(seconds)), "for all stages", ""))
+    return figures
+
+
+def _times(report: Report) -> list[dict[str, Any]]:
+    """Rows of the time table; shares are of all stages, and of its sum for the parts of training."""
+    total = sum(stage.seconds or 0.0 for stage in report.stages.values())
+    rows: list[dict[str, Any]] = []
+    for name, stage in report.stages.items():
+        progress = _amount(stage.done, stage.unit) if stage.done is not None else ""
+        share = stage.seconds / total if stage.seconds is not None and total else None
+        row = {"name": stage.command, "state": stage.state, "done": progress, "inner": False}
+        rows.append({**row, "bytes": stage.bytes, "seconds": stage.seconds, "share": share})
+        if name == "train" and report.training and report.training.seconds:
+            steps = sum(report.training.seconds.values())
+            for part, seconds in report.training.seconds.items():
+                share = seconds / steps if steps else None
+                row = {
+                    "name": _STEP_PARTS.get(part, "start, evaluation, saving"),
+                    "state": "",
+                    "done": "",
+                    "inner": True,
+                }
+                rows.append({**row, "bytes": None, "seconds": seconds, "share": share})
+    return rows
+
+
+def _amount(number: int, unit: str) -> str:
+    return f"{count(number)} {unit.removesuffix('s') if number == 1 else unit}"
+
+
+def _cache_rows(report: Report) -> list[tuple[str, str, str]]:
+    cache = report.cache
+    rows: list[tuple[str, str | None, str]] = [
+        ("Trajectories", _or_none(cache.trajectories, count), "responses of the teacher that are kept"),
+        ("Kept", _or_none(cache.kept_fraction, percent), "share of those generated"),
+        ("Mean length", _or_none(cache.mean_length, lambda v: f"{v:.1f}"), "tokens per trajectory"),
+        ("Tokens", _or_none(cache.tokens, count), "scored by the teacher once, before training"),
+        (
+            "Alternatives per token",
+            _or_none(cache.alternatives_per_token, lambda v: f"{v:.2f}"),
+            "as many as reach the configured mass",
+        ),
+        ("Kept mass", _or_none(cache.kept_mass, lambda v: f"{100 * v:.3f} %"), "mean probability on them"),
+        ("Bytes per token", _or_none(cache.bytes_per_token, lambda v: f"{v:.1f}"), "on disk, compressed"),
+    ]
+    return [(name, value, what) for name, value, what in rows if value is not None]
+
+
+def _or_none(value: Any, form: Any) -> str | None:
+    return None if value is None else str(form(value))
+
+
+def _config_rows(report: Report) -> dict[str, list[dict[str, str]]]:
+    """Resolved fields by section."""
+    sections: dict[str, list[dict[str, str]]] = {}
+    for path, value in flatten("", report.config or {}).items():
+        section, _, field = path.partition(".")
+        shown = "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        source = report.config_sources.get(path, "")
+        sections.setdefault(section, []).append({"field": field, "value": shown, "source": source})
+    return sections
+
+
+def percent(share: float) -> str:
+    """``0.402`` → ``40.2 %`` (with a space that does not break)."""
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def human_bytes(number: float) -> str:
+    if number < 1000:
+        return f"{number:.0f}\u00a0bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = min(len(units), int(math.log10(number) // 3))
+    return f"{number / 1000**power:.3g}\u00a0{units[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``4.2 s``, ``3 min 5 s`` or ``2 h 10 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}\u00a0s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}\u00a0min {whole % 60}\u00a0s"
+    return f"{whole // 3600}\u00a0h {whole % 3600 // 60}\u00a0min"
+
+
+def _subscripts(text: str) -> Markup:
+    """π_T and its like as one writes them; everything else is escaped."""
+    return Markup(re.sub(r"π_(\w)", r"π<sub>\1</sub>", str(escape(text))))
+
+
+def visible(text: str) -> str:
+    """Text with control characters shown as symbols: models write them, and HTML does not allow them."""
+    return re.sub(r"\r\n?", "\n", text).translate(_CONTROL)
+
+
+def _resource(name: str) -> str:
+    return (resources.files("tropd.pipeline.report") / name).read_text(encoding="utf-8")

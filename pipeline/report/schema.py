@@ -1,0 +1,178 @@
+"""What a report holds, as data: the page is drawn from this, and ``tropd report --json`` prints it.
+
+A number that is not known is null, never zero. There is no clock in here: equal workspaces on one machine
+give equal reports.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tropd.pipeline.status import State
+
+Who = Literal["before", "after", "teacher"]
+Mode = Literal["greedy", "sampled"]
+
+
+class Record(BaseModel):
+    """Base of all parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class StageReport(Record):
+    """One stage."""
+
+    command: str
+    state: State
+    done: int | None
+    total: int | None
+    unit: str
+    rows: int
+    bytes: int
+    seconds: float | None
+    fingerprint: str | None
+    summary: dict[str, Any] = {}
+
+
+class Accuracy(Record):
+    """Share of right answers, and its 95 % interval (see ``Evaluation.interval_method``)."""
+
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+    samples: int
+    """Responses over all problems."""
+    mean_tokens: float | None = None
+    truncated_fraction: float | None = None
+    """Share of responses that reached the length limit."""
+
+
+class Contender(Record):
+    """One model's accuracy: the student before or after training, or the teacher."""
+
+    greedy: Accuracy | None = None
+    sampled: Accuracy | None = None
+
+
+class Gain(Record):
+    """After minus before on the problems that both answered, with a 95 % interval of the paired difference."""
+
+    difference: float
+    low: float
+    high: float
+    problems: int
+    became_right: int
+    """Problems on which more responses are right after than before."""
+    became_wrong: int
+
+
+class Gains(Record):
+    greedy: Gain | None = None
+    sampled: Gain | None = None
+
+
+class Evaluation(Record):
+    before: Contender | None = None
+    after: Contender | None = None
+    teacher: Contender | None = None
+    gain: Gains = Gains()
+    interval_method: str = (
+        "accuracy: Wilson score interval at the effective sample size of responses clustered by problem; "
+        "gain: normal interval of the paired per-problem difference"
+    )
+
+    def accuracy(self, who: Who, mode: Mode) -> Accuracy | None:
+        contender: Contender | None = getattr(self, who)
+        found: Accuracy | None = getattr(contender, mode) if contender else None
+        return found
+
+
+class RegionFraction(Record):
+    """Share of supervised tokens per region, over the whole run."""
+
+    trust: float | None = None
+    outlier: float | None = None
+    guidance: float | None = None
+
+
+class Training(Record):
+    """Sums over the run, and the recorded curves."""
+
+    steps: int
+    planned_steps: int | None
+    tokens_on_policy: int | None = None
+    tokens_guidance: int | None = None
+    teacher_tokens_scored: int | None = None
+    teacher_topk_tokens: int | None = None
+    teacher_bytes_received: int | None = None
+    teacher_bytes_sent: int | None = None
+    region_fraction: RegionFraction = RegionFraction()
+    seconds: dict[str, float] = {}
+    """rollout, score, train, other: where the time of the stage went."""
+    series: dict[str, list[float | None]] = {}
+    """One column per metric, aligned with the column ``step``."""
+
+
+class Cache(Record):
+    """The teacher's scores of its own trajectories."""
+
+    tokens: int | None = None
+    bytes_per_token: float | None = None
+    alternatives_per_token: float | None = None
+    kept_mass: float | None = None
+    trajectories: int | None = None
+    mean_length: float | None = None
+    kept_fraction: float | None = None
+
+
+class Answer(Record):
+    """One response to a problem."""
+
+    text: str
+    answer: str | None
+    correct: bool
+
+
+class Comparison(Record):
+    """The same problem before and after training."""
+
+    prompt_id: str
+    mode: Mode
+    prompt: str | None
+    expected: str | None
+    before: Answer
+    after: Answer
+
+
+class Provenance(Record):
+    """What made this run. Versions and machine are those of the process that wrote the report."""
+
+    versions: dict[str, str]
+    platform: str
+    cpu_count: int | None
+    commit: str | None
+    """Of the source tree that this tropd runs from; ``+changes`` if it was edited since."""
+    fingerprints: dict[str, str]
+    inputs: dict[str, str]
+    """Hashes of models, tokenizers and files, as the stages recorded them."""
+
+
+class Report(Record):
+    """Everything that is known about a run."""
+
+    workspace: str
+    stages: dict[str, StageReport]
+    evaluation: Evaluation
+    training: Training | None
+    cache: Cache
+    samples: list[Comparison]
+    config: dict[str, Any] | None
+    config_sources: dict[str, str]
+    """Where a field's value comes from, for those that are not left at their default."""
+    provenance: Provenance
+    missing: list[str]
+    """What a finished, undamaged run would have and this one has not, in words."""
