@@ -102,7 +102,7 @@ def backpropagate(
         regions = region_losses(objective, batch)
         for name, value in regions.items():
             if not bool(torch.isfinite(value)):
-                raise NonFiniteError(f"the loss of region {name!r} is {float(value)}")
+                raise NonFiniteError(f"the loss of region {name!r} is {float(value.detach())}")
             losses[name] += float(value.detach())
         if region_gradients:
             _add_region_gradients(regions, parameters, region_sums)
