@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("init")(init)
     app.command("prepare")(prepare)
     app.command("generate-prefixes")(generate_prefixes)
+    app.command("generate-rollouts")(generate_rollouts)
     app.command("score-teacher")(score_teacher)
     app.command("train")(train)
     app.command("serve-teacher")(serve_teacher)
@@ -104,16 +106,32 @@ def generate_prefixes(
     _stage(stage, workspace, settings, force, as_json)
 
 
-def score_teacher(
+def generate_rollouts(
     workspace: WorkspaceOption,
     settings: SetOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: cache the teacher's top-k log-probs of its trajectories."""
-    from tropd.pipeline.scoring import score_teacher as stage
+    """Sample responses of the initial student to disk, for objectives that train on stored rollouts."""
+    from tropd.pipeline.prefixes import generate_rollouts as stage
 
     _stage(stage, workspace, settings, force, as_json)
+
+
+def score_teacher(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    source: Annotated[
+        Literal["prefixes", "rollouts"],
+        typer.Option(help="Whose trajectories: the teacher's or the student's."),
+    ] = "prefixes",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 2: cache the teacher's top-k log-probs of stored trajectories."""
+    from tropd.pipeline.scoring import score_teacher as stage
+
+    _stage(partial(stage, source_stage=source), workspace, settings, force, as_json)
 
 
 def train(

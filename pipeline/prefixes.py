@@ -1,9 +1,14 @@
-"""Stage 1, ``generate-prefixes``: trajectories of the teacher, from whose beginnings the student continues."""
+"""Sampling trajectories to disk: the teacher's (stage 1, ``generate-prefixes``), or the student's once and for all.
+
+Teacher trajectories give the prefixes from which the student continues. Student rollouts that are stored and scored
+once (``generate-rollouts``, ``score-teacher --source rollouts``) allow training with no teacher alive.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tropd.pipeline.context import (
     Run,
@@ -12,97 +17,162 @@ from tropd.pipeline.context import (
     load_role,
     model_fields,
     role_tokenizer,
-    section_fields,
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import is_correct
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.errors import DataError
-from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest
 from tropd.storage.seeds import derive_seed
 from tropd.storage.stage import Stage, open_stage
 from tropd.storage.trajectories import Author, Trajectory, read_trajectories, write_trajectories
 
 STAGE = "prefixes"
+ROLLOUTS_STAGE = "rollouts"
 # Rows handed to the engine at once, in batches: between two calls progress is shown.
 BATCHES_PER_CALL = 4
 
 
-def fingerprint(run: Run) -> Fingerprint:
+@dataclass(frozen=True)
+class Source:
+    """Who writes, how, and into which stage. Every field but ``batch_size`` decides the result."""
+
+    stage: str
+    author: Author
+    samples_per_prompt: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    keep: Literal["all", "correct"]
+    shard_prompts: int
+    batch_size: int
+
+
+def teacher_source(run: Run) -> Source:
+    """Teacher trajectories, as ``[prefixes]`` says."""
+    prefixes = run.config.prefixes
+    return Source(
+        stage=STAGE,
+        author="teacher",
+        samples_per_prompt=prefixes.samples_per_prompt,
+        temperature=prefixes.temperature,
+        top_p=prefixes.top_p,
+        max_tokens=run.config.prefix_max_tokens,
+        keep=prefixes.keep,
+        shard_prompts=prefixes.shard_prompts,
+        batch_size=prefixes.batch_size,
+    )
+
+
+def student_source(run: Run) -> Source:
+    """Rollouts of the initial student, as ``[rollout]`` says; none is filtered."""
+    rollout = run.config.rollout
+    return Source(
+        stage=ROLLOUTS_STAGE,
+        author="student",
+        samples_per_prompt=rollout.samples_per_prompt,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_tokens=rollout.max_tokens,
+        keep="all",
+        shard_prompts=run.config.prefixes.shard_prompts,
+        batch_size=rollout.batch_size,
+    )
+
+
+def fingerprint(run: Run, source: Source) -> Fingerprint:
     """Everything that decides which trajectories are made."""
-    config = run.config
-    fields = data_fields(run, "prompts") | model_fields(run, "teacher")
-    fields |= section_fields("prefixes", config.prefixes, without={"batch_size", "max_tokens"})
-    fields |= {"run.seed": config.run.seed, "prefixes.max_tokens": config.prefix_max_tokens}
-    if config.prefixes.keep == "correct":
-        fields["evaluation.answer_pattern"] = config.evaluation.answer_pattern
+    section = "prefixes" if source.author == "teacher" else "rollout"
+    fields: dict[str, Scalar] = {
+        f"{section}.{name}": value
+        for name, value in vars(source).items()
+        if name not in ("stage", "author", "batch_size")
+    }
+    fields |= data_fields(run, "prompts") | model_fields(run, source.author)
+    fields["run.seed"] = run.config.run.seed
+    if source.keep == "correct":
+        fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
     return Fingerprint(fields)
 
 
 def generate_prefixes(run: Run, *, force: bool = False) -> Manifest:
-    """Generate what is missing and return the finished manifest.
+    """Generate the teacher trajectories that are missing; returns the finished manifest.
 
     Raises:
         ConfigError, DataError: the inputs do not fit; raised before the teacher is loaded where possible.
         DataError: ``keep = "correct"`` left no trajectory at all.
     """
-    config = run.config
+    return _generate(run, teacher_source(run), force)
+
+
+def generate_rollouts(run: Run, *, force: bool = False) -> Manifest:
+    """As ``generate_prefixes``, but the initial student writes."""
+    return _generate(run, student_source(run), force)
+
+
+def _generate(run: Run, source: Source, force: bool) -> Manifest:
     check_pair(run)
-    folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings) as stage:
+    folder = run.workspace.stage(source.stage)
+    with open_stage(
+        folder, source.stage, fingerprint(run, source), force=force, timings=run.timings
+    ) as stage:
         if stage.complete:
-            run.reporter.info(f"prefixes: done before ({stage.manifest.rows} trajectories), nothing to do")
+            run.reporter.info(
+                f"{source.stage}: done before ({stage.manifest.rows} trajectories), nothing to do"
+            )
             return stage.manifest
-        tokenizer = role_tokenizer(run, "teacher")
-        teacher = load_role(run, "teacher")
-        engine = teacher.engine(batch_size=config.prefixes.batch_size)
+        tokenizer = role_tokenizer(run, source.author)
+        engine = load_role(run, source.author).engine(batch_size=source.batch_size)
         prompts, encoded = training_prompts(run, tokenizer, engine.max_length)
-        size = config.prefixes.shard_prompts
-        starts = list(range(0, len(prompts), size))
+        starts = range(0, len(prompts), source.shard_prompts)
         names = [f"part-{number:05d}.parquet" for number in range(len(starts))]
-        done = sum(min(size, len(prompts) - s) for s, n in zip(starts, names, strict=True) if stage.has(n))
-        with run.reporter.task("teacher prefixes", len(prompts), done=done, unit="prompts") as task:
-            for name, start in zip(names, starts, strict=True):
+        sizes = [min(source.shard_prompts, len(prompts) - start) for start in starts]
+        done = sum(size for size, name in zip(sizes, names, strict=True) if stage.has(name))
+        with run.reporter.task(
+            f"{source.author} {source.stage}", len(prompts), done=done, unit="prompts"
+        ) as task:
+            for name, start, size in zip(names, starts, sizes, strict=True):
                 if stage.has(name):
                     continue
                 rows: list[Trajectory] = []
-                step = max(
-                    1, BATCHES_PER_CALL * config.prefixes.batch_size // config.prefixes.samples_per_prompt
-                )
-                stop = min(start + size, len(prompts))
-                for low in range(start, stop, step):
-                    high = min(low + step, stop)
-                    rows += _sample(run, engine, tokenizer, prompts[low:high], encoded[low:high])
+                step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
+                for low in range(start, start + size, step):
+                    high = min(low + step, start + size)
+                    rows += _sample(run, source, engine, tokenizer, prompts[low:high], encoded[low:high])
                     task.advance(high - low)
                 stage.commit(name, write_trajectories(folder / name, rows))
-        _finish(stage, len(prompts), config.prefixes.samples_per_prompt)
+        _finish(stage, len(prompts), source.samples_per_prompt)
         return stage.manifest
 
 
 def _sample(
-    run: Run, engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]
+    run: Run,
+    source: Source,
+    engine: Engine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Sequence[int]],
 ) -> list[Trajectory]:
     """Trajectories of some prompts, in order, those with wrong answers left out if so configured."""
-    config = run.config
     jobs = [
         (prompt, tokens, sample)
         for prompt, tokens in zip(prompts, encoded, strict=True)
-        for sample in range(config.prefixes.samples_per_prompt)
+        for sample in range(source.samples_per_prompt)
     ]
     generations = engine.generate(
         [tokens for _, tokens, _ in jobs],
-        Sampling(config.prefixes.temperature, config.prefixes.top_p),
-        seeds=[derive_seed(config.run.seed, STAGE, prompt.id, sample) for prompt, _, sample in jobs],
-        max_tokens=[config.prefix_max_tokens] * len(jobs),
+        Sampling(source.temperature, source.top_p),
+        seeds=[
+            derive_seed(run.config.run.seed, source.stage, prompt.id, sample) for prompt, _, sample in jobs
+        ],
+        max_tokens=[source.max_tokens] * len(jobs),
     )
     rows = []
     for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True):
-        row = to_trajectory(prompt, tokens, sample, generation, tokenizer, "teacher")
-        if config.prefixes.keep == "all" or is_correct(
-            row.text, prompt.answer, config.evaluation.answer_pattern
-        ):
+        row = to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author)
+        if source.keep == "all" or is_correct(row.text, prompt.answer, run.config.evaluation.answer_pattern):
             rows.append(row)
     return rows
 

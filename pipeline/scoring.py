@@ -1,7 +1,8 @@
 """Stage 2, ``score-teacher``: the teacher's top-k log-probs of stored trajectories, into the cache.
 
-For each trajectory shard ``part-N.parquet`` two outputs: ``part-N.zarr``, the ragged top-k cache, and
-``part-N.parquet``, which names the trajectory of each of its rows and holds the sampled log-probs.
+Trajectories are the teacher's (``prefixes`` into ``scores``) or stored student rollouts (``rollouts`` into
+``rollout-scores``). For each trajectory shard ``part-N.parquet`` two outputs: ``part-N.zarr``, the ragged top-k
+cache, and ``part-N.parquet``, which names the trajectory of each of its rows and holds the sampled log-probs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tropd.storage.stage import Stage, open_stage
 from tropd.storage.topk_cache import TopK, concatenate, prune, read_topk, write_topk
 from tropd.storage.trajectories import Trajectory, iter_stage
 
-STAGE = "scores"
+STAGES = {"prefixes": "scores", "rollouts": "rollout-scores"}
+COMMANDS = {"prefixes": "generate-prefixes", "rollouts": "generate-rollouts"}
 # Rows scored between two updates of the progress bar.
 ROWS_PER_CALL = 256
 
@@ -39,21 +41,24 @@ ROWS_SCHEMA = pa.schema(
 
 def fingerprint(run: Run, source: Manifest) -> Fingerprint:
     """Everything that decides the scores: the trajectories, the teacher, and what is kept."""
-    fields = model_fields(run, "teacher") | {"upstream.prefixes": source.fingerprint}
+    fields = model_fields(run, "teacher") | {f"upstream.{source.stage}": source.fingerprint}
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
     return Fingerprint(fields)
 
 
-def score_teacher(run: Run, *, force: bool = False) -> Manifest:
-    """Score what is missing and return the finished manifest.
+def score_teacher(run: Run, *, source_stage: str = "prefixes", force: bool = False) -> Manifest:
+    """Score what is missing of the trajectories in ``source_stage`` and return the finished manifest.
 
     Raises:
         TropdError: the trajectories are not finished, or the teacher gives NaN.
     """
-    source_folder = run.workspace.stage("prefixes")
-    source = finished(run, "prefixes", "generate-prefixes")
-    folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run, source), force=force, timings=run.timings) as stage:
+    source_folder = run.workspace.stage(source_stage)
+    source = finished(run, source_stage, COMMANDS[source_stage])
+    name_of_stage = STAGES[source_stage]
+    folder = run.workspace.stage(name_of_stage)
+    with open_stage(
+        folder, name_of_stage, fingerprint(run, source), force=force, timings=run.timings
+    ) as stage:
         if stage.complete:
             run.reporter.info(
                 f"scores: done before ({stage.manifest.summary['tokens']} tokens), nothing to do"

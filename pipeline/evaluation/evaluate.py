@@ -66,8 +66,8 @@ class Response:
     finish_reason: str
 
 
-def fingerprint(run: Run, final: Path) -> Fingerprint:
-    """Problems, sampling, and the weights of all three models."""
+def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
+    """Problems, sampling, and the weights of all models evaluated."""
     config = run.config
     fields = data_fields(run, "evaluation")
     fields |= section_fields("evaluation", config.evaluation, without={"batch_size", "max_tokens"})
@@ -81,22 +81,30 @@ def fingerprint(run: Run, final: Path) -> Fingerprint:
     return Fingerprint(fields)
 
 
-def evaluate(run: Run, *, force: bool = False) -> Manifest:
-    """Evaluate whom has not been evaluated yet and return the finished manifest."""
-    finished(run, "train", "train")
+def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
+    """Role whose settings apply, and the directory if it is not the role's own."""
+    return ("teacher" if who == "teacher" else "student"), (final if who == "after" else None)
+
+
+def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Manifest:
+    """Evaluate whom has not been evaluated yet and return the finished manifest.
+
+    Raises:
+        TropdError: training is not finished, and the student after it is asked for.
+    """
+    if "after" in whom:
+        finished(run, "train", "train")
     final = run.workspace.stage("train") / "final"
     folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run, final), force=force, timings=run.timings) as stage:
+    with open_stage(folder, STAGE, fingerprint(run, final, whom), force=force, timings=run.timings) as stage:
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
         summary: dict[str, dict[str, float]] = {}
-        for who in WHO:
+        for who in whom:
             name = f"part-{who}.parquet"
             if not stage.has(name):
-                role = "teacher" if who == "teacher" else "student"
-                model = load_role(run, role, final if who == "after" else None)
-                responses = _evaluate_one(run, who, model)
+                responses = _evaluate_one(run, who, load_role(run, *_model_of(who, final)))
                 _write(folder / name, who, responses)
                 stage.commit(name, rows=len(responses))
             table = pq.read_table(folder / name, columns=["mode", "correct"])

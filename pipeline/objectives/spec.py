@@ -7,7 +7,7 @@ Everything here is plain configuration (pydantic, TOML); the formulas are in ``p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -305,6 +305,11 @@ class Objective(Spec):
             )
         if self.rollouts == "stored" and self.schedule.kind != "none":
             raise ValueError("rollouts = 'stored' have no teacher prefix: set schedule.kind = 'none'")
+        if self.rollouts == "stored" and self.partition.rule == "teacher_entropy":
+            raise ValueError(
+                "partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, "
+                "which the cache of stored rollouts does not hold"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""The trainer's view of the top-k cache: alternatives of the prefix tokens of a step."""
+"""The trainer's view of the top-k cache: what the teacher said of stored tokens, with no teacher alive."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
+from tropd.pipeline.training.teacher_data import TeacherData
 from tropd.storage.errors import DamagedShardError
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.topk_cache import TopK, read_topk
@@ -34,30 +35,46 @@ class CachedScores:
 
     def prefixes(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> RaggedTopk:
         """The k likeliest cached alternatives of all prefix tokens of a step, numbered in row order."""
-        parts: list[TopK] = []
-        for row in rows:
-            if row.plan.trajectory is not None:
-                name, place = store.location(row.plan.trajectory)
-                data = self._shard(f"{Path(name).stem}.zarr")
-                parts.append(data.row(place, stop=len(row.plan.prefix_tokens)))
+        lengths = [len(row.plan.prefix_tokens) for row in rows]
+        return _limited(self._parts(rows, lengths, store), k)
+
+    def responses(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> TeacherData:
+        """The teacher's view of stored student rollouts: log-probs and the k likeliest alternatives of every token."""
+        parts = self._parts(rows, [len(row.tokens) for row in rows], store)
         if not parts:
-            return RaggedTopk.empty()
-        counts = np.concatenate([p.counts for p in parts]).astype(np.int64)
-        logprobs = np.concatenate([p.logprobs for p in parts]).astype(np.float32)
-        tail = np.concatenate([p.tail for p in parts])
-        rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        keep = rank < k
-        if not keep.all():
-            # What is cut off joins the tail.
-            cut = np.bincount(
-                np.repeat(np.arange(len(counts)), counts)[~keep], np.exp(logprobs[~keep]), len(counts)
-            )
-            with np.errstate(divide="ignore"):
-                tail = np.log(np.exp(tail.astype(np.float64)) + cut).astype(np.float32)
-        return RaggedTopk(
-            index=np.arange(len(counts)),
-            counts=np.minimum(counts, k),
-            ids=np.concatenate([p.ids for p in parts]).astype(np.int64)[keep],
-            logprobs=logprobs[keep],
-            tail=tail,
+            return TeacherData.nothing()
+        return TeacherData(np.concatenate([p.sampled for p in parts]), None, _limited(parts, k))
+
+    def _parts(self, rows: Sequence[Row], lengths: Sequence[int], store: TrajectoryStore) -> list[TopK]:
+        """The first tokens of each row's trajectory."""
+        parts = []
+        for row, length in zip(rows, lengths, strict=True):
+            if row.plan.trajectory is not None and length:
+                name, place = store.location(row.plan.trajectory)
+                parts.append(self._shard(f"{Path(name).stem}.zarr").row(place, stop=length))
+        return parts
+
+
+def _limited(parts: Sequence[TopK], k: int) -> RaggedTopk:
+    """At most k alternatives per token, the likeliest; tokens are numbered in order."""
+    if not parts:
+        return RaggedTopk.empty()
+    counts = np.concatenate([p.counts for p in parts]).astype(np.int64)
+    logprobs = np.concatenate([p.logprobs for p in parts]).astype(np.float32)
+    tail = np.concatenate([p.tail for p in parts])
+    rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    keep = rank < k
+    if not keep.all():
+        # What is cut off joins the tail.
+        cut = np.bincount(
+            np.repeat(np.arange(len(counts)), counts)[~keep], np.exp(logprobs[~keep]), len(counts)
         )
+        with np.errstate(divide="ignore"):
+            tail = np.log(np.exp(tail.astype(np.float64)) + cut).astype(np.float32)
+    return RaggedTopk(
+        index=np.arange(len(counts)),
+        counts=np.minimum(counts, k),
+        ids=np.concatenate([p.ids for p in parts]).astype(np.int64)[keep],
+        logprobs=logprobs[keep],
+        tail=tail,
+    )

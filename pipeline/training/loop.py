@@ -20,7 +20,7 @@ from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.training.checkpoint import load_checkpoint, remove_uncommitted, save_checkpoint
 from tropd.pipeline.training.interrupt import StopRequest, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
-from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out
+from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
@@ -66,6 +66,10 @@ def fingerprint(run: Run) -> Fingerprint:
         fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
     if needs.cached_topk:
         fields["upstream.scores"] = finished(run, "scores", "score-teacher").fingerprint
+    if config.objective.rollouts == "stored":
+        fields["upstream.rollout-scores"] = finished(
+            run, "rollout-scores", "score-teacher --source rollouts"
+        ).fingerprint
     return Fingerprint(fields)
 
 
@@ -128,17 +132,7 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     limit = scheduled_length(
         objective.schedule, step=step, total_steps=config.train.steps, max_tokens=config.rollout.max_tokens
     )
-    plans = plan_rows(
-        step,
-        prompt_ids=[p.id for p in session.prompts],
-        encoded=session.encoded,
-        store=session.store,
-        schedule=objective.schedule,
-        limit=limit,
-        rollout=config.rollout,
-        seed=config.run.seed,
-    )
-    rows = roll_out(plans, session.engine, config.rollout)
+    rows = _rows(session, step, limit)
     rolled_out = time.perf_counter()
     traffic_before = session.traffic()
     teacher = _teacher_data(session, rows)
@@ -188,7 +182,35 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     }
 
 
+def _rows(session: Session, step: int, limit: int) -> list[Row]:
+    """The step's rows: rolled out now, or read from disk where the objective trains on stored rollouts."""
+    config = session.run.config
+    prompt_ids = [p.id for p in session.prompts]
+    if session.stored is not None:
+        return stored_rows(
+            step,
+            prompt_ids=prompt_ids,
+            encoded=session.encoded,
+            store=session.stored,
+            rollout=config.rollout,
+            seed=config.run.seed,
+        )
+    plans = plan_rows(
+        step,
+        prompt_ids=prompt_ids,
+        encoded=session.encoded,
+        store=session.store,
+        schedule=config.objective.schedule,
+        limit=limit,
+        rollout=config.rollout,
+        seed=config.run.seed,
+    )
+    return roll_out(plans, session.engine, config.rollout)
+
+
 def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
+    if session.stored is not None and session.cached is not None:
+        return session.cached.responses(rows, session.stored, session.run.config.objective.k)
     if session.scorer is None:
         return TeacherData.nothing()
     return ask_teacher(session.scorer, rows, session.run.config.objective, session.needs, session.vocab_limit)

@@ -172,3 +172,25 @@ def roll_out(plans: Sequence[RowPlan], engine: Engine, rollout: RolloutConfig) -
                 Row(plan, generation.tokens, generation.logprobs, generation.finish_reason == "length")
             )
     return rows
+
+
+def stored_rows(
+    step: int,
+    *,
+    prompt_ids: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    store: TrajectoryStore,
+    rollout: RolloutConfig,
+    seed: int,
+) -> list[Row]:
+    """Rows of a step whose responses a student wrote once and for all."""
+    rows = []
+    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompt_ids[index])
+        for sample in range(rollout.samples_per_prompt):
+            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            trajectory = available[sample % len(available)]
+            plan = RowPlan(slot, index, encoded[index], [], trajectory, False, row_seed)
+            logprobs = store.sampled_logprobs(trajectory)
+            rows.append(Row(plan, store.tokens(trajectory), logprobs, store.truncated(trajectory)))
+    return rows

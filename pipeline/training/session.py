@@ -17,6 +17,7 @@ from tropd.pipeline.context import (
     evaluation_problems,
     finished,
     load_role,
+    model_fields,
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine
@@ -37,6 +38,7 @@ from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
 from tropd.pipeline.training.teacher_data import Scorer
+from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Session:
     optimizer: torch.optim.Optimizer
     precision: torch.dtype | None
     store: TrajectoryStore | None
+    """Teacher trajectories, for prefixes."""
+    stored: TrajectoryStore | None
+    """Stored student rollouts, for objectives that train on them."""
     scorer: Scorer | None
     cached: CachedScores | None
     reference: Engine | None
@@ -116,12 +121,17 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
             # A prompt whose trajectories were all filtered out has nothing to be learned from.
             covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
             prompts, encoded = [prompts[i] for i in covered], [encoded[i] for i in covered]
-    cached = None
+    stored, cached = None, None
     if needs.cached_topk:
-        cached = CachedScores(run.workspace.stage("scores"), finished(run, "scores", "score-teacher"))
+        cached = _cache(run, "scores", "score-teacher")
+    if objective.rollouts == "stored":
+        stored = TrajectoryStore(
+            run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
+        )
+        cached = _cache(run, "rollout-scores", "score-teacher --source rollouts")
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorer = None
-    if needs.sampled:
+    if needs.sampled and stored is None:
         identity = tokenizer_identity(student.tokenizer)
         scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, on_wait=on_wait)
     problems = None
@@ -145,11 +155,29 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
         ),
         precision=precision,
         store=store,
+        stored=stored,
         scorer=scorer,
         cached=cached,
         reference=_reference(run, folder),
         problems=problems,
     )
+
+
+def _cache(run: Run, stage: str, command: str) -> CachedScores:
+    """The cache of a stage, whose scores must be those of the teacher that the run names.
+
+    Raises:
+        ConfigError: they are another teacher's.
+    """
+    manifest = finished(run, stage, command)
+    for field, value in model_fields(run, "teacher").items():
+        if manifest.fields.get(field) != value:
+            raise ConfigError(
+                f"the {stage} stage was scored by another teacher than the one named: {field} is "
+                f"{manifest.fields.get(field)!r} there and {value!r} now",
+                hint=f"name that teacher, or score again: tropd {command} -w {run.workspace.root} --force",
+            )
+    return CachedScores(run.workspace.stage(stage), manifest)
 
 
 def _trainable(run: Run, folder: Path, device: torch.device) -> LoadedModel:
