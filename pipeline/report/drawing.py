@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,12 +117,11 @@ def draw_line(axes: Any, x: Numbers, y: Numbers, *, label: str, color: str, smoo
 
 
 def moving_average(values: Numbers, width: int) -> Numbers:
-    """Centred mean over up to ``width`` values, fewer at both ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    half = width // 2
-    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    averages: Numbers = (sums[last] - sums[first]) / (last - first)
+    """Centred mean over up to ``width`` values with bell-shaped weights; fewer values at both ends."""
+    half = min(width, len(values) - 1) // 2
+    kernel = np.hanning(2 * half + 3)[1:-1]
+    weights = np.convolve(np.ones(len(values)), kernel, mode="same")
+    averages: Numbers = np.convolve(values, kernel, mode="same") / weights
     return averages
 
 
@@ -131,28 +131,44 @@ def finish(figure: Figure, axes: Any, *, xlabel: str, ylabel: str, percent: bool
     axes.set_ylabel(ylabel, labelpad=8)  # room for the larger text of narrow pages
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_TICK_STEPS))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+    bottom, top = _limits(axes.dataLim.y0, axes.dataLim.y1, percent=percent, from_zero=from_zero)
+    axes.set_ylim(bottom, top)
+    # Enough digits that neighbouring ticks differ, such as 1.00002 and 1.00004.
+    digits = max(4, 2 + math.ceil(math.log10(max(abs(bottom), abs(top)) / (top - bottom))))
     if percent:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}g} %"))
     else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    if from_zero:
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(min(bottom, 0.0), max(top, 1e-9))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, digits)))
     if len(axes.get_legend_handles_labels()[1]) > 1:
         figure.legend(loc="outside upper left", ncols=4, fontsize=8.5)
 
 
-def short_number(value: float) -> str:
+def _limits(low: float, high: float, *, percent: bool, from_zero: bool) -> tuple[float, float]:
+    """Range of the y axis: all of the data with a margin, and no room for what a share cannot be."""
+    low = min(low, 0.0) if from_zero else low
+    high = max(high, 0.0) if from_zero else high
+    if high == low:  # a constant: show it against a scale that says how little it varies
+        pad = 0.05 if percent else abs(high) / 10 or 1.0
+        low, high = (low if from_zero else low - pad), high + pad
+    margin = 0.05 * (high - low)
+    bottom, top = low - (0.02 * (high - low) if from_zero and low == 0 else margin), high + margin
+    if percent:
+        edge = 0.02 * (high - low)  # half a line's width beyond 0 and 100 %
+        bottom, top = max(bottom, -edge), min(top, 1 + edge)
+    return bottom, top
+
+
+def short_number(value: float, digits: int = 4) -> str:
     """Such as ``12 k``, ``0.004``, ``3 M`` or ``5e−5``."""
     size = abs(value)
     if size >= 1e4:
         limit, suffix = next(pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= pair[0])
-        text = f"{value / limit:.4g} {suffix}"
+        text = f"{value / limit:.{digits}g} {suffix}"
     elif 0 < size < 1e-3:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     else:
-        text = f"{value:.4g}"
+        text = f"{value:.{digits}g}"
     return text.replace("-", "−")
 
 

@@ -187,9 +187,9 @@ def _cache_rows(report: Report) -> list[tuple[str, str, str]]:
         ("Mean length", _or_none(cache.mean_length, lambda v: f"{v:.1f}"), "tokens per trajectory"),
         ("Tokens", _or_none(cache.tokens, count), "scored by the teacher once, before training"),
         (
-            "Alternatives per token",
+            "Alternatives",
             _or_none(cache.alternatives_per_token, lambda v: f"{v:.2f}"),
-            "as many as reach the configured mass",
+            "per token: as many as reach the configured mass",
         ),
         ("Kept mass", _or_none(cache.kept_mass, lambda v: f"{100 * v:.3f} %"), "mean probability on them"),
         ("Bytes per token", _or_none(cache.bytes_per_token, lambda v: f"{v:.1f}"), "on disk, compressed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,7 +14,7 @@ from tropd.pipeline.report.schema import Provenance
 from tropd.storage.manifest import Manifest
 
 _PACKAGES = ("tropd", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "zarr")
-_HASH_WORDS = ("weights", "tokenizer", "hash", "digest", "sha256")
+_DIGEST = re.compile(r"[0-9a-f]{40,}")
 _GIT_SECONDS = 10
 
 
@@ -35,7 +36,7 @@ def describe_provenance(manifests: Mapping[str, Manifest]) -> Provenance:
             f"{name}: {field}": value
             for name, manifest in manifests.items()
             for field, value in sorted(manifest.fields.items())
-            if isinstance(value, str) and any(word in field.lower() for word in _HASH_WORDS)
+            if isinstance(value, str) and _DIGEST.fullmatch(value) and not field.startswith("upstream")
         },
     )
 
