@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import print_json, stderr, stdout
+from tropd.cli.render import print_json, print_table, stderr, stdout
 
 if TYPE_CHECKING:
     from tropd.pipeline.context import Run
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command("serve-teacher")(serve_teacher)
     app.command("evaluate")(evaluate)
     app.command("report")(report)
+    app.command("compare")(compare)
     app.command("demo")(demo)
 
 
@@ -202,6 +203,60 @@ def serve_teacher(
             stdout.print(f"teacher service ready at {url}", markup=False)
 
     serve(open_run(workspace, assignments), ready, exit_with_parent=exit_with_parent)
+
+
+def compare(
+    workspace: WorkspaceOption,
+    objectives: Annotated[str, typer.Option(help="Methods, separated by commas (see tropd objectives).")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Several methods side by side: same start, same prompts, same prefixes; resumable run by run."""
+    from tropd.pipeline.compare import compare as run_compare
+    from tropd.pipeline.report.comparison import collect_comparison
+    from tropd.pipeline.report.comparison_page import write_comparison
+
+    run = open_run(workspace, settings)
+    cells = run_compare(run, [n.strip() for n in objectives.split(",") if n.strip()], seeds, workers=workers)
+    found = collect_comparison(run.workspace, cells)
+    page = write_comparison(run.workspace, found)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+
+    def cell(estimate: Any, scale: str = "{:.1f}") -> str:
+        low, mean, high = (scale.format(100 * v) for v in (estimate.low, estimate.mean, estimate.high))
+        return f"{mean} [{low}, {high}]"
+
+    rows = [
+        (
+            method.objective,
+            cell(method.accuracy["greedy"]),
+            cell(method.accuracy["sampled"]),
+            cell(method.difference["sampled"], "{:+.1f}") if method.difference else "",
+            method.steps,
+            round(method.teacher_tokens_scored),
+            round(method.teacher_bytes_received),
+        )
+        for method in found.methods
+    ]
+    columns = (
+        "method",
+        "greedy %",
+        "sampled %",
+        f"sampled − {found.baseline}",
+        "steps",
+        "teacher tokens",
+        "bytes",
+    )
+    print_table(columns, rows)
+    before, teacher = (", ".join(f"{m} {v:.1%}" for m, v in w.items()) for w in (found.before, found.teacher))
+    stdout.print(
+        f"before: {before}; teacher: {teacher}; 95 % intervals over seeds and problems", markup=False
+    )
+    stdout.print(f"page: {page}", markup=False)
 
 
 def demo(

@@ -72,12 +72,9 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
     fields = data_fields(run, "evaluation")
     fields |= section_fields("evaluation", config.evaluation, without={"batch_size", "max_tokens"})
     fields |= {"run.seed": config.run.seed, "evaluation.max_tokens": config.evaluation_max_tokens}
-    for name, role, folder in (
-        ("before", "student", None),
-        ("after", "student", final),
-        ("teacher", "teacher", None),
-    ):
-        fields |= {f"{name}.{k}": v for k, v in model_fields(run, role, folder).items()}
+    for who in whom:
+        role, folder = _model_of(who, final)
+        fields |= {f"{who}.{k}": v for k, v in model_fields(run, role, folder).items()}
     return Fingerprint(fields)
 
 

@@ -1,0 +1,145 @@
+"""``compare``: several objectives, several seeds, one start. Every run is a workspace of its own, resumed by itself.
+
+    W/compare/<objective>/seed-<n>/      a workspace whose models, data, prefixes and scores are W's own (links)
+    W/compare/reference/                 the student before, and the teacher
+    W/compare/comparison.json            the numbers           W/compare/index.html   the page
+
+All runs of a seed share the student's start, the order of prompts, the cached prefixes and the held-out problems,
+so differences between methods are paired.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tropd.pipeline.config import Config
+from tropd.pipeline.configuration import dump_config, load_objective, parse_config
+from tropd.pipeline.context import Run, finished
+from tropd.pipeline.evaluation.evaluate import Who, evaluate
+from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.prefixes import generate_rollouts
+from tropd.pipeline.progress import SILENT
+from tropd.pipeline.scoring import score_teacher
+from tropd.pipeline.teacher.process import LocalTeacher, serve_command
+from tropd.pipeline.training.loop import train
+from tropd.storage.atomic import write_text_atomic
+from tropd.storage.errors import ConfigError
+from tropd.storage.workspace import Workspace
+
+FOLDER = "compare"
+REFERENCE = "reference"
+SHARED = ("models", "data", "prefixes", "scores", "rollouts", "rollout-scores")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    objective: str
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        return root / FOLDER / self.objective / f"seed-{self.seed}"
+
+
+def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1) -> list[Cell]:
+    """Train and evaluate every objective with every seed; what is done already is kept.
+
+    The stages of the base workspace up to ``scores`` must be complete. Returns the cells, objectives in the order
+    given.
+
+    Raises:
+        ConfigError: unknown objective, or a base workspace that lacks what one needs.
+    """
+    if seeds < 1 or workers < 1:
+        raise ConfigError("compare needs at least one seed and one worker")
+    chosen = list(dict.fromkeys(objectives))
+    specs = [load_objective(name) for name in chosen]
+    finished(run, "prefixes", "generate-prefixes")
+    finished(run, "scores", "score-teacher")
+    if any(spec.rollouts == "stored" for spec in specs):
+        generate_rollouts(run)
+        score_teacher(run, source_stage="rollouts")
+    cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
+    _evaluate_reference(run)
+    with ExitStack() as stack:
+        url = run.config.teacher.url
+        if url is None and any(teacher_needs(s).sampled and s.rollouts == "student" for s in specs):
+            command = serve_command(run.workspace.root, run.assignments)
+            log = run.workspace.logs / "teacher-service.log"
+            url = stack.enter_context(LocalTeacher(command, log)).url
+        jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
+        with run.reporter.task("compare", len(jobs), unit="runs") as task:
+            for done in _each(jobs, workers):
+                task.advance(1, last=str(done.relative_to(run.workspace.root / FOLDER)))
+    return cells
+
+
+def _each(jobs: Sequence[tuple[Path, str | None]], workers: int) -> Iterator[Path]:
+    """Run the jobs, yielding each as it is done; with one worker in this process, so that Ctrl-C saves its state."""
+    if workers == 1:
+        yield from (_run_cell(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = [pool.submit(_run_cell, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _cell_config(run: Run, cell: Cell) -> Config:
+    """The base configuration with this cell's objective and seed; overrides of the base objective are dropped,
+    but for ``k``, which is a budget and not a method."""
+    plain = run.config.model_copy(
+        update={
+            "objective": load_objective(cell.objective, {"k": run.config.objective.k}),
+            "run": run.config.run.model_copy(update={"seed": cell.seed}),
+        }
+    )
+    return parse_config(dump_config(plain), where=f"compare/{cell.objective}").config
+
+
+def _cell_workspace(run: Run, cell: Cell) -> Workspace:
+    """Make or open a cell's workspace. Its configuration is written anew: a changed one is refused by the stage."""
+    workspace = Workspace.create(cell.folder(run.workspace.root))
+    _link_shared(run.workspace, workspace)
+    write_text_atomic(workspace.config_path, dump_config(_cell_config(run, cell)))
+    return workspace
+
+
+def _link_shared(base: Workspace, workspace: Workspace) -> None:
+    for name in SHARED:
+        target, link = base.stage(name), workspace.stage(name)
+        if target.exists() and not link.is_symlink():
+            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def _run_cell(root: Path, url: str | None) -> Path:
+    """Train and evaluate one cell (in a worker process where there are several)."""
+    workspace = Workspace.open(root)
+    overrides = (f'teacher.url="{url}"',) if url else ()
+    resolved = parse_config(workspace.config_path.read_text(encoding="utf-8"), overrides)
+    cell = Run(workspace, resolved, SILENT, overrides)
+    train(cell)
+    evaluate(cell, whom=("after",))
+    return root
+
+
+def _evaluate_reference(run: Run) -> None:
+    workspace = Workspace.create(run.workspace.root / FOLDER / REFERENCE)
+    _link_shared(run.workspace, workspace)
+    write_text_atomic(workspace.config_path, dump_config(run.config))
+    whom: tuple[Who, ...] = ("before", "teacher")
+    evaluate(replace(run, workspace=workspace), whom=whom)

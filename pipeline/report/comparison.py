@@ -1,0 +1,172 @@
+"""The numbers of a comparison: accuracy per method with intervals, paired differences, and what each cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from tropd.pipeline.compare import FOLDER, REFERENCE, Cell
+from tropd.pipeline.training.metrics import read_metrics
+from tropd.storage.manifest import read_manifest
+from tropd.storage.seeds import derive_seed
+from tropd.storage.workspace import Workspace
+
+BOOTSTRAP_DRAWS = 2000
+MODES = ("greedy", "sampled")
+BASELINE = "opd"
+CURVES = (
+    "accuracy_greedy",
+    "accuracy_sampled",
+    "grad_norm",
+    "k1_mean",
+    "region_fraction_outlier",
+    "student_entropy",
+    "response_length_mean",
+    "teacher_tokens_scored",
+    "teacher_topk_tokens",
+    "teacher_bytes_received",
+)
+
+Marks = npt.NDArray[np.float64]
+
+
+class Estimate(BaseModel):
+    """A mean with its 95 % bootstrap interval over seeds and problems."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class MethodResult(BaseModel):
+    """One method over all its seeds."""
+
+    objective: str
+    seeds: list[int]
+    accuracy: dict[str, Estimate]
+    per_seed: dict[str, list[float]]
+    difference: dict[str, Estimate]
+    """To the baseline: same seeds, same problems. Empty for the baseline itself."""
+    steps: int
+    tokens_on_policy: float
+    """This and the next are means per run."""
+    teacher_tokens_scored: float
+    teacher_topk_tokens: float
+    teacher_bytes_received: float
+    seconds: float
+    curves: dict[str, list[float | None]]
+    """Mean over seeds per step."""
+
+
+class Comparison(BaseModel):
+    """What ``tropd compare`` found."""
+
+    workspace: str
+    baseline: str
+    problems: int
+    before: dict[str, float]
+    teacher: dict[str, float]
+    methods: list[MethodResult]
+
+
+def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Comparison:
+    """Read the results of all cells.
+
+    Raises:
+        FileNotFoundError: a cell was not evaluated.
+    """
+    by_objective: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_objective.setdefault(cell.objective, []).append(cell)
+    marks = {
+        name: {
+            mode: np.stack([_marks(c.folder(workspace.root), "after", mode) for c in group]) for mode in MODES
+        }
+        for name, group in by_objective.items()
+    }
+    baseline = BASELINE if BASELINE in marks else next(iter(marks))
+    reference = workspace.root / FOLDER / REFERENCE
+    return Comparison(
+        workspace=workspace.root.name,
+        baseline=baseline,
+        problems=marks[baseline]["greedy"].shape[1],
+        before={mode: float(_marks(reference, "before", mode).mean()) for mode in MODES},
+        teacher={mode: float(_marks(reference, "teacher", mode).mean()) for mode in MODES},
+        methods=[_method(workspace, group, marks, baseline) for group in by_objective.values()],
+    )
+
+
+def _marks(folder: Path, who: str, mode: str) -> Marks:
+    """``[problems]`` share of right responses per problem, in the order of the problems' names."""
+    table = pq.read_table(folder / "eval" / f"part-{who}.parquet", columns=["mode", "prompt_id", "correct"])
+    right: dict[str, list[bool]] = {}
+    for row in table.to_pylist():
+        if row["mode"] == mode:
+            right.setdefault(row["prompt_id"], []).append(row["correct"])
+    return np.array([np.mean(right[name]) for name in sorted(right)])
+
+
+def _method(
+    workspace: Workspace, cells: Sequence[Cell], marks: Mapping[str, Mapping[str, Marks]], baseline: str
+) -> MethodResult:
+    name = cells[0].objective
+    own = marks[name]
+    records = [read_metrics(c.folder(workspace.root) / "train" / "metrics.jsonl") for c in cells]
+    totals = [_train_summary(c.folder(workspace.root)) for c in cells]
+
+    def mean_total(field: str) -> float:
+        return float(np.mean([t.get(field, 0) for t in totals]))
+
+    return MethodResult(
+        objective=name,
+        seeds=[c.seed for c in cells],
+        accuracy={mode: bootstrap(own[mode], derive_seed("bootstrap", name, mode)) for mode in MODES},
+        per_seed={mode: own[mode].mean(axis=1).tolist() for mode in MODES},
+        difference={}
+        if name == baseline
+        else {
+            mode: bootstrap(own[mode] - marks[baseline][mode], derive_seed("difference", name, mode))
+            for mode in MODES
+        },
+        steps=int(totals[0]["steps"]),
+        tokens_on_policy=mean_total("tokens_on_policy"),
+        teacher_tokens_scored=mean_total("teacher_tokens_scored"),
+        teacher_topk_tokens=mean_total("teacher_topk_tokens"),
+        teacher_bytes_received=mean_total("teacher_bytes_received"),
+        seconds=float(np.mean([sum(r["time_total"] for r in rows) for rows in records])),
+        curves={curve: _mean_curve([[r.get(curve) for r in rows] for rows in records]) for curve in CURVES},
+    )
+
+
+def _train_summary(folder: Path) -> dict[str, float]:
+    manifest = read_manifest(folder / "train")
+    return dict(manifest.summary) if manifest is not None else {}
+
+
+def _mean_curve(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    curve: list[float | None] = []
+    for values in zip(*rows, strict=True):
+        known = [v for v in values if v is not None]
+        curve.append(float(np.mean(known)) if known else None)
+    return curve
+
+
+def bootstrap(values: Marks, seed: int) -> Estimate:
+    """Mean of ``[seeds, problems]`` and its 95 % percentile interval, resampling seeds and problems alike.
+
+    Problems are resampled once per draw for all seeds: they are the same problems.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    num_seeds, num_problems = values.shape
+    means = np.empty(BOOTSTRAP_DRAWS)
+    for draw in range(BOOTSTRAP_DRAWS):
+        rows = generator.integers(num_seeds, size=num_seeds)
+        columns = generator.integers(num_problems, size=num_problems)
+        means[draw] = values[rows].mean(axis=0)[columns].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
