@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ from rich.text import Text
 from tropd.pipeline.progress import Reporter, Task
 
 # Progress and messages go to stderr, so that stdout holds results only.
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False, soft_wrap=True)
+# Into a pipe or a file, lines are not cut to the width of a terminal that is not there.
+PIPE_WIDTH = 200
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 PLAIN_INTERVAL_SECONDS = 10.0
 
 
