@@ -80,7 +80,7 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
                 else value
             )
             parts.append(f"{name.replace('_', ' ')} {shown}")
-    stderr.print(f"{stage}: {', '.join(parts)}", markup=False)
+    stderr.print(f"{stage}: {', '.join(parts) or 'done'}", markup=False)
 
 
 def prepare(
@@ -207,7 +207,12 @@ def serve_teacher(
 
 def compare(
     workspace: WorkspaceOption,
-    objectives: Annotated[str, typer.Option(help="Methods, separated by commas (see tropd objectives).")],
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="Methods, separated by commas (see tropd objectives); NAME:FIELD=VALUE+FIELD=VALUE is a variant."
+        ),
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
     settings: SetOption = None,

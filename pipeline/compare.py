@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -39,13 +40,26 @@ SHARED = ("models", "data", "prefixes", "scores", "rollouts", "rollout-scores")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the comparison."""
+    """One run of the comparison.
+
+    ``objective`` is a method's name, or a variant of it: ``tropd:train.learning_rate=3e-4+objective.k=8``.
+    """
 
     objective: str
     seed: int
 
+    @property
+    def name(self) -> str:
+        return self.objective.partition(":")[0]
+
+    @property
+    def assignments(self) -> list[str]:
+        """Overrides of the variant."""
+        text = self.objective.partition(":")[2]
+        return text.split("+") if text else []
+
     def folder(self, root: Path) -> Path:
-        return root / FOLDER / self.objective / f"seed-{self.seed}"
+        return root / FOLDER / re.sub(r"[^\w.=+-]", "_", self.objective) / f"seed-{self.seed}"
 
 
 def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1) -> list[Cell]:
@@ -60,13 +74,13 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     if seeds < 1 or workers < 1:
         raise ConfigError("compare needs at least one seed and one worker")
     chosen = list(dict.fromkeys(objectives))
-    specs = [load_objective(name) for name in chosen]
+    cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
+    specs = [_cell_config(run, cell).objective for cell in cells]
     finished(run, "prefixes", "generate-prefixes")
     finished(run, "scores", "score-teacher")
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run)
         score_teacher(run, source_stage="rollouts")
-    cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
     _evaluate_reference(run)
     with ExitStack() as stack:
         url = run.config.teacher.url
@@ -104,11 +118,11 @@ def _cell_config(run: Run, cell: Cell) -> Config:
     but for ``k``, which is a budget and not a method."""
     plain = run.config.model_copy(
         update={
-            "objective": load_objective(cell.objective, {"k": run.config.objective.k}),
+            "objective": load_objective(cell.name, {"k": run.config.objective.k}),
             "run": run.config.run.model_copy(update={"seed": cell.seed}),
         }
     )
-    return parse_config(dump_config(plain), where=f"compare/{cell.objective}").config
+    return parse_config(dump_config(plain), cell.assignments, where=f"compare/{cell.objective}").config
 
 
 def _cell_workspace(run: Run, cell: Cell) -> Workspace:

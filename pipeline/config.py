@@ -214,6 +214,10 @@ class DemoConfig(Spec):
     """Fewest operations of a problem."""
     max_operations: int = Field(default=5, ge=1)
     """Most operations of a problem."""
+    eval_min_operations: int | None = Field(default=None, ge=1)
+    """Fewest operations of a held-out problem; min_operations if not set."""
+    eval_max_operations: int | None = Field(default=None, ge=1)
+    """Most operations of a held-out problem; max_operations if not set."""
     teacher_steps: int = Field(default=800, ge=1)
     """Supervised steps of the teacher."""
     student_steps: int = Field(default=1000, ge=1)

@@ -20,7 +20,7 @@ from tropd.pipeline.demo.tiny_models import train_student, train_teacher
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.errors import ConfigError
-from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest
 from tropd.storage.seeds import derive_seed
 from tropd.storage.stage import Stage, open_stage
@@ -31,6 +31,9 @@ DATA_STAGE = "data"
 TASK_VERSION = 1
 PATHS = {"teacher.model": "models/teacher", "student.model": "models/student"}
 DATA_PATHS = {"data.prompts": "data/train.jsonl", "data.evaluation": "data/eval.jsonl"}
+
+# Fields that decide the problems, but not the models.
+DATA_ONLY = {"enabled", "train_problems", "eval_problems", "eval_min_operations", "eval_max_operations"}
 
 Trainer = Callable[[DemoConfig, int, Callable[[float], None]], Any]
 
@@ -44,7 +47,7 @@ def prepare(run: Run, *, force: bool = False) -> Manifest:
     config = run.config
     _check(config)
     _write_problems(run, force)
-    fields = section_fields("demo", config.demo, without={"enabled", "train_problems", "eval_problems"})
+    fields = section_fields("demo", config.demo, without=DATA_ONLY)
     fingerprint = Fingerprint({**fields, "run.seed": config.run.seed, "demo.version": TASK_VERSION})
     folder = run.workspace.stage(STAGE)
     with open_stage(folder, STAGE, fingerprint, force=force, timings=run.timings) as stage:
@@ -52,7 +55,7 @@ def prepare(run: Run, *, force: bool = False) -> Manifest:
             run.reporter.info("prepare: done before, nothing to do")
             return stage.manifest
         _train_missing(run, stage)
-        stage.finish(problems=config.demo.train_problems, held_out=config.demo.eval_problems)
+        stage.finish()
         return stage.manifest
 
 
@@ -77,7 +80,7 @@ def _check(config: Config) -> None:
 
 def _write_problems(run: Run, force: bool) -> None:
     demo = run.config.demo
-    fields = {
+    fields: dict[str, Scalar] = {
         "run.seed": run.config.run.seed,
         "demo.version": TASK_VERSION,
         "demo.train_problems": demo.train_problems,
@@ -85,16 +88,20 @@ def _write_problems(run: Run, force: bool) -> None:
         "demo.min_operations": demo.min_operations,
         "demo.max_operations": demo.max_operations,
     }
+    training = (demo.min_operations, demo.max_operations)
+    held_out_range = (demo.eval_min_operations or training[0], demo.eval_max_operations or training[1])
+    fields |= {
+        f"demo.eval_operations.{end}": value
+        for end, value in zip(("min", "max"), held_out_range, strict=True)
+    }
     folder = run.workspace.stage(DATA_STAGE)
     with open_stage(folder, DATA_STAGE, Fingerprint(fields), force=force, timings=run.timings) as stage:
-        for name, count, held_out in (
-            ("train", demo.train_problems, False),
-            ("eval", demo.eval_problems, True),
-        ):
+        sets = (("train", demo.train_problems, training), ("eval", demo.eval_problems, held_out_range))
+        for name, count, (low, high) in sets:
             file = f"{name}.jsonl"
             if not stage.has(file):
                 seed = derive_seed(run.config.run.seed, "demo", name)
-                problems = draw_set(seed, count, demo.min_operations, demo.max_operations, held_out=held_out)
+                problems = draw_set(seed, count, low, high, held_out=name == "eval")
                 write_text_atomic(folder / file, "".join(_line(name, i, p) for i, p in enumerate(problems)))
                 stage.commit(file, rows=len(problems))
         if not stage.complete:
