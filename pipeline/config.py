@@ -94,6 +94,8 @@ class PrefixesConfig(Spec):
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first this many training prompts get trajectories; on the others the student starts from the prompt."""
     keep: Literal["all", "correct"] = "all"
     """Keep all trajectories, or only those whose answer is right."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -211,9 +213,11 @@ class DemoConfig(Spec):
     eval_problems: int = Field(default=500, ge=1)
     """Held-out problems written to data.evaluation, disjoint from all others."""
     min_operations: int = Field(default=3, ge=1)
-    """Fewest operations of a problem."""
+    """Fewest operations of a problem, and of those that the student was taught."""
     max_operations: int = Field(default=5, ge=1)
-    """Most operations of a problem."""
+    """Most operations of a problem, and of those that the student was taught."""
+    train_max_operations: int | None = Field(default=None, ge=1)
+    """Most operations of a training prompt; max_operations (which the student was taught) if not set."""
     eval_min_operations: int | None = Field(default=None, ge=1)
     """Fewest operations of a held-out problem; min_operations if not set."""
     eval_max_operations: int | None = Field(default=None, ge=1)

@@ -45,6 +45,7 @@ class Source:
     temperature: float
     top_p: float
     max_tokens: int
+    limit: int | None
     keep: Literal["all", "correct"]
     shard_prompts: int
     batch_size: int
@@ -60,6 +61,7 @@ def teacher_source(run: Run) -> Source:
         temperature=prefixes.temperature,
         top_p=prefixes.top_p,
         max_tokens=run.config.prefix_max_tokens,
+        limit=prefixes.limit,
         keep=prefixes.keep,
         shard_prompts=prefixes.shard_prompts,
         batch_size=prefixes.batch_size,
@@ -76,6 +78,7 @@ def student_source(run: Run) -> Source:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         max_tokens=rollout.max_tokens,
+        limit=None,
         keep="all",
         shard_prompts=run.config.prefixes.shard_prompts,
         batch_size=rollout.batch_size,
@@ -126,6 +129,7 @@ def _generate(run: Run, source: Source, force: bool) -> Manifest:
         tokenizer = role_tokenizer(run, source.author)
         engine = load_role(run, source.author).engine(batch_size=source.batch_size)
         prompts, encoded = training_prompts(run, tokenizer, engine.max_length)
+        prompts, encoded = prompts[: source.limit], encoded[: source.limit]
         starts = range(0, len(prompts), source.shard_prompts)
         names = [f"part-{number:05d}.parquet" for number in range(len(starts))]
         sizes = [min(source.shard_prompts, len(prompts) - start) for start in starts]

@@ -33,7 +33,14 @@ PATHS = {"teacher.model": "models/teacher", "student.model": "models/student"}
 DATA_PATHS = {"data.prompts": "data/train.jsonl", "data.evaluation": "data/eval.jsonl"}
 
 # Fields that decide the problems, but not the models.
-DATA_ONLY = {"enabled", "train_problems", "eval_problems", "eval_min_operations", "eval_max_operations"}
+DATA_ONLY = {
+    "enabled",
+    "train_problems",
+    "eval_problems",
+    "train_max_operations",
+    "eval_min_operations",
+    "eval_max_operations",
+}
 
 Trainer = Callable[[DemoConfig, int, Callable[[float], None]], Any]
 
@@ -80,28 +87,28 @@ def _check(config: Config) -> None:
 
 def _write_problems(run: Run, force: bool) -> None:
     demo = run.config.demo
+    ranges = {
+        "train": (demo.min_operations, demo.train_max_operations or demo.max_operations),
+        "eval": (
+            demo.eval_min_operations or demo.min_operations,
+            demo.eval_max_operations or demo.max_operations,
+        ),
+    }
     fields: dict[str, Scalar] = {
         "run.seed": run.config.run.seed,
         "demo.version": TASK_VERSION,
         "demo.train_problems": demo.train_problems,
         "demo.eval_problems": demo.eval_problems,
-        "demo.min_operations": demo.min_operations,
-        "demo.max_operations": demo.max_operations,
-    }
-    training = (demo.min_operations, demo.max_operations)
-    held_out_range = (demo.eval_min_operations or training[0], demo.eval_max_operations or training[1])
-    fields |= {
-        f"demo.eval_operations.{end}": value
-        for end, value in zip(("min", "max"), held_out_range, strict=True)
+        "demo.train_operations": "{} to {}".format(*ranges["train"]),
+        "demo.eval_operations": "{} to {}".format(*ranges["eval"]),
     }
     folder = run.workspace.stage(DATA_STAGE)
     with open_stage(folder, DATA_STAGE, Fingerprint(fields), force=force, timings=run.timings) as stage:
-        sets = (("train", demo.train_problems, training), ("eval", demo.eval_problems, held_out_range))
-        for name, count, (low, high) in sets:
+        for name, count in (("train", demo.train_problems), ("eval", demo.eval_problems)):
             file = f"{name}.jsonl"
             if not stage.has(file):
                 seed = derive_seed(run.config.run.seed, "demo", name)
-                problems = draw_set(seed, count, low, high, held_out=name == "eval")
+                problems = draw_set(seed, count, *ranges[name], held_out=name == "eval")
                 write_text_atomic(folder / file, "".join(_line(name, i, p) for i, p in enumerate(problems)))
                 stage.commit(file, rows=len(problems))
         if not stage.complete:
