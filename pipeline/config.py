@@ -269,13 +269,10 @@ class Config(Spec):
                 f"prefixes.max_tokens ({longest}) is above rollout.max_tokens ({self.rollout.max_tokens}): "
                 "the student could not continue such a prefix"
             )
-        if (
-            self.objective.guidance.loss.estimator == "topk_fkl"
-            and self.objective.guidance.loss.k > self.scores.k
-        ):
+        if self.objective.guidance.loss.estimator == "topk_fkl" and self.objective.k > self.scores.k:
             raise ValueError(
-                f"objective.k ({self.objective.k}) is above scores.k "
-                f"({self.scores.k}): the cache does not hold that many alternatives"
+                f"objective.k ({self.objective.k}) is above scores.k ({self.scores.k}): "
+                "guidance learns from the cache, which does not hold that many alternatives"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 import httpx
@@ -16,6 +17,7 @@ from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
     PROTOCOL_VERSION,
     ProtocolError,
+    ScoredItem,
     ScoreItem,
     ScoreRequest,
     ScoreResponse,
@@ -126,14 +128,11 @@ class TeacherClient:
         Raises:
             TropdError: no answer within the time limit, a refusal, or an answer that does not check out.
         """
-        items = []
+        items: list[ScoredItem] = []
+        headers = {"Content-Type": CONTENT_TYPE}
         for part in self._split(request):
             body = encode_request(part)
-            response = self._retrying(
-                lambda body=body: self._http.post(
-                    "/v1/score", content=body, headers={"Content-Type": CONTENT_TYPE}
-                )
-            )
+            response = self._retrying(partial(self._http.post, "/v1/score", content=body, headers=headers))
             try:
                 answer = decode_response(response.content, part)
             except ProtocolError as error:
@@ -147,11 +146,22 @@ class TeacherClient:
         return ScoreResponse(items)
 
     def _split(self, request: ScoreRequest) -> list[ScoreRequest]:
-        """Consecutive parts within the service's limit of tokens; always cut the same way."""
-        limit = self.info().max_request_tokens
+        """Consecutive parts within the service's limits of tokens and bytes; always cut the same way.
+
+        Raises:
+            ConfigError: one sequence alone is above a limit.
+        """
+        info = self.info()
+        # A token costs four bytes, its student log-prob four more; the rest is a margin for offsets and schema.
+        limit = min(info.max_request_tokens, info.max_request_bytes // 16)
         parts: list[list[ScoreItem]] = []
         size = 0
-        for item in request.sequences:
+        for number, item in enumerate(request.sequences):
+            if len(item.tokens) > limit:
+                raise ConfigError(
+                    f"sequence {number} has {len(item.tokens)} tokens, the teacher at {self.url} takes {limit} a request",
+                    hint="raise service.max_request_tokens and service.max_request_bytes where the service runs",
+                )
             if not parts or size + len(item.tokens) > limit:
                 parts.append([])
                 size = 0

@@ -42,7 +42,7 @@ from tropd.pipeline.teacher.protocol import (
     decode_request,
     encode_response,
 )
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, TropdError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
@@ -100,14 +100,18 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.get_running_loop().run_in_executor(None, self_test, engine)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self_test, engine)
+        except Exception:
+            app.state.failed = True
+            raise
         app.state.ready = True
         yield
         app.state.ready = False
         await asyncio.get_running_loop().run_in_executor(None, batcher.close)
 
     app = FastAPI(title="tropd teacher", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.state.ready = False
+    app.state.ready = app.state.failed = False
     app.state.batcher = batcher
 
     @app.middleware("http")
@@ -237,7 +241,13 @@ def run_service(
         exit_with_parent: also stop when standard input ends, which it does if the process that started this dies.
     """
     app = create_app(engine, info, settings, token)
-    listener = socket.create_server((settings.host, settings.port))
+    try:
+        listener = socket.create_server((settings.host, settings.port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+            hint="set service.port to another port, or to 0 for a free one",
+        ) from error
     host, port = listener.getsockname()[:2]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
     threading.Thread(
@@ -246,11 +256,13 @@ def run_service(
     if exit_with_parent:
         threading.Thread(target=_watch_stdin, args=(server,), daemon=True).start()
     server.run(sockets=[listener])
+    if not server.started:
+        raise TropdError("the teacher service did not start; the reason is in the log above")
 
 
 def _announce(server: uvicorn.Server, app: FastAPI, url: str, on_ready: Callable[[str], None]) -> None:
     while not (server.started and app.state.ready):
-        if server.should_exit:
+        if server.should_exit or app.state.failed:
             return
         time.sleep(0.02)
     on_ready(url)
