@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tropd.storage.errors import ConfigError
+
 OPERATIONS = "+-*"
 HELD_OUT_SHARE = 8  # one problem in eight
 MAX_ANSWER_SHARE = 0.11
@@ -92,10 +94,11 @@ def draw_set(seed: int, count: int, low: int, high: int, *, held_out: bool) -> l
     """Distinct problems in which no answer has more than MAX_ANSWER_SHARE, so that no constant answer scores well.
 
     Raises:
-        ValueError: there are not that many different problems of this size.
+        ConfigError: there are not that many different problems of this size.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
-    limit = max(1, int(MAX_ANSWER_SHARE * count)) if count >= 10 else count
+    # Ten digits must be able to fill the set, however small it is.
+    limit = max(int(MAX_ANSWER_SHARE * count), -(-count // 10))
     chosen: dict[str, Problem] = {}
     answers: Counter[str] = Counter()
     for _ in range(1000 * count):
@@ -106,4 +109,7 @@ def draw_set(seed: int, count: int, low: int, high: int, *, held_out: bool) -> l
         if problem.held_out == held_out and problem.prompt not in chosen and answers[digit] < limit:
             chosen[problem.prompt] = problem
             answers[digit] += 1
-    raise ValueError(f"cannot draw {count} different problems with {low} to {high} operations")
+    raise ConfigError(
+        f"cannot draw {count} different problems with {low} to {high} operations",
+        hint="ask for fewer problems, or for longer ones (section demo)",
+    )

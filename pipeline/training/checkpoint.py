@@ -49,6 +49,11 @@ def save_checkpoint(
         save_file(tensors, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": step, "counters": counters}, sort_keys=True))
     stage.commit(checkpoint_name(step), rows=step)
+    prune_checkpoints(stage, keep)
+
+
+def prune_checkpoints(stage: Stage, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
     for name in _checkpoints(stage)[:-keep]:
         stage.retire(name)
         shutil.rmtree(stage.folder / name)

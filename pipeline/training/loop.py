@@ -17,7 +17,12 @@ from tropd.pipeline.evaluation.evaluate import Mode, respond
 from tropd.pipeline.guidance import scheduled_length
 from tropd.pipeline.models import DTYPES
 from tropd.pipeline.objectives.spec import teacher_needs
-from tropd.pipeline.training.checkpoint import load_checkpoint, remove_uncommitted, save_checkpoint
+from tropd.pipeline.training.checkpoint import (
+    load_checkpoint,
+    prune_checkpoints,
+    remove_uncommitted,
+    save_checkpoint,
+)
 from tropd.pipeline.training.interrupt import StopRequest, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
 from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
@@ -98,6 +103,7 @@ def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
     run, config = session.run, session.run.config.train
     model, optimizer = session.student.model, session.optimizer
     first, counters = load_checkpoint(stage, model, optimizer)
+    prune_checkpoints(stage, config.keep_checkpoints)
     if first:
         run.reporter.info(f"train: resuming after step {first} of {config.steps}")
     with MetricsLog(stage.folder, first) as log:

@@ -1,0 +1,153 @@
+"""The installed ``tropd``, driven from outside, on a workspace that is small enough for tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """
+[run]
+recipe = "demo"
+
+[teacher]
+dtype = "float32"
+timeout_seconds = 30
+
+[student]
+dtype = "float32"
+
+[prefixes]
+shard_prompts = 16
+batch_size = 16
+
+[scores]
+k = 5
+
+[rollout]
+prompts_per_step = 8
+samples_per_prompt = 2
+max_tokens = 24
+
+[objective]
+name = "tropd"
+k = 5
+schedule = { length = "uniform" }
+
+[train]
+steps = 8
+learning_rate = 1e-3
+checkpoint_every = 2
+
+[evaluation]
+limit = 16
+
+[demo]
+enabled = true
+train_problems = 64
+eval_problems = 32
+teacher_steps = 40
+student_steps = 20
+spoil_steps = 5
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command line ended. ``code`` is negative for a signal."""
+
+    code: int
+    seconds: float
+    output: str
+
+
+class Tropd:
+    """Runs command lines in forked children of one process that has everything imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py")), str(folder / "output")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def __call__(self, *argv: str | Path, **options: Any) -> Result:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"argv": [str(a) for a in argv], **options}) + "\n")
+        self._process.stdin.flush()
+        return Result(**json.loads(self._process.stdout.readline()))
+
+    def ok(self, *argv: str | Path, **options: Any) -> Result:
+        """As a call, but the command has to succeed."""
+        result = self(*argv, **options)
+        assert result.code == 0, f"{argv}: {result.output}"
+        return result
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def tropd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tropd]:
+    runner = Tropd(tmp_path_factory.mktemp("zygote"))
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def teacher_url(prepared: Path) -> Iterator[str]:
+    """A teacher service that outlives single training runs, so that they need not start their own."""
+    command = [sys.executable, "-m", "tropd.cli.main", "serve-teacher", "-w", str(prepared), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield json.loads(process.stdout.readline())["url"]
+    process.terminate()
+    assert process.wait(20) in (0, -signal.SIGTERM, 130)
+
+
+@pytest.fixture(scope="session")
+def prepared(tropd: Tropd, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with models, prefixes and scores."""
+    workspace = tmp_path_factory.mktemp("prepared") / "run"
+    tropd.ok("init", workspace)
+    (workspace / "config.toml").write_text(CONFIG)
+    for stage in ("prepare", "generate-prefixes", "score-teacher"):
+        tropd.ok(stage, "-w", workspace)
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tropd: Tropd, prepared: Path, teacher_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A workspace with every stage done."""
+    workspace = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(prepared, workspace)
+    tropd.ok("train", "-w", workspace, "--set", f"teacher.url={teacher_url}")
+    tropd.ok("evaluate", "-w", workspace)
+    return workspace
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Any:
+    """Copy a workspace, without the stages named, for a test to do with as it likes."""
+
+    def make(source: Path, *without: str, name: str = "run") -> Path:
+        target = tmp_path / name
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("logs", *without))
+        return target
+
+    return make

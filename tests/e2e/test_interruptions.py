@@ -1,0 +1,152 @@
+"""Every stage killed at random moments and run again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tropd.storage.atomic import content_digest
+
+KILLS = 5
+# Stage, command, folder it writes, stages that must not be there yet.
+STAGES = {
+    "prepare": ("models", ("models", "prefixes", "scores", "train", "eval")),
+    "generate-prefixes": ("prefixes", ("prefixes", "scores", "train", "eval")),
+    "score-teacher": ("scores", ("scores", "train", "eval")),
+    "train": ("train", ("train", "eval")),
+    "evaluate": ("eval", ("eval",)),
+}
+
+
+def metrics(workspace: Path) -> list[dict[str, Any]]:
+    """Records without what a clock or the wire measured."""
+    lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+
+
+def state(workspace: Path, folder: str) -> Any:
+    """Everything that must be equal between two runs of a stage."""
+    if folder != "train":
+        return content_digest(workspace / folder)
+    manifest = json.loads((workspace / "train" / "manifest.json").read_text())
+    # Which checkpoints are left depends on when a run was asked to stop; what the last one holds does not.
+    shards = {name: manifest["shards"][name] for name in ("final", "checkpoints/step-000008")}
+    return {**manifest, "shards": shards, "checksum": None}, metrics(workspace)
+
+
+def arguments(command: str, workspace: Path, url: str) -> list[str]:
+    extra = ["--set", f"teacher.url={url}"] if command == "train" else []
+    return [command, "-w", str(workspace), *extra]
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_kill_and_rerun_equals_an_undisturbed_run(
+    tropd: Any, finished: Path, copy: Any, teacher_url: str, command: str
+) -> None:
+    folder, without = STAGES[command]
+    undisturbed = copy(finished, *without, name="undisturbed")
+    took = tropd.ok(*arguments(command, undisturbed, teacher_url)).seconds
+    expected = state(undisturbed, folder)
+    assert expected == state(finished, folder)
+    generator = np.random.default_rng([ord(c) for c in command])
+    workspace = copy(finished, *without, name="killed")
+    killed = 0
+    for moment in generator.uniform(0.1, 0.95, size=KILLS):
+        # Each kill hits what the one before has left.
+        result = tropd(*arguments(command, workspace, teacher_url), after=float(moment * took))
+        assert result.code in (0, -signal.SIGKILL), result.output
+        killed += result.code != 0
+    tropd.ok(*arguments(command, workspace, teacher_url))
+    assert killed > 0
+    assert state(workspace, folder) == expected
+    again = tropd.ok(*arguments(command, workspace, teacher_url))
+    assert "done before" in again.output
+    assert state(workspace, folder) == expected
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_ctrl_c_exits_130_and_is_resumed(
+    tropd: Any, finished: Path, copy: Any, teacher_url: str, command: str
+) -> None:
+    folder, without = STAGES[command]
+    workspace = copy(finished, *without)
+    result = None
+    for after in (0.3, 0.15, 0.08, 0.04):
+        result = tropd(*arguments(command, workspace, teacher_url), after=after, signal=signal.SIGINT)
+        if result.code != 0:
+            break
+        workspace = copy(finished, *without, name=f"again-{after}")
+    assert result is not None
+    assert result.code == 130, result.output
+    tropd.ok(*arguments(command, workspace, teacher_url))
+    assert state(workspace, folder) == state(finished, folder)
+
+
+def test_sigterm_while_training_saves_a_checkpoint(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    workspace = copy(prepared)
+    long = ["--set", "train.steps=400", "--set", "train.checkpoint_every=400"]
+    result = tropd(*arguments("train", workspace, teacher_url), *long, after=2.5, signal=signal.SIGTERM)
+    assert result.code == 130, result.output
+    assert "a checkpoint was saved" in result.output
+    (checkpoint,) = (workspace / "train" / "checkpoints").iterdir()
+    steps = int(checkpoint.name.removeprefix("step-"))
+    assert [r["step"] for r in metrics(workspace)] == list(range(steps))
+
+
+def test_the_local_teacher_ends_with_a_killed_trainer(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    result = tropd("train", "-w", workspace, "--set", "train.steps=100000", after=12.0)
+    assert result.code == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while (found := _processes(str(workspace))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not found
+
+
+def _processes(text: str) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if text in line and "serve-teacher" in line]
+
+
+def test_a_teacher_that_dies_pauses_training_which_resumes_to_the_same_end(
+    tropd: Any, prepared: Path, copy: Any, finished: Path
+) -> None:
+    workspace = copy(prepared)
+    command = [sys.executable, "-m", "tropd.cli.main", "serve-teacher", "-w", str(workspace), "--json"]
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert service.stdout is not None
+    url = json.loads(service.stdout.readline())["url"]
+    trainer = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tropd.cli.main",
+            *arguments("train", workspace, url),
+            "--set",
+            "teacher.timeout_seconds=2",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (workspace / "train" / "metrics.jsonl").exists() or not metrics(workspace):
+        time.sleep(0.005)
+        assert trainer.poll() is None
+    service.kill()
+    service.wait()
+    _, errors = trainer.communicate(timeout=60)
+    if trainer.returncode:  # unless the last steps were faster than the kill
+        assert trainer.returncode == 1
+        assert "waiting, nothing is lost" in errors
+        assert "gave no answer" in errors
+    tropd.ok("train", "-w", workspace)  # with a local service this time
+    assert state(workspace, "train") == state(finished, "train")
