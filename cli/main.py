@@ -13,7 +13,6 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import click
 import typer
 from rich.markup import escape
 
@@ -55,12 +54,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         stderr.print("interrupted; the same command goes on where it stopped")
         code = INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
     except TropdError as error:
         if os.environ.get("TROPD_DEBUG"):
             raise
@@ -71,6 +67,11 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except Exception as error:
+        if hasattr(error, "show") and hasattr(
+            error, "exit_code"
+        ):  # a usage error, of click or typer's copy of it
+            error.show()
+            sys.exit(error.exit_code)
         if os.environ.get("TROPD_DEBUG"):
             raise
         stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
