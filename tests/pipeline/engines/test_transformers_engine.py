@@ -51,7 +51,9 @@ def test_logprobs_are_at_temperature_one_whatever_the_sampling(
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
-def test_tokens_do_not_depend_on_the_batch(tiny_model: Any, engine: TransformersEngine, batch_size: int) -> None:
+def test_tokens_do_not_depend_on_the_batch(
+    tiny_model: Any, engine: TransformersEngine, batch_size: int
+) -> None:
     given = prompts(40)
     limits = [3 + i % 20 for i in range(40)]
     expected = engine.generate(given, Sampling(), seeds=range(40), max_tokens=limits)
@@ -107,7 +109,9 @@ def test_sampling_follows_the_distribution() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_extreme_uniform_numbers_never_draw_an_impossible_token(uniform: float) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    tokens, _ = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), temperature=1.0, top_p=1.0)
+    tokens, _ = sample_tokens(
+        logits, torch.tensor([uniform], dtype=torch.float64), temperature=1.0, top_p=1.0
+    )
     assert int(tokens) in (1, 2)
 
 
@@ -150,6 +154,8 @@ def test_topk_is_limited_to_the_vocabulary_asked_for(engine: TransformersEngine)
     ("sequence", "start", "words"),
     [([2, 99], 1, "token id"), ([-1, 2], 1, "token id"), ([2, 3], 3, "start"), ([2] * 65, 1, "65 tokens")],
 )
-def test_bad_sequences_are_refused(engine: TransformersEngine, sequence: list[int], start: int, words: str) -> None:
+def test_bad_sequences_are_refused(
+    engine: TransformersEngine, sequence: list[int], start: int, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         engine.score([[2, 3], sequence], [1, start], k=1)

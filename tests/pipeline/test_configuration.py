@@ -1,0 +1,112 @@
+"""Configurations: what is refused and how, where values come from, and the way back to TOML."""
+
+from __future__ import annotations
+
+import pytest
+
+from tropd.pipeline.configuration import (
+    dump_config,
+    explain,
+    load_objective,
+    parse_assignment,
+    parse_config,
+    recipe_names,
+    recipe_text,
+)
+from tropd.storage.errors import ConfigError
+
+DEMO = recipe_text("demo")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_are_valid_and_name_themselves(name: str) -> None:
+    assert parse_config(recipe_text(name)).config.run.recipe == name
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("train.lerning_rate=1", ["train.lerning_rate", "did you mean 'learning_rate'", "warmup_steps"]),
+        ("nonsense.field=1", ["nonsense", "unknown field", "rollout"]),
+        ("train.steps='many'", ["train.steps", "valid integer", "'many'"]),
+        ("train.steps=0", ["train.steps", "greater than or equal to 1"]),
+        ("runtime.device='tpu'", ["runtime.device", "'cuda'"]),
+        ("objective.partition.rule='magic'", ["objective.partition", "'sampled'"]),
+        ("objective.partition.threshold=0.5", ["objective.partition.threshold", "unknown field"]),
+        (
+            "objective.partition={rule='ratio',threshold=2}",
+            ["objective.partition.threshold", "less than or equal"],
+        ),
+        ("objective.outlier.loss.estimator='nll'", ["own samples"]),
+        ("objective.schedule.kind='none'", ["no prefix tokens"]),
+        ("train.warmup_steps=100", ["train.warmup_steps (100)", "train.steps (100)"]),
+        ("prefixes.max_tokens=99", ["prefixes.max_tokens (99)", "rollout.max_tokens (36)"]),
+        ("objective={name='tropd-cached', k=9}", ["objective.k (9)", "scores.k (5)"]),
+        ("demo.min_operations=9", ["min_operations (9)", "max_operations (5)"]),
+        ("objective.name='trop'", ["unknown objective 'trop'", "did you mean 'tropd'", "full-fkl"]),
+        ("no equals sign", ["section.field=value"]),
+        ("=3", ["section.field=value"]),
+    ],
+)
+def test_what_is_refused_says_where_why_and_what_would_do(assignment: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(DEMO, [assignment], where="config.toml")
+    assert caught.value.exit_code == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_malformed_toml_is_refused_with_its_line() -> None:
+    with pytest.raises(ConfigError, match=r"here\.toml is not valid TOML.*line 2"):
+        parse_config("[run]\nseed = = 1\n", where="here.toml")
+
+
+def test_unknown_recipes_list_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="demo-mismatch"):
+        recipe_text("demo-mismatched")
+
+
+def test_values_know_where_they_come_from() -> None:
+    resolved = parse_config(DEMO, ["train.learning_rate=1e-5", "run.seed=3"], where="W/config.toml")
+    assert resolved.config.train.learning_rate == 1e-5
+    sources = {
+        path: explain(resolved, path)[0].source
+        for path in ("train.learning_rate", "train.steps", "train.betas")
+    }
+    assert sources == {
+        "train.learning_rate": "--set train.learning_rate=1e-5",
+        "train.steps": "W/config.toml",
+        "train.betas": "default",
+    }
+    assert explain(resolved, "objective.partition.rule")[0].source == "objective 'tropd'"
+    assert len(explain(resolved, "train")) > 10
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.steps'"):
+        explain(resolved, "train.step")
+
+
+def test_every_field_is_documented() -> None:
+    for name in recipe_names("objectives"):
+        config = parse_config(DEMO, [f"objective={{name='{name}'}}"])
+        undocumented = [f.path for f in explain(config, "") if not f.documentation]
+        assert all(path.endswith((".rule", ".estimator", ".kind")) for path in undocumented)
+
+
+@pytest.mark.parametrize("name", recipe_names("objectives"))
+def test_a_dumped_configuration_reads_back_equal(name: str) -> None:
+    config = parse_config(DEMO, [f"objective={{name='{name}'}}"]).config
+    assert parse_config(dump_config(config)).config == config
+
+
+def test_overrides_mix_within_a_kind_and_replace_across_kinds() -> None:
+    clip = load_objective("tropd-clip", {"outlier": {"weight": 0.5}})
+    assert clip.outlier.loss.estimator == "k1"
+    assert clip.outlier.weight == 0.5
+    ratio = load_objective("eopd", {"partition": {"rule": "ratio"}})
+    assert ratio.partition.model_dump() == {"rule": "ratio", "threshold": 1.0}  # not EOPD's 0.8
+
+
+def test_assignments_are_toml_or_plain_text() -> None:
+    assert parse_assignment("a.b=3") == {"a": {"b": 3}}
+    assert parse_assignment("a.b=true") == {"a": {"b": True}}
+    assert parse_assignment("a=/some/path") == {"a": "/some/path"}
+    assert parse_assignment("a=x=y") == {"a": "x=y"}

@@ -1,0 +1,126 @@
+"""Loading models, telling tokenizers apart, and taking causal LMs to pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from tropd.pipeline.config import ModelConfig
+from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.models import (
+    check_lengths,
+    check_tokenizers,
+    load_model,
+    load_tokenizer,
+    model_directory,
+    pick_device,
+    split_model,
+    tokenizer_identity,
+    weights_digest,
+)
+from tropd.storage.errors import ConfigError
+from tropd.storage.workspace import Workspace
+
+SIZE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**SIZE, **HEADS, tie_word_embeddings=True),
+        Qwen3Config(**SIZE, **HEADS, tie_word_embeddings=False),
+        LlamaConfig(**SIZE, **HEADS),
+        Gemma2Config(**SIZE, **HEADS, final_logit_softcapping=5.0),
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+        GraniteConfig(**SIZE, num_attention_heads=2, num_key_value_heads=2, logits_scaling=3.0),
+    ],
+    ids=["qwen3-tied", "qwen3-untied", "llama", "gemma2-softcap", "gpt2", "granite-scaled-logits"],
+)
+def test_backbone_and_head_give_the_models_own_logits(config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+        ids = torch.arange(12).reshape(2, 6)
+        mask = torch.ones_like(ids)
+        split = split_model(model)
+        found = split.logits(split.hidden(input_ids=ids, attention_mask=mask))
+        assert torch.allclose(found, model(input_ids=ids, attention_mask=mask).logits, atol=1e-4)
+
+
+def save(tiny_model: Any, folder: Path, **options: Any) -> Path:
+    tiny_model.save_pretrained(folder, **options)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_models_are_read_from_safetensors_only(tiny_model: Any, tmp_path: Path) -> None:
+    workspace = Workspace.create(tmp_path / "w")
+    folder = save(tiny_model, workspace.root / "m")
+    assert model_directory(workspace, ModelConfig(model="m"), "student") == folder
+    model = load_model(folder, dtype="float32", device=torch.device("cpu"))
+    assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
+    digest = weights_digest(folder)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")
+    torch.save(tiny_model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"student\.model.*no \*\.safetensors"):
+        model_directory(workspace, ModelConfig(model="m"), "student")
+    with pytest.raises(OSError):
+        load_model(folder, dtype="float32", device=torch.device("cpu"))
+    assert len(digest) == 64
+
+
+def test_missing_models_and_tokenizers_are_named(tmp_path: Path) -> None:
+    workspace = Workspace.create(tmp_path / "w")
+    with pytest.raises(ConfigError, match=r"teacher\.model = 'models/x'.*does not exist"):
+        model_directory(workspace, ModelConfig(model="models/x"), "teacher")
+    (workspace.root / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        model_directory(workspace, ModelConfig(model="empty"), "teacher")
+    with pytest.raises(ConfigError, match="no readable tokenizer"):
+        load_tokenizer(workspace.root / "empty")
+
+
+def other_tokenizer(vocab: dict[str, int]) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), eos_token="e"
+    )
+
+
+def test_tokenizers_are_compared_by_content() -> None:
+    one = other_tokenizer({"a": 0, "b": 1, "e": 2})
+    check_tokenizers(one, other_tokenizer({"a": 0, "b": 1, "e": 2}))
+    with pytest.raises(ConfigError, match=r"'b': student 1, teacher 2(.|\n)*'e': student 2, teacher 1"):
+        check_tokenizers(one, other_tokenizer({"a": 0, "b": 2, "e": 1}))
+    with pytest.raises(ConfigError, match=r"'c': student None, teacher 3"):
+        check_tokenizers(one, other_tokenizer({"a": 0, "b": 1, "e": 2, "c": 3}))
+
+
+def test_padded_rows_of_the_output_layer_are_not_part_of_the_identity(tiny_model: Any) -> None:
+    # The model's size plays no part: only what its tokenizer says.
+    assert tokenizer_identity(make_tokenizer()) == tokenizer_identity(make_tokenizer())
+
+
+def test_lengths_and_devices_are_checked() -> None:
+    check_lengths(100, 40, 60)
+    with pytest.raises(ConfigError, match="101 tokens, but the model takes 100"):
+        check_lengths(100, 41, 60)
+    assert pick_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="sees no CUDA"):
+            pick_device("cuda")

@@ -1,0 +1,65 @@
+"""Prompt files: every bad line is named, before anything long begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tropd.pipeline.config import DataConfig
+from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.prompts import Prompt, encode_prompts, read_prompts
+from tropd.storage.errors import DataError
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"q": "1+1=", "a": 2}', "", '{"q": "2+2=", "key": "x"}')
+    config = DataConfig(prompt_field="q", answer_field="a", id_field="key")
+    assert read_prompts(path, config) == [Prompt("1", "1+1=", "2"), Prompt("x", "2+2=", None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "1+"', "line 2: not valid JSON"),
+        ("[1]", "line 2: not a JSON object but list"),
+        ('{"text": "1"}', r"line 2: no text in field 'prompt' \(fields: text"),
+        ('{"prompt": 5}', "line 2: no text"),
+        ('{"prompt": "  "}', "line 2: field 'prompt' is empty"),
+        ('{"prompt": "x", "id": "a", "answer": "2"}', "line 2: id 'a' is also on line 1"),
+        ('{"prompt": "x"}', "line 2: no field 'answer'"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "ok", "id": "a", "answer": "1"}', line)
+    with pytest.raises(DataError, match=words):
+        read_prompts(path, DataConfig(), need_answer=True)
+
+
+def test_all_bad_lines_are_counted_and_the_first_ones_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", *["{"] * 15)
+    with pytest.raises(DataError, match=r"15 bad line\(s\)(.|\n)*line 10(.|\n)*and 5 more"):
+        read_prompts(path, DataConfig())
+
+
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_prompts(tmp_path / "none.jsonl", DataConfig())
+    with pytest.raises(DataError, match="has no prompts"):
+        read_prompts(write(tmp_path / "empty.jsonl", ""), DataConfig())
+
+
+def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    prompts = [Prompt("a", "1+2=", None), Prompt("b", "1+2+3+4=", None)]
+    path = tmp_path / "p.jsonl"
+    assert encode_prompts(prompts, tokenizer, chat=False, max_length=8, path=path)[0] == [3, 12, 4, 15]
+    with pytest.raises(DataError, match="'b' has 8 tokens, room is for 7"):
+        encode_prompts(prompts, tokenizer, chat=False, max_length=7, path=path)
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompts(prompts, tokenizer, chat=True, max_length=8, path=path)
