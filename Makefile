@@ -9,7 +9,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test lint types format clean
+.PHONY: help install demo demo-mismatch test bench lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,9 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
+	$(BIN)/python tests/benchmarks/bench_rollout.py
 
 lint: $(STAMP)  ## Lint and formatting
 	$(BIN)/ruff check .

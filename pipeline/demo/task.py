@@ -17,6 +17,8 @@ from tropd.storage.errors import ConfigError
 OPERATIONS = "+-*"
 HELD_OUT_SHARE = 8  # one problem in eight
 MAX_ANSWER_SHARE = 0.11
+# So many draws in a row without a new problem mean that there is none.
+MOST_REJECTED = 20_000
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,18 @@ def draw_set(seed: int, count: int, low: int, high: int, *, held_out: bool) -> l
     limit = max(int(MAX_ANSWER_SHARE * count), -(-count // 10))
     chosen: dict[str, Problem] = {}
     answers: Counter[str] = Counter()
-    for _ in range(1000 * count):
-        if len(chosen) == count:
-            return list(chosen.values())
+    rejected = 0
+    while len(chosen) < count and rejected < MOST_REJECTED:
         problem = draw_problem(generator, low, high)
         digit = answer(problem)
         if problem.held_out == held_out and problem.prompt not in chosen and answers[digit] < limit:
             chosen[problem.prompt] = problem
             answers[digit] += 1
+            rejected = 0
+        else:
+            rejected += 1
+    if len(chosen) == count:
+        return list(chosen.values())
     raise ConfigError(
         f"cannot draw {count} different problems with {low} to {high} operations",
         hint="ask for fewer problems, or for longer ones (section demo)",
