@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Record:
-    """Everything that is known about a step's tokens, as flat numbers (see docs/metrics.md for what each means)."""
+    """Everything that is known about a step's tokens, as flat numbers; the report says what each means."""
     layout = Layout(inputs.rows, guided)
     student = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
     teacher = inputs.teacher.logprobs
