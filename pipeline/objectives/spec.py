@@ -220,6 +220,9 @@ TokenWeight = Annotated[
     Field(discriminator="kind"),
 ]
 
+TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
+"""Token weights that look at the teacher's alternatives of every token."""
+
 # ------------------------------------------------------------------------------------- the whole
 
 
@@ -335,10 +338,10 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     if objective.rollouts == "teacher":
         return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
     rule = objective.partition.rule
-    outliers = rule != "all" and _needs_topk(objective.outlier.loss)
+    outliers = rule != "all" and needs_topk(objective.outlier.loss)
     everywhere = (
-        any(weight.kind in ("soft_or_top", "overlap_drift") for weight in objective.token_weights)
-        or (rule != "none" and _needs_topk(objective.trust.loss))
+        any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
+        or (rule != "none" and needs_topk(objective.trust.loss))
         or (rule == "none" and outliers)
     )
     topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
@@ -351,7 +354,8 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     )
 
 
-def _needs_topk(loss: Estimator) -> bool:
+def needs_topk(loss: Estimator) -> bool:
+    """Whether an estimator works on the teacher's alternatives."""
     return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
         isinstance(loss, K1) and loss.baseline == "kl"
     )

@@ -12,6 +12,7 @@ import numpy as np
 import tenacity
 from pydantic import ValidationError
 
+from tropd.pipeline.objectives.spec import TOPK_WEIGHTS, Objective, TeacherNeeds, needs_topk
 from tropd.pipeline.teacher.batcher import outlier_mask
 from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
@@ -122,6 +123,27 @@ class TeacherClient:
                 hint="lower rollout.max_tokens",
             )
 
+    def check_gives(self, needs: TeacherNeeds, objective: Objective) -> None:
+        """Refuse a teacher that cannot give what an objective needs, before the first rollout.
+
+        Raises:
+            ConfigError: naming the parts of the objective that need it.
+        """
+        info = self.info()
+        # A teacher with a small vocabulary gives all of it, however many are asked for.
+        if needs.topk != "none" and info.max_topk < min(needs.k, info.vocab_size):
+            raise ConfigError(
+                f"objective {objective.name!r} needs the teacher's top {needs.k} ({', '.join(_topk_parts(objective))}), "
+                f"but the teacher at {self.url} gives {info.max_topk or 'no'} alternatives",
+                hint="use a tropd teacher service, a smaller objective.k, or an objective that needs log-probs only",
+            )
+        if needs.entropy and not info.entropy:
+            raise ConfigError(
+                f"objective {objective.name!r} needs the teacher's entropy (partition.rule = 'teacher_entropy'), "
+                f"which the teacher at {self.url} does not give",
+                hint="use a tropd teacher service, or another partition rule",
+            )
+
     def score(self, request: ScoreRequest) -> ScoreResponse:
         """Have all sequences scored, in as many requests as the service's limits ask for.
 
@@ -132,7 +154,10 @@ class TeacherClient:
         headers = {"Content-Type": CONTENT_TYPE}
         for part in self._split(request):
             body = encode_request(part)
+            retries = self.retries
             response = self._retrying(partial(self._http.post, "/v1/score", content=body, headers=headers))
+            if self.retries > retries:
+                self._check_unchanged()
             try:
                 answer = decode_response(response.content, part)
             except ProtocolError as error:
@@ -144,6 +169,21 @@ class TeacherClient:
             self.topk_tokens += sum(len(item.topk_positions) for item in answer.items)
             items.extend(answer.items)
         return ScoreResponse(items)
+
+    def _check_unchanged(self) -> None:
+        """After an outage the service must still be the one that was checked, not another teacher at its address.
+
+        Raises:
+            TropdError: it is another.
+        """
+        before, self._info = self.info(), None
+        now = self.info()
+        if (now.weights, now.tokenizer) != (before.weights, before.tokenizer):
+            raise TropdError(
+                f"another teacher came back at {self.url}: {now.model} with weights {now.weights[:12]}…, "
+                f"before it was {before.model} with {before.weights[:12]}…",
+                hint="start the service of the first one again, and rerun the same command",
+            )
 
     def _split(self, request: ScoreRequest) -> list[ScoreRequest]:
         """Consecutive parts within the service's limits of tokens and bytes; always cut the same way.
@@ -205,7 +245,9 @@ class TeacherClient:
                     f"the teacher at {self.url} does not answer ({error}); waiting, nothing is lost"
                 )
             jittered = tenacity.wait_random_exponential(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)(state)
-            return max(jittered, error.after if isinstance(error, _TryAgainError) else 0.0)
+            wanted = max(jittered, error.after if isinstance(error, _TryAgainError) else 0.0)
+            left = self._timeout - (time.monotonic() - started)
+            return max(0.0, min(wanted, left))  # the last attempt is made when the time is up, not later
 
         try:
             response = tenacity.Retrying(
@@ -225,6 +267,16 @@ class TeacherClient:
                 hint="see the service's log" if response.status_code >= 500 else None,
             )
         return response
+
+
+def _topk_parts(objective: Objective) -> list[str]:
+    """Parts of an objective that need alternatives, under their configuration paths."""
+    parts = [
+        f"{region}.loss.estimator = {loss.estimator!r}"
+        for region, loss in (("trust", objective.trust.loss), ("outlier", objective.outlier.loss))
+        if needs_topk(loss)
+    ]
+    return parts + [f"token_weights: {w.kind}" for w in objective.token_weights if w.kind in TOPK_WEIGHTS]
 
 
 def _reason(response: httpx.Response) -> str:

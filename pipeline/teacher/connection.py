@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from tropd.pipeline.context import Run
-from tropd.pipeline.models import TokenizerIdentity
+from tropd.pipeline.models import TokenizerIdentity, model_directory, weights_digest
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command
+from tropd.storage.errors import ConfigError
 
 
 def connect_teacher(
@@ -23,7 +24,7 @@ def connect_teacher(
     """A client whose service is known to fit; what was started is stopped when ``stack`` closes.
 
     Raises:
-        ConfigError: the service's tokenizer or context length does not fit.
+        ConfigError: the service's tokenizer or context length does not fit, or it has another teacher.
         TropdError: there is no service at ``teacher.url``, or the local one does not start.
     """
     teacher = run.config.teacher
@@ -41,4 +42,13 @@ def connect_teacher(
         )
     )
     client.check_compatible(identity.digest, identity.vocab_size, needed_length)
+    objective = run.config.objective
+    client.check_gives(teacher_needs(objective), objective)
+    weights = weights_digest(model_directory(run.workspace, teacher, "teacher"))
+    if client.info().weights != weights:
+        raise ConfigError(
+            f"the service at {url} has another teacher than teacher.model = {teacher.model!r}: "
+            f"weights {client.info().weights[:12]}… there, {weights[:12]}… here",
+            hint="name that teacher in teacher.model, or the service of this one in teacher.url",
+        )
     return client

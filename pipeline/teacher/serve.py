@@ -28,5 +28,7 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
         max_request_tokens=settings.max_request_tokens,
         max_request_bytes=settings.max_request_bytes,
         queue_tokens=settings.queue_tokens,
+        max_topk=engine.vocab_size,
+        entropy=True,
     )
     run_service(engine, info, settings, token=token, on_ready=on_ready, exit_with_parent=exit_with_parent)

@@ -66,6 +66,10 @@ class ServiceInfo(BaseModel):
     max_request_tokens: int
     max_request_bytes: int
     queue_tokens: int
+    max_topk: int = 0
+    """Most alternatives per token that it gives; 0 if it gives none."""
+    entropy: bool = False
+    """Whether it gives the full-vocabulary entropy."""
 
 
 class _Metrics:

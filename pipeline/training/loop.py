@@ -93,8 +93,9 @@ def train(run: Run, *, force: bool = False) -> Manifest:
             return stage.manifest
         remove_uncommitted(stage)
         with ExitStack() as stack:
-            stop = stack.enter_context(stop_on_signal())
             session = open_session(run, stack, run.reporter.warning)
+            # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
+            stop = stack.enter_context(stop_on_signal())
             _run_steps(session, stage, stop)
         return stage.manifest
 

@@ -45,8 +45,8 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Reco
         "k1_mean": _mean(k1),
         "k1_min": float(k1.min()) if len(k1) else None,
         "k1_max": float(k1.max()) if len(k1) else None,
-        "k1_trust": _weighted_mean(k1, inputs.regions.trust),
-        "k1_outlier": _weighted_mean(k1, inputs.regions.outlier),
+        **_k1_of("trust", k1, inputs.regions.trust),
+        **_k1_of("outlier", k1, inputs.regions.outlier),
         "student_entropy": _mean(outcome.student_entropy),
         "teacher_entropy": None if inputs.teacher.entropy is None else _mean(inputs.teacher.entropy),
         "topk_overlap": _mean(outcome.overlap[~np.isnan(outcome.overlap)]),
@@ -75,6 +75,16 @@ def _responses(rows: Sequence[Row]) -> Record:
         "prefix_length_mean": float(np.mean([len(r.plan.prefix_tokens) for r in rows])),
         "response_length_mean": float(np.mean(lengths)),
         "truncated_fraction": float(np.mean([r.truncated for r in rows])),
+    }
+
+
+def _k1_of(region: str, k1: Any, weights: Any) -> Record:
+    """Mean and extremes of K1 over a region's tokens; None where it has none."""
+    inside = k1[weights > 0]
+    return {
+        f"k1_{region}": _weighted_mean(k1, weights),
+        f"k1_{region}_min": float(inside.min()) if len(inside) else None,
+        f"k1_{region}_max": float(inside.max()) if len(inside) else None,
     }
 
 

@@ -129,15 +129,15 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
             run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
         )
         cached = _cache(run, "rollout-scores", "score-teacher --source rollouts")
+    problems = None
+    if config.train.evaluate_every:
+        limit = config.train.evaluate_problems
+        problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorer = None
     if needs.sampled and stored is None:
         identity = tokenizer_identity(student.tokenizer)
         scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, on_wait=on_wait)
-    problems = None
-    if config.train.evaluate_every:
-        limit = config.train.evaluate_problems
-        problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     return Session(
         run=run,

@@ -16,9 +16,10 @@ import torch
 import uvicorn
 
 from tropd.pipeline.config import ServiceConfig
+from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.engines.base import SequenceScores
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition
+from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition, teacher_needs
 from tropd.pipeline.teacher.batcher import Batcher, QueueFullError, TeacherOutputError
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import (
@@ -392,6 +393,31 @@ def test_compatibility_is_checked_with_both_values(fake_url: str) -> None:
             client.check_compatible("other", V, 64)
         with pytest.raises(ConfigError, match=r"takes 64 tokens.*need 65"):
             client.check_compatible("t", V, 65)
+
+
+def test_a_teacher_that_gives_too_little_is_refused_with_the_part_that_needs_it() -> None:
+    with serving(FakeEngine(), max_topk=4) as url, TeacherClient(url) as client:
+        for name, k, words in (
+            (
+                "tropd",
+                5,
+                r"'tropd' needs the teacher's top 5 \(outlier\.loss\.estimator = 'topk_fkl'\).*gives 4",
+            ),
+            ("vopd", 9, r"trust\.loss\.estimator = 'k1'"),
+            ("tip", 9, r"token_weights: soft_or_top"),
+            ("eopd", 4, r"partition\.rule = 'teacher_entropy'"),
+        ):
+            objective = load_objective(name, {"k": k})
+            with pytest.raises(ConfigError, match=words):
+                client.check_gives(teacher_needs(objective), objective)
+        for name in ("opd", "tropd-clip", "sft"):
+            objective = load_objective(name)
+            client.check_gives(teacher_needs(objective), objective)
+        fitting = load_objective("tropd", {"k": 4})
+        client.check_gives(teacher_needs(fitting), fitting)
+    with serving(FakeEngine(), max_topk=V) as url, TeacherClient(url) as client:
+        everything = load_objective("tropd", {"k": 64})
+        client.check_gives(teacher_needs(everything), everything)
 
 
 def test_a_mask_that_differs_from_the_clients_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import split_model
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
-from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse
+from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
@@ -274,3 +275,30 @@ def test_only_student_tokens_are_asked_for(student: Any, teacher_model: Any) -> 
     assert len(data.logprobs) == sum(len(r.tokens) for r in rows)
     regions = draw_regions(objective, rows, data)
     assert np.array_equal(data.topk.index, np.flatnonzero(regions.outlier))
+
+
+def test_alternatives_on_outliers_only_give_the_loss_of_asking_for_all(
+    student: Any, teacher_model: Any
+) -> None:
+    objective = load_objective("tropd", {"k": 64})
+    rows = make_rows(student, count=40)
+    scorer, sizes, losses = LocalScorer(teacher_model), [], []
+    for scope in ("outliers", "all"):
+        needs = replace(teacher_needs(objective), topk=scope)
+        asked: list[bytes] = []
+
+        class Wire(LocalScorer):
+            def score(self, request: ScoreRequest) -> ScoreResponse:
+                answer = scorer.score(request)
+                k = answer.items[0].topk_ids.shape[1]
+                asked.append(encode_response(answer, k=k, entropy=False))  # noqa: B023
+                return answer
+
+        teacher = ask_teacher(Wire(teacher_model), rows, objective, needs, V)
+        inputs = StepInputs(rows, teacher, draw_regions(objective, rows, teacher), None, None, 0.0)
+        outcome, gradient = run(student, objective, inputs)
+        sizes.append(len(asked[0]))
+        losses.append((sum(outcome.losses.values()), gradient))
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert torch.allclose(losses[0][1], losses[1][1], atol=1e-5)
+    assert sizes[0] < sizes[1]
