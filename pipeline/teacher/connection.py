@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from tropd.pipeline.context import Run
 from tropd.pipeline.models import TokenizerIdentity, model_directory, weights_digest
+from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command
 from tropd.storage.errors import ConfigError
