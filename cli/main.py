@@ -31,6 +31,7 @@ app = typer.Typer(
     "evaluate → report. `tropd demo` runs all of them on two tiny models.",
 )
 INTERRUPTED = 130
+INTERRUPTED_MESSAGE = "interrupted; the same command goes on where it stopped"
 
 
 @app.callback()
@@ -53,9 +54,11 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False)  # newer typer turns KeyboardInterrupt into this code by itself
+        if code == INTERRUPTED:
+            stderr.print(INTERRUPTED_MESSAGE)
     except (typer.Abort, KeyboardInterrupt):
-        stderr.print("interrupted; the same command goes on where it stopped")
+        stderr.print(INTERRUPTED_MESSAGE)
         code = INTERRUPTED
     except TropdError as error:
         if os.environ.get("TROPD_DEBUG"):

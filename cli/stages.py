@@ -277,9 +277,10 @@ def demo(
     from tropd.storage.atomic import write_text_atomic
     from tropd.storage.workspace import Workspace
 
+    text = recipe_text(recipe)
     made = Workspace.create(workspace)
     if not made.config_path.exists():
-        write_text_atomic(made.config_path, recipe_text(recipe))
+        write_text_atomic(made.config_path, text)
     run_all(open_run(workspace, settings))
     report(workspace, as_json)
 

@@ -6,9 +6,11 @@ rising precedence: the default here, ``config.toml`` in the workspace, ``--set s
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tropd.pipeline.objectives.spec import Objective, Spec
 
@@ -76,6 +78,14 @@ class TeacherConfig(ModelConfig):
     """Environment variable with the bearer token of that service."""
     timeout_seconds: float = Field(default=300.0, gt=0)
     """How long the trainer keeps trying to get an answer before it stops, with everything saved."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("a service's address looks like http://host:port")
+        return url
 
 
 class StudentConfig(ModelConfig):
@@ -201,6 +211,17 @@ class EvaluationConfig(Spec):
     """Sequences decoded together."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"
     """Regular expression whose first group is the answer in a response."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if not groups:
+            raise ValueError("the pattern needs a group, as in '#(.*)', which is the answer")
+        return pattern
 
 
 class DemoConfig(Spec):

@@ -89,6 +89,8 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> ResolvedConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", hint="tropd init WORKSPACE --recipe demo") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", hint="TOML files are UTF-8 text") from error
     return parse_config(text, assignments, where=str(path))
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -94,14 +95,24 @@ def _download(name: str, role: str) -> Path:
 
 
 def load_model(folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """A causal LM in evaluation mode. Weights are read from safetensors only, never from pickle."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[dtype],
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-    )
+    """A causal LM in evaluation mode. Weights are read from safetensors only, never from pickle.
+
+    Raises:
+        DataError: a weight file is truncated or otherwise not one.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except SafetensorError as error:
+        raise DataError(
+            f"the weights in {folder} cannot be read: {error}",
+            hint="copy or download the model again; rerunning a stage makes its own output again",
+        ) from error
     return model.to(device).eval()
 
 

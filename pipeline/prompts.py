@@ -37,7 +37,7 @@ def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     problems: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -62,9 +62,11 @@ def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -
     return prompts
 
 
-def _parse(line: str, number: int, config: DataConfig, need_answer: bool) -> Prompt:
+def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> Prompt:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
@@ -75,6 +77,8 @@ def _parse(line: str, number: int, config: DataConfig, need_answer: bool) -> Pro
         raise ValueError(f"no text in field {config.prompt_field!r} (fields: {names}; see data.prompt_field)")
     if not text.strip():
         raise ValueError(f"field {config.prompt_field!r} is empty")
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError(f"field {config.prompt_field!r} holds half of a surrogate pair")
     answer = record.get(config.answer_field)
     if need_answer and answer is None:
         raise ValueError(f"no field {config.answer_field!r} (see data.answer_field)")

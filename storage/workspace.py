@@ -39,7 +39,10 @@ class Workspace:
     @classmethod
     def create(cls, root: Path) -> Workspace:
         """Make the folder and its version marker. Opening an existing workspace is not an error."""
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(f"cannot make a workspace at {root}: {error.strerror}") from error
         marker = root / MARKER
         if not marker.exists():
             write_text_atomic(marker, json.dumps({"layout": LAYOUT_VERSION}) + "\n")

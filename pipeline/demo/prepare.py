@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,8 @@ def _train_missing(run: Run, stage: Stage) -> None:
         with ProcessPoolExecutor(
             1, mp_context=context, initializer=_share_queue, initargs=(progress,)
         ) as pool:
-            student = pool.submit(_train_in_child, beside, demo, seed, stage.folder / beside, os.getpid())
+            with _signals_held():
+                student = pool.submit(_train_in_child, beside, demo, seed, stage.folder / beside, os.getpid())
 
             def on_step(loss: float) -> None:
                 task.advance(1 + _drain(progress), loss=loss)
@@ -145,6 +148,9 @@ def _train_missing(run: Run, stage: Stage) -> None:
             try:
                 train_and_save("teacher", demo, seed, stage.folder / "teacher", on_step)
                 stage.commit("teacher", rows=steps["teacher"])
+                while not student.done():
+                    wait([student], timeout=0.2)
+                    task.advance(_drain(progress))  # the child cannot end before its progress is read
                 student.result()
             except BaseException:
                 # Ctrl-C must not wait for the child to finish its work.
@@ -154,6 +160,16 @@ def _train_missing(run: Run, stage: Stage) -> None:
             stage.commit(beside, rows=steps[beside])
         if rest := _drain(progress):
             task.advance(rest)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A process started meanwhile never sees Ctrl-C, which a terminal sends to the whole group: its parent ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _progress: Any = None

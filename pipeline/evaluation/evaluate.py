@@ -25,7 +25,7 @@ from tropd.pipeline.evaluation.grading import extract_answer, is_correct
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.atomic import atomic_file
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest
+from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.seeds import derive_seed
 from tropd.storage.stage import open_stage
 
@@ -87,11 +87,12 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     """Evaluate whom has not been evaluated yet and return the finished manifest.
 
     Raises:
-        TropdError: training is not finished, and the student after it is asked for.
+        TropdError: the student after training is asked for, and training is not finished.
+        DamagedShardError: that student is not what training left.
     """
-    if "after" in whom:
-        finished(run, "train", "train")
     final = run.workspace.stage("train") / "final"
+    if "after" in whom:
+        check_shard(final.parent, finished(run, "train", "train").shards[final.name])
     folder = run.workspace.stage(STAGE)
     with open_stage(folder, STAGE, fingerprint(run, final, whom), force=force, timings=run.timings) as stage:
         if stage.complete:
