@@ -52,7 +52,8 @@ inspection.register(app)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)  # newer typer turns KeyboardInterrupt into this code by itself
         if code == INTERRUPTED:
@@ -70,20 +71,26 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except Exception as error:
-        if hasattr(error, "show") and hasattr(
-            error, "exit_code"
-        ):  # a usage error, of click or typer's copy of it
+        # A usage error, of click or typer's copy of it.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
         if os.environ.get("TROPD_DEBUG"):
             raise
+        if _interruptions:  # some libraries turn a KeyboardInterrupt during their import into an error of theirs
+            stderr.print(INTERRUPTED_MESSAGE)
+            sys.exit(INTERRUPTED)
         stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
         stderr.print("  → tropd --debug … shows the traceback", markup=False)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
+_interruptions: list[int] = []
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interruptions.append(number)
     raise KeyboardInterrupt
 
 
