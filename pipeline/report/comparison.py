@@ -156,15 +156,15 @@ def _mean_curve(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
     return curve
 
 
-def bootstrap(values: Marks, seed: int) -> Estimate:
+def bootstrap(values: Marks, seed: int, *, draws: int = BOOTSTRAP_DRAWS) -> Estimate:
     """Mean of ``[seeds, problems]`` and its 95 % percentile interval, resampling seeds and problems alike.
 
     Problems are resampled once per draw for all seeds: they are the same problems.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     num_seeds, num_problems = values.shape
-    means = np.empty(BOOTSTRAP_DRAWS)
-    for draw in range(BOOTSTRAP_DRAWS):
+    means = np.empty(draws)
+    for draw in range(draws):
         rows = generator.integers(num_seeds, size=num_seeds)
         columns = generator.integers(num_problems, size=num_problems)
         means[draw] = values[rows].mean(axis=0)[columns].mean()

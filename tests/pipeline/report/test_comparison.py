@@ -1,0 +1,91 @@
+"""Intervals and the page of a comparison."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+
+from tropd.pipeline.report.comparison import CURVES, Comparison, Estimate, MethodResult, bootstrap
+from tropd.pipeline.report.comparison_page import render_comparison
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_data() -> None:
+    generator = np.random.default_rng(0)
+    small = bootstrap((generator.random((3, 50)) < 0.4).astype(float), seed=1)
+    large = bootstrap((generator.random((3, 2000)) < 0.4).astype(float), seed=1)
+    for found in (small, large):
+        assert found.low <= found.mean <= found.high
+    assert large.high - large.low < (small.high - small.low) / 2
+    assert bootstrap(np.ones((3, 40)), seed=0) == Estimate(mean=1.0, low=1.0, high=1.0)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    truth, covered, trials = 0.3, 0, 100
+    for trial in range(trials):
+        found = bootstrap((generator.random((4, 150)) < truth).astype(float), seed=trial, draws=300)
+        covered += found.low <= truth <= found.high
+    assert covered / trials >= 0.88
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
+    generator = np.random.default_rng(0)
+    difficulty = generator.random((1, 400))
+    one = (generator.random((3, 400)) * 0.2 + difficulty < 0.6).astype(float)
+    other = (generator.random((3, 400)) * 0.2 + difficulty < 0.65).astype(float)
+    paired = bootstrap(other - one, seed=0)
+    width = bootstrap(one, seed=0)
+    assert paired.high - paired.low < width.high - width.low
+    assert paired.low > 0
+
+
+def method(name: str, **difference: Estimate) -> MethodResult:
+    estimate = Estimate(mean=0.5, low=0.4, high=0.6)
+    return MethodResult(
+        objective=name,
+        seeds=[0, 1],
+        accuracy={"greedy": estimate, "sampled": estimate},
+        per_seed={"greedy": [0.4, 0.6], "sampled": [0.4, 0.6]},
+        difference=difference,
+        steps=3,
+        tokens_on_policy=10.0,
+        teacher_tokens_scored=10.0,
+        teacher_topk_tokens=2.0,
+        teacher_bytes_received=100.0,
+        seconds=1.0,
+        curves={curve: [0.1, None, 0.3] for curve in CURVES},
+    )
+
+
+def test_the_page_is_whole_and_escapes_names() -> None:
+    gain = Estimate(mean=0.1, low=-0.1, high=0.3)
+    found = Comparison(
+        workspace="<script>alert(1)</script>",
+        baseline="opd",
+        problems=20,
+        before={"greedy": 0.1, "sampled": 0.1},
+        teacher={"greedy": 1.0, "sampled": 0.9},
+        methods=[method("opd"), method("tropd", greedy=gain, sampled=gain)],
+    )
+    html = render_comparison(found)
+    assert "<script" not in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    open_tags: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "link", "br", "path", "use", "rect"):
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag not in ("path", "use", "rect"):
+                assert open_tags.pop() == tag
+
+    Checker().feed(html)
+    assert open_tags == []
+    assert "+10.0" in html
+    assert html.count("<svg") == 1 + len(CURVES)
