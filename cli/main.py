@@ -77,7 +77,8 @@ def main() -> None:
             sys.exit(error.exit_code)
         if os.environ.get("TROPD_DEBUG"):
             raise
-        if _interruptions:  # some libraries turn a KeyboardInterrupt during their import into an error of theirs
+        # Some libraries turn a KeyboardInterrupt during their import into an error of theirs.
+        if _interruptions:
             stderr.print(INTERRUPTED_MESSAGE)
             sys.exit(INTERRUPTED)
         stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
