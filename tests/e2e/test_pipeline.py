@@ -110,8 +110,12 @@ def test_batch_sizes_change_nothing_but_rounding(
     tropd.ok("train", "-w", workspace, *cuts)
     one = load_file(finished / "train" / "final" / "model.safetensors")
     other = load_file(workspace / "train" / "final" / "model.safetensors")
-    # AdamW's first steps turn rounding of tiny gradients into steps of the learning rate: not bit-identical, but close.
-    assert all(torch.allclose(one[name], other[name], atol=5e-3) for name in one)
+    start = load_file(finished / "models" / "student" / "model.safetensors")
+    # AdamW turns rounding of tiny gradients into small steps: not bit-identical, but 1e-5 of the way that was gone.
+    moved = sum(float((one[name] - start[name]).square().sum()) for name in one) ** 0.5
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+    assert moved > 0.1
+    assert apart < 1e-4 * moved
 
 
 def test_a_changed_field_names_itself_and_force_moves_the_old_output_aside(

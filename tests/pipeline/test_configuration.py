@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tropd.pipeline.config import Config, to_plain
 from tropd.pipeline.configuration import (
     dump_config,
     explain,
+    load_config,
     load_objective,
     parse_assignment,
     parse_config,
@@ -42,6 +48,10 @@ def test_packaged_recipes_are_valid_and_name_themselves(name: str) -> None:
         ("train.warmup_steps=100", ["train.warmup_steps (100)", "train.steps (100)"]),
         ("prefixes.max_tokens=99", ["prefixes.max_tokens (99)", "rollout.max_tokens (36)"]),
         ("objective={name='tropd-cached', k=9}", ["objective.k (9)", "scores.k (5)"]),
+        ("teacher.url=localhost:8000", ["teacher.url", "http://host:port", "'localhost:8000'"]),
+        ("teacher.url=http://", ["teacher.url", "http://host:port"]),
+        ("evaluation.answer_pattern='#('", ["evaluation.answer_pattern", "not a regular expression"]),
+        ("evaluation.answer_pattern='#.*'", ["evaluation.answer_pattern", "needs a group"]),
         ("demo.min_operations=9", ["min_operations (9)", "max_operations (5)"]),
         ("objective.name='trop'", ["unknown objective 'trop'", "did you mean 'tropd'", "full-fkl"]),
         ("no equals sign", ["section.field=value"]),
@@ -59,6 +69,17 @@ def test_what_is_refused_says_where_why_and_what_would_do(assignment: str, words
 def test_malformed_toml_is_refused_with_its_line() -> None:
     with pytest.raises(ConfigError, match=r"here\.toml is not valid TOML.*line 2"):
         parse_config("[run]\nseed = = 1\n", where="here.toml")
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"[run]\xff")
+    with pytest.raises(ConfigError, match=r"config\.toml cannot be read"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"none\.toml does not exist"):
+        load_config(tmp_path / "none.toml")
 
 
 def test_unknown_recipes_list_those_there_are() -> None:
@@ -110,3 +131,21 @@ def test_assignments_are_toml_or_plain_text() -> None:
     assert parse_assignment("a.b=true") == {"a": {"b": True}}
     assert parse_assignment("a=/some/path") == {"a": "/some/path"}
     assert parse_assignment("a=x=y") == {"a": "x=y"}
+
+
+@given(
+    st.floats(1e-12, 1e12),
+    st.text(max_size=20),
+    st.floats(-1e6, -1e-9),
+    st.integers(0, 2**31 - 1),
+)
+def test_any_value_survives_the_way_to_toml_and_back(
+    rate: float, model: str, floor: float, seed: int
+) -> None:
+    plain = to_plain(parse_config(DEMO).config)
+    plain["train"]["learning_rate"] = rate
+    plain["teacher"]["model"] = model
+    plain["run"]["seed"] = seed
+    plain["objective"]["trust"]["loss"] = {"estimator": "k1", "floor": floor}
+    config = Config.model_validate(plain)
+    assert parse_config(dump_config(config)).config == config

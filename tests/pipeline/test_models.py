@@ -31,7 +31,7 @@ from tropd.pipeline.models import (
     tokenizer_identity,
     weights_digest,
 )
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.workspace import Workspace
 
 SIZE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -83,6 +83,16 @@ def test_models_are_read_from_safetensors_only(tiny_model: Any, tmp_path: Path) 
     with pytest.raises(OSError):
         load_model(folder, dtype="float32", device=torch.device("cpu"))
     assert len(digest) == 64
+
+
+def test_truncated_weights_are_refused(tiny_model: Any, tmp_path: Path) -> None:
+    folder = save(tiny_model, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    for size in (weights.stat().st_size - 1, 100, 0):
+        with weights.open("r+b") as stream:
+            stream.truncate(size)
+        with pytest.raises(DataError, match=f"weights in {folder} cannot be read"):
+            load_model(folder, dtype="float32", device=torch.device("cpu"))
 
 
 def test_missing_models_and_tokenizers_are_named(tmp_path: Path) -> None:

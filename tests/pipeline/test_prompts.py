@@ -63,3 +63,22 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         encode_prompts(prompts, tokenizer, chat=False, max_length=7, path=path)
     with pytest.raises(DataError, match="no chat template"):
         encode_prompts(prompts, tokenizer, chat=True, max_length=8, path=path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": "1+\xff="}', r"line 2: not UTF-8 text \(byte 15 of the line\)"),
+        (b'{"prompt": "1+\\ud800="}', "line 2: field 'prompt' holds half of a surrogate pair"),
+    ],
+)
+def test_what_is_not_text_is_refused_rather_than_replaced(tmp_path: Path, line: bytes, words: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "ok"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=words):
+        read_prompts(path, DataConfig())
+
+
+def test_text_of_any_script_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "größer? 漢字 \\ud83d\\ude00"}')
+    assert read_prompts(path, DataConfig())[0].text == "größer? 漢字 😀"
