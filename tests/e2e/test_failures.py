@@ -1,0 +1,242 @@
+"""What goes wrong around a run: other processes, damaged files, wrong addresses, full disks, impatient people."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from tropd.storage.atomic import content_digest
+
+SCRIPT = Path(sys.executable).with_name("tropd")
+
+
+def with_url(url: str) -> list[str]:
+    return ["--set", f"teacher.url={url}"]
+
+
+def records(workspace: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock measured."""
+    lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+
+
+def final(workspace: Path) -> str:
+    return content_digest(workspace / "train" / "final")
+
+
+def left_of(group: int) -> list[str]:
+    """Living processes of a process group, once those that are about to end have had time to."""
+    deadline = time.monotonic() + 30
+    while True:
+        listed = subprocess.run(
+            ["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+        ).stdout
+        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+        found = [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def test_standard_output_holds_one_json_object_and_nothing_else(finished: Path, copy: Any) -> None:
+    workspace = copy(finished)
+    for command, field in (
+        ("train", "teacher_tokens_scored"),
+        ("status", "stages"),
+        ("report", "evaluation"),
+    ):
+        done = subprocess.run(
+            [SCRIPT, command, "-w", workspace, "--json"], capture_output=True, text=True, check=True
+        )
+        assert field in json.loads(done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("moment", ["import", "training"])
+def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
+    tropd: Any, finished: Path, copy: Any, moment: str
+) -> None:
+    workspace = copy(finished, "data", "models", "prefixes", "scores", "train", "eval")
+    config = workspace / "config.toml"
+    text = config.read_text()
+    config.write_text(
+        text.replace("_steps = ", "_steps = 10")
+    )  # 1040, 1020 and 105 steps: long enough to hit
+    process = subprocess.Popen(
+        [SCRIPT, "prepare", "-w", workspace],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while moment == "training" and not (workspace / "models" / "manifest.json").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "interrupted; the same command goes on" in output
+    assert not left_of(process.pid)
+    config.write_text(text)
+    tropd.ok("prepare", "-w", workspace)
+    assert content_digest(workspace / "models") == content_digest(finished / "models")
+
+
+def test_a_killed_prepare_leaves_no_process_behind(finished: Path, copy: Any) -> None:
+    workspace = copy(finished, "models", "prefixes", "scores", "train", "eval")
+    long = ["--set", "demo.teacher_steps=5000", "--set", "demo.student_steps=5000"]
+    process = subprocess.Popen(
+        [SCRIPT, "prepare", "-w", workspace, *long], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (workspace / "models" / "manifest.json").exists():
+        time.sleep(0.01)
+    time.sleep(1.5)
+    process.kill()
+    process.wait()
+    assert not left_of(process.pid)
+
+
+def test_ctrl_c_while_the_teacher_is_starting_ends_at_once(prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    process = subprocess.Popen(
+        [SCRIPT, "train", "-w", workspace], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "starting a local teacher service" not in seen:
+        seen = process.stderr.readline()
+        assert seen, "the trainer ended before it started a teacher"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert not (workspace / "train" / "metrics.jsonl").exists()
+
+
+def test_a_second_writer_is_refused(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    with FileLock(workspace / ".prefixes.lock"):
+        result = tropd("generate-prefixes", "-w", workspace)
+    assert result.code == 1
+    assert "another process is writing" in result.output
+
+
+def test_a_damaged_student_is_not_evaluated_but_made_again(
+    tropd: Any, finished: Path, copy: Any, teacher_url: str
+) -> None:
+    workspace = copy(finished, "eval")
+    path = workspace / "train" / "final" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # a weight: the file loads, and is wrong
+    path.write_bytes(content)
+    result = tropd("evaluate", "-w", workspace)
+    assert result.code == 1
+    assert "train/final has sha256" in result.output
+    assert not (workspace / "eval" / "manifest.json").exists()
+    path.write_bytes(content[:1000])
+    tropd.ok("train", "-w", workspace, *with_url(teacher_url))
+    tropd.ok("evaluate", "-w", workspace)
+    for stage in ("train/final", "eval"):
+        assert content_digest(workspace / stage) == content_digest(finished / stage)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tropd: Any, finished: Path, copy: Any, teacher_url: str
+) -> None:
+    workspace = copy(finished, "eval")
+    newest = workspace / "train" / "checkpoints" / "step-000008" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    shutil.rmtree(workspace / "train" / "final")
+    result = tropd.ok("train", "-w", workspace, *with_url(teacher_url))
+    assert "resuming after step 6 of 8" in result.output
+    assert final(workspace) == final(finished)
+    assert records(workspace) == records(finished)
+    assert tropd("verify", "-w", workspace).code == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "words"),
+    [
+        ("models/teacher/model.safetensors", 5000, "weights in"),
+        ("models/teacher/tokenizer.json", 200, "no readable tokenizer"),
+        ("models/teacher/config.json", 100, "not a valid JSON file"),
+        ("models/student/model.safetensors", 0, ""),
+        ("config.toml", 30, "config.toml"),
+    ],
+)
+def test_truncated_inputs_are_named(
+    tropd: Any, finished: Path, copy: Any, path: str, size: int, words: str
+) -> None:
+    workspace = copy(finished, "prefixes", "scores", "train", "eval")
+    with (workspace / path).open("r+b") as stream:
+        stream.truncate(size)
+    result = tropd("generate-prefixes", "-w", workspace)
+    if not words:  # the student's weights are none of this stage's business
+        assert result.code == 0, result.output
+        return
+    assert result.code in (1, 2), result.output
+    assert words in result.output
+    assert "internal error" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"), [("prepare", 100_000), ("score-teacher", 1500), ("evaluate", 1500)]
+)
+def test_every_stage_names_a_full_disk_and_goes_on_when_there_is_room(
+    tropd: Any, finished: Path, copy: Any, command: str, limit: int
+) -> None:
+    folders = {"prepare": "models", "score-teacher": "scores", "evaluate": "eval"}
+    workspace = copy(finished, folders[command])
+    result = tropd(command, "-w", workspace, file_limit=limit)
+    assert result.code == 1, result.output
+    assert "disk full while writing" in result.output
+    assert "internal error" not in result.output
+    tropd.ok(command, "-w", workspace)
+    assert content_digest(workspace / folders[command]) == content_digest(finished / folders[command])
+
+
+def test_another_teacher_behind_the_address_is_refused(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    workspace = copy(prepared)
+    shutil.rmtree(workspace / "models" / "teacher")
+    shutil.copytree(workspace / "models" / "student", workspace / "models" / "teacher")
+    result = tropd("train", "-w", workspace, *with_url(teacher_url))
+    assert result.code == 2, result.output
+    assert "has another teacher than" in result.output
+    malformed = tropd("train", "-w", workspace, *with_url("localhost:8000"))
+    assert malformed.code == 2
+    assert "http://host:port" in malformed.output
+
+
+def test_missing_problems_are_found_before_a_teacher_is_started(
+    tropd: Any, prepared: Path, copy: Any
+) -> None:
+    workspace = copy(prepared)
+    (workspace / "data" / "eval.jsonl").unlink()
+    result = tropd("train", "-w", workspace, "--set", "train.evaluate_every=2")
+    assert result.code == 1
+    assert "eval.jsonl does not exist" in result.output
+    assert "starting" not in result.output
+
+
+def test_places_where_no_workspace_can_be(tropd: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        result = tropd("init", place)
+        assert result.code == 2, result.output
+        assert "cannot make a workspace at" in result.output
+    assert tropd("demo", "-w", tmp_path / "new", "--recipe", "nope").code == 2
+    assert not (tmp_path / "new").exists()
