@@ -11,12 +11,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tropd.storage.errors import DiskError, DiskFullError, TropdError
 
 TEMPORARY_PREFIX = ".tmp-"
+_FSYNC_THREADS = 16
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -113,15 +115,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for folder, _, files in os.walk(temporary):
-                for name in files:
-                    fsync_path(Path(folder) / name)
-                fsync_path(Path(folder))
+            _fsync_tree(temporary)
             _swap_in(temporary, path, retired)
             fsync_path(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(retired, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    """Flush all files and folders. At once: the file system then commits them together, several times faster."""
+    paths = [Path(parent) / name for parent, _, files in os.walk(folder) for name in ["", *files]]
+    if len(paths) <= 2:
+        for path in paths:
+            fsync_path(path)
+        return
+    with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
+        list(pool.map(fsync_path, paths))
 
 
 def _swap_in(temporary: Path, path: Path, retired: Path) -> None:

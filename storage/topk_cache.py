@@ -1,6 +1,6 @@
 """The ragged top-k cache: for every token of a trajectory, the teacher's likeliest alternatives.
 
-One Zarr v3 group per shard (DESIGN: ``part-00000.zarr``) with the tokens of all rows concatenated in row order:
+``TopK`` is a shard in memory, the tokens of all rows concatenated in row order:
 
 ===========  ========================  ==========================================================
 array        dtype, length             content
@@ -14,12 +14,16 @@ sampled      float32[tokens]           log-prob of the token that the trajectory
 ===========  ========================  ==========================================================
 
 Kept are as many alternatives as reach the mass, at most k. ``tail`` is computed from the rounded (float16)
-log-probs, so that kept and tail mass of what is stored add up to one.
+log-probs, so that kept and tail mass of what is stored add up to one. Of equal log-probs the lower id is first.
+
+On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` and, encoded as
+``topk_encoding`` describes, ``id_gaps`` and ``codes``. Each array is one file (Zarr's sharding codec) of
+compressed chunks with a checksum each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,21 +35,22 @@ from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
 from tropd.storage.atomic import atomic_directory
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
+from tropd.storage.topk_encoding import FILL, Arrays, Precision, canonical_ids, decode, encode, probabilities
 
-SCHEMA_VERSION = 1
-CHUNK_ELEMENTS = 1 << 18
+SCHEMA_VERSION = 2
+CHUNK_ELEMENTS = 1 << 16
 LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 MASS_TOLERANCE = 5e-3  # rounded log-probs may sum to a little more than 1, where the tail is cut at 0
 
-_ARRAYS: dict[str, npt.DTypeLike] = {
-    "offsets": np.int64,
+_FIRST_LOOK = 8
+_STORED = ("offsets", "counts", "id_gaps", "codes", "tail", "sampled")
+_DTYPES: dict[str, npt.DTypeLike] = {
     "counts": np.uint16,
     "ids": np.int32,
     "logprobs": np.float16,
     "tail": np.float32,
     "sampled": np.float32,
 }
-_FILL = {"offsets": -1, "counts": np.iinfo(np.uint16).max, "ids": -1}
 
 
 @dataclass(frozen=True)
@@ -111,23 +116,42 @@ def prune(
         raise ValueError("a teacher log-prob is NaN or positive")  # never stored as if it were an answer
     if (logprobs[:, 1:] > logprobs[:, :-1]).any():
         raise ValueError("log-probs are not descending")
-    rounded = logprobs.astype(np.float16)
-    probabilities = np.exp(rounded.astype(np.float64))
-    cumulative = np.cumsum(probabilities, axis=1)
-    reached = (cumulative - probabilities) < mass
-    keep = reached & np.isfinite(rounded)
-    counts = keep.sum(axis=1)
-    kept_mass = np.where(keep, probabilities, 0.0).sum(axis=1)
+    keep, kept_mass = _leading(logprobs, mass)
+    counts = keep.sum(axis=1).astype(np.uint16)
+    kept = _round(logprobs[keep])
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(1.0 - kept_mass, 0.0))
     return TopK(
         offsets=np.concatenate([[0], np.cumsum(row_lengths)]).astype(np.int64),
-        counts=counts.astype(np.uint16),
-        ids=ids[keep].astype(np.int32),
-        logprobs=rounded[keep],
+        counts=counts,
+        ids=canonical_ids(counts, ids[keep].astype(np.int32), kept),
+        logprobs=kept,
         tail=tail.astype(np.float32),
         sampled=sampled.astype(np.float32),
     )
+
+
+def _round(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    return np.minimum(logprobs, 0.0).astype(np.float16)
+
+
+def _leading(
+    logprobs: npt.NDArray[np.float32], mass: float
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Which alternatives ``[tokens, k]`` are kept, and their mass ``[tokens]``."""
+    num_tokens, k = logprobs.shape
+    keep = np.zeros((num_tokens, k), dtype=np.bool_)
+    kept_mass = np.zeros(num_tokens)
+    unfinished = np.arange(num_tokens)
+    for width in sorted({min(_FIRST_LOOK, k), k}):  # most tokens are done after a few alternatives
+        rounded = _round(logprobs[unfinished, :width])
+        mass_of = probabilities(rounded)
+        total = np.cumsum(mass_of, axis=1)
+        chosen = ((total - mass_of) < mass) & np.isfinite(rounded)
+        keep[unfinished, :width] = chosen
+        kept_mass[unfinished] = mass_of.sum(axis=1, where=chosen)
+        unfinished = unfinished[total[:, -1] < mass]
+    return keep, kept_mass
 
 
 def concatenate(parts: Sequence[TopK]) -> TopK:
@@ -135,31 +159,43 @@ def concatenate(parts: Sequence[TopK]) -> TopK:
     lengths = np.concatenate([np.diff(p.offsets) for p in parts]) if parts else np.zeros(0, dtype=np.int64)
     joined: dict[str, Any] = {
         name: np.concatenate([getattr(p, name) for p in parts]) if parts else np.zeros(0, dtype=dtype)
-        for name, dtype in _ARRAYS.items()
-        if name != "offsets"
+        for name, dtype in _DTYPES.items()
     }
     return TopK(offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), **joined)
 
 
-def write_topk(path: Path, data: TopK) -> None:
-    """Write one shard atomically."""
-    # Blosc decodes a truncated chunk without complaint, hence the checksum around it.
-    codecs = (BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec())
+def write_topk(path: Path, data: TopK, *, precision: Precision = "float16") -> None:
+    """Write one shard atomically; ``topk_encoding`` says what each precision loses.
+
+    Raises:
+        ValueError: the data breaks an invariant.
+        DiskError: the disk is full or failing.
+    """
+    if problems := check_invariants(data):
+        raise ValueError(f"{path} is not written: {'; '.join(problems)}")
+    arrays: Arrays = {"offsets": data.offsets, "counts": data.counts}
+    arrays |= encode(data.counts, data.ids, data.logprobs, data.tail, data.sampled, precision)
     with atomic_directory(path) as temporary:
         group = zarr.create_group(store=temporary, zarr_format=3)
-        group.attrs["tropd.schema_version"] = SCHEMA_VERSION
-        for name, dtype in _ARRAYS.items():
-            values = np.ascontiguousarray(getattr(data, name), dtype=dtype)
-            array = group.create_array(
-                name,
-                shape=values.shape,
-                chunks=(max(1, min(len(values), CHUNK_ELEMENTS)),),
-                dtype=values.dtype,
-                # Zarr reads a missing chunk as this value: it must be one that check_invariants refuses.
-                fill_value=_FILL.get(name, np.nan),
-                compressors=codecs,
-            )
-            array[...] = values
+        group.attrs.update({"tropd.schema_version": SCHEMA_VERSION, "tropd.precision": precision})
+        for name in _STORED:
+            _write_array(group, name, arrays[name], FILL[name][precision] if name == "codes" else FILL[name])
+
+
+def _write_array(group: Any, name: str, values: npt.NDArray[Any], fill: Any) -> None:
+    chunks = max(1, min(len(values), CHUNK_ELEMENTS))
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=(chunks,),
+        shards=(chunks * max(1, -(-len(values) // chunks)),),
+        dtype=values.dtype,
+        # Blosc decodes a truncated chunk without complaint, hence the checksum around it.
+        compressors=(BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle), Crc32cCodec()),
+        # Zarr reads a missing chunk as this value: it must be one that is refused.
+        fill_value=fill,
+    )
+    array[...] = values
 
 
 def read_topk(path: Path) -> TopK:
@@ -175,36 +211,48 @@ def read_topk(path: Path) -> TopK:
         if version != SCHEMA_VERSION:
             raise WorkspaceVersionError(
                 f"{path} has top-k cache schema version {version}; this tropd reads version {SCHEMA_VERSION}",
-                hint="use the tropd version that wrote it, or score again",
+                hint="use the tropd version that wrote it, or score again with --force",
             )
-        data = TopK(**{name: np.asarray(group[name][...]) for name in _ARRAYS})
+        arrays = {name: np.asarray(group[name][...]) for name in _STORED}
+        offsets, counts = arrays["offsets"], arrays["counts"]
+        if problems := _wrong_lengths(offsets, counts, arrays):
+            raise ValueError("; ".join(problems))
+        data = TopK(offsets, counts, **decode(counts, arrays, group.attrs["tropd.precision"]))
     except WorkspaceVersionError:
         raise
     except Exception as error:  # zarr and its codecs raise many types for a damaged store
         raise DamagedShardError(
             f"{path} is not a readable top-k cache: {error}", hint="tropd verify finds what is damaged"
         ) from error
-    problems = check_invariants(data)
-    if problems:
-        raise DamagedShardError(f"{path}: {'; '.join(problems)}", hint="score the stage again with --force")
+    if problems := check_invariants(data):
+        raise DamagedShardError(f"{path}: {'; '.join(problems)}", hint="tropd verify finds what is damaged")
     return data
+
+
+def _wrong_lengths(
+    offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.uint16], arrays: Mapping[str, npt.NDArray[Any]]
+) -> list[str]:
+    """Arrays whose length does not follow from the offsets and counts."""
+    tokens, alternatives = len(counts), int(counts.sum(dtype=np.int64))
+    expected = {"tail": tokens, "sampled": tokens}
+    expected |= dict.fromkeys(("ids", "logprobs", "id_gaps", "codes"), alternatives)
+    problems = [
+        f"{name} has {len(values)} entries, {expected[name]} are expected"
+        for name, values in arrays.items()
+        if name in expected and len(values) != expected[name]
+    ]
+    if len(offsets) == 0 or offsets[0] != 0 or np.any(np.diff(offsets) < 0):
+        problems.append("offsets do not start at 0 and rise")
+    elif offsets[-1] != tokens:
+        problems.append(f"offsets end at {offsets[-1]}, but there are {tokens} tokens")
+    return problems
 
 
 def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
     """What is wrong with the arrays, in words; empty if they are consistent."""
     tokens = data.num_tokens
-    alternatives = int(data.counts.sum(dtype=np.int64))
-    lengths = {"ids": alternatives, "logprobs": alternatives, "tail": tokens, "sampled": tokens}
-    problems = [
-        f"{name} has {len(getattr(data, name))} entries, {length} are expected"
-        for name, length in lengths.items()
-        if len(getattr(data, name)) != length
-    ]
-    if len(data.offsets) == 0 or data.offsets[0] != 0 or np.any(np.diff(data.offsets) < 0):
-        problems.append("offsets do not start at 0 and rise")
-    elif data.offsets[-1] != tokens:
-        problems.append(f"offsets end at {data.offsets[-1]}, but there are {tokens} tokens")
-    if problems:
+    arrays = {name: getattr(data, name) for name in _DTYPES}
+    if problems := _wrong_lengths(data.offsets, data.counts, arrays):
         return problems
     problems = [
         f"{name} has NaN or positive log-probs"
@@ -216,7 +264,7 @@ def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
     token_of = np.repeat(np.arange(tokens), data.counts)
     if np.any((np.diff(data.logprobs.astype(np.float32)) > 0) & (np.diff(token_of) == 0)):
         problems.append("log-probs of a token are not descending")
-    kept_mass = np.bincount(token_of, weights=np.exp(data.logprobs.astype(np.float64)), minlength=tokens)
+    kept_mass = np.bincount(token_of, weights=probabilities(data.logprobs), minlength=tokens)
     wrong = np.abs(kept_mass + np.exp(data.tail.astype(np.float64)) - 1.0) > MASS_TOLERANCE
     if wrong.any():
         problems.append(
