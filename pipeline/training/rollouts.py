@@ -68,7 +68,14 @@ class TrajectoryStore:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         tables = []
-        columns = ["prompt_id", "sample_index", "tokens", "sampled_logprobs", "finish_reason"]
+        columns = [
+            "prompt_id",
+            "sample_index",
+            "prompt_tokens",
+            "tokens",
+            "sampled_logprobs",
+            "finish_reason",
+        ]
         self._location: list[tuple[str, int]] = []
         for shard in manifest.shards.values():
             check_shard(folder, shard)
@@ -85,6 +92,10 @@ class TrajectoryStore:
     def rows_of(self, prompt_id: str) -> list[int]:
         """Rows of a prompt's trajectories (none if all were filtered out)."""
         return self._by_prompt.get(prompt_id, [])
+
+    def prompt_tokens(self, row: int) -> list[int]:
+        tokens: list[int] = self._table["prompt_tokens"][row].as_py()
+        return tokens
 
     def tokens(self, row: int) -> list[int]:
         tokens: list[int] = self._table["tokens"][row].as_py()

@@ -240,3 +240,55 @@ def test_places_where_no_workspace_can_be(tropd: Any, tmp_path: Path) -> None:
         assert "cannot make a workspace at" in result.output
     assert tropd("demo", "-w", tmp_path / "new", "--recipe", "nope").code == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_trajectories_of_other_prompts_are_not_trained_on(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    path = workspace / "data" / "train.jsonl"
+    first, second, *rest = path.read_text().splitlines()
+    one, other = json.loads(first), json.loads(second)
+    one["id"], other["id"] = other["id"], one["id"]
+    path.write_text("\n".join([json.dumps(one), json.dumps(other), *rest]) + "\n")
+    result = tropd("train", "-w", workspace)
+    assert result.code == 1, result.output
+    assert "are answers to another text" in result.output
+    assert "generate-prefixes" in result.output
+
+
+def test_prompts_without_trajectories_start_from_the_prompt(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    workspace = copy(prepared)
+    path = workspace / "data" / "train.jsonl"
+    path.write_text(path.read_text().replace('"train-', '"other-'))
+    tropd.ok("train", "-w", workspace, *with_url(teacher_url))
+    assert {record["tokens_guidance"] for record in records(workspace)} == {0}
+    sft = tropd("train", "-w", workspace, "--force", "--set", "objective={name='sft'}")
+    assert sft.code == 1, sft.output
+    assert "no training prompt has a teacher trajectory" in sft.output
+
+
+def test_scores_of_earlier_trajectories_are_not_used(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    again = ["--set", "prefixes.temperature=0.5"]
+    tropd.ok("generate-prefixes", "-w", workspace, *again, "--force")
+    result = tropd("train", "-w", workspace, *again, "--set", "objective={name='tropd-cached', k=5}")
+    assert result.code == 2, result.output
+    assert "scores of other trajectories" in result.output
+
+
+def test_stored_rollouts_must_cover_the_prompts(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared)
+    tropd.ok("generate-rollouts", "-w", workspace)
+    tropd.ok("score-teacher", "-w", workspace, "--source", "rollouts")
+    with (workspace / "data" / "train.jsonl").open("a") as stream:
+        stream.write('{"id": "new", "prompt": "1+2=", "answer": "3"}\n')
+    result = tropd("train", "-w", workspace, "--set", "objective={name='offline-opd'}")
+    assert result.code == 1, result.output
+    assert "prompt 'new' has no stored trajectory" in result.output
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tropd: Any, finished: Path, copy: Any) -> None:
+    workspace = copy(finished, "eval")
+    tropd.ok("evaluate", "-w", workspace, "--set", "evaluation.batch_size=5")
+    assert content_digest(workspace / "eval") == content_digest(finished / "eval")
