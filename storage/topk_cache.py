@@ -17,7 +17,7 @@ Kept are as many alternatives as reach the mass, at most k. ``tail`` is computed
 log-probs, so that kept and tail mass of what is stored add up to one. Of equal log-probs the lower id is first.
 
 On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` and, encoded as
-``topk_encoding`` describes, ``id_gaps`` and ``codes``. Each array is one file (Zarr's sharding codec) of
+``topk_encoding`` describes, ``id_gaps``, ``codes`` and ``ceilings``. Each array is one file (Zarr's sharding codec) of
 compressed chunks with a checksum each.
 """
 
@@ -39,11 +39,12 @@ from tropd.storage.topk_encoding import FILL, Arrays, Precision, canonical_ids, 
 
 SCHEMA_VERSION = 2
 CHUNK_ELEMENTS = 1 << 16
+ZSTD_LEVEL = 5
 LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 MASS_TOLERANCE = 5e-3  # rounded log-probs may sum to a little more than 1, where the tail is cut at 0
 
 _FIRST_LOOK = 8
-_STORED = ("offsets", "counts", "id_gaps", "codes", "tail", "sampled")
+_STORED = ("offsets", "counts", "id_gaps", "codes", "ceilings", "tail", "sampled")
 _DTYPES: dict[str, npt.DTypeLike] = {
     "counts": np.uint16,
     "ids": np.int32,
@@ -179,11 +180,18 @@ def write_topk(path: Path, data: TopK, *, precision: Precision = "float16") -> N
         group = zarr.create_group(store=temporary, zarr_format=3)
         group.attrs.update({"tropd.schema_version": SCHEMA_VERSION, "tropd.precision": precision})
         for name in _STORED:
-            _write_array(group, name, arrays[name], FILL[name][precision] if name == "codes" else FILL[name])
+            _write_array(
+                group,
+                name,
+                arrays[name],
+                FILL[name][precision] if name in ("codes", "ceilings") else FILL[name],
+            )
 
 
 def _write_array(group: Any, name: str, values: npt.NDArray[Any], fill: Any) -> None:
     chunks = max(1, min(len(values), CHUNK_ELEMENTS))
+    # Single bytes (q8 codes) have few repetitions: a search for them costs time and makes them larger.
+    level = 1 if values.dtype.itemsize == 1 else ZSTD_LEVEL
     array = group.create_array(
         name,
         shape=values.shape,
@@ -191,7 +199,7 @@ def _write_array(group: Any, name: str, values: npt.NDArray[Any], fill: Any) -> 
         shards=(chunks * max(1, -(-len(values) // chunks)),),
         dtype=values.dtype,
         # Blosc decodes a truncated chunk without complaint, hence the checksum around it.
-        compressors=(BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle), Crc32cCodec()),
+        compressors=(BloscCodec(cname="zstd", clevel=level, shuffle=BloscShuffle.shuffle), Crc32cCodec()),
         # Zarr reads a missing chunk as this value: it must be one that is refused.
         fill_value=fill,
     )
@@ -234,7 +242,7 @@ def _wrong_lengths(
 ) -> list[str]:
     """Arrays whose length does not follow from the offsets and counts."""
     tokens, alternatives = len(counts), int(counts.sum(dtype=np.int64))
-    expected = {"tail": tokens, "sampled": tokens}
+    expected = dict.fromkeys(("ceilings", "tail", "sampled"), tokens)
     expected |= dict.fromkeys(("ids", "logprobs", "id_gaps", "codes"), alternatives)
     problems = [
         f"{name} has {len(values)} entries, {expected[name]} are expected"

@@ -2,7 +2,8 @@
 
 A token's alternatives are a set of (id, log-prob) pairs whose order follows from the log-probs, so the order
 need not be stored. They are sorted by id, ids become the gaps between them (a gap of a set takes 7 bits where
-an id takes 12), and log-probs are permuted with them; decoding sorts them back, equal log-probs by id.
+an id takes 12), and log-probs are permuted with them, as codes counted back from the largest code of the token
+(``ceilings``), near which most lie. Decoding sorts the alternatives back, equal log-probs by id.
 docs/cache.md has the measurements that this and the choices below rest on.
 
 =========  ==========================  =========================================================================
@@ -56,6 +57,7 @@ FILL: dict[str, Any] = {
     "counts": np.iinfo(np.uint16).max,
     "id_gaps": np.iinfo(np.uint32).max,
     "codes": {"float16": np.iinfo(np.uint16).max, "q8": np.iinfo(np.uint8).max},
+    "ceilings": {"float16": np.iinfo(np.uint16).max, "q8": np.iinfo(np.uint8).max},
     "tail": np.nan,
     "sampled": np.nan,
 }
@@ -73,8 +75,13 @@ def encode(
     sampled: npt.NDArray[np.float32],
     precision: Precision,
 ) -> Arrays:
-    """``id_gaps``, ``codes`` (``[Σ counts]``), ``tail`` and ``sampled`` (``[tokens]``) as they are stored."""
+    """``id_gaps``, ``codes`` (``[Σ counts]``), ``ceilings``, ``tail`` and ``sampled`` (``[tokens]``) as stored."""
     codes = _to_codes(logprobs, precision)
+    ceilings = np.zeros(len(counts), dtype=np.uint64)
+    ceilings[counts > 0] = codes[
+        _starts(counts) + counts[counts > 0].astype(np.int64) - 1
+    ]  # the last is largest
+    codes = np.repeat(ceilings, counts) - codes
     gaps = np.empty(len(ids), dtype=np.uint32)
     for tokens, part, token_of in _blocks(counts):
         packed = (token_of << np.uint64(48)) | (ids[part].astype(np.uint64) << np.uint64(16)) | codes[part]
@@ -84,10 +91,11 @@ def encode(
         gaps[part] = np.diff(in_order, prepend=np.uint32(0))
         starts = _starts(counts[tokens])
         gaps[part][starts] = in_order[starts]
-    small = np.float16 if precision == "q8" else np.float32
+    small, code = (np.float16, np.uint8) if precision == "q8" else (np.float32, np.uint16)
     return {
         "id_gaps": gaps,
-        "codes": codes.astype(np.uint8 if precision == "q8" else np.uint16),
+        "codes": codes.astype(code),
+        "ceilings": ceilings.astype(code),
         "tail": tail.astype(small),
         "sampled": sampled.astype(small),
     }
@@ -99,9 +107,11 @@ def decode(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision:
     Raises:
         ValueError: values that no encoder writes.
     """
-    gaps, codes = arrays["id_gaps"], arrays["codes"]
-    if len(codes) and codes.max() >= (LEVELS if precision == "q8" else _INFINITE):
+    gaps, ceilings = arrays["id_gaps"], arrays["ceilings"]
+    highest = np.repeat(ceilings, counts)
+    if np.any(ceilings >= (LEVELS if precision == "q8" else _INFINITE)) or np.any(arrays["codes"] > highest):
         raise ValueError("log-prob codes that no encoder writes")
+    codes = highest - arrays["codes"]
     tail = arrays["tail"].astype(np.float32)
     ids = np.empty(len(gaps), dtype=np.int32)
     logprobs = np.empty(len(gaps), dtype=np.float16)

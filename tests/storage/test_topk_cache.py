@@ -172,7 +172,7 @@ def test_bit_flips_in_data_are_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     chunks = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "zarr.json")
     metadata = sorted(path.rglob("zarr.json"))
-    assert (len(chunks), len(metadata)) == (6, 7)
+    assert (len(chunks), len(metadata)) == (7, 8)
     for file in chunks * 25 + metadata * 8:
         good = file.read_bytes()
         bad = bytearray(good)

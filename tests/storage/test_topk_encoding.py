@@ -42,7 +42,7 @@ def naive_decode(counts: np.ndarray, arrays: dict, precision: Precision) -> tupl
         current, alternatives = 0, []
         for _ in range(count):
             current += int(arrays["id_gaps"][position])
-            code = int(arrays["codes"][position])
+            code = int(arrays["ceilings"][token]) - int(arrays["codes"][position])
             if precision == "float16":
                 value = -float(np.uint16(code).view(np.float16))
             else:
@@ -121,7 +121,7 @@ def test_q8_levels_have_the_documented_relative_error() -> None:
     assert 0.0149 < MAX_RELATIVE_ERROR < 0.015
     magnitudes = np.linspace(0.0, 20.0, 20_001).astype(np.float16)
     one = np.ones(len(magnitudes), np.uint16)
-    codes = encode(one, np.zeros(len(one), np.int32), -magnitudes, one * 0.0, one * 0.0, "q8")["codes"]
+    codes = encode(one, np.zeros(len(one), np.int32), -magnitudes, one * 0.0, one * 0.0, "q8")["ceilings"]
     levels = 0.01 * np.expm1(codes * math.log(2001.0) / 254)
     assert np.all(np.abs(levels - magnitudes) <= 0.0151 * magnitudes.astype(float) + 0.00016)
     assert codes.max() == LEVELS - 1
