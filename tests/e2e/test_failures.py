@@ -78,9 +78,13 @@ def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
         text=True,
         start_new_session=True,
     )
-    while moment == "training" and not (workspace / "models" / "manifest.json").exists():
-        time.sleep(0.01)
-    time.sleep(1.0)
+    if moment == "import":
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+    else:
+        while not (workspace / "models" / "manifest.json").exists():
+            time.sleep(0.01)
+        time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
