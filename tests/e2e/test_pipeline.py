@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -67,6 +68,34 @@ def test_status_verify_and_query(tropd: Any, finished: Path) -> None:
     output = tropd.ok("query", "-w", finished, "select count(*) from trajectories").output
     assert "64" in output
     assert tropd("query", "-w", finished, "select nothing from nowhere").code != 0
+
+
+def test_the_cache_can_be_measured_exported_merged_and_cleaned_up(
+    tropd: Any, prepared: Path, copy: Any, tmp_path: Path
+) -> None:
+    workspace = copy(prepared)
+    found = as_json(tropd.ok("cache", "stats", "-w", workspace, "--json").output)
+    assert sum(found["alternatives_histogram"].values()) == found["tokens"] > 0
+    assert "kept mass" in tropd.ok("cache", "stats", "-w", workspace).output
+    tropd.ok("cache", "export", "-w", workspace, tmp_path / "all.parquet")
+    assert pq.read_table(tmp_path / "all.parquet").num_rows == found["rows"]
+    partial = copy(prepared, "scores", name="partial")
+    tropd.ok("cache", "merge", "-w", partial, workspace)
+    assert content_digest(partial / "scores") == content_digest(workspace / "scores")
+    assert "nothing to clean up" in tropd.ok("gc", "-w", workspace).output
+    tropd.ok("score-teacher", "-w", workspace, "--force")
+    assert "scores.old-1" in tropd.ok("gc", "-w", workspace).output
+    assert (workspace / "scores.old-1").exists()
+    tropd.ok("gc", "-w", workspace, "--delete")
+    assert not (workspace / "scores.old-1").exists()
+
+
+def test_guidance_learns_from_the_cache(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:
+    workspace = copy(prepared)
+    cached = ["--set", "objective={name='tropd-cached', k=5}", "--set", f"teacher.url={teacher_url}"]
+    result = as_json(tropd.ok("train", "-w", workspace, *cached, "--json").output)
+    assert result["teacher_tokens_scored"] == result["tokens_on_policy"]
+    assert result["tokens_guidance"] > 0
 
 
 def test_the_same_seed_gives_the_same_weights_with_a_local_service_too(
