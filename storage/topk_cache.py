@@ -39,11 +39,12 @@ from tropd.storage.topk_encoding import FILL, Arrays, Precision, canonical_ids, 
 
 SCHEMA_VERSION = 2
 CHUNK_ELEMENTS = 1 << 16
-ZSTD_LEVEL = 5
+ZSTD_LEVEL = 3
 LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 MASS_TOLERANCE = 5e-3  # rounded log-probs may sum to a little more than 1, where the tail is cut at 0
 
 _FIRST_LOOK = 8
+_BLOCK_TOKENS = 2048
 _STORED = ("offsets", "counts", "id_gaps", "codes", "ceilings", "tail", "sampled")
 _DTYPES: dict[str, npt.DTypeLike] = {
     "counts": np.uint16,
@@ -143,15 +144,16 @@ def _leading(
     num_tokens, k = logprobs.shape
     keep = np.zeros((num_tokens, k), dtype=np.bool_)
     kept_mass = np.zeros(num_tokens)
-    unfinished = np.arange(num_tokens)
-    for width in sorted({min(_FIRST_LOOK, k), k}):  # most tokens are done after a few alternatives
-        rounded = _round(logprobs[unfinished, :width])
-        mass_of = probabilities(rounded)
-        total = np.cumsum(mass_of, axis=1)
-        chosen = ((total - mass_of) < mass) & np.isfinite(rounded)
-        keep[unfinished, :width] = chosen
-        kept_mass[unfinished] = mass_of.sum(axis=1, where=chosen)
-        unfinished = unfinished[total[:, -1] < mass]
+    for low in range(0, num_tokens, _BLOCK_TOKENS):  # blocks whose temporaries stay in the processor's cache
+        unfinished = np.arange(low, min(low + _BLOCK_TOKENS, num_tokens))
+        for width in sorted({min(_FIRST_LOOK, k), k}):  # most tokens are done after a few alternatives
+            rounded = _round(logprobs[unfinished, :width])
+            mass_of = probabilities(rounded)
+            total = np.cumsum(mass_of, axis=1)
+            chosen = ((total - mass_of) < mass) & np.isfinite(rounded)
+            keep[unfinished, :width] = chosen
+            kept_mass[unfinished] = mass_of.sum(axis=1, where=chosen)
+            unfinished = unfinished[total[:, -1] < mass]
     return keep, kept_mass
 
 
