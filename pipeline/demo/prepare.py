@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import queue
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,7 @@ import torch
 
 from tropd.pipeline.config import Config, DemoConfig
 from tropd.pipeline.context import Run, section_fields
+from tropd.pipeline.demo.second_process import SecondProcess
 from tropd.pipeline.demo.task import Problem, answer, draw_set
 from tropd.pipeline.demo.tiny_models import train_student, train_teacher
 from tropd.pipeline.demo.tokenizer import make_tokenizer
@@ -127,75 +123,30 @@ def _train_missing(run: Run, stage: Stage) -> None:
     demo, seed = run.config.demo, run.config.run.seed
     steps = {"teacher": demo.teacher_steps, "student": demo.student_steps + demo.spoil_steps}
     missing = [role for role in steps if not stage.has(role)]
-    beside = "student" if len(missing) == 2 and (os.cpu_count() or 1) > 1 else None
-    context = multiprocessing.get_context("spawn")
     with run.reporter.task("tiny models", sum(steps[r] for r in missing), unit="steps") as task:
-        if beside is None:
+        if len(missing) < 2 or (os.cpu_count() or 1) < 2:
             for role in missing:
                 train_and_save(role, demo, seed, stage.folder / role, lambda loss: task.advance(1, loss=loss))
                 stage.commit(role, rows=steps[role])
             return
-        progress = context.Queue()
-        with ProcessPoolExecutor(
-            1, mp_context=context, initializer=_share_queue, initargs=(progress,)
-        ) as pool:
-            with _signals_held():
-                student = pool.submit(_train_in_child, beside, demo, seed, stage.folder / beside, os.getpid())
+        with SecondProcess(
+            "student", train_and_save, "student", demo, seed, stage.folder / "student"
+        ) as student:
+
+            def keep_if_done() -> None:
+                # At once, and not when the teacher is done too: a kill then costs one model less.
+                if student.done and not stage.has("student"):
+                    stage.commit("student", rows=steps["student"])
 
             def on_step(loss: float) -> None:
-                task.advance(1 + _drain(progress), loss=loss)
+                task.advance(1 + student.take_steps(), loss=loss)
+                keep_if_done()
 
-            try:
-                train_and_save("teacher", demo, seed, stage.folder / "teacher", on_step)
-                stage.commit("teacher", rows=steps["teacher"])
-                while not student.done():
-                    wait([student], timeout=0.2)
-                    task.advance(_drain(progress))  # the child cannot end before its progress is read
-                student.result()
-            except BaseException:
-                # Ctrl-C must not wait for the child to finish its work.
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
-            stage.commit(beside, rows=steps[beside])
-        if rest := _drain(progress):
-            task.advance(rest)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """A process started meanwhile never sees Ctrl-C, which a terminal sends to the whole group: its parent ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_progress: Any = None
-
-
-def _share_queue(progress: Any) -> None:
-    global _progress
-    _progress = progress
-
-
-def _train_in_child(role: str, demo: DemoConfig, seed: int, folder: Path, parent: int) -> None:
-    def on_step(loss: float) -> None:
-        if os.getppid() != parent:
-            os._exit(1)  # the parent was killed: nobody waits for this model
-        _progress.put(1)
-
-    train_and_save(role, demo, seed, folder, on_step)
-
-
-def _drain(progress: Any) -> int:
-    count = 0
-    try:
-        while True:
-            count += progress.get_nowait()
-    except queue.Empty:
-        return count
+            train_and_save("teacher", demo, seed, stage.folder / "teacher", on_step)
+            stage.commit("teacher", rows=steps["teacher"])
+            while not stage.has("student"):
+                task.advance(student.take_steps(wait=0.2))
+                keep_if_done()
 
 
 def train_and_save(
