@@ -9,7 +9,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test bench lint types format clean
+.PHONY: help install demo demo-mismatch test bench bench-cache lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,9 @@ test: $(STAMP)  ## All tests (minutes on two cores)
 
 bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
 	$(BIN)/python tests/benchmarks/bench_rollout.py
+
+bench-cache: $(STAMP)  ## Encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
+	$(BIN)/python tests/benchmarks/bench_cache.py
 
 lint: $(STAMP)  ## Lint and formatting
 	$(BIN)/ruff check .
