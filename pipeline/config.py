@@ -254,10 +254,17 @@ class DemoConfig(Spec):
 
     @model_validator(mode="after")
     def _ordered(self) -> DemoConfig:
-        if self.min_operations > self.max_operations:
-            raise ValueError(
-                f"min_operations ({self.min_operations}) is above max_operations ({self.max_operations})"
-            )
+        most_train = "max_operations" if self.train_max_operations is None else "train_max_operations"
+        fewest_eval = "min_operations" if self.eval_min_operations is None else "eval_min_operations"
+        most_eval = "max_operations" if self.eval_max_operations is None else "eval_max_operations"
+        ranges = (
+            ("min_operations", "max_operations"),
+            ("min_operations", most_train),
+            (fewest_eval, most_eval),
+        )
+        for low, high in ranges:
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low)}) is above {high} ({getattr(self, high)})")
         return self
 
 

@@ -22,7 +22,7 @@ from tropd.pipeline.demo import prepare as module
 from tropd.pipeline.demo.prepare import prepare
 from tropd.pipeline.progress import SILENT
 from tropd.storage.atomic import content_digest
-from tropd.storage.errors import TropdError
+from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.manifest import read_manifest
 from tropd.storage.workspace import Workspace
 
@@ -237,3 +237,17 @@ def test_a_lost_second_process_is_noticed_at_once_and_no_other_child_is_ended(
         killer.join()
         unrelated.kill()
         unrelated.join()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("demo.train_max_operations=2", "min_operations (3) is above train_max_operations (2)"),
+        ("demo.eval_max_operations=2", "min_operations (3) is above eval_max_operations (2)"),
+        ("demo.eval_min_operations=6", "eval_min_operations (6) is above max_operations (5)"),
+    ],
+)
+def test_impossible_numbers_of_operations_are_refused(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_run(tmp_path, assignment)
+    assert message in str(refused.value)
