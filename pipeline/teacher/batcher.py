@@ -37,6 +37,10 @@ class QueueFullError(Exception):
     """More tokens are waiting than the service accepts."""
 
 
+class StoppingError(Exception):
+    """The service takes no more requests."""
+
+
 class TeacherOutputError(Exception):
     """The teacher gave NaN or positive log-probs; they are never passed on."""
 
@@ -74,6 +78,7 @@ class Batcher:
         self._held: _Job | None = None
         self._lock = threading.Lock()
         self._waiting = 0
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="teacher-batcher", daemon=True)
         self._thread.start()
 
@@ -87,21 +92,26 @@ class Batcher:
 
         Raises:
             QueueFullError: it does not fit beside what is waiting already. An empty queue takes any request.
+            StoppingError: after ``close``.
         """
         tokens = sum(len(item.tokens) for item in request.sequences)
+        job = _Job(request, tokens)
         with self._lock:
+            if self._closed:  # nobody would ever answer
+                raise StoppingError("the service is stopping")
             if self._waiting and self._waiting + tokens > self._queue_tokens:
                 raise QueueFullError(
                     f"{self._waiting} tokens are waiting, {tokens} more exceed {self._queue_tokens}"
                 )
             self._waiting += tokens
-        job = _Job(request, tokens)
-        self._jobs.put(job)
+            self._jobs.put(job)
         return job.future
 
     def close(self) -> None:
         """Finish what is queued, then stop."""
-        self._jobs.put(None)
+        with self._lock:
+            self._closed = True
+            self._jobs.put(None)
         self._thread.join()
 
     def _work(self) -> None:

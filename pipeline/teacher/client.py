@@ -31,6 +31,10 @@ from tropd.storage.errors import ConfigError, TropdError
 CONNECT_SECONDS = 10.0
 FIRST_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 10.0
+LAST_ATTEMPT_SECONDS = 1.0
+"""What an attempt gets at least, also the one at the end of the time."""
+ROW_BYTES, MESSAGE_BYTES = 32, 2048
+"""Upper bounds of what a sequence and a request cost beside token ids and log-probs (20 and 1,136 measured)."""
 
 
 class _TryAgainError(Exception):
@@ -49,6 +53,9 @@ class TeacherClient:
         token: bearer token, if it wants one.
         timeout_seconds: how long a request is retried before ``score`` gives up.
         on_wait: told once per outage why nothing happens.
+
+    Counts what was answered: ``requests``, ``seconds`` of waiting for their answers (outages included),
+    ``tokens_scored``, ``topk_tokens``, ``bytes_sent``, ``bytes_received``; and ``retries``.
     """
 
     def __init__(
@@ -64,14 +71,15 @@ class TeacherClient:
         self.topk_tokens = 0
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.requests = 0
         self.retries = 0
+        self.seconds = 0.0
         self._timeout = timeout_seconds
         self._on_wait = on_wait
         self._info: ServiceInfo | None = None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        timeout = httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds))
         # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        self._http = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -88,7 +96,7 @@ class TeacherClient:
             TropdError: it does not answer, or is not a service of this protocol.
         """
         if self._info is None:
-            response = self._retrying(lambda: self._http.get("/v1/info"))
+            response = self._retrying(partial(self._http.get, "/v1/info"))
             try:
                 self._info = ServiceInfo.model_validate_json(response.content)
             except ValidationError as error:
@@ -154,7 +162,7 @@ class TeacherClient:
         headers = {"Content-Type": CONTENT_TYPE}
         for part in self._split(request):
             body = encode_request(part)
-            retries = self.retries
+            retries, started = self.retries, time.monotonic()
             response = self._retrying(partial(self._http.post, "/v1/score", content=body, headers=headers))
             if self.retries > retries:
                 self._check_unchanged()
@@ -162,7 +170,12 @@ class TeacherClient:
                 answer = decode_response(response.content, part)
             except ProtocolError as error:
                 raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
+            if answer.teacher != self.info().weights:
+                self._check_unchanged()
+                raise TropdError(f"the teacher at {self.url} gave scores of weights {answer.teacher[:12]}…")
             self._check_masks(part, answer)
+            self.requests += 1
+            self.seconds += time.monotonic() - started
             self.bytes_sent += len(body)
             self.bytes_received += len(response.content)
             self.tokens_scored += sum(len(item.teacher_logprobs) for item in answer.items)
@@ -171,7 +184,7 @@ class TeacherClient:
         return ScoreResponse(items)
 
     def _check_unchanged(self) -> None:
-        """After an outage the service must still be the one that was checked, not another teacher at its address.
+        """The service must still be the one that was checked at the start, not another teacher at its address.
 
         Raises:
             TropdError: it is another.
@@ -192,21 +205,23 @@ class TeacherClient:
             ConfigError: one sequence alone is above a limit.
         """
         info = self.info()
-        # A token costs four bytes, its student log-prob four more; the rest is a margin for offsets and schema.
-        limit = min(info.max_request_tokens, info.max_request_bytes // 16)
         parts: list[list[ScoreItem]] = []
-        size = 0
+        tokens = size = 0
         for number, item in enumerate(request.sequences):
-            if len(item.tokens) > limit:
+            n = len(item.tokens)
+            cost = item.tokens.nbytes + item.student_logprobs.nbytes + ROW_BYTES
+            if n > info.max_request_tokens or cost + MESSAGE_BYTES > info.max_request_bytes:
                 raise ConfigError(
-                    f"sequence {number} has {len(item.tokens)} tokens, the teacher at {self.url} takes {limit} a request",
-                    hint="raise service.max_request_tokens and service.max_request_bytes where the service runs",
+                    f"sequence {number} has {n} tokens; the teacher at {self.url} takes {info.max_request_tokens} "
+                    f"tokens and {info.max_request_bytes} bytes a request",
+                    hint="raise service.max_request_tokens or service.max_request_bytes where the service runs",
                 )
-            if not parts or size + len(item.tokens) > limit:
+            fits = tokens + n <= info.max_request_tokens and size + cost <= info.max_request_bytes
+            if not parts or not fits:
                 parts.append([])
-                size = 0
+                tokens, size = 0, MESSAGE_BYTES
             parts[-1].append(item)
-            size += len(item.tokens)
+            tokens, size = tokens + n, size + cost
         fields = (request.partition, request.topk, request.k, request.entropy, request.vocab_limit)
         return [ScoreRequest(part, *fields) for part in parts]
 
@@ -223,14 +238,23 @@ class TeacherClient:
             ]
             if not np.array_equal(item.topk_positions, np.flatnonzero(wanted)):
                 raise TropdError(f"the teacher at {self.url} gave alternatives for other tokens than asked")
+            k = min(request.k, request.vocab_limit, self.info().vocab_size)
+            if len(item.topk_positions) and item.topk_ids.shape[1] != k:
+                raise TropdError(
+                    f"the teacher at {self.url} gave {item.topk_ids.shape[1]} alternatives per token, not {k}"
+                )
 
-    def _retrying(self, send: Callable[[], httpx.Response]) -> httpx.Response:
-        """Send until there is an answer; requests are idempotent, so a lost answer may be asked for again."""
+    def _retrying(self, send: Callable[..., httpx.Response]) -> httpx.Response:
+        """Send until there is an answer; requests are idempotent, so a lost answer may be asked for again.
+
+        All attempts together get ``timeout_seconds``, so a service that accepts and never answers cannot double it.
+        """
         started = time.monotonic()
 
         def attempt() -> httpx.Response:
+            left = max(self._timeout - (time.monotonic() - started), min(LAST_ATTEMPT_SECONDS, self._timeout))
             try:
-                response = send()
+                response = send(timeout=httpx.Timeout(left, connect=min(CONNECT_SECONDS, left)))
             except httpx.TransportError as error:
                 raise _TryAgainError(f"{type(error).__name__}: {error}") from error
             if response.status_code in (429, 502, 503, 504):

@@ -35,11 +35,13 @@ class LocalTeacher:
         self._command = list(command)
         self._log = log
         self._start_seconds = start_seconds
+        self._log_start = 0
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> LocalTeacher:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as log:
+            self._log_start = log.tell()  # what is before it is an earlier service's
             # A session of its own: Ctrl-C reaches the trainer only, which stops this when it has saved its state.
             self._process = subprocess.Popen(
                 self._command,
@@ -81,7 +83,9 @@ class LocalTeacher:
         raise self._failure(f"the teacher service did not start within {self._start_seconds:.0f} s")
 
     def _failure(self, message: str) -> TropdError:
-        text = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+        text = (self._log.read_bytes() if self._log.exists() else b"")[self._log_start :].decode(
+            errors="replace"
+        )
         tail = "\n    ".join(text.splitlines()[-LOG_LINES:])
         return TropdError(
             f"{message}; the end of {self._log}:\n    {tail}", hint="tropd serve-teacher shows it live"

@@ -17,13 +17,40 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tropd.pipeline.objectives.spec import Partition
+from tropd.pipeline.teacher.ipc import (
+    ProtocolError,
+    column_arrays,
+    column_integers,
+    list_column,
+    read_stream,
+    write_stream,
+)
+
+__all__ = [
+    "CONTENT_TYPE",
+    "MAX_TOPK",
+    "POSITIVE_SLACK",
+    "PROTOCOL_VERSION",
+    "ProtocolError",
+    "ScoreItem",
+    "ScoreRequest",
+    "ScoreResponse",
+    "ScoredItem",
+    "TopkScope",
+    "decode_request",
+    "decode_response",
+    "encode_request",
+    "encode_response",
+    "log_tail",
+]
 
 PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
+MAX_TOPK = 1024
+"""Most alternatives per token that may be asked for: what ``objective.k`` may be."""
 POSITIVE_SLACK = 1e-3
-"""Log-probs up to this are rounding and count as 0; larger ones are an error."""
+"""Log-probs up to this are rounding; larger ones are an error. The teacher's then count as 0."""
 
-_OPTIONS = b"tropd.options"
 _LIST_F32, _LIST_I32, _LIST_BOOL = pa.list_(pa.float32()), pa.list_(pa.int32()), pa.list_(pa.bool_())
 _REQUEST = pa.schema(
     [("tokens", _LIST_I32), ("start", pa.int32()), ("student", _LIST_F32), ("seed", pa.int64())]
@@ -39,18 +66,9 @@ _RESPONSE = pa.schema(
         ("tail", _LIST_F32),
     ]
 )
-_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
 
 Floats = npt.NDArray[np.float32]
 TopkScope = Literal["none", "outliers", "all"]
-
-
-class ProtocolError(ValueError):
-    """A message that is not of this protocol. ``sequence`` is the row at fault, if it is one row's."""
-
-    def __init__(self, message: str, sequence: int | None = None) -> None:
-        super().__init__(message if sequence is None else f"sequence {sequence}: {message}")
-        self.sequence = sequence
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,8 @@ class ScoreResponse:
     """Answers in the order of the request."""
 
     items: Sequence[ScoredItem]
+    teacher: str = ""
+    """SHA-256 of the weights that gave the scores: a service may be replaced between two requests."""
 
 
 class _RequestOptions(BaseModel):
@@ -111,7 +131,7 @@ class _RequestOptions(BaseModel):
     version: int
     partition: Partition
     topk: TopkScope
-    k: Annotated[int, Field(ge=0, le=65535)]
+    k: Annotated[int, Field(ge=0, le=MAX_TOPK)]
     entropy: bool
     vocab_limit: Annotated[int, Field(ge=1)]
 
@@ -122,6 +142,7 @@ class _ResponseOptions(BaseModel):
     version: int
     k: Annotated[int, Field(ge=0)]
     entropy: bool
+    teacher: str
 
 
 def encode_request(request: ScoreRequest) -> bytes:
@@ -136,29 +157,38 @@ def encode_request(request: ScoreRequest) -> bytes:
     )
     items = request.sequences
     columns = [
-        _lists([i.tokens for i in items], pa.int32()),
+        list_column([i.tokens for i in items], pa.int32()),
         pa.array([i.start for i in items], pa.int32()),
-        _lists([i.student_logprobs for i in items], pa.float32()),
+        list_column([i.student_logprobs for i in items], pa.float32()),
         pa.array([i.seed for i in items], pa.int64()),
     ]
-    return _write(columns, _REQUEST, options)
+    return write_stream(columns, _REQUEST, options.model_dump_json())
 
 
-def decode_request(data: bytes, *, vocab_size: int, max_length: int) -> ScoreRequest:
-    """Parse and check a request.
+def decode_request(
+    data: bytes, *, vocab_size: int, max_length: int, max_bytes: int | None = None
+) -> ScoreRequest:
+    """Parse and check a request. ``max_bytes`` is the most that it may take when decompressed.
+
+    Student log-probs are taken as they are, not clamped: client, service and trainer must compare the same numbers.
 
     Raises:
         ProtocolError: not a stream of this protocol, another version, ids outside ``vocab_size``, lengths that do
-            not fit or exceed ``max_length``, student log-probs that are NaN, infinite or positive.
+            not fit or exceed ``max_length``, student log-probs that are NaN, infinite or positive, options that
+            contradict each other.
     """
-    batch, metadata = _read(data, _REQUEST)
+    batch, metadata = read_stream(data, _REQUEST, max_bytes=max_bytes)
     options = _parse(_RequestOptions, metadata)
-    tokens, students = _arrays(batch, "tokens"), _arrays(batch, "student")
-    starts, seeds = _scalars(batch, "start"), _scalars(batch, "seed")
+    if options.topk != "none" and options.k == 0:
+        raise ProtocolError(f"option topk: {options.topk!r} needs k of at least 1")
+    if options.partition.rule == "teacher_entropy" and not options.entropy:
+        raise ProtocolError("option entropy: partition rule 'teacher_entropy' needs it")
+    tokens, students = column_arrays(batch, "tokens"), column_arrays(batch, "student")
+    starts, seeds = column_integers(batch, "start"), column_integers(batch, "seed")
     items = []
     for row in range(batch.num_rows):
-        item = ScoreItem(tokens[row], starts[row], np.minimum(students[row], 0.0), seeds[row])
-        _check_item(row, item, students[row], vocab_size, max_length)
+        item = ScoreItem(tokens[row], starts[row], students[row], seeds[row])
+        _check_item(row, item, vocab_size, max_length)
         items.append(item)
     return ScoreRequest(
         items,
@@ -170,8 +200,8 @@ def decode_request(data: bytes, *, vocab_size: int, max_length: int) -> ScoreReq
     )
 
 
-def _check_item(row: int, item: ScoreItem, student: Floats, vocab_size: int, max_length: int) -> None:
-    length = len(item.tokens)
+def _check_item(row: int, item: ScoreItem, vocab_size: int, max_length: int) -> None:
+    length, student = len(item.tokens), item.student_logprobs
     if not 1 <= item.start < length:
         raise ProtocolError(
             f"start {item.start} leaves no token to score or no context ({length} tokens)", row
@@ -193,15 +223,16 @@ def encode_response(response: ScoreResponse, *, k: int, entropy: bool) -> bytes:
     items = response.items
     none = np.zeros(0, dtype=np.float32)
     columns = [
-        _lists([i.teacher_logprobs for i in items], pa.float32()),
-        _lists([i.trusted for i in items], pa.bool_()),
-        _lists([none if i.entropy is None else i.entropy for i in items], pa.float32()),
-        _lists([i.topk_positions for i in items], pa.int32()),
-        _lists([i.topk_ids.reshape(-1) for i in items], pa.int32()),
-        _lists([i.topk_logprobs.reshape(-1) for i in items], pa.float32()),
-        _lists([i.tail for i in items], pa.float32()),
+        list_column([i.teacher_logprobs for i in items], pa.float32()),
+        list_column([i.trusted for i in items], pa.bool_()),
+        list_column([none if i.entropy is None else i.entropy for i in items], pa.float32()),
+        list_column([i.topk_positions for i in items], pa.int32()),
+        list_column([i.topk_ids.reshape(-1) for i in items], pa.int32()),
+        list_column([i.topk_logprobs.reshape(-1) for i in items], pa.float32()),
+        list_column([i.tail for i in items], pa.float32()),
     ]
-    return _write(columns, _RESPONSE, _ResponseOptions(version=PROTOCOL_VERSION, k=k, entropy=entropy))
+    options = _ResponseOptions(version=PROTOCOL_VERSION, k=k, entropy=entropy, teacher=response.teacher)
+    return write_stream(columns, _RESPONSE, options.model_dump_json())
 
 
 def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
@@ -210,11 +241,11 @@ def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
     Raises:
         ProtocolError: another number of sequences or tokens, NaN or positive log-probs, ids out of range.
     """
-    batch, metadata = _read(data, _RESPONSE)
+    batch, metadata = read_stream(data, _RESPONSE)
     options = _parse(_ResponseOptions, metadata)
     if batch.num_rows != len(request.sequences) or options.entropy != request.entropy:
         raise ProtocolError(f"the answer has {batch.num_rows} sequences for {len(request.sequences)} asked")
-    columns = {name: _arrays(batch, name) for name in _RESPONSE.names}
+    columns = {name: column_arrays(batch, name) for name in _RESPONSE.names}
     items = []
     for row, asked in enumerate(request.sequences):
         values = {name: column[row] for name, column in columns.items()}
@@ -232,7 +263,7 @@ def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
         )
         _check_answer(row, item, len(asked.student_logprobs), request.vocab_limit)
         items.append(item)
-    return ScoreResponse(items)
+    return ScoreResponse(items, options.teacher)
 
 
 def _check_answer(row: int, item: ScoredItem, n: int, vocab_limit: int) -> None:
@@ -243,6 +274,8 @@ def _check_answer(row: int, item: ScoredItem, n: int, vocab_limit: int) -> None:
     for values in (item.teacher_logprobs, item.topk_logprobs, item.tail):
         if np.isnan(values).any() or (values > 0.0).any():
             raise ProtocolError("a teacher log-prob is NaN or positive", row)
+    if (np.diff(item.topk_logprobs, axis=1) > 0.0).any():
+        raise ProtocolError("alternatives are not in falling order of their log-probs", row)
     if len(item.topk_positions):
         if (
             item.topk_positions.min() < 0
@@ -261,67 +294,15 @@ def log_tail(topk_logprobs: Floats) -> Floats:
         return np.log(np.maximum(1.0 - mass, 0.0)).astype(np.float32)
 
 
-def _lists(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
-    flat = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
-
-
-def _write(columns: Sequence[pa.Array], schema: pa.Schema, options: BaseModel) -> bytes:
-    named = schema.with_metadata({_OPTIONS: options.model_dump_json().encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, named, options=_IPC) as writer:
-        writer.write_batch(pa.record_batch(list(columns), schema=named))
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def _read(data: bytes, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
-    # Arrow raises several types on hostile bytes (ArrowInvalid, OSError, ValueError, MemoryError …).
+def _parse(model: type[Any], text: bytes) -> Any:
     try:
-        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
-            if not reader.schema.equals(schema, check_metadata=False):
-                raise ProtocolError(
-                    f"the columns are {reader.schema.names}, not {schema.names} of the right types"
-                )
-            metadata = reader.schema.metadata or {}
-            batch = reader.read_next_batch()
-        batch.validate(full=True)
-    except ProtocolError:
-        raise
-    except Exception as error:
-        raise ProtocolError(f"not an Arrow stream of this protocol ({type(error).__name__})") from error
-    if any(batch.column(i).null_count for i in range(batch.num_columns)):
-        raise ProtocolError("a value is null")
-    return batch, metadata
-
-
-def _parse(model: type[Any], metadata: dict[bytes, bytes]) -> Any:
-    try:
-        options = json.loads(metadata[_OPTIONS])
-        version = options["version"]
-    except (KeyError, ValueError, TypeError) as error:
+        version = json.loads(text)["version"]
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError("the message has no options") from error
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"protocol version {version!r}, this side speaks {PROTOCOL_VERSION}")
     try:
-        return model.model_validate_json(metadata[_OPTIONS])
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise ProtocolError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def _arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
-    """One array per row of a list column. Nulls inside a list are refused: they would turn into NaN or zeros."""
-    column = batch.column(batch.schema.get_field_index(name))
-    flat = column.flatten()
-    if flat.null_count:
-        raise ProtocolError(f"column {name!r} has a null in a list")
-    values = flat.to_numpy(zero_copy_only=False)
-    offsets = column.offsets.to_numpy() - (column.offsets[0].as_py() if len(column) else 0)
-    return [values[offsets[i] : offsets[i + 1]] for i in range(len(column))]
-
-
-def _scalars(batch: pa.RecordBatch, name: str) -> list[int]:
-    values: list[int] = batch.column(batch.schema.get_field_index(name)).to_pylist()
-    return values

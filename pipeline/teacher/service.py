@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,18 @@ from prometheus_client import (
     generate_latest,
 )
 from pydantic import BaseModel, ConfigDict
+from starlette.requests import ClientDisconnect
 
-from tropd.pipeline.config import ServiceConfig
+from tropd.pipeline.config import ServiceConfig, TeacherConfig
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.objectives.spec import AllTrusted
-from tropd.pipeline.teacher.batcher import Batcher, QueueFullError, TeacherOutputError, score_requests
+from tropd.pipeline.teacher.batcher import (
+    Batcher,
+    QueueFullError,
+    StoppingError,
+    TeacherOutputError,
+    score_requests,
+)
 from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
     PROTOCOL_VERSION,
@@ -106,8 +114,8 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await asyncio.get_running_loop().run_in_executor(None, self_test, engine)
-        except Exception:
-            app.state.failed = True
+        except Exception as error:
+            app.state.failure = str(error) or type(error).__name__
             raise
         app.state.ready = True
         yield
@@ -115,7 +123,7 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
         await asyncio.get_running_loop().run_in_executor(None, batcher.close)
 
     app = FastAPI(title="tropd teacher", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.state.ready = app.state.failed = False
+    app.state.ready, app.state.failure = False, ""
     app.state.batcher = batcher
 
     @app.middleware("http")
@@ -148,12 +156,20 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
     async def score(request: Request) -> Response:
         if request.headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
             return _error(415, f"the content type must be {CONTENT_TYPE}")
-        body = await _read_body(request, settings.max_request_bytes)
+        try:
+            body = await _read_body(request, settings.max_request_bytes)
+        except ClientDisconnect:
+            return _error(400, "the body ended early")
         if body is None:
             return _error(413, f"the body is above {settings.max_request_bytes} bytes")
         metrics.bytes_in.inc(len(body))
         try:
-            asked = decode_request(body, vocab_size=engine.vocab_size, max_length=engine.max_length)
+            asked = decode_request(
+                body,
+                vocab_size=engine.vocab_size,
+                max_length=engine.max_length,
+                max_bytes=settings.max_request_bytes,
+            )
             tokens = sum(len(item.tokens) for item in asked.sequences)
             if tokens > settings.max_request_tokens:
                 raise ProtocolError(f"{tokens} tokens, a request may have {settings.max_request_tokens}")
@@ -165,12 +181,14 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
             response = _error(429, str(error))
             response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             return response
+        except StoppingError as error:
+            return _error(503, str(error))
         except TeacherOutputError as error:
             return _error(500, str(error))
         except Exception as error:
             return _error(500, f"scoring failed: {type(error).__name__}")
         k = answer.items[0].topk_ids.shape[1] if answer.items else 0
-        content = encode_response(answer, k=k, entropy=asked.entropy)
+        content = encode_response(replace(answer, teacher=info.weights), k=k, entropy=asked.entropy)
         metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
         metrics.topk.inc(sum(len(item.topk_positions) for item in answer.items))
         metrics.bytes_out.inc(len(content))
@@ -199,6 +217,9 @@ def _authorized(request: Request, token: str | None) -> bool:
 
 async def _read_body(request: Request, limit: int) -> bytes | None:
     """The body, or None if it is longer than ``limit``, whatever its header claims."""
+    claimed = request.headers.get("content-length", "")
+    if claimed.isdecimal() and int(claimed) > limit:  # refused before it is sent
+        return None
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -212,7 +233,9 @@ def _error(status: int, message: str, **details: Any) -> JSONResponse:
     return JSONResponse({"error": message, **details}, status_code=status)
 
 
-def check_address(host: str, token: str | None, token_env: str) -> None:
+def check_address(
+    host: str, token: str | None, token_env: str = TeacherConfig.model_fields["token_env"].default
+) -> None:
     """Refuse to listen beyond this machine without a token.
 
     Raises:
@@ -229,6 +252,26 @@ def check_address(host: str, token: str | None, token_env: str) -> None:
         )
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint="set service.port to another port, or to 0 for a free one",
+        ) from error
+    # Connections inherit this. asyncio does not set it on them, since the socket does not name its protocol, and
+    # every answer would wait some 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
 def run_service(
     engine: Engine,
     info: ServiceInfo,
@@ -243,30 +286,41 @@ def run_service(
     Args:
         on_ready: called with the URL once the service answers.
         exit_with_parent: also stop when standard input ends, which it does if the process that started this dies.
+
+    Raises:
+        ConfigError: the address is not loopback and there is no token, or it cannot be had.
+        TropdError: the self-test failed.
     """
+    check_address(settings.host, token)
+    listener = listen(settings.host, settings.port)
     app = create_app(engine, info, settings, token)
-    try:
-        listener = socket.create_server((settings.host, settings.port))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
-            hint="set service.port to another port, or to 0 for a free one",
-        ) from error
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
     threading.Thread(
         target=_announce, args=(server, app, f"http://{host}:{port}", on_ready), daemon=True
     ).start()
     if exit_with_parent:
         threading.Thread(target=_watch_stdin, args=(server,), daemon=True).start()
-    server.run(sockets=[listener])
-    if not server.started:
-        raise TropdError("the teacher service did not start; the reason is in the log above")
+    try:
+        server.run(sockets=[listener])
+    except (
+        SystemExit
+    ):  # how newer versions of uvicorn end when the application does not start; older ones return
+        if not app.state.failure:
+            raise
+    finally:
+        listener.close()
+    if app.state.failure:
+        raise TropdError(
+            f"the teacher service did not start, its self-test failed: {app.state.failure}",
+            hint="load the model with transformers and look at its logits",
+        )
 
 
 def _announce(server: uvicorn.Server, app: FastAPI, url: str, on_ready: Callable[[str], None]) -> None:
     while not (server.started and app.state.ready):
-        if server.should_exit or app.state.failed:
+        if server.should_exit or app.state.failure:
             return
         time.sleep(0.02)
     on_ready(url)

@@ -29,7 +29,7 @@ from tropd.pipeline.teacher.protocol import (
     decode_response,
     encode_request,
 )
-from tropd.pipeline.teacher.service import ServiceInfo, check_address, create_app
+from tropd.pipeline.teacher.service import ServiceInfo, check_address, create_app, listen
 from tropd.storage.errors import ConfigError, TropdError
 
 V = 24
@@ -102,7 +102,7 @@ def serving(
         name: getattr(settings, name) for name in ("max_request_tokens", "max_request_bytes", "queue_tokens")
     }
     app = create_app(engine, info(engine, **{**limits, **changes}), settings, token)
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

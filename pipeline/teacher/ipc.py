@@ -1,0 +1,149 @@
+"""Arrow IPC streams of one record batch with JSON options, read as if every sender were hostile.
+
+Whatever is not such a stream raises ``ProtocolError``. Nothing is unpickled, and nothing is decompressed before
+it is known how much memory that takes: 16 kB of zstd can unfold to half a gigabyte.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_OPTIONS = b"tropd.options"
+# Measured with exponential log-probs and random ids: 15 to 25 % smaller answers and 40 % smaller requests than
+# uncompressed, for less than a microsecond per token; lz4 saves next to nothing.
+_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
+# Places of fields in Arrow's flatbuffer tables Message and RecordBatch (format/Message.fbs).
+_MESSAGE_HEADER, _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 2, 3
+
+
+class ProtocolError(ValueError):
+    """A message that is not of this protocol. ``sequence`` is the row at fault, if it is one row's."""
+
+    def __init__(self, message: str, sequence: int | None = None) -> None:
+        super().__init__(message if sequence is None else f"sequence {sequence}: {message}")
+        self.sequence = sequence
+
+
+def write_stream(columns: Sequence[pa.Array], schema: pa.Schema, options: str) -> bytes:
+    """Columns and JSON ``options`` as the bytes of a stream."""
+    named = schema.with_metadata({_OPTIONS: options.encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, named, options=_IPC) as writer:
+        writer.write_batch(pa.record_batch(list(columns), schema=named))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def read_stream(
+    data: bytes, schema: pa.Schema, *, max_bytes: int | None = None
+) -> tuple[pa.RecordBatch, bytes]:
+    """The first batch of a stream, and its options (empty if there are none).
+
+    Args:
+        schema: names and types that the columns must have.
+        max_bytes: most bytes that the batch may take in memory; no limit if None.
+
+    Raises:
+        ProtocolError: not such a stream, other columns, nulls, or too large.
+    """
+    # Arrow raises several types on hostile bytes (ArrowInvalid, OSError, ValueError, MemoryError …).
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+            found = reader.schema
+            if not found.equals(schema, check_metadata=False):
+                raise ProtocolError(f"the columns are {found.names}, not {schema.names} of the right types")
+            size = _decoded_size(data)
+            if max_bytes is not None and size > max_bytes:
+                raise ProtocolError(f"{size} bytes when decompressed, at most {max_bytes} are taken")
+            batch = reader.read_next_batch()
+        batch.validate(full=True)
+    except ProtocolError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"not an Arrow stream of this protocol ({type(error).__name__})") from error
+    if any(batch.column(i).null_count for i in range(batch.num_columns)):
+        raise ProtocolError("a value is null")
+    return batch, (found.metadata or {}).get(_OPTIONS, b"")
+
+
+def _decoded_size(data: bytes) -> int:
+    """Bytes of a stream's record batch in memory, from the lengths that its buffers declare.
+
+    Arrow allocates exactly what a compressed buffer declares, and refuses one whose content has another length.
+    It offers no limit, nor these lengths, so they are read here. Raises struct.error and the like on nonsense.
+    Messages are only looked at: unlike the stream reader, ``pa.ipc.read_schema`` and ``read_record_batch`` crash
+    the process on a message of another type.
+    """
+    messages = pa.ipc.MessageReader.open_stream(pa.py_buffer(data))
+    messages.read_next_message()  # the schema
+    message = messages.read_next_message()
+    if message.type != "record batch":
+        raise ValueError(f"a {message.type} where a record batch belongs")
+    meta, body = memoryview(message.metadata), memoryview(message.body)
+    header = _field(meta, _follow(meta, 0), _MESSAGE_HEADER)
+    batch = _follow(meta, _required(header))
+    vector = _follow(meta, _required(_field(meta, batch, _BATCH_BUFFERS)))
+    compressed = _field(meta, batch, _BATCH_COMPRESSION) is not None
+    (count,) = struct.unpack_from("<I", meta, vector)
+    total = 0
+    for number in range(count):
+        offset, length = struct.unpack_from("<qq", meta, vector + 4 + 16 * number)
+        if offset < 0 or length < 0:
+            raise ValueError("a buffer has a negative place or length")
+        declared = struct.unpack_from("<q", body, offset)[0] if compressed and length else length
+        total += length if declared == -1 else declared  # -1: stored as it is
+        if declared < -1:
+            raise ValueError("a buffer declares a negative length")
+    return total
+
+
+def _follow(buffer: memoryview, at: int) -> int:
+    """Where the flatbuffer offset at ``at`` points."""
+    return int(at + struct.unpack_from("<I", buffer, at)[0])
+
+
+def _field(buffer: memoryview, table: int, number: int) -> int | None:
+    """Where a field of a flatbuffer table lies; None if it is absent."""
+    vtable = table - struct.unpack_from("<i", buffer, table)[0]
+    (size,) = struct.unpack_from("<H", buffer, vtable)
+    place = 4 + 2 * number
+    if place + 2 > size:
+        return None
+    (offset,) = struct.unpack_from("<H", buffer, vtable + place)
+    return int(table + offset) if offset else None
+
+
+def _required(place: int | None) -> int:
+    if place is None:
+        raise ValueError("a field is missing")
+    return place
+
+
+def list_column(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
+    """One list per row, of values of type ``kind``."""
+    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
+    flat = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+
+
+def column_arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
+    """One array per row of a list column. Nulls inside a list are refused: they would turn into NaN or zeros."""
+    column = batch.column(batch.schema.get_field_index(name))
+    flat = column.flatten()
+    if flat.null_count:
+        raise ProtocolError(f"column {name!r} has a null in a list")
+    values = flat.to_numpy(zero_copy_only=False)
+    offsets = column.offsets.to_numpy() - (column.offsets[0].as_py() if len(column) else 0)
+    return [values[offsets[i] : offsets[i + 1]] for i in range(len(column))]
+
+
+def column_integers(batch: pa.RecordBatch, name: str) -> list[int]:
+    """The values of an integer column."""
+    values: list[int] = batch.column(batch.schema.get_field_index(name)).to_pylist()
+    return values

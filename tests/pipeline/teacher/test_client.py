@@ -1,0 +1,184 @@
+"""The client against a scripted service: whose scores these are, what fits into a request, time, and accounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import tenacity
+
+from tropd.pipeline.objectives.spec import NoneTrusted
+from tropd.pipeline.teacher import client as client_module
+from tropd.pipeline.teacher.client import TeacherClient
+from tropd.pipeline.teacher.protocol import (
+    ScoredItem,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResponse,
+    decode_request,
+    encode_response,
+    log_tail,
+)
+from tropd.pipeline.teacher.service import ServiceInfo
+from tropd.storage.errors import ConfigError, TropdError
+
+V = 24
+INFO = ServiceInfo(
+    model="first",
+    weights="a" * 64,
+    tokenizer="t" * 64,
+    tokenizer_size=V,
+    vocab_size=V,
+    max_length=1000,
+    max_request_tokens=10_000,
+    max_request_bytes=100_000,
+    queue_tokens=10_000,
+)
+
+
+class ScriptedService:
+    """Answers every request soundly: each token an outlier of log-prob -2 with ``k`` alternatives."""
+
+    def __init__(self, info: ServiceInfo = INFO, k: int = 3) -> None:
+        self.info = info
+        self.k = k
+        self.before_score: Callable[[httpx.Request], None] = lambda request: None
+        self.bodies: list[int] = []
+        self.answers: list[int] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/info":
+            return httpx.Response(200, text=self.info.model_dump_json())
+        self.before_score(request)
+        self.bodies.append(len(request.content))
+        asked = decode_request(
+            request.content, vocab_size=V, max_length=1000, max_bytes=self.info.max_request_bytes
+        )
+        items = [self._answer(len(item.student_logprobs)) for item in asked.sequences]
+        content = encode_response(ScoreResponse(items, self.info.weights), k=self.k, entropy=False)
+        self.answers.append(len(content))
+        return httpx.Response(200, content=content)
+
+    def _answer(self, n: int) -> ScoredItem:
+        logprobs = np.tile(np.log(0.5 ** np.arange(1, self.k + 1)).astype(np.float32), (n, 1))
+        return ScoredItem(
+            teacher_logprobs=np.full(n, -2.0, dtype=np.float32),
+            trusted=np.zeros(n, dtype=np.bool_),
+            entropy=None,
+            topk_positions=np.arange(n, dtype=np.int32),
+            topk_ids=np.tile(np.arange(self.k, dtype=np.int32), (n, 1)),
+            topk_logprobs=logprobs,
+            tail=log_tail(logprobs),
+        )
+
+
+def client_of(service: ScriptedService, timeout_seconds: float = 5) -> TeacherClient:
+    client = TeacherClient("http://teacher", timeout_seconds=timeout_seconds)
+    client._http = httpx.Client(base_url="http://teacher", transport=httpx.MockTransport(service))
+    return client
+
+
+def request(*lengths: int, k: int = 3) -> ScoreRequest:
+    generator = np.random.default_rng(0)
+    items = [
+        ScoreItem(
+            tokens=generator.integers(0, V, n).astype(np.int32),
+            start=1,
+            student_logprobs=-generator.random(n - 1, dtype=np.float32),
+            seed=int(generator.integers(2**62)),
+        )
+        for n in lengths
+    ]
+    return ScoreRequest(items, NoneTrusted(), "outliers", k, False, V)
+
+
+def test_a_teacher_that_is_replaced_between_two_requests_is_refused() -> None:
+    service = ScriptedService()
+    with client_of(service) as client:
+        client.score(request(4))
+        service.info = replace_info(weights="b" * 64, model="second")
+        with pytest.raises(TropdError, match=r"another teacher came back.*second with weights bbbbbbbbbbbb"):
+            client.score(request(4))
+        assert client.retries == 0  # no request had failed
+        assert client.tokens_scored == 3  # and the other teacher's answer counts for nothing
+
+
+def test_scores_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = ScriptedService()
+    with client_of(service) as client:
+        client.info()
+        honest = client_module.decode_response
+        monkeypatch.setattr(
+            client_module, "decode_response", lambda *a: replace(honest(*a), teacher="c" * 64)
+        )
+        with pytest.raises(TropdError, match="scores of weights cccccccccccc"):
+            client.score(request(4))
+
+
+def replace_info(**changes: object) -> ServiceInfo:
+    return INFO.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(("asked", "vocab", "k"), [(3, V, 2), (5, 4, 3), (3, V, 4)])
+def test_too_few_or_too_many_alternatives_are_refused(asked: int, vocab: int, k: int) -> None:
+    with client_of(ScriptedService(replace_info(vocab_size=vocab), k=k)) as client:
+        with pytest.raises(TropdError, match=rf"gave {k} alternatives per token, not {min(asked, vocab)}"):
+            client.score(request(6, k=asked))
+
+
+@pytest.mark.parametrize("limit", [2200, 2500, 4000, 9000])
+def test_no_request_is_above_the_limit_of_bytes(limit: int) -> None:
+    service = ScriptedService(replace_info(max_request_bytes=limit))
+    lengths = [2] * 160 + [9, 3, 14] * 6  # short rows: most of a request is not tokens
+    with client_of(service) as client:
+        answer = client.score(request(*lengths))
+    assert [len(i.teacher_logprobs) for i in answer.items] == [n - 1 for n in lengths]
+    assert len(service.bodies) > 1
+    assert max(service.bodies) <= limit
+    # No more requests than the bound of 32 bytes a row and 2,048 a request asks for.
+    room = limit - 2048 - max(4 * (2 * n - 1) + 32 for n in lengths)
+    assert len(service.bodies) <= 1 + sum(4 * (2 * n - 1) + 32 for n in lengths) // max(room, 44)
+
+
+def test_a_sequence_that_fits_into_no_request_is_named() -> None:
+    with client_of(ScriptedService(replace_info(max_request_bytes=2500))) as client:
+        with pytest.raises(ConfigError, match=r"sequence 1 has 90 tokens.*10000 tokens and 2500 bytes"):
+            client.score(request(4, 90))
+
+
+def test_accounts_agree_with_what_went_over_the_wire() -> None:
+    service = ScriptedService(replace_info(max_request_tokens=12))
+    with client_of(service) as client:
+        client.score(request(5, 7, 9))
+        client.score(request(3))
+        assert client.score(request()).items == []
+    assert client.requests == len(service.bodies) == 3
+    assert client.bytes_sent == sum(service.bodies)
+    assert client.bytes_received == sum(service.answers)
+    assert client.tokens_scored == client.topk_tokens == 4 + 6 + 8 + 2
+    assert client.retries == 0
+    assert client.seconds > 0
+
+
+def test_all_attempts_share_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
+    service = ScriptedService()
+    allowed: list[float] = []
+
+    def slow(sent: httpx.Request) -> None:
+        allowed.append(sent.extensions["timeout"]["read"])
+        now[0] += 40.0
+        if len(allowed) < 4:
+            raise httpx.ReadTimeout("nothing came")
+
+    service.before_score = slow
+    with client_of(service, timeout_seconds=100) as client:
+        client.score(request(4))
+    assert allowed == [100.0, 60.0, 20.0, 1.0]
+    assert client.seconds == 160.0

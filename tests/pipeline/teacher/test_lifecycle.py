@@ -1,0 +1,93 @@
+"""The service as a process of its own: it drains on SIGTERM, and ends with the process that started it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+
+from tropd.pipeline.objectives.spec import AllTrusted
+from tropd.pipeline.teacher.protocol import (
+    CONTENT_TYPE,
+    ScoreItem,
+    ScoreRequest,
+    decode_response,
+    encode_request,
+)
+
+# An engine that takes a second for sequences of more than ten tokens.
+SERVICE = """
+import json, sys, time
+import numpy as np
+from tropd.pipeline.config import ServiceConfig
+from tropd.pipeline.engines.base import SequenceScores
+from tropd.pipeline.teacher.service import ServiceInfo, run_service
+
+class Engine:
+    vocab_size, max_length = 24, 64
+    def score(self, sequences, starts, **options):
+        time.sleep(1.0 if max(map(len, sequences)) > 10 else 0.0)
+        ids, logprobs = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
+        return [
+            SequenceScores(np.full(len(s) - b, -1, np.float32), None, np.zeros(0, np.int64), ids, logprobs)
+            for s, b in zip(sequences, starts)
+        ]
+
+info = ServiceInfo(model="toy", weights="w", tokenizer="t", tokenizer_size=24, vocab_size=24, max_length=64,
+                   max_request_tokens=99, max_request_bytes=9999, queue_tokens=99)
+run_service(Engine(), info, ServiceConfig(), token=None, exit_with_parent=True,
+            on_ready=lambda url: print(json.dumps({"url": url}), flush=True))
+"""
+
+
+@contextmanager
+def service() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVICE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_request_in_flight_is_answered_before_the_service_ends() -> None:
+    item = ScoreItem(np.full(20, 2, dtype=np.int32), 1, np.full(19, -1.0, dtype=np.float32), 0)
+    request = ScoreRequest([item], AllTrusted(), "none", 0, False, 24)
+    answers: list[httpx.Response] = []
+
+    def post(url: str) -> None:
+        headers = {"Content-Type": CONTENT_TYPE}
+        answers.append(
+            httpx.post(f"{url}/v1/score", content=encode_request(request), headers=headers, timeout=30)
+        )
+
+    with service() as (process, url):
+        thread = threading.Thread(target=post, args=(url,))
+        thread.start()
+        while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        process.wait(30)
+    assert answers[0].status_code == 200
+    assert np.all(decode_response(answers[0].content, request).items[0].teacher_logprobs == -1)
+
+
+def test_the_service_ends_when_its_standard_input_does() -> None:
+    with service() as (process, _):
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
