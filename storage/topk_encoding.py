@@ -16,8 +16,9 @@ q8         logarithmic level, uint8    0.016·(|l| + H + 0.02) + 0.001, H = entr
 q8 has 255 levels, ``-0.01·(e^(q·a) - 1)`` from 0 to -20: a relative error of 1.5 %, as an 8-bit float has; what is
 below -20 becomes -20. The tail is kept to half precision, and decoded log-probs are shifted per token so that
 kept mass and tail add up to exactly 1: this takes the error out of the dominant alternative, whose complement
-is small and known well, and makes the error of a KL five times smaller. For the forward KL with tail bucket,
-with d the largest error of a token's log-probs, |ΔKL| ≤ (e^d - 1)·Σ π_T·|log π_T - log π_S| + e^d·d².
+is small and known well, and makes the error of a KL up to five times smaller. With d the largest error of a
+token's log-probs, its Σ π_T·(log π_T - log π_S) over the alternatives is off by at most
+(e^d - 1)·Σ π_T·|log π_T - log π_S| + d·e^d; measured errors (docs/cache.md) are far smaller, having both signs.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def run_faults(root: Path, mode: str, stride: int) -> list[dict[str, object]]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("mode", "stride"), [("kill", 1), ("kill-twice", 4), ("eio", 5), ("enospc", 5)])
+@pytest.mark.parametrize(("mode", "stride"), [("kill", 1), ("kill-twice", 8), ("eio", 8), ("enospc", 8)])
 def test_rerun_completes_byte_identical(tmp_path: Path, mode: str, stride: int) -> None:
     points = run_faults(tmp_path, mode, stride)
     assert [p for p in points if p["rerun"] != "done" or p["different"] or p["lost"]] == []
