@@ -54,6 +54,9 @@ class TeacherClient:
         timeout_seconds: how long a request is retried before ``score`` gives up.
         on_wait: told once per outage why nothing happens.
 
+    Raises:
+        ConfigError: ``url`` is no URL, or ``token`` cannot be sent.
+
     Counts what was answered: ``requests``, ``seconds`` of waiting for their answers (outages included),
     ``tokens_scored``, ``topk_tokens``, ``bytes_sent``, ``bytes_received``; and ``retries``.
     """
@@ -77,9 +80,17 @@ class TeacherClient:
         self._timeout = timeout_seconds
         self._on_wait = on_wait
         self._info: ServiceInfo | None = None
+        if token and not (token.isascii() and token.isprintable()):
+            raise ConfigError(
+                "the bearer token has characters that no HTTP header takes",
+                hint="use printable ASCII characters only, in the environment of service and trainer",
+            )
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
-        self._http = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"the teacher's address {url!r} is no URL: {error}") from error
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -255,8 +266,12 @@ class TeacherClient:
             left = max(self._timeout - (time.monotonic() - started), min(LAST_ATTEMPT_SECONDS, self._timeout))
             try:
                 response = send(timeout=httpx.Timeout(left, connect=min(CONNECT_SECONDS, left)))
+            except httpx.UnsupportedProtocol as error:
+                raise ConfigError(f"the teacher's address {self.url!r} is not http: {error}") from error
             except httpx.TransportError as error:
                 raise _TryAgainError(f"{type(error).__name__}: {error}") from error
+            except httpx.RequestError as error:  # such as a body that is not encoded as its header says
+                raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
             if response.status_code in (429, 502, 503, 504):
                 raise _TryAgainError(_reason(response), _retry_after(response))
             return response

@@ -19,13 +19,16 @@ _OPTIONS = b"tropd.options"
 # uncompressed, for less than a microsecond per token; lz4 saves next to nothing.
 _IPC = pa.ipc.IpcWriteOptions(compression="zstd")
 # Places of fields in Arrow's flatbuffer tables Message and RecordBatch (format/Message.fbs).
-_MESSAGE_HEADER, _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 2, 3
+_MESSAGE_VERSION, _MESSAGE_HEADER, _BATCH_BUFFERS, _BATCH_COMPRESSION = 0, 2, 2, 3
+_METADATA_V5 = 4
+_LONGEST_MESSAGE = 500
 
 
 class ProtocolError(ValueError):
     """A message that is not of this protocol. ``sequence`` is the row at fault, if it is one row's."""
 
     def __init__(self, message: str, sequence: int | None = None) -> None:
+        message = message[:_LONGEST_MESSAGE]  # it may quote the sender
         super().__init__(message if sequence is None else f"sequence {sequence}: {message}")
         self.sequence = sequence
 
@@ -86,6 +89,10 @@ def _decoded_size(data: bytes) -> int:
     if message.type != "record batch":
         raise ValueError(f"a {message.type} where a record batch belongs")
     meta, body = memoryview(message.metadata), memoryview(message.body)
+    version = _required(_field(meta, _follow(meta, 0), _MESSAGE_VERSION))
+    # Before V5 a message could also be compressed by what its custom metadata say; Arrow still follows them.
+    if struct.unpack_from("<h", meta, version)[0] != _METADATA_V5:
+        raise ValueError("Arrow metadata of a version other than 5")
     header = _field(meta, _follow(meta, 0), _MESSAGE_HEADER)
     batch = _follow(meta, _required(header))
     vector = _follow(meta, _required(_field(meta, batch, _BATCH_BUFFERS)))

@@ -49,6 +49,8 @@ class LocalTeacher:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
             )
         try:
@@ -69,12 +71,13 @@ class LocalTeacher:
         def read() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                lines.put(line)
+                if not self.url:  # what is printed later is read, lest the pipe fill, and dropped
+                    lines.put(line)
 
         threading.Thread(target=read, daemon=True).start()
         deadline = time.monotonic() + self._start_seconds
         while time.monotonic() < deadline:
-            with contextlib.suppress(Empty, ValueError, KeyError, TypeError):
+            with contextlib.suppress(Empty, ValueError, KeyError, TypeError, RecursionError):
                 return str(json.loads(lines.get(timeout=0.1))["url"])
             if process.poll() is not None and lines.empty():
                 raise self._failure(

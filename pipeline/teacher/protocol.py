@@ -140,7 +140,7 @@ class _ResponseOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: int
-    k: Annotated[int, Field(ge=0)]
+    k: Annotated[int, Field(ge=0, le=MAX_TOPK)]
     entropy: bool
     teacher: str
 
@@ -274,7 +274,7 @@ def _check_answer(row: int, item: ScoredItem, n: int, vocab_limit: int) -> None:
     for values in (item.teacher_logprobs, item.topk_logprobs, item.tail):
         if np.isnan(values).any() or (values > 0.0).any():
             raise ProtocolError("a teacher log-prob is NaN or positive", row)
-    if (np.diff(item.topk_logprobs, axis=1) > 0.0).any():
+    if (item.topk_logprobs[:, 1:] > item.topk_logprobs[:, :-1]).any():
         raise ProtocolError("alternatives are not in falling order of their log-probs", row)
     if len(item.topk_positions):
         if (

@@ -187,7 +187,7 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
             return _error(500, str(error))
         except Exception as error:
             return _error(500, f"scoring failed: {type(error).__name__}")
-        k = answer.items[0].topk_ids.shape[1] if answer.items else 0
+        k = max((item.topk_ids.shape[1] for item in answer.items), default=0)
         content = encode_response(replace(answer, teacher=info.weights), k=k, entropy=asked.entropy)
         metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
         metrics.topk.inc(sum(len(item.topk_positions) for item in answer.items))
