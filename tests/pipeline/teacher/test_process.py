@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tropd.pipeline.teacher import process as process_module
 from tropd.pipeline.teacher.process import LocalTeacher
 from tropd.storage.errors import TropdError
 
@@ -65,3 +66,92 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not alive(child)
+
+
+def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
+    server = (
+        "import json, signal, sys, pathlib\n"
+        f"ended = pathlib.Path({str(tmp_path / 'ended')!r})\n"
+        "signal.signal(signal.SIGINT, lambda *_: ended.write_text('interrupted'))\n"
+        "print(json.dumps({'url': 'http://x'}), flush=True)\n"
+        "sys.stdin.read()\n"
+        "if not ended.exists(): ended.write_text('asked to stop')"
+    )
+    script = (
+        "import sys, time; from pathlib import Path; from tropd.pipeline.teacher.process import LocalTeacher\n"
+        f"with LocalTeacher([sys.executable, '-c', {server!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
+        "    print('up', flush=True)\n"
+        "    try: time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n"
+        "        assert t._process.poll() is None\n"
+        "        print('saved', flush=True)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "up\n"
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
+    assert parent.communicate(timeout=30)[0] == "saved\n"
+    assert parent.returncode == 0
+    assert (tmp_path / "ended").read_text() == "asked to stop"
+
+
+def test_only_the_child_s_own_part_of_the_log_explains_it(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "service.log"
+    log.parent.mkdir()
+    log.write_text("an old failure\n")
+    lines = "".join(f"line {i}\n" for i in range(100))
+    code = f"import sys; sys.stderr.write({lines!r}); sys.exit(1)"
+    with pytest.raises(TropdError, match="exit code 1") as caught:
+        with LocalTeacher([sys.executable, "-c", code], log):
+            pass
+    assert "line 99" in str(caught.value)
+    assert "line 84" not in str(caught.value)
+    assert "an old failure" not in str(caught.value)
+    assert log.read_text() == "an old failure\n" + lines
+
+
+def test_whatever_else_the_child_prints_is_passed_over(tmp_path: Path) -> None:
+    before = [b"\xff\xfe not UTF-8", b"Loading weights", b"5", b"[]", b'"url"', b"{}", b"null", b"[" * 5000]
+    code = (
+        f"import json, sys; out = sys.stdout.buffer\nfor line in {before!r}: out.write(line + b'\\n')\n"
+        "print(json.dumps({'url': 'http://x'}), flush=True)\n"
+        "for _ in range(2000): print('x' * 100, flush=True)\n"  # more than a pipe holds
+        "print('done', file=sys.stderr, flush=True); sys.stdin.read()"
+    )
+    with LocalTeacher([sys.executable, "-c", code], tmp_path / "log", start_seconds=20) as teacher:
+        assert teacher.url == "http://x"
+        deadline = time.monotonic() + 10
+        while "done" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "done" in (tmp_path / "log").read_text()
+
+
+def test_a_child_that_does_not_listen_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "STOP_SECONDS", 0.2)
+    deaf = (
+        "import json, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(json.dumps({'url': 'http://x'}), flush=True); time.sleep(60)"
+    )
+    with LocalTeacher([sys.executable, "-c", deaf], tmp_path / "log") as teacher:
+        process = teacher._process
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_child_that_is_given_up_is_ended(tmp_path: Path) -> None:
+    teacher = LocalTeacher(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], tmp_path / "log", start_seconds=0.2
+    )
+    with pytest.raises(TropdError), teacher:
+        pass
+    assert teacher._process is not None
+    assert teacher._process.returncode == 0
+
+
+def test_the_command_is_the_command_line_s_own() -> None:
+    command = process_module.serve_command(Path("run"), ["service.port=5", "teacher.model=x"])
+    assert command[:4] == [sys.executable, "-m", "tropd.cli.main", "serve-teacher"]
+    assert command.count("--set") == 2
+    assert command[-3:] == ["0", "--exit-with-parent", "--json"]
