@@ -272,7 +272,7 @@ class TeacherClient:
                 raise _TryAgainError(f"{type(error).__name__}: {error}") from error
             except httpx.RequestError as error:  # such as a body that is not encoded as its header says
                 raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
-            if response.status_code in (429, 502, 503, 504):
+            if response.status_code in (408, 429, 502, 503, 504):
                 raise _TryAgainError(_reason(response), _retry_after(response))
             return response
 

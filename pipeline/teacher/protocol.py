@@ -66,6 +66,8 @@ _RESPONSE = pa.schema(
         ("tail", _LIST_F32),
     ]
 )
+# Upper bounds of an answer in memory: offsets of seven lists a row, a mask and four numbers a token, id and log-prob.
+_MESSAGE_BYTES, _ROW_BYTES, _TOKEN_BYTES, _ALTERNATIVE_BYTES = 4096, 28, 17, 8
 
 Floats = npt.NDArray[np.float32]
 TopkScope = Literal["none", "outliers", "all"]
@@ -239,9 +241,12 @@ def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
     """Parse an answer and check that it answers ``request``.
 
     Raises:
-        ProtocolError: another number of sequences or tokens, NaN or positive log-probs, ids out of range.
+        ProtocolError: another number of sequences or tokens, NaN or positive log-probs, ids out of range, or more
+            bytes than such an answer can have.
     """
-    batch, metadata = read_stream(data, _RESPONSE)
+    rows, tokens = len(request.sequences), sum(len(asked.student_logprobs) for asked in request.sequences)
+    most = _MESSAGE_BYTES + rows * _ROW_BYTES + tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * request.k)
+    batch, metadata = read_stream(data, _RESPONSE, max_bytes=most)
     options = _parse(_ResponseOptions, metadata)
     if batch.num_rows != len(request.sequences) or options.entropy != request.entropy:
         raise ProtocolError(f"the answer has {batch.num_rows} sequences for {len(request.sequences)} asked")

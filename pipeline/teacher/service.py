@@ -54,6 +54,8 @@ from tropd.storage.errors import ConfigError, TropdError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
+BODY_IDLE_SECONDS = 10.0
+"""A body that stops arriving for this long is given up: it would hold back the end of the service for ever."""
 
 
 class ServiceInfo(BaseModel):
@@ -160,6 +162,10 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
             body = await _read_body(request, settings.max_request_bytes)
         except ClientDisconnect:
             return _error(400, "the body ended early")
+        except TimeoutError:
+            response = _error(408, f"nothing of the body came for {BODY_IDLE_SECONDS:.0f} s")
+            response.headers["Connection"] = "close"
+            return response
         if body is None:
             return _error(413, f"the body is above {settings.max_request_bytes} bytes")
         metrics.bytes_in.inc(len(body))
@@ -216,17 +222,25 @@ def _authorized(request: Request, token: str | None) -> bool:
 
 
 async def _read_body(request: Request, limit: int) -> bytes | None:
-    """The body, or None if it is longer than ``limit``, whatever its header claims."""
+    """The body, or None if it is longer than ``limit``, whatever its header claims.
+
+    Raises:
+        TimeoutError: it stopped arriving.
+    """
     claimed = request.headers.get("content-length", "")
     if claimed.isdecimal() and int(claimed) > limit:  # refused before it is sent
         return None
-    parts, size = [], 0
-    async for part in request.stream():
+    parts: list[bytes] = []
+    stream, size = aiter(request.stream()), 0
+    while True:
+        async with asyncio.timeout(BODY_IDLE_SECONDS):
+            part = await anext(stream, None)
+        if part is None:
+            return b"".join(parts)
         size += len(part)
         if size > limit:
             return None
         parts.append(part)
-    return b"".join(parts)
 
 
 def _error(status: int, message: str, **details: Any) -> JSONResponse:

@@ -258,10 +258,10 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         httpx.ReadTimeout("nothing came"),
         httpx.RemoteProtocolError("cut short"),
         httpx.ReadError("reset"),
-        *(httpx.Response(status, json={"error": "busy"}) for status in (429, 502, 503, 504)),
+        *(httpx.Response(status, json={"error": "busy"}) for status in (408, 429, 502, 503, 504)),
         *(httpx.Response(429, headers={"Retry-After": after}) for after in ("nan", "-5", "soon", "")),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_may_pass_is_retried_and_announced_once(
     failure: httpx.Response | Exception, pauses: list[float]

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -91,3 +92,24 @@ def test_the_service_ends_when_its_standard_input_does() -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+def test_what_is_queued_is_answered_before_the_service_ends() -> None:
+    def request(n: int) -> ScoreRequest:
+        item = ScoreItem(np.full(n, 2, dtype=np.int32), 1, np.full(n - 1, -1.0, dtype=np.float32), 0)
+        return ScoreRequest([item], AllTrusted(), "none", 0, False, 24)
+
+    def post(n: int) -> httpx.Response:
+        headers = {"Content-Type": CONTENT_TYPE}
+        return httpx.post(f"{url}/v1/score", content=encode_request(request(n)), headers=headers, timeout=30)
+
+    lengths = [20, 3, 4, 5]  # the first holds the engine, the others wait behind it
+    with service() as (process, url), ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(post, n) for n in lengths]
+        while f"tropd_waiting_tokens {sum(lengths)}.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for n, answer in zip(lengths, answers, strict=True):
+            got = decode_response(answer.result().content, request(n))
+            assert len(got.items[0].teacher_logprobs) == n - 1
+        process.wait(30)

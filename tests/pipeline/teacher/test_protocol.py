@@ -290,6 +290,32 @@ def test_compression_that_only_old_metadata_declare_does_not_get_around_the_limi
     assert pa.total_allocated_bytes() - before < MAX_BYTES
 
 
+def test_an_answer_that_unfolds_beyond_what_was_asked_is_refused() -> None:
+    flood = replace(scored(1), teacher_logprobs=np.full(1_000_000, -1, dtype=np.float32))
+    data = encode_response(ScoreResponse([flood, scored(1)], "w"), k=3, entropy=False)
+    assert len(data) < MAX_BYTES
+    with pytest.raises(ProtocolError, match="when decompressed"):
+        decode_answer(data)
+
+
+@pytest.mark.parametrize("k", [1, 64, 1024])
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (500, 1), (1, 3000), (64, 32)])
+def test_the_largest_sound_answer_is_taken(k: int, rows: int, n: int) -> None:
+    asked = ScoreRequest([item([2] * (n + 1))] * rows, AllTrusted(), "all", k, True, 2048)
+    logprobs = np.full((n, k), -np.log(2048.0), dtype=np.float32)
+    full = ScoredItem(
+        teacher_logprobs=np.full(n, -2.0, dtype=np.float32),
+        trusted=np.ones(n, dtype=np.bool_),
+        entropy=np.ones(n, dtype=np.float32),
+        topk_positions=np.arange(n, dtype=np.int32),
+        topk_ids=np.tile(np.arange(k, dtype=np.int32), (n, 1)),
+        topk_logprobs=logprobs,
+        tail=log_tail(logprobs),
+    )
+    data = encode_response(ScoreResponse([full] * rows, "w"), k=k, entropy=True)
+    assert len(decode_response(data, asked).items) == rows
+
+
 def test_a_request_of_no_sequences_is_sound() -> None:
     nothing = replace(ASKED, sequences=[])
     assert decode(encode_request(nothing)).sequences == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -134,6 +135,31 @@ def test_other_paths_methods_and_types_are_refused(table_engine: Any) -> None:
         assert http.post("/v1/score", content=b"", headers=HEADERS).status_code == 422
         with_charset = {"Content-Type": f"{CONTENT_TYPE}; charset=binary"}
         assert http.post("/v1/score", content=body, headers=with_charset).status_code == 200
+
+
+def test_a_body_that_stops_arriving_is_given_up(table_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "BODY_IDLE_SECONDS", 0.2)
+    with serving(table_engine) as url, socket.socket() as connection:
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", httpx.URL(url).port))
+        head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b"a beginning")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))  # to its end: the service closes
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"nothing of the body came" in answer
+
+
+def test_a_body_that_arrives_slowly_is_taken(table_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "BODY_IDLE_SECONDS", 0.5)
+    body = encode_request(ask(item([2, 3])))
+
+    def pieces() -> Iterator[bytes]:
+        for at in range(0, len(body), len(body) // 8):
+            time.sleep(0.1)
+            yield body[at : at + len(body) // 8]
+
+    with serving(table_engine) as url:
+        assert httpx.post(f"{url}/v1/score", content=pieces(), headers=HEADERS).status_code == 200
 
 
 def test_a_request_of_no_sequences_is_answered(tiny_model: Any) -> None:
