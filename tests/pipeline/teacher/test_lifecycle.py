@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
 import numpy as np
+import pytest
 
 from tropd.pipeline.objectives.spec import AllTrusted
 from tropd.pipeline.teacher.protocol import (
@@ -24,9 +24,9 @@ from tropd.pipeline.teacher.protocol import (
     encode_request,
 )
 
-# An engine that takes a second for sequences of more than ten tokens.
+# An engine that holds sequences of more than ten tokens until the process gets SIGUSR1.
 SERVICE = """
-import json, sys, time
+import json, signal, threading
 import numpy as np
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.engines.base import SequenceScores
@@ -35,13 +35,16 @@ from tropd.pipeline.teacher.service import ServiceInfo, run_service
 class Engine:
     vocab_size, max_length = 24, 64
     def score(self, sequences, starts, **options):
-        time.sleep(1.0 if max(map(len, sequences)) > 10 else 0.0)
+        if max(map(len, sequences)) > 10:
+            released.wait()
         ids, logprobs = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
         return [
             SequenceScores(np.full(len(s) - b, -1, np.float32), None, np.zeros(0, np.int64), ids, logprobs)
             for s, b in zip(sequences, starts)
         ]
 
+released = threading.Event()
+signal.signal(signal.SIGUSR1, lambda *_: released.set())
 info = ServiceInfo(model="toy", weights="w", tokenizer="t", tokenizer_size=24, vocab_size=24, max_length=64,
                    max_request_tokens=99, max_request_bytes=9999, queue_tokens=99)
 run_service(Engine(), info, ServiceConfig(), token=None, exit_with_parent=True,
@@ -81,6 +84,9 @@ def test_a_request_in_flight_is_answered_before_the_service_ends() -> None:
         while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGUSR1)
         thread.join()
         process.wait(30)
     assert answers[0].status_code == 200
@@ -92,24 +98,3 @@ def test_the_service_ends_when_its_standard_input_does() -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(30) == 0
-
-
-def test_what_is_queued_is_answered_before_the_service_ends() -> None:
-    def request(n: int) -> ScoreRequest:
-        item = ScoreItem(np.full(n, 2, dtype=np.int32), 1, np.full(n - 1, -1.0, dtype=np.float32), 0)
-        return ScoreRequest([item], AllTrusted(), "none", 0, False, 24)
-
-    def post(n: int) -> httpx.Response:
-        headers = {"Content-Type": CONTENT_TYPE}
-        return httpx.post(f"{url}/v1/score", content=encode_request(request(n)), headers=headers, timeout=30)
-
-    lengths = [20, 3, 4, 5]  # the first holds the engine, the others wait behind it
-    with service() as (process, url), ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(post, n) for n in lengths]
-        while f"tropd_waiting_tokens {sum(lengths)}.0" not in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        for n, answer in zip(lengths, answers, strict=True):
-            got = decode_response(answer.result().content, request(n))
-            assert len(got.items[0].teacher_logprobs) == n - 1
-        process.wait(30)

@@ -192,6 +192,28 @@ def test_answers_to_clients_at_once_are_never_mixed_up(table_engine: Any) -> Non
     assert f"tropd_scored_tokens_total {float(tokens)}" in metrics
 
 
+def test_what_is_queued_is_answered_before_the_service_ends(table_engine: Any) -> None:
+    sequences = [[8, 9], [2, 3, 4], [5, 6, 7, 8]]
+
+    def post(tokens: list[int]) -> httpx.Response:
+        body = encode_request(ask(item(tokens)))
+        return httpx.post(f"{url}/v1/score", content=body, headers=HEADERS, timeout=20)
+
+    with ThreadPoolExecutor(3) as pool:
+        with serving(table_engine, ServiceConfig(batch_tokens=1)) as url:
+            table_engine.gate.clear()
+            answers = [pool.submit(post, tokens) for tokens in sequences]
+            while waiting_tokens(url) < 9:
+                time.sleep(0.005)
+            threading.Timer(0.3, table_engine.gate.set).start()
+        # The service has been told to end while all three waited, and has ended.
+        for tokens, answer in zip(sequences, answers, strict=True):
+            got = decode_response(answer.result().content, ask(item(tokens)))
+            assert np.array_equal(got.items[0].teacher_logprobs, table_engine.expected(tokens, 1))
+        with pytest.raises(httpx.ConnectError):
+            post([2, 3])
+
+
 @pytest.mark.parametrize("culprit", [22, 23])
 def test_batch_mates_of_a_culprit_get_their_answers(table_engine: Any, culprit: int) -> None:
     sequences = [[2, 3, 4], [2, culprit, 4], [5, 6, 7]]
