@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from tropd.cli.options import JsonOption, WorkspaceOption
+from tropd.cli.inspection import verify_stages
+from tropd.cli.options import JsonOption, RepairOption, WorkspaceOption
 from tropd.cli.render import print_json, print_table, stdout
 
 cache_app = typer.Typer(
-    help="The teacher's cached scores: statistics, export, merging.", no_args_is_help=True
+    help="The teacher's cached scores: statistics, checks, export, merging.", no_args_is_help=True
 )
 
 
@@ -41,14 +42,27 @@ def stats(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
 @cache_app.command("export")
 def export(
     workspace: WorkspaceOption,
-    out: Annotated[Path, typer.Argument(help="Parquet file to write.", metavar="FILE")],
+    out: Annotated[Path, typer.Argument(help="File (parquet) or directory (datasets) to write.")],
+    kind: Annotated[
+        Literal["parquet", "datasets"],
+        typer.Option("--format", help="One Parquet file, or a Hugging Face datasets directory."),
+    ] = "parquet",
 ) -> None:
-    """Write trajectories and scores as one Parquet file with list columns."""
-    from tropd.storage.cache_tools import export_parquet
+    """Write trajectories and scores as one table with list columns."""
+    from tropd.storage.cache_tools import export_datasets, export_parquet
     from tropd.storage.workspace import Workspace
 
-    rows = export_parquet(Workspace.open(workspace), out)
+    write = export_parquet if kind == "parquet" else export_datasets
+    rows = write(Workspace.open(workspace), out)
     stdout.print(f"wrote {rows} rows to {out}", markup=False)
+
+
+@cache_app.command("verify")
+def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
+    """As tropd verify, for the cache and the trajectories that it scores; exit 1 if anything is wrong."""
+    from tropd.storage.verify import CACHE_STAGES
+
+    verify_stages(workspace, CACHE_STAGES, repair, as_json)
 
 
 @cache_app.command("merge")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tropd.cli.options import JsonOption, SetOption, WorkspaceOption
+from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption
 from tropd.cli.render import print_json, print_table, stderr, stdout
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
@@ -67,23 +69,25 @@ def query(
         print_table(result.columns, result.rows)
 
 
-def verify(
-    workspace: WorkspaceOption,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--repair", help="Set damaged shards aside, so that rerunning the stage makes them again."
-        ),
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
     """Check every stored file against its checksum and every invariant; exit 1 if anything is wrong."""
+    from tropd.storage.verify import STAGES
+
+    verify_stages(workspace, STAGES, repair, as_json)
+
+
+def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_json: bool) -> None:
+    """Check some stages and show what was found.
+
+    Raises:
+        typer.Exit: with 1 if anything is wrong.
+    """
     from tropd.storage.verify import repair as repair_workspace
     from tropd.storage.verify import verify_workspace
     from tropd.storage.workspace import Workspace
 
     opened = Workspace.open(workspace)
-    findings = verify_workspace(opened)
+    findings = verify_workspace(opened, stages)
     if as_json:
         print_json([vars(f) for f in findings])
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from tropd.pipeline.context import Run
+    from tropd.pipeline.shards import Execution
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="The run's directory.", metavar="DIR", show_default=False)
@@ -21,6 +22,50 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Start the stage over; its old output is moved aside, not deleted.")
 ]
+
+RepairOption = Annotated[
+    bool,
+    typer.Option("--repair", help="Set damaged shards aside, so that rerunning the stage makes them again."),
+]
+SkipBadOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave out prompts that cannot be used and list them in rejects/ (data.skip_bad)."
+    ),
+]
+ShardsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shards",
+        help="Make only part i of n, as one job of an array; the last part to finish completes the stage.",
+        metavar="I/N",
+    ),
+]
+ExecutorOption = Annotated[
+    Literal["local", "ray"], typer.Option(help="Who makes the shards: this process, or workers of Ray.")
+]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Workers of Ray, each with an engine of its own.")]
+
+
+def execution_of(shards: str | None, executor: str, workers: int) -> Execution:
+    """Who makes a stage's shards, from the options.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    from tropd.pipeline.shards import Execution, Part
+    from tropd.storage.errors import ConfigError
+
+    if shards is None:
+        return Execution(ray_workers=workers if executor == "ray" else None)
+    if executor == "ray":
+        raise ConfigError("--shards and --executor ray do not go together", hint="Ray splits the work itself")
+    return Execution(part=Part.parse(shards))
+
+
+def with_skip_bad(settings: list[str] | None, skip_bad: bool) -> list[str]:
+    """The overrides, with that of ``--skip-bad``."""
+    return [*(settings or []), *(["data.skip_bad=true"] if skip_bad else [])]
 
 
 def open_run(workspace: Path, assignments: list[str] | None) -> Run:

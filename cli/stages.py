@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.options import (
+    ExecutorOption,
+    ForceOption,
+    JsonOption,
+    SetOption,
+    ShardsOption,
+    SkipBadOption,
+    WorkersOption,
+    WorkspaceOption,
+    execution_of,
+    open_run,
+    with_skip_bad,
+)
 from tropd.cli.render import print_json, print_table, stderr, stdout
 
 if TYPE_CHECKING:
@@ -64,7 +76,7 @@ def _stage(
     manifest = function(open_run(workspace, assignments), force=force)
     if as_json:
         print_json({"stage": manifest.stage, "fingerprint": manifest.fingerprint, **manifest.summary})
-    else:
+    elif manifest.complete:
         _print_summary(manifest.stage, manifest.summary)
 
 
@@ -98,25 +110,37 @@ def prepare(
 def generate_prefixes(
     workspace: WorkspaceOption,
     settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
+    shards: ShardsOption = None,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = 2,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: sample trajectories from the teacher, for students to continue from."""
     from tropd.pipeline.prefixes import generate_prefixes as stage
 
-    _stage(stage, workspace, settings, force, as_json)
+    execution = execution_of(shards, executor, workers)
+    assignments = with_skip_bad(settings, skip_bad)
+    _stage(partial(stage, execution=execution), workspace, assignments, force, as_json)
 
 
 def generate_rollouts(
     workspace: WorkspaceOption,
     settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
+    shards: ShardsOption = None,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = 2,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Sample responses of the initial student to disk, for objectives that train on stored rollouts."""
     from tropd.pipeline.prefixes import generate_rollouts as stage
 
-    _stage(stage, workspace, settings, force, as_json)
+    execution = execution_of(shards, executor, workers)
+    assignments = with_skip_bad(settings, skip_bad)
+    _stage(partial(stage, execution=execution), workspace, assignments, force, as_json)
 
 
 def score_teacher(
@@ -126,37 +150,43 @@ def score_teacher(
         Literal["prefixes", "rollouts"],
         typer.Option(help="Whose trajectories: the teacher's or the student's."),
     ] = "prefixes",
+    shards: ShardsOption = None,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = 2,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: cache the teacher's top-k log-probs of stored trajectories."""
     from tropd.pipeline.scoring import score_teacher as stage
 
-    _stage(partial(stage, source_stage=source), workspace, settings, force, as_json)
+    execution = execution_of(shards, executor, workers)
+    _stage(partial(stage, source_stage=source, execution=execution), workspace, settings, force, as_json)
 
 
 def train(
     workspace: WorkspaceOption,
     settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 3: distil the student; starts a local teacher service unless teacher.url is set."""
     from tropd.pipeline.training.loop import train as stage
 
-    _stage(stage, workspace, settings, force, as_json)
+    _stage(stage, workspace, with_skip_bad(settings, skip_bad), force, as_json)
 
 
 def evaluate(
     workspace: WorkspaceOption,
     settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy on held-out problems: student before and after, and teacher."""
     from tropd.pipeline.evaluation.evaluate import evaluate as stage
 
-    manifest = stage(open_run(workspace, settings), force=force)
+    manifest = stage(open_run(workspace, with_skip_bad(settings, skip_bad)), force=force)
     if as_json:
         print_json(manifest.summary)
         return

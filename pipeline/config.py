@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from tropd.pipeline.objectives.spec import Objective, Spec
+from tropd.storage.topk_encoding import Precision
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -54,6 +55,9 @@ class DataConfig(Spec):
     """Wrap prompts as a user turn in the tokenizer's chat template; otherwise the text is used as it is."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first this many training prompts."""
+    skip_bad: bool = False
+    """Leave out lines that cannot be used (malformed, without text, a repeated id, too long) and list them in
+    rejects/; otherwise they stop the stage before any model is loaded."""
 
 
 class ModelConfig(Spec):
@@ -123,6 +127,9 @@ class ScoresConfig(Spec):
     """At most this many alternatives per token."""
     mass: float = Field(default=0.999, gt=0.0, le=1.0)
     """Keep alternatives until they hold this much probability."""
+    precision: Precision = "float16"
+    """How log-probs are stored: `float16` (exact to 11 bits), or `q8` (about two thirds of the bytes, log-probs
+    exact to about 2 %; docs/cache.md has the bounds)."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens, padding included, per forward pass."""
 

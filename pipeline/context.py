@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,9 @@ from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
     check_tokenizers,
     configure_runtime,
+    context_length,
     load_model,
+    load_model_config,
     load_tokenizer,
     model_directory,
     stop_token_ids,
@@ -23,7 +25,7 @@ from tropd.pipeline.models import (
     weights_digest,
 )
 from tropd.pipeline.progress import Reporter
-from tropd.pipeline.prompts import Prompt, encode_prompts, read_prompts
+from tropd.pipeline.prompts import Prompt, encode_prompts, refuse, scan_prompts, write_rejects
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
@@ -86,6 +88,22 @@ def role_tokenizer(run: Run, role: str) -> Any:
     return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
 
 
+def role_max_length(run: Run, role: str) -> int:
+    """Most tokens that a role's model takes, from its configuration file."""
+    return context_length(_role_config(run, role))
+
+
+def role_vocab_size(run: Run, role: str) -> int:
+    """Rows of a role's output layer, from its configuration file."""
+    return int(_role_config(run, role).get_text_config().vocab_size)
+
+
+def _role_config(run: Run, role: str) -> Any:
+    settings: ModelConfig = getattr(run.config, role)
+    folder = model_directory(run.workspace, settings, role)
+    return load_model_config(folder, trust_remote_code=settings.trust_remote_code)
+
+
 def check_pair(run: Run) -> None:
     """Refuse a student and a teacher whose token ids differ in meaning, before any weights are read."""
     check_tokenizers(role_tokenizer(run, "student"), role_tokenizer(run, "teacher"))
@@ -93,22 +111,42 @@ def check_pair(run: Run) -> None:
 
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Prompt], list[list[int]]]:
     """The training prompts and their token ids; each leaves room for a response in ``max_length``."""
-    data = run.config.data
-    path = run.workspace.resolve(data.prompts)
-    prompts = read_prompts(path, data, need_answer=run.config.prefixes.keep == "correct")[: data.limit]
+    need_answer = run.config.prefixes.keep == "correct"
     room = max_length - run.config.rollout.max_tokens
-    return prompts, encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, path=path)
+    return _usable_prompts(run, "prompts", tokenizer, room, run.config.data.limit, need_answer)
 
 
 def evaluation_problems(
     run: Run, tokenizer: Any, max_length: int, limit: int | None
 ) -> tuple[list[Prompt], list[list[int]]]:
     """The evaluation problems and their token ids."""
-    data = run.config.data
-    path = run.workspace.resolve(data.evaluation)
-    problems = read_prompts(path, data, need_answer=True)[:limit]
     room = max_length - run.config.evaluation_max_tokens
-    return problems, encode_prompts(problems, tokenizer, chat=data.chat, max_length=room, path=path)
+    return _usable_prompts(run, "evaluation", tokenizer, room, limit, True)
+
+
+def _usable_prompts(
+    run: Run,
+    which: Literal["prompts", "evaluation"],
+    tokenizer: Any,
+    room: int,
+    limit: int | None,
+    need_answer: bool,
+) -> tuple[list[Prompt], list[list[int]]]:
+    """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
+    data = run.config.data
+    path = run.workspace.resolve(getattr(data, which))
+    prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
+    prompts, encoded, unfit = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit)
+    rejects = sorted([*bad_lines, *unfit], key=lambda reject: reject.line)
+    if not data.skip_bad:
+        refuse(path, rejects)
+    elif rejects:
+        target = run.workspace.root / "rejects" / f"{which}.jsonl"
+        write_rejects(path, rejects, target)
+        run.reporter.warning(f"{path}: {len(rejects)} bad line(s) left out, listed in {target}")
+    if not prompts:
+        raise DataError(f"{path}: no usable prompt is left of {len(rejects)}")
+    return prompts, encoded
 
 
 def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:

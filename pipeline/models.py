@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
@@ -92,6 +92,11 @@ def _download(name: str, role: str) -> Path:
         raise ConfigError(
             f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}"
         ) from error
+
+
+def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model directory, without its weights."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def load_model(folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False) -> Any:

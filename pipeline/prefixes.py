@@ -6,8 +6,10 @@ once (``generate-rollouts``, ``score-teacher --source rollouts``) allow training
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from tropd.pipeline.context import (
@@ -16,17 +18,19 @@ from tropd.pipeline.context import (
     data_fields,
     load_role,
     model_fields,
+    role_max_length,
     role_tokenizer,
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import is_correct
 from tropd.pipeline.prompts import Prompt
+from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.storage.errors import DataError
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest
 from tropd.storage.seeds import derive_seed
-from tropd.storage.stage import Stage, open_stage
+from tropd.storage.stage import Stage
 from tropd.storage.trajectories import Author, Trajectory, read_trajectories, write_trajectories
 
 STAGE = "prefixes"
@@ -100,55 +104,70 @@ def fingerprint(run: Run, source: Source) -> Fingerprint:
     return Fingerprint(fields)
 
 
-def generate_prefixes(run: Run, *, force: bool = False) -> Manifest:
-    """Generate the teacher trajectories that are missing; returns the finished manifest.
+def generate_prefixes(run: Run, *, execution: Execution = HERE, force: bool = False) -> Manifest:
+    """Generate the teacher trajectories that are missing; returns the manifest (see ``run_stage``).
 
     Raises:
-        ConfigError, DataError: the inputs do not fit; raised before the teacher is loaded where possible.
+        ConfigError, DataError: the inputs do not fit; raised before the teacher is loaded.
         DataError: ``keep = "correct"`` left no trajectory at all.
     """
-    return _generate(run, teacher_source(run), force)
+    return _generate(run, teacher_source(run), execution, force)
 
 
-def generate_rollouts(run: Run, *, force: bool = False) -> Manifest:
+def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = False) -> Manifest:
     """As ``generate_prefixes``, but the initial student writes."""
-    return _generate(run, student_source(run), force)
+    return _generate(run, student_source(run), execution, force)
 
 
-def _generate(run: Run, source: Source, force: bool) -> Manifest:
+def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Manifest:
     check_pair(run)
-    folder = run.workspace.stage(source.stage)
-    with open_stage(
-        folder, source.stage, fingerprint(run, source), force=force, timings=run.timings
-    ) as stage:
-        if stage.complete:
-            run.reporter.info(
-                f"{source.stage}: done before ({stage.manifest.rows} trajectories), nothing to do"
-            )
-            return stage.manifest
+    num_prompts = 0
+
+    def plan() -> Work:
+        nonlocal num_prompts
         tokenizer = role_tokenizer(run, source.author)
-        engine = load_role(run, source.author).engine(batch_size=source.batch_size)
-        prompts, encoded = training_prompts(run, tokenizer, engine.max_length)
+        prompts, encoded = training_prompts(run, tokenizer, role_max_length(run, source.author))
         prompts, encoded = prompts[: source.limit], encoded[: source.limit]
+        num_prompts = len(prompts)
         starts = range(0, len(prompts), source.shard_prompts)
-        names = [f"part-{number:05d}.parquet" for number in range(len(starts))]
-        sizes = [min(source.shard_prompts, len(prompts) - start) for start in starts]
-        done = sum(size for size, name in zip(sizes, names, strict=True) if stage.has(name))
-        with run.reporter.task(
-            f"{source.author} {source.stage}", len(prompts), done=done, unit="prompts"
-        ) as task:
-            for name, start, size in zip(names, starts, sizes, strict=True):
-                if stage.has(name):
-                    continue
-                rows: list[Trajectory] = []
-                step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
-                for low in range(start, start + size, step):
-                    high = min(low + step, start + size)
-                    rows += _sample(run, source, engine, tokenizer, prompts[low:high], encoded[low:high])
-                    task.advance(high - low)
-                stage.commit(name, write_trajectories(folder / name, rows))
-        _finish(stage, len(prompts), source.samples_per_prompt)
-        return stage.manifest
+        shards = [
+            ShardSpec(number, (_shard_name(number),), min(source.shard_prompts, len(prompts) - start))
+            for number, start in enumerate(starts)
+        ]
+        opener = partial(open_generator, source, prompts, encoded)
+        return Work(f"{source.author} {source.stage}", "prompts", shards, opener)
+
+    def finish(stage: Stage) -> None:
+        _finish(stage, num_prompts, source.samples_per_prompt)
+
+    return run_stage(
+        run, source.stage, fingerprint(run, source), plan, finish, execution=execution, force=force
+    )
+
+
+def open_generator(
+    source: Source, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], run: Run
+) -> Maker:
+    """Load the author; what is returned writes one shard of trajectories after another."""
+    tokenizer = role_tokenizer(run, source.author)
+    engine = load_role(run, source.author).engine(batch_size=source.batch_size)
+    step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
+
+    def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
+        start = number * source.shard_prompts
+        stop = min(start + source.shard_prompts, len(prompts))
+        rows: list[Trajectory] = []
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
+            rows += _sample(run, source, engine, tokenizer, prompts[low:high], encoded[low:high])
+            advance(high - low)
+        return {_shard_name(number): write_trajectories(folder / _shard_name(number), rows)}
+
+    return make
+
+
+def _shard_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
 
 
 def _sample(

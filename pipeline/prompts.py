@@ -1,14 +1,19 @@
-"""Reading prompts: JSONL files, checked line by line before any model is loaded."""
+"""Reading prompts: JSONL files, checked line by line before any model is loaded.
+
+A line that cannot be used is a ``Reject`` with its number and a reason. Whoever reads decides what that means:
+``refuse`` stops with all of them named, ``write_rejects`` puts them into a file of their own.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tropd.pipeline.config import DataConfig
+from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import DataError
 
 MAX_SHOWN = 10
@@ -21,13 +26,25 @@ class Prompt:
     id: str
     text: str
     answer: str | None
+    line: int = field(default=0, compare=False)
+    """Where it is in its file, counted from 1."""
 
 
-def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -> list[Prompt]:
-    """Read and check a JSONL file.
+@dataclass(frozen=True)
+class Reject:
+    """A line that cannot be used."""
+
+    line: int
+    reason: str
+
+
+def scan_prompts(
+    path: Path, config: DataConfig, *, need_answer: bool = False
+) -> tuple[list[Prompt], list[Reject]]:
+    """The usable prompts of a JSONL file, and its bad lines.
 
     Raises:
-        DataError: the file is missing or empty, or has bad lines; every bad line is named with its number.
+        DataError: the file is missing or has no lines.
     """
     if not path.is_file():
         raise DataError(
@@ -35,8 +52,8 @@ def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -
             hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
         )
     prompts: list[Prompt] = []
+    rejects: list[Reject] = []
     seen: dict[str, int] = {}
-    problems: list[str] = []
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -44,22 +61,44 @@ def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -
             try:
                 prompt = _parse(line, number, config, need_answer)
             except ValueError as error:
-                problems.append(f"line {number}: {error}")
+                rejects.append(Reject(number, str(error)))
                 continue
             if prompt.id in seen:
-                problems.append(f"line {number}: id {prompt.id!r} is also on line {seen[prompt.id]}")
+                rejects.append(Reject(number, f"id {prompt.id!r} is also on line {seen[prompt.id]}"))
                 continue
             seen[prompt.id] = number
             prompts.append(prompt)
-    if problems:
-        shown = "\n    ".join(problems[:MAX_SHOWN])
-        more = f"\n    and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        raise DataError(
-            f"{path} has {len(problems)} bad line(s):\n    {shown}{more}", hint="fix or delete these lines"
-        )
-    if not prompts:
+    if not prompts and not rejects:
         raise DataError(f"{path} has no prompts")
-    return prompts
+    return prompts, rejects
+
+
+def refuse(path: Path, rejects: Sequence[Reject]) -> None:
+    """Stop if any line was rejected.
+
+    Raises:
+        DataError: naming the lines, the first few with their reasons.
+    """
+    if not rejects:
+        return
+    shown = "\n    ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN])
+    more = f"\n    and {len(rejects) - MAX_SHOWN} more" if len(rejects) > MAX_SHOWN else ""
+    raise DataError(
+        f"{path} has {len(rejects)} bad line(s):\n    {shown}{more}",
+        hint="fix or delete these lines, or leave them out with --skip-bad (data.skip_bad = true)",
+    )
+
+
+def write_rejects(source: Path, rejects: Sequence[Reject], target: Path) -> None:
+    """Write the rejected lines of ``source`` as JSON lines: ``line``, ``reason`` and the ``text`` as it was."""
+    wanted = {reject.line: reject.reason for reject in rejects}
+    records = []
+    with source.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number in wanted:
+                text = line.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+                records.append({"line": number, "reason": wanted[number], "text": text})
+    write_text_atomic(target, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> Prompt:
@@ -86,32 +125,39 @@ def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> P
         id=str(record.get(config.id_field, number)),
         text=text,
         answer=None if answer is None else str(answer),
+        line=number,
     )
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int, path: Path
-) -> list[list[int]]:
-    """Token ids of each prompt.
+    prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int, limit: int | None = None
+) -> tuple[list[Prompt], list[list[int]], list[Reject]]:
+    """The first ``limit`` prompts that fit, their token ids, and what was rejected on the way.
+
+    Rejected are prompts without tokens and those of more than ``max_length`` tokens.
 
     Raises:
-        DataError: a prompt has no tokens, or more than ``max_length``.
+        DataError: ``chat`` without a chat template.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise DataError("data.chat is true, but the student's tokenizer has no chat template")
+        raise DataError("data.chat is true, but the tokenizer has no chat template")
+    kept: list[Prompt] = []
     encoded: list[list[int]] = []
+    rejects: list[Reject] = []
     for prompt in prompts:
+        if limit is not None and len(kept) == limit:
+            break
         if chat:
             messages = [{"role": "user", "content": prompt.text}]
             tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         else:
             tokens = tokenizer(prompt.text)["input_ids"]
         if not tokens:
-            raise DataError(f"{path}: prompt {prompt.id!r} has no tokens")
-        if len(tokens) > max_length:
-            raise DataError(
-                f"{path}: prompt {prompt.id!r} has {len(tokens)} tokens, room is for {max_length}",
-                hint="drop it, or lower rollout.max_tokens",
-            )
-        encoded.append([int(t) for t in tokens])
-    return encoded
+            rejects.append(Reject(prompt.line, f"prompt {prompt.id!r} has no tokens"))
+        elif len(tokens) > max_length:
+            reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, room is for {max_length}"
+            rejects.append(Reject(prompt.line, reason))
+        else:
+            kept.append(prompt)
+            encoded.append([int(t) for t in tokens])
+    return kept, encoded, rejects

@@ -7,26 +7,29 @@ cache, and ``part-N.parquet``, which names the trajectory of each of its rows an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tropd.pipeline.context import Run, finished, load_role, model_fields, section_fields
+from tropd.pipeline.context import Run, finished, load_role, model_fields, role_vocab_size, section_fields
 from tropd.pipeline.engines.base import Engine, SequenceScores
+from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.storage.atomic import atomic_file
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest
-from tropd.storage.stage import Stage, open_stage
+from tropd.storage.manifest import Manifest, check_shard
+from tropd.storage.stage import Stage
 from tropd.storage.topk_cache import TopK, concatenate, prune, read_topk, write_topk
-from tropd.storage.trajectories import Trajectory, iter_stage
+from tropd.storage.trajectories import Trajectory, read_trajectories
 
 STAGES = {"prefixes": "scores", "rollouts": "rollout-scores"}
 COMMANDS = {"prefixes": "generate-prefixes", "rollouts": "generate-rollouts"}
-# Rows scored between two updates of the progress bar.
+# Rows scored together: between two calls progress is shown. It decides how rows are padded, so it is fixed.
 ROWS_PER_CALL = 256
 
 ROWS_SCHEMA = pa.schema(
@@ -42,51 +45,60 @@ ROWS_SCHEMA = pa.schema(
 def fingerprint(run: Run, source: Manifest) -> Fingerprint:
     """Everything that decides the scores: the trajectories, the teacher, and what is kept."""
     fields = model_fields(run, "teacher") | {f"upstream.{source.stage}": source.fingerprint}
+    fields["teacher.vocab_size"] = role_vocab_size(run, "teacher")
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
     return Fingerprint(fields)
 
 
-def score_teacher(run: Run, *, source_stage: str = "prefixes", force: bool = False) -> Manifest:
-    """Score what is missing of the trajectories in ``source_stage`` and return the finished manifest.
+def score_teacher(
+    run: Run, *, source_stage: str = "prefixes", execution: Execution = HERE, force: bool = False
+) -> Manifest:
+    """Score what is missing of the trajectories in ``source_stage``; returns the manifest (see ``run_stage``).
 
     Raises:
         TropdError: the trajectories are not finished, or the teacher gives NaN.
     """
+    source = finished(run, source_stage, COMMANDS[source_stage])
+
+    def plan() -> Work:
+        shards = [
+            ShardSpec(number, (_cache_name(shard.name), shard.name), shard.rows)
+            for number, shard in enumerate(source.shards.values())
+        ]
+        return Work("teacher scores", "trajectories", shards, partial(open_scorer, source_stage))
+
+    return run_stage(
+        run, STAGES[source_stage], fingerprint(run, source), plan, _finish, execution=execution, force=force
+    )
+
+
+def open_scorer(source_stage: str, run: Run) -> Maker:
+    """Load the teacher; what is returned scores one shard of trajectories after another."""
     source_folder = run.workspace.stage(source_stage)
     source = finished(run, source_stage, COMMANDS[source_stage])
-    name_of_stage = STAGES[source_stage]
-    folder = run.workspace.stage(name_of_stage)
-    with open_stage(
-        folder, name_of_stage, fingerprint(run, source), force=force, timings=run.timings
-    ) as stage:
-        if stage.complete:
-            run.reporter.info(
-                f"scores: done before ({stage.manifest.summary['tokens']} tokens), nothing to do"
-            )
-            return stage.manifest
-        engine = load_role(run, "teacher").engine(batch_size=1, batch_tokens=run.config.scores.batch_tokens)
-        done = sum(source.shards[n].rows for n in source.shards if _is_done(stage, n))
-        with run.reporter.task("teacher scores", source.rows, done=done, unit="trajectories") as task:
-            for name, rows in iter_stage(source_folder, source):
-                if _is_done(stage, name):
-                    continue
-                parts = []
-                for low in range(0, len(rows), ROWS_PER_CALL):
-                    batch = rows[low : low + ROWS_PER_CALL]
-                    parts.append(_score(engine, batch, run.config.scores.k, run.config.scores.mass))
-                    task.advance(len(batch))
-                data = concatenate(parts)
-                cache_name = f"{Path(name).stem}.zarr"
-                write_topk(folder / cache_name, data)
-                stage.commit(cache_name, rows=len(rows))
-                _write_rows(folder / name, rows, data)
-                stage.commit(name, rows=len(rows))
-        _finish(stage)
-        return stage.manifest
+    shards = list(source.shards.values())
+    engine = load_role(run, "teacher").engine(batch_size=1, batch_tokens=run.config.scores.batch_tokens)
+    config = run.config.scores
+
+    def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
+        shard = shards[number]
+        check_shard(source_folder, shard)
+        keys, parts = [], []
+        trajectories = read_trajectories(source_folder / shard.name)
+        while rows := list(islice(trajectories, ROWS_PER_CALL)):
+            keys += [(row.prompt_id, row.sample_index) for row in rows]
+            parts.append(_score(engine, rows, config.k, config.mass))
+            advance(len(rows))
+        data = concatenate(parts)
+        write_topk(folder / _cache_name(shard.name), data, precision=config.precision)
+        _write_rows(folder / shard.name, keys, data)
+        return {_cache_name(shard.name): len(keys), shard.name: len(keys)}
+
+    return make
 
 
-def _is_done(stage: Stage, name: str) -> bool:
-    return stage.has(name) and stage.has(f"{Path(name).stem}.zarr")
+def _cache_name(shard_name: str) -> str:
+    return f"{Path(shard_name).stem}.zarr"
 
 
 def _score(engine: Engine, rows: Sequence[Trajectory], k: int, mass: float) -> TopK:
@@ -114,12 +126,12 @@ def _check(row: Trajectory, scored: SequenceScores) -> None:
             )
 
 
-def _write_rows(path: Path, rows: Sequence[Trajectory], data: TopK) -> None:
+def _write_rows(path: Path, keys: Sequence[tuple[str, int]], data: TopK) -> None:
     offsets = pa.array(data.offsets.astype(np.int32))
     table = pa.table(
         [
-            pa.array([row.prompt_id for row in rows], pa.string()),
-            pa.array([row.sample_index for row in rows], pa.int32()),
+            pa.array([prompt_id for prompt_id, _ in keys], pa.string()),
+            pa.array([sample for _, sample in keys], pa.int32()),
             pa.ListArray.from_arrays(offsets, pa.array(data.sampled)),
         ],
         schema=ROWS_SCHEMA,

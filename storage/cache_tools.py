@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from tropd.storage.atomic import atomic_directory, atomic_file
 from tropd.storage.checks import TrajectoryTable, belongs_to
-from tropd.storage.errors import DataError
+from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest, Shard, check_shard, read_manifest
 from tropd.storage.stage import open_stage
@@ -135,6 +136,26 @@ def export_parquet(workspace: Workspace, out: Path) -> int:
             for batch in _export_batches(_checked(workspace, shard), table):
                 writer.write_batch(batch)
                 num_rows += batch.num_rows
+    return num_rows
+
+
+def export_datasets(workspace: Workspace, out: Path) -> int:
+    """As ``export_parquet``, but a directory for ``datasets.load_from_disk``; replaces ``out`` if it exists.
+
+    Raises:
+        ConfigError: the ``datasets`` library is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "this export needs the Hugging Face datasets library", hint='pip install "tropd[datasets]"'
+        ) from None
+    with TemporaryDirectory(dir=out.absolute().parent) as scratch, atomic_directory(out) as folder:
+        table = Path(scratch) / "cache.parquet"
+        num_rows = export_parquet(workspace, table)
+        cached = str(Path(scratch) / "cache")
+        datasets.Dataset.from_parquet(str(table), cache_dir=cached).save_to_disk(folder)
     return num_rows
 
 

@@ -19,6 +19,7 @@ from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Scalar
 from tropd.storage.manifest import Manifest, Shard
 from tropd.storage.topk_cache import LOGPROB_SLACK, TopK, check_invariants, read_topk
+from tropd.storage.topk_encoding import RANGE, q8_error
 from tropd.storage.trajectories import SCHEMA
 
 # The sampled log-prob is float32, the alternatives are rounded to float16 (11 bits) or coarser.
@@ -91,8 +92,8 @@ def check_trajectories(path: Path, shard: Shard, seen: dict[tuple[str, int], str
     return problems
 
 
-def check_scores(path: Path, shard: Shard, fields: Mapping[str, Scalar], prefixes: Path | None) -> list[str]:
-    """The invariants of a top-k shard, and its agreement with the trajectories that it scores."""
+def check_scores(path: Path, shard: Shard, fields: Mapping[str, Scalar], source: Path | None) -> list[str]:
+    """The invariants of a top-k shard, and its agreement with the trajectories in ``source`` that it scores."""
     try:
         data = read_topk(path)
     except TropdError as error:
@@ -100,20 +101,26 @@ def check_scores(path: Path, shard: Shard, fields: Mapping[str, Scalar], prefixe
     problems = check_invariants(data, vocab_size=vocab_size(fields))
     if data.num_rows != shard.rows:
         problems.append(f"has {data.num_rows} rows, its manifest says {shard.rows}")
-    if prefixes is not None and not problems:
-        problems = _against_trajectories(data, TrajectoryTable(prefixes))
+    if source is not None and not problems:
+        problems = _against_trajectories(
+            data, TrajectoryTable(source), fields.get("scores.precision") == "q8"
+        )
     return problems
 
 
-def _against_trajectories(data: TopK, table: TrajectoryTable) -> list[str]:
+def _against_trajectories(data: TopK, table: TrajectoryTable, coarse: bool) -> list[str]:
     if not np.array_equal(np.diff(data.offsets), table.lengths):
         return ["does not have the rows and lengths of the trajectories that it scores"]
     token_of = np.repeat(np.arange(data.num_tokens), data.counts)
     is_sampled = data.ids == table.tokens[token_of]
     kept = data.logprobs.astype(np.float64)
     sampled = data.sampled.astype(np.float64)
+    if coarse:
+        sampled = np.maximum(sampled, -RANGE)
+    entropy = np.zeros(data.num_tokens)
+    np.subtract.at(entropy, token_of, np.exp(kept) * kept)
     difference = np.abs(kept[is_sampled] - sampled[token_of[is_sampled]])
-    allowed = _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * np.abs(kept[is_sampled])
+    allowed = _tolerance(kept[is_sampled], entropy[token_of[is_sampled]], coarse)
     problems = []
     if (difference > allowed).any():
         where = int(token_of[is_sampled][np.argmax(difference - allowed)])
@@ -129,24 +136,32 @@ def _against_trajectories(data: TopK, table: TrajectoryTable) -> list[str]:
     has_any = data.counts > 0
     least = np.zeros(data.num_tokens)
     least[has_any] = kept[starts[1:][has_any] - 1]
-    slack = _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * np.abs(least)
-    if np.any(outside & (sampled > least + slack)):
+    if np.any(outside & (sampled > least + _tolerance(least, entropy, coarse))):
         problems.append("a sampled token outside the alternatives is likelier than they are")
     return problems
 
 
-def check_score_rows(path: Path, shard: Shard, prefixes: Path | None) -> list[str]:
+def _tolerance(
+    logprobs: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64], coarse: bool
+) -> npt.NDArray[np.float64]:
+    """How far a stored log-prob may be from a float32 one; ``entropy`` is that of the token's alternatives."""
+    rounding = _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * np.abs(logprobs)
+    return rounding + q8_error(logprobs, entropy) if coarse else rounding
+
+
+def check_score_rows(path: Path, shard: Shard, source: Path | None) -> list[str]:
     """The row table of a score shard names the same trajectories in the same order."""
     if problems := check_rows(path, shard):
         return problems
     table = pq.read_table(path, columns=["prompt_id", "sample_index"])
     keys = list(zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
-    if prefixes is not None and keys != TrajectoryTable(prefixes).keys:
+    if source is not None and keys != TrajectoryTable(source).keys:
         return ["does not name the trajectories of the shard that it belongs to"]
     return []
 
 
-def belongs_to(scores: Manifest, prefixes: Manifest | None) -> bool:
+def belongs_to(scores: Manifest, source: Manifest | None) -> bool:
     """Whether the scores were made from these trajectories (unknown counts as yes)."""
-    upstream = scores.fields.get("upstream.prefixes")
-    return prefixes is not None and upstream in (None, prefixes.fingerprint)
+    if source is None:
+        return False
+    return scores.fields.get(f"upstream.{source.stage}") in (None, source.fingerprint)

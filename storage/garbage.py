@@ -1,4 +1,4 @@
-"""Removing what a workspace no longer needs: leftovers of killed writers, and what was moved aside.
+"""Removing what a workspace no longer needs: leftovers of killed writers and of parts, and what was moved aside.
 
 Shards, foreign files and logs are never touched. No stage calls this: what was moved aside (``<stage>.old-<n>``
 by ``--force``, ``damaged/`` by repair) stays until someone asks for it to go.
@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 
 from tropd.storage.atomic import TEMPORARY_PREFIX, content_size, explain_disk_errors
-from tropd.storage.errors import StageLockedError
+from tropd.storage.errors import StageLockedError, TropdError
+from tropd.storage.manifest import read_manifest
+from tropd.storage.parts import SUFFIX as PARTS
 from tropd.storage.stage import lock_stage
 from tropd.storage.verify import DAMAGED, STAGES
 from tropd.storage.workspace import Workspace
@@ -68,6 +70,16 @@ def _moved_aside(root: Path) -> Iterator[tuple[Path, str]]:
             yield path, "moved aside by --force"
         elif path.name == DAMAGED:
             yield path, "set aside by repair"
+        elif path.suffix == PARTS and _is_complete(path.with_suffix("")):
+            yield path, "parts of a complete stage"
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except TropdError:
+        return False
+    return manifest is not None and manifest.complete
 
 
 def _stray(root: Path) -> Iterator[tuple[Path, str]]:

@@ -130,9 +130,8 @@ def open_stage(
         if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
             manifest = Manifest.start(name, fingerprint)
             write_manifest(folder, manifest)
-        elif manifest.fingerprint != fingerprint.digest:
-            raise _mismatch(name, folder, manifest, fingerprint)
         else:
+            refuse_other_settings(name, folder, manifest, fingerprint)
             manifest = _drop_broken(folder, manifest)
         yield Stage(folder, manifest, timings)
 
@@ -171,12 +170,17 @@ def drop_shards(folder: Path, manifest: Manifest, names: Collection[str]) -> Man
     return manifest
 
 
-def _mismatch(
-    name: str, folder: Path, manifest: Manifest, fingerprint: Fingerprint
-) -> FingerprintMismatchError:
+def refuse_other_settings(name: str, folder: Path, manifest: Manifest, fingerprint: Fingerprint) -> None:
+    """Stop if a stage's output was made with other settings or inputs.
+
+    Raises:
+        FingerprintMismatchError: naming every field that differs.
+    """
+    if manifest.fingerprint == fingerprint.digest:
+        return
     changes = fingerprint.changes_from(manifest.fields)
     lines = "\n".join(f"    {field}: {old!r} → {new!r}" for field, old, new in changes)
-    return FingerprintMismatchError(
+    raise FingerprintMismatchError(
         f"{folder} holds the output of stage {name!r} made with other settings or inputs:\n{lines}",
         hint="set them back, or start the stage over with --force (the old output is moved aside, not deleted)",
     )

@@ -141,6 +141,11 @@ def decode(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision:
     }
 
 
+def q8_error(logprobs: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Largest error of q8 log-probs above -``RANGE``; ``entropy`` is that of their token's alternatives, in nats."""
+    return 0.016 * (np.abs(logprobs) + entropy + 0.02) + 0.001
+
+
 def canonical_ids(
     counts: npt.NDArray[np.uint16], ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float16]
 ) -> npt.NDArray[np.int32]:

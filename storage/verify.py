@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,10 @@ from tropd.storage.manifest import FILE_NAME, Manifest, Shard, check_shard, read
 from tropd.storage.stage import drop_shards, lock_stage
 from tropd.storage.workspace import Workspace
 
-STAGES = ("models", "prefixes", "scores", "train", "eval", "report")
+STAGES = ("models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
+CACHE_STAGES = ("prefixes", "scores", "rollouts", "rollout-scores")
+# Scores and the trajectories that they are of.
+SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
 DAMAGED = "damaged"
 # What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
 _COMPANIONS = {"train": ("metrics.jsonl", "tensorboard", "non-finite-step-*.json"), "report": ("*",)}
@@ -45,11 +48,11 @@ class Finding:
         return f"{self.severity}: {self.path}: {self.problem}"
 
 
-def verify_workspace(workspace: Workspace) -> list[Finding]:
-    """Check every stage; errors first within a stage, in manifest order."""
+def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGES) -> list[Finding]:
+    """Check the stages; errors first within a stage, in manifest order."""
     findings: list[Finding] = []
     manifests: dict[str, Manifest | None] = {}
-    for stage in STAGES:
+    for stage in (s for s in STAGES if s in stages):
         folder = workspace.stage(stage)
         try:
             manifests[stage] = read_manifest(folder)
@@ -59,24 +62,25 @@ def verify_workspace(workspace: Workspace) -> list[Finding]:
             continue
         manifest = manifests[stage]
         if manifest is not None:
-            findings += _verify_stage(workspace, stage, manifest, manifests.get("prefixes"))
+            findings += _verify_stage(workspace, stage, manifest, manifests.get(SCORED.get(stage, "")))
         findings += _foreign(folder, stage, manifest)
     return findings
 
 
 def _verify_stage(
-    workspace: Workspace, stage: str, manifest: Manifest, prefixes: Manifest | None
+    workspace: Workspace, stage: str, manifest: Manifest, source: Manifest | None
 ) -> Iterator[Finding]:
     folder = workspace.stage(stage)
     if Fingerprint(manifest.fields).digest != manifest.fingerprint:
         yield Finding("error", stage, f"{stage}/{FILE_NAME}", "its fields do not have its fingerprint")
-    if stage == "scores" and prefixes is not None and not belongs_to(manifest, prefixes):
-        yield Finding("error", stage, stage, "was made from other trajectories than the ones in prefixes/")
+    if source is not None and not belongs_to(manifest, source):
+        problem = f"was made from other trajectories than the ones in {source.stage}/"
+        yield Finding("error", stage, stage, problem)
     seen: dict[tuple[str, int], str] = {}
     for shard in manifest.shards.values():
         try:
             check_shard(folder, shard)
-            problems = _inside(workspace, stage, manifest, shard, seen, prefixes)
+            problems = _inside(workspace, stage, manifest, shard, seen, source)
         except TropdError as error:
             if _gone_meanwhile(folder, shard):
                 continue
@@ -91,34 +95,35 @@ def _inside(
     manifest: Manifest,
     shard: Shard,
     seen: dict[tuple[str, int], str],
-    prefixes: Manifest | None,
+    source: Manifest | None,
 ) -> list[str]:
     path = workspace.stage(stage) / shard.name
-    if stage == "prefixes" and path.suffix == ".parquet":
+    if stage in SCORED.values() and path.suffix == ".parquet":
         return check_trajectories(path, shard, seen)
     if stage == "eval" and path.suffix == ".parquet":
         return check_rows(path, shard, EVALUATIONS)
-    if stage == "scores":
-        source = _scored_shard(workspace, manifest, shard, prefixes)
+    if stage in SCORED:
+        scored = _scored_shard(workspace, manifest, shard, source)
         if path.suffix == ".zarr":
-            return check_scores(path, shard, manifest.fields, source)
+            return check_scores(path, shard, manifest.fields, scored)
         if path.suffix == ".parquet":
-            return check_score_rows(path, shard, source)
+            return check_score_rows(path, shard, scored)
     return []
 
 
 def _scored_shard(
-    workspace: Workspace, scores: Manifest, shard: Shard, prefixes: Manifest | None
+    workspace: Workspace, scores: Manifest, shard: Shard, source: Manifest | None
 ) -> Path | None:
     """The trajectory shard with the same number, if it is sound and the stages belong together."""
     name = Path(shard.name).with_suffix(".parquet").name
-    if prefixes is None or not belongs_to(scores, prefixes) or name not in prefixes.shards:
+    if source is None or not belongs_to(scores, source) or name not in source.shards:
         return None
+    folder = workspace.stage(source.stage)
     try:
-        check_shard(workspace.stage("prefixes"), prefixes.shards[name])
+        check_shard(folder, source.shards[name])
     except TropdError:
         return None  # reported with its own stage
-    return workspace.stage("prefixes") / name
+    return folder / name
 
 
 def _gone_meanwhile(folder: Path, shard: Shard) -> bool:

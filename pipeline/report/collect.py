@@ -12,7 +12,7 @@ from typing import Any
 
 from tropd.pipeline.config import to_plain
 from tropd.pipeline.configuration import ResolvedConfig, explain, parse_config
-from tropd.pipeline.prompts import read_prompts
+from tropd.pipeline.prompts import scan_prompts
 from tropd.pipeline.report.evaluations import MODES, EvaluationFiles, pick_samples, summarize_evaluation
 from tropd.pipeline.report.metrics import read_metrics, summarize_training
 from tropd.pipeline.report.provenance import describe_provenance
@@ -149,7 +149,7 @@ def _prompt_texts(workspace: Workspace, resolved: ResolvedConfig | None) -> dict
         return {}
     data = resolved.config.data
     try:
-        return {p.id: p.text for p in read_prompts(workspace.resolve(data.evaluation), data)}
+        return {p.id: p.text for p in scan_prompts(workspace.resolve(data.evaluation), data)[0]}
     except (TropdError, OSError):
         return {}
 

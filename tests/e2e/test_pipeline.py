@@ -90,6 +90,36 @@ def test_the_cache_can_be_measured_exported_merged_and_cleaned_up(
     assert not (workspace / "scores.old-1").exists()
 
 
+def test_array_jobs_make_the_same_cache(tropd: Any, prepared: Path, copy: Any, tmp_path: Path) -> None:
+    workspace = copy(prepared, "prefixes", "scores")
+    for stage in ("generate-prefixes", "score-teacher"):
+        for part in ("2/2", "1/2"):
+            tropd.ok(stage, "-w", workspace, "--shards", part)
+    for stage in ("prefixes", "scores"):
+        assert content_digest(workspace / stage) == content_digest(prepared / stage)
+    refused = tropd("score-teacher", "-w", workspace, "--shards", "3/2")
+    assert refused.code == 2
+    assert "1 ≤ i ≤ n" in refused.output
+    assert tropd("score-teacher", "-w", workspace, "--shards", "1/2", "--executor", "ray").code == 2
+    assert "everything is" in tropd.ok("cache", "verify", "-w", workspace).output
+    shutil.rmtree(next((workspace / "scores").glob("*.zarr")))
+    assert "is missing" in (found := tropd("cache", "verify", "-w", workspace)).output
+    assert found.code == 1
+
+
+def test_bad_prompts_can_be_left_out(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = copy(prepared, "prefixes", "scores")
+    with (workspace / "data" / "train.jsonl").open("a") as stream:
+        stream.write('{"prompt": \n')
+    refused = tropd("generate-prefixes", "-w", workspace)
+    assert refused.code == 1
+    assert "line 65: not valid JSON" in refused.output
+    assert "--skip-bad" in refused.output
+    kept = tropd.ok("generate-prefixes", "-w", workspace, "--skip-bad")
+    assert "1 bad line(s) left out" in kept.output
+    assert len((workspace / "rejects" / "prompts.jsonl").read_text().splitlines()) == 1
+
+
 def test_guidance_learns_from_the_cache(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:
     workspace = copy(prepared)
     cached = ["--set", "objective={name='tropd-cached', k=5}", "--set", f"teacher.url={teacher_url}"]

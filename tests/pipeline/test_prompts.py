@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tropd.pipeline.config import DataConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
-from tropd.pipeline.prompts import Prompt, encode_prompts, read_prompts
+from tropd.pipeline.prompts import Prompt, Reject, encode_prompts, refuse, scan_prompts, write_rejects
 from tropd.storage.errors import DataError
 
 
 def write(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def read_prompts(path: Path, config: DataConfig, *, need_answer: bool = False) -> list[Prompt]:
+    prompts, rejects = scan_prompts(path, config, need_answer=need_answer)
+    refuse(path, rejects)
+    return prompts
 
 
 def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
@@ -54,15 +61,32 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "empty.jsonl", ""), DataConfig())
 
 
-def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_prompts_that_do_not_fit_are_rejected_with_their_line() -> None:
     tokenizer = make_tokenizer()
-    prompts = [Prompt("a", "1+2=", None), Prompt("b", "1+2+3+4=", None)]
-    path = tmp_path / "p.jsonl"
-    assert encode_prompts(prompts, tokenizer, chat=False, max_length=8, path=path)[0] == [3, 12, 4, 15]
-    with pytest.raises(DataError, match="'b' has 8 tokens, room is for 7"):
-        encode_prompts(prompts, tokenizer, chat=False, max_length=7, path=path)
+    prompts = [Prompt("a", "1+2=", None, line=1), Prompt("b", "1+2+3+4=", None, line=4)]
+    kept, encoded, rejects = encode_prompts(prompts, tokenizer, chat=False, max_length=8)
+    assert (kept, encoded[0], rejects) == (prompts, [3, 12, 4, 15], [])
+    kept, encoded, rejects = encode_prompts(prompts, tokenizer, chat=False, max_length=7)
+    assert (kept, len(encoded)) == (prompts[:1], 1)
+    assert rejects == [Reject(4, "prompt 'b' has 8 tokens, room is for 7")]
     with pytest.raises(DataError, match="no chat template"):
-        encode_prompts(prompts, tokenizer, chat=True, max_length=8, path=path)
+        encode_prompts(prompts, tokenizer, chat=True, max_length=8)
+
+
+def test_the_limit_counts_prompts_that_fit() -> None:
+    prompts = [Prompt(str(n), "1+" * n + "1=", None, line=n + 1) for n in range(4)]
+    kept, _, rejects = encode_prompts(prompts[::-1], make_tokenizer(), chat=False, max_length=6, limit=2)
+    assert ([p.id for p in kept], [r.line for r in rejects]) == (["2", "1"], [4])
+
+
+def test_rejects_keep_what_the_line_was(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "ok"}\n{"prompt": \xff\n{"prompt": "ok"}\n{}\r\n')
+    _, rejects = scan_prompts(path, DataConfig())
+    write_rejects(path, rejects, tmp_path / "rejects" / "prompts.jsonl")
+    written = [json.loads(x) for x in (tmp_path / "rejects" / "prompts.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["text"]) for r in written] == [(2, '{"prompt": \\xff'), (4, "{}")]
+    assert "not UTF-8" in written[0]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ class Faults:
         return wrapped
 
 
-def in_child(folder: Path, at: int, mode: str) -> tuple[str, int]:
-    """Run the stage in a fork; returns (``done`` | ``killed`` | the error's text, operations counted)."""
+def in_child(folder: Path, at: int, mode: str, work: Callable[[Path], None] = run_stage) -> tuple[str, int]:
+    """Do the work on the folder in a fork; returns (``done`` | ``killed`` | the error's text, operations counted)."""
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -116,7 +116,7 @@ def in_child(folder: Path, at: int, mode: str) -> tuple[str, int]:
         faults = Faults(at, mode)
         faults.install()
         try:
-            run_stage(folder)
+            work(folder)
             outcome = "done"
         except TropdError as error:
             outcome = f"TropdError: {error}"

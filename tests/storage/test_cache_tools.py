@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from storage_samples import build_workspace, tree
 
-from tropd.storage.cache_tools import cache_stats, export_parquet, merge_caches
-from tropd.storage.errors import DamagedShardError, DataError, FingerprintMismatchError
+from tropd.storage.cache_tools import cache_stats, export_datasets, export_parquet, merge_caches
+from tropd.storage.errors import ConfigError, DamagedShardError, DataError, FingerprintMismatchError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import read_manifest
 from tropd.storage.stage import open_stage
@@ -52,6 +53,23 @@ def test_stats_match_a_loop(workspace: Workspace) -> None:
     assert stats.entropy == pytest.approx(entropy / tokens, abs=1e-6)
     assert stats.dense_bytes_per_token == 8 * 6 + 4
     assert stats.compression_ratio == pytest.approx(52 * tokens / size)
+
+
+def test_datasets_reads_its_export(workspace: Workspace, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
+    assert export_datasets(workspace, tmp_path / "out") == 12
+    export_parquet(workspace, tmp_path / "same.parquet")
+    loaded = datasets.load_from_disk(tmp_path / "out")
+    assert loaded.to_list() == pq.read_table(tmp_path / "same.parquet").to_pylist()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "same.parquet", "w"]
+
+
+def test_the_datasets_export_names_its_extra(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"tropd\[datasets\]"):
+        export_datasets(workspace, tmp_path / "out")
 
 
 def test_export_reads_back(workspace: Workspace, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tropd.pipeline.context import Run
 from tropd.pipeline.demo import prepare as module
 from tropd.pipeline.demo.prepare import prepare
 from tropd.pipeline.progress import SILENT, Task
-from tropd.pipeline.prompts import read_prompts
+from tropd.pipeline.prompts import scan_prompts
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, FingerprintMismatchError
 from tropd.storage.workspace import Workspace
@@ -100,7 +100,7 @@ def test_another_seed_makes_other_models_and_problems(made: Path, tmp_path: Path
 
 def test_the_problems_are_fair_disjoint_and_readable(made: Path) -> None:
     files = {
-        name: read_prompts(made / "data" / f"{name}.jsonl", DataConfig(), need_answer=True)
+        name: scan_prompts(made / "data" / f"{name}.jsonl", DataConfig(), need_answer=True)[0]
         for name in ("train", "eval")
     }
     assert [len(f) for f in files.values()] == [50, 25]
