@@ -9,7 +9,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test bench bench-cache lint types format clean
+.PHONY: help install demo demo-mismatch test bench bench-cache bench-memory lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
 
 bench-cache: $(STAMP)  ## Encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
 	$(BIN)/python tests/benchmarks/bench_cache.py
+
+bench-memory: $(STAMP)  ## Memory of scoring 100,000 trajectories, from the first shard to the last
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_memory.py
 
 lint: $(STAMP)  ## Lint and formatting
 	$(BIN)/ruff check .

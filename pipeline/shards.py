@@ -115,6 +115,7 @@ def run_stage(
     with open_stage(folder, name, fingerprint, force=force, timings=run.timings) as stage:
         if stage.complete:
             run.reporter.info(f"{name}: done before{_described(stage.manifest)}, nothing to do")
+            remove_parts(folder)
             return stage.manifest
         work = plan()
         gather(stage, [spec.outputs for spec in work.shards])
@@ -146,16 +147,15 @@ def _run_part(
     if whole is not None:
         refuse_other_settings(name, folder, whole, fingerprint)
         if whole.complete:
-            run.reporter.info(f"{name}: done before{_described(whole)}, nothing to do")
-            return whole
+            return run_stage(run, name, fingerprint, plan, finish)
     work = plan()
-    made = made_shards(folder, fingerprint.digest)
     own = part_folder(folder, part.index, part.count)
+    elsewhere = made_shards(folder, fingerprint.digest, but=own)
     with open_stage(own, name, fingerprint, timings=run.timings) as stage:
         mine = [
             spec
             for spec in work.shards[part.index - 1 :: part.count]
-            if _has(stage, spec) or not made.issuperset(spec.outputs)
+            if _has(stage, spec) or not elsewhere.issuperset(spec.outputs)
         ]
         with _progress(run, work, mine, stage) as task:
             _make_here(run, work, stage, [spec for spec in mine if not _has(stage, spec)], task)

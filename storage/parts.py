@@ -38,14 +38,15 @@ def part_manifests(stage_folder: Path, fingerprint: str) -> Iterator[tuple[Path,
             yield folder, manifest
 
 
-def made_shards(stage_folder: Path, fingerprint: str) -> set[str]:
-    """Names of all shards that the stage or any of its parts has."""
+def made_shards(stage_folder: Path, fingerprint: str, *, but: Path | None = None) -> set[str]:
+    """Names of all shards that the stage or any of its parts (``but`` that one) has."""
     made: set[str] = set()
     whole = read_manifest(stage_folder)
     if whole is not None and whole.fingerprint == fingerprint:
         made |= set(whole.shards)
-    for _, manifest in part_manifests(stage_folder, fingerprint):
-        made |= set(manifest.shards)
+    for folder, manifest in part_manifests(stage_folder, fingerprint):
+        if folder != but:
+            made |= set(manifest.shards)
     return made
 
 
@@ -93,6 +94,13 @@ def _adopt(stage: Stage, folder: Path, shard: Shard) -> None:
 
 
 def remove_parts(stage_folder: Path) -> None:
-    """Delete the parts of a complete stage."""
-    with explain_disk_errors(parts_folder(stage_folder)):
-        shutil.rmtree(parts_folder(stage_folder), ignore_errors=True)
+    """Delete the parts of a complete stage, less those that a late job is still writing."""
+    parts = parts_folder(stage_folder)
+    with explain_disk_errors(parts):
+        for folder in sorted(p for p in parts.iterdir() if p.is_dir()) if parts.is_dir() else ():
+            try:
+                with lock_stage(folder):
+                    shutil.rmtree(folder)
+            except StageLockedError:
+                return
+        shutil.rmtree(parts, ignore_errors=True)
