@@ -1,13 +1,19 @@
 """Log-probs of chosen tokens from hidden states, in chunks, without ever holding ``[tokens, V]`` logits.
 
-Legend: n supervised positions · H hidden size · V vocabulary · A alternatives of all positions, concatenated.
-Each chunk's logits are recomputed in the backward pass (activation checkpointing), so that the peak is
-O(chunk·V + n·H + A). Log-softmax and its sums are in float32, whatever the model's precision.
+Legend: n supervised positions · H hidden size · V vocabulary · A alternatives of all positions, concatenated ·
+c positions of a chunk.
+Plain heads (a linear layer, with or without bias, tied or not, with or without a soft cap) go through
+``ChunkedLogprobs``: chunks of logits are made, used and dropped, once forward and once more backward, where the
+gradient of the loss by the logits, g_x·(1[x] - softmax) summed over the ids x of a position, is written over them.
+Peak memory is O(c·V + n·H + A + V·H), the last being the head's own gradient. Other heads are checkpointed chunk by
+chunk. Logits, log-softmax and sums are float32, whatever the model's precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,22 +64,143 @@ def token_logprobs(
     if lookups is None:
         lookups = Lookups(targets.new_zeros(len(targets)), targets.new_zeros(0))
     size = max(1, CHUNK_ELEMENTS // vocabulary(split, states))
-    parts = []
-    first = 0
-    for low in range(0, len(targets), size):
-        high = min(low + size, len(targets))
-        counts = lookups.counts[low:high]
-        last = first + int(counts.sum())
-        arguments = (split, states[low:high], targets[low:high], counts, lookups.ids[first:last])
-        if torch.is_grad_enabled() and size < len(targets):
-            parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
-        else:
-            parts.append(_chunk(*arguments))
-        first = last
-    if not parts:
+    if not len(targets):
         empty = states.sum(dim=-1).float()
         return TokenLogprobs(empty, empty, empty.detach(), empty.detach())
+    if size >= len(targets):  # nothing to save: logits of one chunk may as well be kept
+        return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids))
+    if is_plain(split.head):
+        head = split.head
+        dtype = _autocast_dtype(states.device) or states.dtype
+        return TokenLogprobs(
+            *ChunkedLogprobs.apply(
+                states,
+                head.weight,
+                head.bias,
+                targets,
+                lookups.counts,
+                lookups.ids,
+                split.softcap,
+                dtype,
+                size,
+            )
+        )
+    parts = [
+        checkpoint(
+            _chunk,
+            split,
+            states[rows],
+            targets[rows],
+            lookups.counts[rows],
+            lookups.ids[entries],
+            use_reentrant=False,
+        )
+        for rows, entries in _chunks(lookups.counts, size)
+    ]
     return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def is_plain(head: Any) -> bool:
+    """Whether a head is a linear layer and nothing else, so that its gradient can be written down."""
+    return type(head) is torch.nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _chunks(counts: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the positions, ``size`` at a time, with those of their lookups."""
+    ends = counts.cumsum(dim=0).cpu()
+    first = 0
+    for low in range(0, len(counts), size):
+        high = min(low + size, len(counts))
+        last = int(ends[high - 1])
+        yield slice(low, high), slice(first, last)
+        first = last
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """Log-probs, entropy and overlap of a linear head, with the logits recomputed in the backward pass.
+
+    Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, counts ``[n]``, ids ``[A]``,
+    the soft cap or None, the dtype of matrix products, positions per chunk. Outputs: those of ``TokenLogprobs``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        counts: Tensor,
+        ids: Tensor,
+        softcap: float | None,
+        dtype: torch.dtype,
+        size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parts = []
+        low_weight = weight.to(dtype)
+        for rows, entries in _chunks(counts, size):
+            logits = _logits(states[rows], low_weight, bias, softcap, dtype)
+            norms = logits.logsumexp(dim=-1)
+            logits -= norms.unsqueeze(-1)
+            parts.append((norms, *_pick(logits, targets[rows], counts[rows], ids[entries])))
+        norms, chosen, found, entropy, overlap = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms)
+        ctx.softcap, ctx.dtype, ctx.size = softcap, dtype, size
+        ctx.mark_non_differentiable(entropy, overlap)
+        return chosen, found, entropy, overlap
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_chosen: Tensor, grad_found: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, targets, counts, ids, norms = ctx.saved_tensors
+        softcap, dtype = ctx.softcap, ctx.dtype
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(states) if wants_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        low_weight = weight.to(dtype)
+        for rows, entries in _chunks(counts, ctx.size):
+            logits = _logits(states[rows], low_weight, bias, softcap, dtype)
+            slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
+            by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
+            position = _positions(counts[rows], ids[entries])
+            total = by_target.squeeze(-1).index_add(0, position, by_lookup).unsqueeze(-1)
+            grad = logits.sub_(norms[rows].unsqueeze(-1)).exp_().mul_(-total)
+            grad.scatter_add_(-1, targets[rows].unsqueeze(-1), by_target)
+            grad.index_put_((position, ids[entries]), by_lookup, accumulate=True)
+            if slope is not None:
+                grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            low_grad = grad.to(dtype)
+            if grad_states is not None:
+                grad_states[rows] = (low_grad @ low_weight).to(states.dtype)
+            if grad_weight is not None and dtype == torch.float32:
+                grad_weight.addmm_(low_grad.T, states[rows].to(dtype))
+            elif grad_weight is not None:
+                grad_weight += low_grad.T @ states[rows].to(dtype)
+        return (
+            grad_states,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 6,
+        )
+
+
+def _logits(
+    states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
+    """``[c, V]`` float32; the product itself in ``dtype``, as the head would do it under autocast."""
+    with torch.autocast(states.device.type, enabled=False):
+        low_bias = None if bias is None else bias.to(dtype)
+        logits = torch.nn.functional.linear(states.to(dtype), weight, low_bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
 
 
 def vocabulary(split: SplitModel, states: Tensor) -> int:
@@ -85,14 +212,29 @@ def vocabulary(split: SplitModel, states: Tensor) -> int:
 def _chunk(
     split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs = torch.log_softmax(split.logits(states), dim=-1)
+    return _pick(torch.log_softmax(split.logits(states), dim=-1), targets, counts, ids)
+
+
+def _pick(
+    logprobs: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of targets and ids, entropy, and overlap, from ``[c, V]`` log-probs."""
     chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    rows = torch.repeat_interleave(torch.arange(len(targets), device=targets.device), counts)
-    found = logprobs[rows, ids]
+    position = _positions(counts, ids)
+    found = logprobs[position, ids]
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
-        overlap = _overlap(logprobs, found, rows, counts)
+        overlap = _overlap(logprobs, found, position, counts)
+        finite = logprobs.clamp(min=torch.finfo(torch.float32).min)
+        entropy = -finite.mul_(logprobs.exp()).sum(dim=-1)
     return chosen, found, entropy, overlap
+
+
+def _positions(counts: Tensor, ids: Tensor) -> Tensor:
+    """``[A]`` position that each looked-up id belongs to."""
+    positions = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(
+        positions, counts, output_size=len(ids)
+    )  # with the size, a GPU need not wait
 
 
 def _overlap(logprobs: Tensor, found: Tensor, rows: Tensor, counts: Tensor) -> Tensor:

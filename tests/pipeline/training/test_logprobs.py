@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.models import SplitModel
+from tropd.pipeline.models import SplitModel, split_model
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 
@@ -79,3 +81,70 @@ def test_nothing_to_score_is_not_an_error() -> None:
     result = token_logprobs(SplitModel(None, head, None), states, torch.zeros(0, dtype=torch.long))
     (result.targets.sum() + result.lookups.sum()).backward()
     assert result.targets.shape == result.entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "frozen", "unusual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunked_head_is_the_head(
+    monkeypatch: pytest.MonkeyPatch,
+    problem: tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, Lookups],
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    head, states, targets, lookups = problem
+    if kind == "no bias":
+        head.bias = None
+    elif kind == "frozen":
+        head.requires_grad_(False)
+    elif kind == "unusual":
+        head.register_forward_hook(lambda module, inputs, output: output)
+    split = SplitModel(None, head, None)
+
+    def run(chunk: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * V)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result = token_logprobs(split, states, targets, lookups)
+        loss = (result.targets * torch.linspace(-1, 1, N)).sum() + result.lookups.sum()
+        wanted = [t for t in (states, head.weight, head.bias) if t is not None and t.requires_grad]
+        return [
+            result.targets,
+            result.lookups,
+            result.entropy,
+            result.overlap,
+            *torch.autograd.grad(loss, wanted),
+        ]
+
+    whole, parts = run(N), run(4)
+    assert len(whole) == {"linear": 7, "no bias": 6, "frozen": 5, "unusual": 7}[kind]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for expected, found in zip(whole, parts, strict=True):
+        scale = max(1.0, float(expected.detach().nan_to_num().abs().max()))
+        assert torch.allclose(found, expected, atol=tolerance * scale, equal_nan=True)
+        assert found.dtype == expected.dtype
+
+
+def test_tied_embeddings_get_both_gradients(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = split_model(tiny_model)
+    ids = torch.arange(20).reshape(2, 10) % 24
+
+    def gradients(chunk: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * 24)
+        states = split.hidden(input_ids=ids)[:, :-1].reshape(18, -1)
+        tiny_model.zero_grad()
+        token_logprobs(split, states, ids[:, 1:].reshape(-1)).targets.sum().backward()
+        return {name: p.grad.clone() for name, p in tiny_model.named_parameters()}
+
+    whole, parts = gradients(18), gradients(5)
+    assert "lm_head.weight" not in whole  # tied: one parameter
+    for name, expected in whole.items():
+        assert torch.allclose(parts[name], expected, atol=1e-4), name
+
+
+def test_no_gradient_is_no_trouble(
+    monkeypatch: pytest.MonkeyPatch, problem: tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, Lookups]
+) -> None:
+    head, states, targets, lookups = problem
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * V)
+    with torch.no_grad():
+        result = token_logprobs(SplitModel(None, head, None), states, targets, lookups)
+    assert not result.targets.requires_grad
