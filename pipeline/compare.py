@@ -83,8 +83,10 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
         score_teacher(run, source_stage="rollouts")
     _evaluate_reference(run)
     with ExitStack() as stack:
-        url = run.config.teacher.url
-        if url is None and any(teacher_needs(s).sampled and s.rollouts == "student" for s in specs):
+        url = None  # of the service that is started here; another is in the cells' configurations
+        if not run.config.teacher.urls and any(
+            teacher_needs(s).sampled and s.rollouts == "student" for s in specs
+        ):
             command = serve_command(run.workspace.root, run.assignments)
             log = run.workspace.logs / "teacher-service.log"
             url = stack.enter_context(LocalTeacher(command, log)).url

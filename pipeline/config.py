@@ -76,8 +76,9 @@ class TeacherConfig(ModelConfig):
 
     model: str = "models/teacher"
     """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
-    url: str | None = None
-    """A scoring service that is already running; if not set, `tropd train` starts one on a free loopback port."""
+    url: str | tuple[str, ...] | None = None
+    """A scoring service that is already running (`tropd serve-teacher`, or vLLM's `vllm serve`), or a list of several
+    with the same teacher; if not set, `tropd train` starts one on a free loopback port."""
     token_env: str = "TROPD_TEACHER_TOKEN"
     """Environment variable with the bearer token of that service."""
     timeout_seconds: float = Field(default=300.0, gt=0)
@@ -85,11 +86,19 @@ class TeacherConfig(ModelConfig):
 
     @field_validator("url")
     @classmethod
-    def _is_http(cls, url: str | None) -> str | None:
-        parts = urlsplit(url or "http://none")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("a service's address looks like http://host:port")
+    def _is_http(cls, url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if url is not None and not url:
+            raise ValueError("no address is given; a service's address looks like http://host:port")
+        for one in (url,) if isinstance(url, str) else url or ():
+            parts = urlsplit(one)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"a service's address looks like http://host:port, not {one!r}")
         return url
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of running services; none if one is to be started."""
+        return (self.url,) if isinstance(self.url, str) else self.url or ()
 
 
 class StudentConfig(ModelConfig):
@@ -147,7 +156,7 @@ class ServiceConfig(Spec):
     """Tokens that may wait; beyond this a request is answered 429 with Retry-After."""
     max_request_tokens: int = Field(default=1 << 18, ge=1)
     """Largest request, in tokens."""
-    max_request_bytes: int = Field(default=64 << 20, ge=1024)
+    max_request_bytes: int = Field(default=64 << 20, ge=4096)
     """Largest request body."""
 
 

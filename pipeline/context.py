@@ -13,7 +13,6 @@ from tropd.pipeline.config import Config, ModelConfig, to_plain
 from tropd.pipeline.configuration import ResolvedConfig
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
-    check_tokenizers,
     configure_runtime,
     context_length,
     load_model,
@@ -21,11 +20,11 @@ from tropd.pipeline.models import (
     load_tokenizer,
     model_directory,
     stop_token_ids,
-    tokenizer_identity,
     weights_digest,
 )
 from tropd.pipeline.progress import Reporter
 from tropd.pipeline.prompts import Prompt, encode_prompts, refuse, scan_prompts, write_rejects
+from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
@@ -106,7 +105,9 @@ def _role_config(run: Run, role: str) -> Any:
 
 def check_pair(run: Run) -> None:
     """Refuse a student and a teacher whose token ids differ in meaning, before any weights are read."""
-    check_tokenizers(role_tokenizer(run, "student"), role_tokenizer(run, "teacher"))
+    check_tokenizers(
+        role_tokenizer(run, "student"), role_tokenizer(run, "teacher"), chat=run.config.data.chat
+    )
 
 
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Prompt], list[list[int]]]:

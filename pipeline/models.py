@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -26,14 +25,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHOWN_DIFFERENCES = 5
-
-
-@dataclass(frozen=True)
-class TokenizerIdentity:
-    """What must agree between two models that exchange token ids."""
-
-    digest: str
-    vocab_size: int
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def configure_runtime(runtime: RuntimeConfig) -> torch.device:
@@ -66,7 +58,7 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     """
     folder = workspace.resolve(config.model)
     if not folder.exists():
-        if config.model.count("/") == 1 and not config.model.startswith((".", "/", "~", "models/")):
+        if _is_hub_name(config.model):
             return _download(config.model, role)
         raise ConfigError(
             f"{role}.model = {config.model!r}: {folder} does not exist",
@@ -82,12 +74,33 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     return folder
 
 
+def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:
+    """Whether ``model_directory`` would find the model without downloading it."""
+    return workspace.resolve(config.model).exists() or (
+        _is_hub_name(config.model) and _downloaded(config.model)
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "models/"))
+
+
+def _downloaded(name: str) -> bool:
+    from huggingface_hub import snapshot_download  # only where a hub model is used
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return False
+    return any(folder.glob("*.safetensors"))
+
+
 def _download(name: str, role: str) -> Path:
     from huggingface_hub import snapshot_download  # only where a hub model is used
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise ConfigError(
             f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}"
@@ -164,59 +177,23 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
-    """Hash of vocabulary, merges, normalisation and added tokens.
-
-    The chat template is left out: token ids are exchanged, not text, and related models often differ there.
-    """
-    content: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        data = json.loads(backend.to_str())
-        model = data.get("model", {})
-        content["merges"] = model.get("merges")
-        content["rules"] = [data.get("normalizer"), data.get("pre_tokenizer")]
-    text = json.dumps(content, ensure_ascii=True, sort_keys=True)
-    return TokenizerIdentity(hashlib.sha256(text.encode()).hexdigest(), len(tokenizer))
+def declared_length(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Longest sequence that the model in a directory takes, from its configuration alone."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return context_length(config)
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Refuse a pair whose token ids do not mean the same.
-
-    Output layers padded to different sizes are fine; only the tokenizers' content is compared.
-
-    Raises:
-        ConfigError: with the first differing tokens.
-    """
-    if tokenizer_identity(student).digest == tokenizer_identity(teacher).digest:
-        return
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differences = [
-        f"{token!r}: student {ours.get(token)}, teacher {theirs.get(token)}"
-        for token in sorted(ours.keys() | theirs.keys())
-        if ours.get(token) != theirs.get(token)
-    ]
-    shown = (
-        "\n    ".join(differences[:MAX_SHOWN_DIFFERENCES]) or "same vocabulary, other merges or normalisation"
-    )
-    raise ConfigError(
-        f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens, "
-        f"{len(differences)} differ):\n    {shown}",
-        hint="distillation by log-probs needs models that share a tokenizer",
-    )
-
-
-def check_lengths(teacher_max_length: int, longest_prompt: int, max_tokens: int) -> None:
-    """Refuse a teacher that cannot read prompt and response.
+def check_lengths(max_length: int, longest_prompt: int, max_tokens: int, who: str = "the model") -> None:
+    """Refuse a model that cannot read prompt and response.
 
     Raises:
         ConfigError: with the numbers.
     """
-    if longest_prompt + max_tokens > teacher_max_length:
+    if longest_prompt + max_tokens > max_length:
         raise ConfigError(
             f"the longest prompt ({longest_prompt} tokens) and rollout.max_tokens ({max_tokens}) make "
-            f"{longest_prompt + max_tokens} tokens, but the model takes {teacher_max_length}",
-            hint=f"set rollout.max_tokens to at most {max(0, teacher_max_length - longest_prompt)}, or drop long prompts",
+            f"{longest_prompt + max_tokens} tokens, but {who} takes {max_length}",
+            hint=f"set rollout.max_tokens to at most {max(0, max_length - longest_prompt)}, or drop long prompts",
         )
 
 

@@ -1,55 +1,138 @@
-"""Reaching the teacher service of a run: the one that is configured, or a local one started for the purpose."""
+"""Reaching the teacher of a run: the servers that are configured, or a local one started for the purpose."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
-from tropd.pipeline.context import Run
-from tropd.pipeline.models import TokenizerIdentity, model_directory, weights_digest
+from tropd.pipeline.context import Run, model_fields
+from tropd.pipeline.models import (
+    check_lengths,
+    declared_length,
+    model_directory,
+    model_is_here,
+    weights_digest,
+)
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.teacher.client import TeacherClient
+from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command
+from tropd.pipeline.tokenizers import differing_parts, tokenizer_identity
 from tropd.storage.errors import ConfigError
+from tropd.storage.fingerprint import Scalar
+
+
+def local_teacher(run: Run) -> Path | None:
+    """The teacher's directory; None where it is not on this machine and ``teacher.url`` names who has it."""
+    teacher = run.config.teacher
+    if teacher.urls and not model_is_here(run.workspace, teacher):
+        return None
+    return model_directory(run.workspace, teacher, "teacher")
+
+
+def teacher_fields(run: Run) -> dict[str, Scalar]:
+    """Fingerprint fields of the teacher: of its directory, or what its servers say where there is none here."""
+    if local_teacher(run) is not None:
+        return model_fields(run, "teacher")
+    with _client(run, run.config.teacher.urls, run.reporter.warning, time.sleep) as client:
+        info = client.info()
+    tokenizer = info.tokenizer or str(model_fields(run, "student")["student.tokenizer"])
+    return {
+        "teacher.weights": info.weights,
+        "teacher.tokenizer": tokenizer,  # a vLLM server's is compared with the student's by its texts
+        "teacher.dtype": run.config.teacher.dtype,
+    }
 
 
 def connect_teacher(
     run: Run,
     stack: ExitStack,
     *,
-    identity: TokenizerIdentity,
+    tokenizer: Any,
     needed_length: int,
     on_wait: Callable[[str], None],
+    sleep: Callable[[float], None],
 ) -> TeacherClient:
-    """A client whose service is known to fit; what was started is stopped when ``stack`` closes.
+    """A client whose servers are known to fit; what was started is stopped when ``stack`` closes.
+
+    Args:
+        tokenizer: the student's.
+        needed_length: tokens of the longest prompt and response together.
+        on_wait: told why nothing happens while a server is away.
+        sleep: waits between two attempts; may raise to end the wait.
 
     Raises:
-        ConfigError: the service's tokenizer or context length does not fit, or it has another teacher.
-        TropdError: there is no service at ``teacher.url``, or the local one does not start.
+        ConfigError: a server's tokenizer or context length does not fit, or it has another teacher.
+        TropdError: there is no server at ``teacher.url``, or the local one does not start.
     """
-    teacher = run.config.teacher
-    url = teacher.url
-    if url is None:
+    teacher, folder = run.config.teacher, local_teacher(run)
+    urls = teacher.urls
+    if folder is not None:
+        remote = teacher.trust_remote_code
+        longest = needed_length - run.config.rollout.max_tokens
+        declared = declared_length(folder, trust_remote_code=remote)
+        check_lengths(declared, longest, run.config.rollout.max_tokens, who="the teacher")
+    if not urls:
         run.reporter.info("train: starting a local teacher service")
         command = serve_command(run.workspace.root, run.assignments)
-        url = stack.enter_context(LocalTeacher(command, run.workspace.logs / "teacher-service.log")).url
-    client = stack.enter_context(
-        TeacherClient(
-            url,
-            token=os.environ.get(teacher.token_env) or None,
-            timeout_seconds=teacher.timeout_seconds,
-            on_wait=on_wait,
-        )
+        log = run.workspace.logs / "teacher-service.log"
+        urls = (stack.enter_context(LocalTeacher(command, log)).url,)
+    client = stack.enter_context(_client(run, urls, on_wait, sleep))
+    identity = tokenizer_identity(tokenizer)
+    client.check_compatible(
+        identity.digest,
+        identity.vocab_size,
+        needed_length,
+        differing_parts(identity.parts, client.info().tokenizer_parts, chat=run.config.data.chat),
     )
-    client.check_compatible(identity.digest, identity.vocab_size, needed_length)
+    info = client.info()
+    if info.kind == "vllm" and not client.check_token_texts(tokenizer.decode, identity.vocab_size):
+        run.reporter.warning(
+            f"the server at {client.url} has no /detokenize: its tokenizer is taken on trust"
+        )
     objective = run.config.objective
     client.check_gives(teacher_needs(objective), objective)
-    weights = weights_digest(model_directory(run.workspace, teacher, "teacher"))
-    if client.info().weights != weights:
+    if teacher.urls:
+        for replica in client.replicas:
+            run.reporter.info(f"train: teacher at {replica.url}: {_described(replica.before)}")
+    if folder is None:
+        run.reporter.info(
+            f"train: teacher.model = {teacher.model!r} is not on this machine; its identity is what the service says"
+        )
+    elif info.kind == "vllm":
+        run.reporter.info(
+            f"train: a vLLM server does not tell its weights; {info.model} is taken to be {folder.name}"
+        )
+    elif info.weights != (weights := weights_digest(folder)):
         raise ConfigError(
-            f"the service at {url} has another teacher than teacher.model = {teacher.model!r}: "
-            f"weights {client.info().weights[:12]}… there, {weights[:12]}… here",
+            f"the service at {client.url} has another teacher than teacher.model = {teacher.model!r}: "
+            f"weights {info.weights[:12]}… there, {weights[:12]}… here",
             hint="name that teacher in teacher.model, or the service of this one in teacher.url",
         )
     return client
+
+
+def _client(
+    run: Run, urls: tuple[str, ...], on_wait: Callable[[str], None], sleep: Callable[[float], None]
+) -> TeacherClient:
+    teacher = run.config.teacher
+    return TeacherClient(
+        urls,
+        token=os.environ.get(teacher.token_env) or None,
+        timeout_seconds=teacher.timeout_seconds,
+        on_wait=on_wait,
+        sleep=sleep,
+    )
+
+
+def _described(info: ServiceInfo | None) -> str:
+    if info is None:
+        return "does not answer yet"
+    limits = f"at most {info.max_length:,} tokens, top {info.max_topk:,}"
+    if info.kind == "vllm":
+        return f"vLLM, {info.model}, {limits}, no entropy"
+    return f"tropd, {info.model}, weights {info.weights[:12]}…, {limits}"

@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 
 from tropd.pipeline.context import Run, load_role
-from tropd.pipeline.models import tokenizer_identity, weights_digest
-from tropd.pipeline.teacher.service import ServiceInfo, check_address, run_service
+from tropd.pipeline.models import weights_digest
+from tropd.pipeline.teacher.info import ServiceInfo
+from tropd.pipeline.teacher.service import check_address, run_service
+from tropd.pipeline.tokenizers import tokenizer_identity
 
 
 def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
@@ -23,6 +25,7 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
         weights=weights_digest(teacher.folder),
         tokenizer=identity.digest,
         tokenizer_size=identity.vocab_size,
+        tokenizer_parts=identity.parts,
         vocab_size=engine.vocab_size,
         max_length=engine.max_length,
         max_request_tokens=settings.max_request_tokens,

@@ -28,7 +28,6 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict
 from starlette.requests import ClientDisconnect
 
 from tropd.pipeline.config import ServiceConfig, TeacherConfig
@@ -41,9 +40,9 @@ from tropd.pipeline.teacher.batcher import (
     TeacherOutputError,
     score_requests,
 )
+from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
-    PROTOCOL_VERSION,
     ProtocolError,
     ScoreItem,
     ScoreRequest,
@@ -56,30 +55,6 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
 BODY_IDLE_SECONDS = 10.0
 """A body that stops arriving for this long is given up: it would hold back the end of the service for ever."""
-
-
-class ServiceInfo(BaseModel):
-    """What ``/v1/info`` says: who the teacher is, and what it accepts."""
-
-    model_config = ConfigDict(frozen=True)
-
-    protocol: int = PROTOCOL_VERSION
-    model: str
-    weights: str
-    """SHA-256 of the weights."""
-    tokenizer: str
-    """SHA-256 of the tokenizer's content."""
-    tokenizer_size: int
-    vocab_size: int
-    """Rows of the output layer."""
-    max_length: int
-    max_request_tokens: int
-    max_request_bytes: int
-    queue_tokens: int
-    max_topk: int = 0
-    """Most alternatives per token that it gives; 0 if it gives none."""
-    entropy: bool = False
-    """Whether it gives the full-vocabulary entropy."""
 
 
 class _Metrics:

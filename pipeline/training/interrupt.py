@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+LONGEST_NAP_SECONDS = 0.1
+
+
+class StopRequestedError(Exception):
+    """Someone has asked to stop while the loop was waiting."""
 
 
 class StopRequest:
@@ -18,11 +25,24 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def sleep(self, seconds: float) -> None:
+        """Sleep in any thread; a request to stop ends it at once.
+
+        Naps, because an Event must not be set in the handler of a signal that may have interrupted its own wait.
+
+        Raises:
+            StopRequestedError: there is a request.
+        """
+        end = time.monotonic() + seconds
+        while not self and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, LONGEST_NAP_SECONDS))
+        if self:
+            raise StopRequestedError
+
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(request: StopRequest) -> Iterator[StopRequest]:
     """Collect SIGINT and SIGTERM; a second one interrupts at once. Outside the main thread, nothing is caught."""
-    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

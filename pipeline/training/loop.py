@@ -17,13 +17,14 @@ from tropd.pipeline.evaluation.evaluate import Mode, respond
 from tropd.pipeline.guidance import scheduled_length
 from tropd.pipeline.models import DTYPES
 from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.training.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     remove_uncommitted,
     save_checkpoint,
 )
-from tropd.pipeline.training.interrupt import StopRequest, stop_on_signal
+from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
 from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session, open_session
@@ -51,7 +52,7 @@ def fingerprint(run: Run) -> Fingerprint:
     """Everything that decides the final weights."""
     config = run.config
     needs = teacher_needs(config.objective)
-    fields = data_fields(run, "prompts") | model_fields(run, "student") | model_fields(run, "teacher")
+    fields = data_fields(run, "prompts") | model_fields(run, "student") | teacher_fields(run)
     fields |= section_fields(
         "objective", config.objective, without={"title", "source", "confidence", "formula"}
     )
@@ -85,7 +86,8 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         InterruptedStageError: Ctrl-C or SIGTERM; a checkpoint was written.
         TropdError: a non-finite loss or gradient (the batch is saved), or a teacher that stays away.
     """
-    check_pair(run)
+    if local_teacher(run) is not None:
+        check_pair(run)
     folder = run.workspace.stage(STAGE)
     with open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings) as stage:
         if stage.complete:
@@ -93,9 +95,10 @@ def train(run: Run, *, force: bool = False) -> Manifest:
             return stage.manifest
         remove_uncommitted(stage)
         with ExitStack() as stack:
-            session = open_session(run, stack, run.reporter.warning)
+            stop = StopRequest()
+            session = open_session(run, stack, run.reporter.warning, stop.sleep)
             # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
-            stop = stack.enter_context(stop_on_signal())
+            stack.enter_context(stop_on_signal(stop))
             _run_steps(session, stage, stop)
         return stage.manifest
 
@@ -110,7 +113,15 @@ def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
     with MetricsLog(stage.folder, first) as log:
         with run.reporter.task("train", config.steps, done=first, unit="steps") as task:
             for step in range(first, config.steps):
-                record = _step(session, stage, step)
+                try:
+                    record = _step(session, stage, step)
+                except (
+                    StopRequestedError
+                ):  # the weights are those of the step before: the teacher is asked first
+                    if step > first:
+                        log.sync()
+                        save_checkpoint(stage, step, model, optimizer, counters, keep=config.keep_checkpoints)
+                    raise _interrupted(run, step, "while waiting for the teacher") from None
                 for name in SUMMED:
                     counters[name] = counters.get(name, 0) + record[name]
                 done = step + 1
@@ -124,12 +135,17 @@ def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
                     log.sync()
                     save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
                 if stop and done < config.steps:
-                    raise InterruptedStageError(
-                        f"train: stopped after step {done} of {config.steps}; a checkpoint was saved",
-                        hint=f"tropd train -w {run.workspace.root} goes on from there",
-                    )
+                    raise _interrupted(run, done)
     _export(session, stage)
     stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
+
+
+def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
+    return InterruptedStageError(
+        f"train: stopped after step {done} of {run.config.train.steps}{when and ', ' + when}"
+        + ("; a checkpoint was saved" if done else ""),
+        hint=f"tropd train -w {run.workspace.root} goes on from there",
+    )
 
 
 def _step(session: Session, stage: Stage, step: int) -> Record:
@@ -141,9 +157,10 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     )
     rows = _rows(session, step, limit)
     rolled_out = time.perf_counter()
-    traffic_before = session.traffic()
+    traffic_before, retries_before = session.traffic(), session.retries()
     teacher = _teacher_data(session, rows)
     traffic = {k: v - traffic_before[k] for k, v in session.traffic().items()}
+    retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
     inputs = StepInputs(
         rows=rows,
         teacher=teacher,
@@ -179,6 +196,7 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
         "step": step,
         **step_metrics(inputs, outcome, guided=objective.guidance.weight > 0),
         **traffic,
+        "teacher_retries": retries,
         "prefix_length_scheduled": limit,
         "grad_norm": norm,
         "learning_rate": learning_rate,

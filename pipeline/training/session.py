@@ -17,7 +17,6 @@ from tropd.pipeline.context import (
     evaluation_problems,
     finished,
     load_role,
-    model_fields,
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine
@@ -29,16 +28,15 @@ from tropd.pipeline.models import (
     load_tokenizer,
     model_directory,
     split_model,
-    tokenizer_identity,
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES
-from tropd.pipeline.teacher.connection import connect_teacher
+from tropd.pipeline.teacher.client import TeacherClient
+from tropd.pipeline.teacher.connection import connect_teacher, teacher_fields
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
-from tropd.pipeline.training.teacher_data import Scorer
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.manifest import read_manifest
 
@@ -60,7 +58,7 @@ class Session:
     """Teacher trajectories, for prefixes."""
     stored: TrajectoryStore | None
     """Stored student rollouts, for objectives that train on them."""
-    scorer: Scorer | None
+    scorer: TeacherClient | None
     cached: CachedScores | None
     reference: Engine | None
     problems: tuple[list[Prompt], list[list[int]]] | None
@@ -86,6 +84,10 @@ class Session:
             "teacher_bytes_received": 0 if scorer is None else scorer.bytes_received,
         }
 
+    def retries(self) -> list[int]:
+        """Failed attempts so far per server, in the order of ``teacher.url``."""
+        return [] if self.scorer is None else [replica.retries for replica in self.scorer.replicas]
+
     def reference_logprobs(self, rows: list[Row]) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         """``[T]`` log π_ref of the student's tokens, if the objective scales rewards."""
         if self.reference is None:
@@ -101,8 +103,14 @@ class Session:
         return self.cached.prefixes(rows, self.store, self.run.config.objective.k)
 
 
-def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> Session:
+def open_session(
+    run: Run, stack: ExitStack, on_wait: Callable[[str], None], sleep: Callable[[float], None]
+) -> Session:
     """Load student and data, start or reach the teacher service, and check that all fits together.
+
+    Args:
+        on_wait: told why nothing happens while the teacher is away.
+        sleep: waits between two attempts to reach it; may raise to end the wait.
 
     Raises:
         ConfigError, DataError, TropdError: before any training has happened.
@@ -145,8 +153,9 @@ def open_session(run: Run, stack: ExitStack, on_wait: Callable[[str], None]) -> 
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorer = None
     if needs.sampled and stored is None:
-        identity = tokenizer_identity(student.tokenizer)
-        scorer = connect_teacher(run, stack, identity=identity, needed_length=longest, on_wait=on_wait)
+        scorer = connect_teacher(
+            run, stack, tokenizer=student.tokenizer, needed_length=longest, on_wait=on_wait, sleep=sleep
+        )
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     return Session(
         run=run,
@@ -213,7 +222,7 @@ def _cache(run: Run, source: str, command: str) -> CachedScores:
             f"the {stage} stage holds scores of other trajectories than those that are in {source} now",
             hint=f"score these: tropd {command} -w {run.workspace.root} --force",
         )
-    for field, value in model_fields(run, "teacher").items():
+    for field, value in teacher_fields(run).items():
         if manifest.fields.get(field) != value:
             raise ConfigError(
                 f"the {stage} stage was scored by another teacher than the one named: {field} is "

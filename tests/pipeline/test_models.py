@@ -22,15 +22,14 @@ from tropd.pipeline.config import ModelConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.models import (
     check_lengths,
-    check_tokenizers,
     load_model,
     load_tokenizer,
     model_directory,
     pick_device,
     split_model,
-    tokenizer_identity,
     weights_digest,
 )
+from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.workspace import Workspace
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tropd.pipeline.demo.tokenizer import CHARACTERS, EOS_ID, PAD_ID, encode, make_tokenizer, vocabulary
-from tropd.pipeline.models import load_tokenizer, tokenizer_identity
+from tropd.pipeline.models import load_tokenizer
+from tropd.pipeline.tokenizers import tokenizer_identity
 
 
 @pytest.fixture(scope="module")

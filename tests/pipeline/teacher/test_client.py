@@ -13,6 +13,7 @@ import tenacity
 
 from tropd.pipeline.objectives.spec import NoneTrusted
 from tropd.pipeline.teacher import client as client_module
+from tropd.pipeline.teacher import dialects, exchange, replicas
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import (
     ScoredItem,
@@ -111,10 +112,8 @@ def test_scores_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     service = ScriptedService()
     with client_of(service) as client:
         client.info()
-        honest = client_module.decode_response
-        monkeypatch.setattr(
-            client_module, "decode_response", lambda *a: replace(honest(*a), teacher="c" * 64)
-        )
+        honest = dialects.decode_response
+        monkeypatch.setattr(dialects, "decode_response", lambda *a: replace(honest(*a), teacher="c" * 64))
         with pytest.raises(TropdError, match="scores of weights cccccccccccc"):
             client.score(request(4))
 
@@ -166,7 +165,8 @@ def test_accounts_agree_with_what_went_over_the_wire() -> None:
 
 def test_all_attempts_share_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (client_module, exchange, replicas):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
     service = ScriptedService()
     allowed: list[float] = []

@@ -160,9 +160,9 @@ def test_a_claimed_length_above_the_limit_is_refused_before_the_body_is_sent() -
         yield b"x"
 
     async def use(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.post("/v1/score", content=body(), headers={"Content-Length": "2000"})
+        return await http.post("/v1/score", content=body(), headers={"Content-Length": "5000"})
 
-    assert send(ServiceConfig(max_request_bytes=1024), use).status_code == 413
+    assert send(ServiceConfig(max_request_bytes=4096), use).status_code == 413
     assert not sent
 
 

@@ -214,8 +214,8 @@ def test_garbage_is_refused_and_good_requests_still_work(fake_url: str) -> None:
 def test_limits_of_size_and_type(fake_url: str) -> None:
     body = encode_request(ask([item([2, 3])]))
     assert post(fake_url, body, **{"Content-Type": "application/json"}).status_code == 415
-    with serving(FakeEngine(), ServiceConfig(max_request_bytes=1024, max_request_tokens=20)) as url:
-        assert post(url, bytes(2000)).status_code == 413
+    with serving(FakeEngine(), ServiceConfig(max_request_bytes=4096, max_request_tokens=20)) as url:
+        assert post(url, bytes(5000)).status_code == 413
 
         def chunks() -> Iterator[bytes]:
             for _ in range(100):

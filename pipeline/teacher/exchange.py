@@ -1,0 +1,113 @@
+"""One HTTP exchange with a scoring server: what may pass is told apart from what will not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import httpx
+
+from tropd.storage.errors import ConfigError, TropdError
+
+CONNECT_SECONDS = 10.0
+PASSING = frozenset({408, 429, 502, 503, 504})
+"""Statuses of an answer that may be different next time."""
+
+
+class TryAgainError(Exception):
+    """An answer that may be different next time. ``after`` is the wait in seconds that the server asks for."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class ServerFaultError(TropdError):
+    """The server failed at this request (500): it would again, but another one may not."""
+
+
+class Exchange:
+    """Requests to one server that share a time limit. Counts the bytes of bodies: ``sent`` and ``received``.
+
+    Args:
+        http: shared by all servers; used with absolute addresses.
+        url: of the server, without a slash at its end.
+        seconds: for all requests together.
+    """
+
+    def __init__(self, http: httpx.Client, url: str, seconds: float) -> None:
+        self.url = url
+        self.sent = 0
+        self.received = 0
+        self._http = http
+        self._deadline = time.monotonic() + seconds
+
+    def ask(
+        self,
+        method: Literal["GET", "POST"],
+        path: str,
+        content: bytes | None = None,
+        content_type: str | None = None,
+    ) -> httpx.Response:
+        """Send one request. Requests are idempotent, so that a lost answer may be asked for again.
+
+        Raises:
+            TryAgainError: no answer, or one of status ``PASSING``.
+            ServerFaultError: status 500.
+            ConfigError: the address can never work.
+            TropdError: a body that is not encoded as its header says.
+        """
+        left = max(self._deadline - time.monotonic(), 1e-3)
+        try:
+            response = self._http.request(
+                method,
+                f"{self.url}{path}",
+                content=content,
+                headers={"Content-Type": content_type} if content_type else None,
+                timeout=httpx.Timeout(left, connect=min(CONNECT_SECONDS, left)),
+            )
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise ConfigError(f"the teacher's address {self.url!r} is not http: {error}") from error
+        except httpx.TransportError as error:
+            raise TryAgainError(f"{type(error).__name__}: {error}") from error
+        except httpx.RequestError as error:
+            raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
+        if response.status_code in PASSING:
+            raise TryAgainError(reason(response), _retry_after(response))
+        if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise ServerFaultError(
+                f"the teacher at {self.url} refused with 500: {reason(response)}",
+                hint="see the service's log",
+            )
+        self.sent += len(content or b"")
+        self.received += len(response.content)
+        return response
+
+    def accepted(self, response: httpx.Response) -> httpx.Response:
+        """The response itself if its status is 200.
+
+        Raises:
+            TropdError: any other, with the server's reason.
+        """
+        if response.status_code != httpx.codes.OK:
+            raise TropdError(
+                f"the teacher at {self.url} refused with {response.status_code}: {reason(response)}",
+                hint="see the service's log" if response.status_code >= 500 else None,
+            )
+        return response
+
+
+def reason(response: httpx.Response) -> str:
+    """Why a server refused, in our form (``error``), OpenAI's (``error.message``), or the beginning of the text."""
+    try:
+        error: Any = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or response.reason_phrase
+
+
+def _retry_after(response: httpx.Response) -> float:
+    try:
+        return float(response.headers.get("Retry-After", 0))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,134 @@
+"""Whether the token ids of two models mean the same: their tokenizers compared by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tropd.storage.errors import ConfigError
+
+MAX_SHOWN_DIFFERENCES = 5
+MAX_SHOWN_CHARACTERS = 120
+CHAT_TEMPLATE = "chat template"
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What must agree between two models that exchange token ids."""
+
+    digest: str
+    """SHA-256 of the vocabulary, the merges, the rules and the special tokens."""
+    vocab_size: int
+    parts: Mapping[str, str]
+    """SHA-256 of each of these, and of the chat template, by name."""
+
+
+def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
+    """Hash vocabulary, merges, normalisation, and the added tokens with the one that ends a sequence.
+
+    The chat template is a part but not in the digest: it decides how prompts are written where ``data.chat`` is on,
+    and nothing else, while a base model and the model tuned from it often differ there.
+    """
+    content = _content(tokenizer)
+    parts = {name: _digest(value) for name, value in content.items()}
+    whole = _digest({name: value for name, value in parts.items() if name != CHAT_TEMPLATE})
+    return TokenizerIdentity(whole, len(tokenizer), parts)
+
+
+def differing_parts(ours: Mapping[str, str], theirs: Mapping[str, str], *, chat: bool) -> list[str]:
+    """Names of the parts that differ, of those that both sides name; the chat template counts where ``chat`` is on."""
+    return [
+        name
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name] and (chat or name != CHAT_TEMPLATE)
+    ]
+
+
+def check_tokenizers(student: Any, teacher: Any, *, chat: bool = False) -> None:
+    """Refuse a pair whose token ids do not mean the same.
+
+    Output layers padded to different sizes are fine; only the tokenizers' content is compared.
+
+    Args:
+        chat: whether prompts are written with the chat template, so that it must agree too.
+
+    Raises:
+        ConfigError: with the first differences of each part.
+    """
+    ours, theirs = tokenizer_identity(student), tokenizer_identity(teacher)
+    names = differing_parts(ours.parts, theirs.parts, chat=chat)
+    if not names:
+        return
+    mine, other = _content(student), _content(teacher)
+    lines = []
+    for name in (name for name in mine if name in names):
+        found = list(_differences(name, mine[name], other[name]))
+        lines.append(f"{name}: {len(found)} differ")
+        lines += [f"  {line}" for line in found[:MAX_SHOWN_DIFFERENCES]]
+    shown = "\n    ".join(lines)
+    raise ConfigError(
+        f"student and teacher have different tokenizers ({ours.vocab_size} and {theirs.vocab_size} tokens):\n"
+        f"    {shown}",
+        hint=_hint(names),
+    )
+
+
+def _hint(names: list[str]) -> str:
+    if names == [CHAT_TEMPLATE]:
+        return "give the student the teacher's chat_template, or set data.chat = false"
+    if names == ["end of sequence"]:
+        return "set the student's eos_token (tokenizer_config.json, generation_config.json) to the teacher's"
+    return "distillation by log-probs needs models that share a tokenizer"
+
+
+def _content(tokenizer: Any) -> dict[str, Any]:
+    """Everything that gives token ids their meaning, by part, as mappings from a place to a value."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    data = json.loads(backend.to_str()) if backend is not None else {}
+    model = data.get("model", {})
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {
+        "vocabulary": dict(tokenizer.get_vocab()),
+        "merges": {str(rank): _joined(merge) for rank, merge in enumerate(model.get("merges") or [])},
+        "rules": {name: data.get(name) for name in ("normalizer", "pre_tokenizer")},
+        "special tokens": {str(number): str(token) for number, token in added.items() if token.special},
+        "end of sequence": {"eos_token": tokenizer.eos_token},
+        CHAT_TEMPLATE: {
+            f"line {number}": line
+            for number, line in enumerate(
+                (getattr(tokenizer, "chat_template", None) or "").splitlines(), start=1
+            )
+        },
+    }
+
+
+def _joined(merge: Any) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _differences(part: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Iterator[str]:
+    """Where two mappings differ, in words; places in the order of the student, then those that only the teacher has."""
+    places = sorted(student.keys() | teacher.keys()) if part == "vocabulary" else list({**student, **teacher})
+    for place in places:
+        mine, other = student.get(place), teacher.get(place)
+        if mine != other:
+            yield f"{_place(part, place)}: student {_shown(mine)}, teacher {_shown(other)}"
+
+
+def _place(part: str, place: str) -> str:
+    return {"vocabulary": repr(place), "merges": f"merge {place}", "special tokens": f"id {place}"}.get(
+        part, place
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
