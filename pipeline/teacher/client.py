@@ -172,7 +172,11 @@ class TeacherClient:
             raise ConfigError(
                 f"objective {objective.name!r} needs the teacher's top {needs.k} ({', '.join(_topk_parts(objective))}), "
                 f"but the teacher at {self.url} gives {info.max_topk or 'no'} alternatives",
-                hint="use a tropd teacher service, a smaller objective.k, or an objective that needs log-probs only",
+                hint=(
+                    f"start it with --max-logprobs {needs.k}, or set a smaller objective.k"
+                    if info.kind == "vllm"
+                    else "use a tropd teacher service, a smaller objective.k, or an objective that needs log-probs only"
+                ),
             )
         if needs.entropy and not info.entropy:
             raise ConfigError(

@@ -111,7 +111,7 @@ class Replicas:
             return self._timeout - (time.monotonic() - started)
 
         def attempt() -> Answer:
-            replica = self._pick(tokens, avoid=faults)
+            replica = self._pick(tokens, failed, faults)
             untried = [r for r in self.all if r is not replica and r not in failed]
             seconds = max(left() / (1 + len(untried)), min(LAST_ATTEMPT_SECONDS, self._timeout))
             failed.append(replica)
@@ -171,13 +171,19 @@ class Replicas:
         replica.dialect = None
         self._known(replica, min(CONNECT_SECONDS, self._timeout))
 
-    def _pick(self, tokens: int, avoid: set[str]) -> Replica:
-        """The server with the fewest outstanding tokens, of those that do not rest; else who rests the shortest."""
+    def _pick(self, tokens: int, failed: Sequence[Replica], faults: set[str]) -> Replica:
+        """The server with the fewest outstanding tokens, of those that do not rest; else who rests the shortest.
+
+        Those come last that have failed at this work, and those never that would fail again.
+        """
         with self._lock:
             now = time.monotonic()
-            able = [r for r in self.all if r.url not in avoid]
+            able = [r for r in self.all if r.url not in faults]
             ready = [r for r in able if r.rests_until <= now]
-            chosen = min(ready or able, key=lambda r: (0.0 if ready else r.rests_until, r.outstanding))
+            if ready:
+                chosen = min(ready, key=lambda r: (failed.count(r), r.outstanding))
+            else:
+                chosen = min(able, key=lambda r: r.rests_until)
             chosen.outstanding += tokens
             return chosen
 

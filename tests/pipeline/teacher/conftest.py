@@ -1,9 +1,11 @@
-"""An engine whose log-probs are known exactly: they depend on the token before only."""
+"""An engine of known log-probs, which depend on the token before only; and the helpers beside this, importable."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy.typing as npt
 import pytest
 
 from tropd.pipeline.engines.base import SequenceScores, everywhere
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 V = 24
 

@@ -80,8 +80,9 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tropd.pipeline.teacher.process import LocalTeacher\n"
         f"with LocalTeacher([sys.executable, '-c', {server!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
-        "    print('up', flush=True)\n"
-        "    try: time.sleep(60)\n"
+        "    try:\n"
+        "        print('up', flush=True)\n"
+        "        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
         "        assert t._process.poll() is None\n"
         "        print('saved', flush=True)"
