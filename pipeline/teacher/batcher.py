@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.objectives.partition import partition_tokens
+from tropd.pipeline.teacher.access import Timing
 from tropd.pipeline.teacher.protocol import (
     POSITIVE_SLACK,
     ScoredItem,
@@ -49,6 +50,7 @@ class TeacherOutputError(Exception):
 class _Job:
     request: ScoreRequest
     tokens: int
+    timing: Timing
     future: Future[ScoreResponse] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -87,15 +89,15 @@ class Batcher:
         """Tokens accepted and not yet scored."""
         return self._waiting
 
-    def submit(self, request: ScoreRequest) -> Future[ScoreResponse]:
-        """Queue a request.
+    def submit(self, request: ScoreRequest, timing: Timing | None = None) -> Future[ScoreResponse]:
+        """Queue a request. ``timing`` is filled in before its answer is there.
 
         Raises:
             QueueFullError: it does not fit beside what is waiting already. An empty queue takes any request.
             StoppingError: after ``close``.
         """
         tokens = sum(len(item.tokens) for item in request.sequences)
-        job = _Job(request, tokens)
+        job = _Job(request, tokens, timing or Timing())
         with self._lock:
             if self._closed:  # nobody would ever answer
                 raise StoppingError("the service is stopping")
@@ -149,17 +151,23 @@ class Batcher:
     def _run(self, jobs: list[_Job]) -> None:
         jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
         started = time.monotonic()
+        for job in jobs:
+            job.timing.queue_ms = (started - job.queued_at) * 1000
         try:
             answers = score_requests(self._engine, [job.request for job in jobs])
         except Exception as error:
+            _stop_clocks(jobs, started)
             if len(jobs) == 1:
                 logger.exception("scoring failed")
                 jobs[0].future.set_exception(error)
                 return
             for job in jobs:  # find the culprit: its batch mates get their answers
                 try:
-                    job.future.set_result(score_requests(self._engine, [job.request])[0])
+                    answer = score_requests(self._engine, [job.request])[0]
+                    _stop_clocks([job], started)
+                    job.future.set_result(answer)
                 except Exception as own_error:
+                    _stop_clocks([job], started)
                     logger.exception("scoring failed")
                     job.future.set_exception(own_error)
             return
@@ -168,8 +176,14 @@ class Batcher:
             sum(j.tokens for j in jobs),
             time.monotonic() - started,
         )
+        _stop_clocks(jobs, started)
         for job, answer in zip(jobs, answers, strict=True):
             job.future.set_result(answer)
+
+
+def _stop_clocks(jobs: Sequence[_Job], started: float) -> None:
+    for job in jobs:
+        job.timing.engine_ms = (time.monotonic() - started) * 1000
 
 
 def _options(job: _Job) -> tuple[object, ...]:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 from tropd.pipeline.context import Run, load_role
 from tropd.pipeline.models import weights_digest
+from tropd.pipeline.teacher.access import open_access_log
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.service import check_address, run_service
 from tropd.pipeline.tokenizers import tokenizer_identity
+
+ACCESS_LOG = "teacher-access.jsonl"
 
 
 def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
@@ -34,4 +37,12 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
         max_topk=engine.vocab_size,
         entropy=True,
     )
-    run_service(engine, info, settings, token=token, on_ready=on_ready, exit_with_parent=exit_with_parent)
+    run_service(
+        engine,
+        info,
+        settings,
+        token=token,
+        on_ready=on_ready,
+        exit_with_parent=exit_with_parent,
+        access_log=open_access_log(run.workspace.logs / ACCESS_LOG),
+    )

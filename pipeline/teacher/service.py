@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect
 from tropd.pipeline.config import ServiceConfig, TeacherConfig
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.objectives.spec import AllTrusted
+from tropd.pipeline.teacher.access import Access, AccessLog, Timing
 from tropd.pipeline.teacher.batcher import (
     Batcher,
     QueueFullError,
@@ -53,6 +54,12 @@ from tropd.storage.errors import ConfigError, TropdError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
+PROBES = ("/healthz", "/readyz")
+"""Paths without a token, and without a line in the access log."""
+SELF_TEST_TOKENS = 48
+"""Several blocks of a prefix cache."""
+SELF_TEST_DIFFERENCE = 0.05
+"""Two runs of the same tokens differ by rounding at most, in bfloat16 too."""
 BODY_IDLE_SECONDS = 10.0
 """A body that stops arriving for this long is given up: it would hold back the end of the service for ever."""
 
@@ -77,7 +84,13 @@ class _Metrics:
         Gauge("tropd_waiting_tokens", "Tokens in the queue", registry=self.registry).set_function(waiting)
 
 
-def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token: str | None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    info: ServiceInfo,
+    settings: ServiceConfig,
+    token: str | None,
+    access_log: AccessLog = lambda access: None,
+) -> FastAPI:
     """The application. The engine is used by one thread only; ``/readyz`` answers after a self-test score."""
     batcher = Batcher(
         engine,
@@ -106,11 +119,22 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
     @app.middleware("http")
     async def observe(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         started = time.monotonic()
-        allowed = request.url.path in ("/healthz", "/readyz") or _authorized(request, token)
-        response = await call_next(request) if allowed else _error(401, "a bearer token is needed")
+        client = request.client.host if request.client else "unknown"
+        access = request.state.access = Access(client, request.method, request.url.path)
+        probe = request.url.path in PROBES
+        if probe or _authorized(request, token):
+            response = await call_next(request)
+        else:
+            access.error = "a bearer token is needed"
+            response = _error(401, access.error)
         metrics.requests.labels(status=str(response.status_code)).inc()
+        seconds = time.monotonic() - started
         if request.url.path == "/v1/score":
-            metrics.seconds.observe(time.monotonic() - started)
+            metrics.seconds.observe(seconds)
+        if not probe:
+            access.status, access.total_ms = response.status_code, seconds * 1000
+            access.bytes_out = int(response.headers.get("content-length", 0))
+            access_log(access)
         return response
 
     @app.get("/healthz")
@@ -131,19 +155,26 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
+        access: Access = request.state.access
+
+        def refused(status: int, message: str, **details: Any) -> JSONResponse:
+            access.error = message
+            return _error(status, message, **details)
+
         if request.headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
-            return _error(415, f"the content type must be {CONTENT_TYPE}")
+            return refused(415, f"the content type must be {CONTENT_TYPE}")
         try:
             body = await _read_body(request, settings.max_request_bytes)
         except ClientDisconnect:
-            return _error(400, "the body ended early")
+            return refused(400, "the body ended early")
         except TimeoutError:
-            response = _error(408, f"nothing of the body came for {BODY_IDLE_SECONDS:.0f} s")
+            response = refused(408, f"nothing of the body came for {BODY_IDLE_SECONDS:.0f} s")
             response.headers["Connection"] = "close"
             return response
         if body is None:
-            return _error(413, f"the body is above {settings.max_request_bytes} bytes")
+            return refused(413, f"the body is above {settings.max_request_bytes} bytes")
         metrics.bytes_in.inc(len(body))
+        access.bytes_in = len(body)
         try:
             asked = decode_request(
                 body,
@@ -152,22 +183,26 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
                 max_bytes=settings.max_request_bytes,
             )
             tokens = sum(len(item.tokens) for item in asked.sequences)
+            access.items, access.tokens = len(asked.sequences), tokens
             if tokens > settings.max_request_tokens:
                 raise ProtocolError(f"{tokens} tokens, a request may have {settings.max_request_tokens}")
         except ProtocolError as error:
-            return _error(422, str(error), sequence=error.sequence)
+            return refused(422, str(error), sequence=error.sequence)
+        timing = Timing()
         try:
-            answer = await asyncio.wrap_future(batcher.submit(asked))
+            answer = await asyncio.wrap_future(batcher.submit(asked, timing))
         except QueueFullError as error:
-            response = _error(429, str(error))
+            response = refused(429, str(error))
             response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             return response
         except StoppingError as error:
-            return _error(503, str(error))
+            return refused(503, str(error))
         except TeacherOutputError as error:
-            return _error(500, str(error))
+            return refused(500, str(error))
         except Exception as error:
-            return _error(500, f"scoring failed: {type(error).__name__}")
+            return refused(500, f"scoring failed: {type(error).__name__}")
+        finally:
+            access.queue_ms, access.engine_ms = timing.queue_ms, timing.engine_ms
         k = max((item.topk_ids.shape[1] for item in answer.items), default=0)
         content = encode_response(replace(answer, teacher=info.weights), k=k, entropy=asked.entropy)
         metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
@@ -179,14 +214,25 @@ def create_app(engine: Engine, info: ServiceInfo, settings: ServiceConfig, token
 
 
 def self_test(engine: Engine) -> None:
-    """Score two tokens; a teacher that cannot must not be called ready.
+    """Score a few tokens twice; a teacher that cannot, or says something else the second time, must not be ready.
+
+    The second time finds the first one in whatever cache the engine has.
 
     Raises:
-        TeacherOutputError: it gives NaN or positive log-probs.
+        TeacherOutputError: it gives log-probs that are NaN, infinite or positive, or other ones the second time.
     """
-    tokens = np.array([0, min(1, engine.vocab_size - 1), 0], dtype=np.int32)
-    item = ScoreItem(tokens, 1, np.array([-1.0, -1.0], dtype=np.float32), 0)
-    score_requests(engine, [ScoreRequest([item], AllTrusted(), "all", 1, False, engine.vocab_size)])
+    ids = np.arange(min(SELF_TEST_TOKENS, engine.max_length), dtype=np.int32) % 2
+    tokens = np.minimum(ids, engine.vocab_size - 1).astype(np.int32)
+    item = ScoreItem(tokens, 1, np.full(len(tokens) - 1, -1.0, dtype=np.float32), 0)
+    request = ScoreRequest([item], AllTrusted(), "all", 1, False, engine.vocab_size)
+    first, second = (score_requests(engine, [request])[0].items[0].teacher_logprobs for _ in range(2))
+    if not np.isfinite(first).all():
+        raise TeacherOutputError("the teacher gave log-probs that are not finite")
+    difference = float(np.abs(second - first).max(initial=0.0))
+    if not difference <= SELF_TEST_DIFFERENCE:
+        raise TeacherOutputError(
+            f"the teacher gave the same tokens other log-probs the second time (difference {difference:.2g})"
+        )
 
 
 def _authorized(request: Request, token: str | None) -> bool:
@@ -269,12 +315,14 @@ def run_service(
     token: str | None,
     on_ready: Callable[[str], None],
     exit_with_parent: bool = False,
+    access_log: AccessLog = lambda access: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, answering first what is queued.
 
     Args:
         on_ready: called with the URL once the service answers.
         exit_with_parent: also stop when standard input ends, which it does if the process that started this dies.
+        access_log: told of every request.
 
     Raises:
         ConfigError: the address is not loopback and there is no token, or it cannot be had.
@@ -282,7 +330,7 @@ def run_service(
     """
     check_address(settings.host, token)
     listener = listen(settings.host, settings.port)
-    app = create_app(engine, info, settings, token)
+    app = create_app(engine, info, settings, token, access_log)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))

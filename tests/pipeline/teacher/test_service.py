@@ -120,7 +120,7 @@ def test_bad_requests_are_refused_and_good_ones_answered_all_the_while(table_eng
                 got = decode_response(sound.content, good).items[0].teacher_logprobs
                 assert np.array_equal(got, table_engine.expected(tokens, 1))
                 scored += 1
-    assert len(table_engine.calls) == 1 + scored  # the self-test; nothing bad reached the engine
+    assert len(table_engine.calls) == 2 + scored  # the self-test; nothing bad reached the engine
 
 
 def test_other_paths_methods_and_types_are_refused(table_engine: Any) -> None:
@@ -237,7 +237,7 @@ def test_batch_mates_of_a_culprit_get_their_answers(table_engine: Any, culprit: 
         for i in (0, 2):
             got = decode_response(answers[i].result().content, ask(item(sequences[i])))
             assert np.array_equal(got.items[0].teacher_logprobs, table_engine.expected(sequences[i], 1))
-    assert sorted(map(len, table_engine.calls)) == [1, 1, 1, 1, 1, 3]
+    assert sorted(map(len, table_engine.calls[2:])) == [1, 1, 1, 1, 3]
 
 
 def test_a_client_that_waits_for_a_culprit_is_told_at_once(table_engine: Any) -> None:
