@@ -177,12 +177,6 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def declared_length(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Longest sequence that the model in a directory takes, from its configuration alone."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    return context_length(config)
-
-
 def check_lengths(max_length: int, longest_prompt: int, max_tokens: int, who: str = "the model") -> None:
     """Refuse a model that cannot read prompt and response.
 

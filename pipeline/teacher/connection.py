@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.context import Run, model_fields
+from tropd.pipeline.context import Run, model_fields, role_max_length
 from tropd.pipeline.models import (
     check_lengths,
-    declared_length,
     model_directory,
     model_is_here,
     weights_digest,
@@ -72,10 +71,8 @@ def connect_teacher(
     teacher, folder = run.config.teacher, local_teacher(run)
     urls = teacher.urls
     if folder is not None:
-        remote = teacher.trust_remote_code
-        longest = needed_length - run.config.rollout.max_tokens
-        declared = declared_length(folder, trust_remote_code=remote)
-        check_lengths(declared, longest, run.config.rollout.max_tokens, who="the teacher")
+        response = run.config.rollout.max_tokens
+        check_lengths(role_max_length(run, "teacher"), needed_length - response, response, who="the teacher")
     if not urls:
         run.reporter.info("train: starting a local teacher service")
         command = serve_command(run.workspace.root, run.assignments)
