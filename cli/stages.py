@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,8 @@ def _stage(
 ) -> None:
     """Run one stage function and show its summary."""
     manifest = function(open_run(workspace, assignments), force=force)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
+        return
     if as_json:
         print_json({"stage": manifest.stage, "fingerprint": manifest.fingerprint, **manifest.summary})
     elif manifest.complete:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,14 @@ class Run:
     def timings(self) -> Path:
         """Log of the stages' times."""
         return self.workspace.logs / "stages.jsonl"
+
+
+def with_teacher(run: Run, url: str) -> Run:
+    """The run with its teacher at a service that is already there."""
+    config = run.config
+    teacher = config.teacher.model_copy(update={"url": url})
+    resolved = replace(run.resolved, config=config.model_copy(update={"teacher": teacher}))
+    return replace(run, resolved=resolved)
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,24 @@ class MicroBatch:
     guidance_tokens: Ints
     """``[g]`` likewise in G."""
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes."""
+        return {"input_ids": self.ids, "attention_mask": self.mask}
 
-def micro_batches(layout: Layout, budget: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Rows with supervised tokens, longest last, cut into batches of at most ``budget`` padded tokens."""
+
+def micro_batches(
+    layout: Layout, budget: int, device: torch.device, share: tuple[int, int] = (0, 1)
+) -> Iterator[MicroBatch]:
+    """Rows with supervised tokens, longest last, cut into batches of at most ``budget`` padded tokens.
+
+    Args:
+        share: (r, n): of these rows, ordered by length, only every n-th from the r-th.
+    """
     students, guidance = layout.student_counts, layout.guidance_counts
     lengths = [len(r.sequence) for r in layout.rows]
     order = sorted((i for i in range(len(lengths)) if students[i] + guidance[i]), key=lambda i: lengths[i])
+    order = order[share[0] :: share[1]]
     group: list[int] = []
     for i in order:
         if group and (len(group) + 1) * lengths[i] > budget:

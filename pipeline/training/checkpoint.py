@@ -1,6 +1,7 @@
 """Checkpoints: weights and optimiser state as safetensors, the rest as JSON; atomic, resumed bit for bit.
 
 Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state.
+Tensors are stored whole, whatever the number of processes that train: a run may go on with another number.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from tropd.pipeline.training.student import fill, whole
 from tropd.storage.atomic import atomic_directory
 from tropd.storage.errors import DamagedShardError
 from tropd.storage.manifest import check_shard
 from tropd.storage.stage import Stage
 
 FOLDER = "checkpoints"
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
@@ -27,7 +31,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    stage: Stage,
+    stage: Stage | None,
     step: int,
     model: Any,
     optimizer: torch.optim.Optimizer,
@@ -38,18 +42,39 @@ def save_checkpoint(
     """Write the state after ``step`` steps, commit it, then delete all but the newest ``keep``.
 
     Args:
+        stage: None in a process that only takes part, by gathering what is sharded.
         counters: JSON-serialisable sums over the run so far.
     """
+    weights = _gathered(dict(model.named_parameters()) | _saved_buffers(model), keep=stage is not None)
+    moments = _gathered(_optimizer_tensors(optimizer), keep=stage is not None)
+    if stage is None:
+        return
     with atomic_directory(stage.folder / checkpoint_name(step)) as folder:
-        save_model(model, str(folder / "model.safetensors"))
-        tensors: dict[str, torch.Tensor] = {}
-        state = optimizer.state_dict()["state"]
-        for index, values in state.items():
-            tensors.update({f"{index}.{name}": value.contiguous() for name, value in values.items()})
-        save_file(tensors, folder / "optimizer.safetensors")
+        save_file(weights, folder / WEIGHTS)
+        save_file(moments, folder / MOMENTS)
         (folder / "state.json").write_text(json.dumps({"step": step, "counters": counters}, sort_keys=True))
     stage.commit(checkpoint_name(step), rows=step)
     prune_checkpoints(stage, keep)
+
+
+def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors in main memory, one gathered after the other."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            found[name] = value.cpu().contiguous()
+    return found
+
+
+def _saved_buffers(model: Any) -> dict[str, torch.Tensor]:
+    names = {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
 
 
 def prune_checkpoints(stage: Stage, keep: int) -> None:
@@ -59,31 +84,44 @@ def prune_checkpoints(stage: Stage, keep: int) -> None:
         shutil.rmtree(stage.folder / name)
 
 
-def load_checkpoint(stage: Stage, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Restore the newest checkpoint into model and optimiser; returns the steps done and the counters.
-
-    A checkpoint that does not match its checksum is passed over for the one before it. Without any, step 0.
-    """
+def newest_checkpoint(stage: Stage) -> Path | None:
+    """The newest checkpoint that matches its checksum; others are forgotten. None without any."""
     for name in reversed(_checkpoints(stage)):
         try:
             check_shard(stage.folder, stage.manifest.shards[name])
         except DamagedShardError:
             stage.retire(name)
             continue
-        folder = stage.folder / name
-        load_model(model, str(folder / "model.safetensors"))
-        _load_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
-        saved = json.loads((folder / "state.json").read_text())
-        return int(saved["step"]), dict(saved["counters"])
-    return 0, {}
+        return stage.folder / name
+    return None
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_checkpoint(
+    folder: Path | None, model: Any, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Restore a checkpoint into model and optimiser; returns the steps done and the counters. Without one, step 0."""
+    if folder is None:
+        return 0, {}
+    tensors = dict(model.named_parameters()) | _saved_buffers(model)
+    with safe_open(folder / WEIGHTS, framework="pt") as stored:
+        for name, tensor in tensors.items():
+            fill(tensor, stored.get_tensor(name))
+    _load_optimizer(optimizer, folder / MOMENTS)
+    saved = json.loads((folder / "state.json").read_text())
+    return int(saved["step"]), dict(saved["counters"])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """AdamW has its moments from its first step on: each is made like its parameter, then filled."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with safe_open(path, framework="pt") as stored:
+        for key in stored.keys():  # noqa: SIM118  (it cannot be iterated over)
+            index, name = key.split(".", 1)
+            parameter, value = parameters[int(index)], stored.get_tensor(key)
+            state = optimizer.state[parameter]
+            state[name] = value if value.ndim == 0 else torch.zeros_like(parameter)
+            if value.ndim:
+                fill(state[name], value)
 
 
 def _checkpoints(stage: Stage) -> list[str]:

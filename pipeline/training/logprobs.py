@@ -219,7 +219,7 @@ def _pick(
     logprobs: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of targets and ids, entropy, and overlap, from ``[c, V]`` log-probs."""
-    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    chosen = logprobs[torch.arange(len(targets), device=targets.device), targets]
     position = _positions(counts, ids)
     found = logprobs[position, ids]
     with torch.no_grad():

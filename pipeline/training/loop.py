@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from tropd.pipeline.config import TrainConfig
 from tropd.pipeline.context import Run, check_pair, data_fields, finished, model_fields, section_fields
-from tropd.pipeline.evaluation.evaluate import Mode, respond
+from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
 from tropd.pipeline.guidance import scheduled_length
-from tropd.pipeline.models import DTYPES
+from tropd.pipeline.models import DTYPES, pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.training.checkpoint import (
     load_checkpoint,
+    newest_checkpoint,
     prune_checkpoints,
     remove_uncommitted,
     save_checkpoint,
@@ -29,7 +31,9 @@ from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
 from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
+from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
+from tropd.pipeline.training.world import join_world
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.errors import InterruptedStageError, TropdError
 from tropd.storage.fingerprint import Fingerprint
@@ -86,58 +90,88 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         InterruptedStageError: Ctrl-C or SIGTERM; a checkpoint was written.
         TropdError: a non-finite loss or gradient (the batch is saved), or a teacher that stays away.
     """
-    if local_teacher(run) is not None:
-        check_pair(run)
+    with ExitStack() as stack:
+        world = stack.enter_context(join_world(pick_device(run.config.runtime.device)))
+        if not world.leads:
+            run = replace(run, reporter=SILENT)
+        if world.leads and local_teacher(run) is not None:
+            check_pair(run)
+        # One process writes; the others learn whether there is anything to do, and from where.
+        stage = stack.enter_context(_open(run, force)) if world.leads else None
+        manifest = world.tell(None if stage is None else stage.manifest)
+        assert manifest is not None
+        if manifest.complete:
+            run.reporter.info(f"train: done before ({manifest.summary['steps']} steps), nothing to do")
+            return manifest
+        stop = StopRequest()
+        session = open_session(run, stack, world, run.reporter.warning, stop.sleep)
+        # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
+        stack.enter_context(stop_on_signal(stop))
+        _run_steps(session, stage, stop)
+        return world.tell(None if stage is None else stage.manifest) or manifest
+
+
+def _open(run: Run, force: bool) -> AbstractContextManager[Stage]:
     folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings) as stage:
-        if stage.complete:
-            run.reporter.info(f"train: done before ({stage.manifest.summary['steps']} steps), nothing to do")
-            return stage.manifest
+    return open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings)
+
+
+def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any]]:
+    """Restore the newest checkpoint; returns the steps done and the counters."""
+    newest = None
+    if stage is not None:
         remove_uncommitted(stage)
-        with ExitStack() as stack:
-            stop = StopRequest()
-            session = open_session(run, stack, run.reporter.warning, stop.sleep)
-            # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
-            stack.enter_context(stop_on_signal(stop))
-            _run_steps(session, stage, stop)
-        return stage.manifest
-
-
-def _run_steps(session: Session, stage: Stage, stop: StopRequest) -> None:
-    run, config = session.run, session.run.config.train
-    model, optimizer = session.student.model, session.optimizer
-    first, counters = load_checkpoint(stage, model, optimizer)
-    prune_checkpoints(stage, config.keep_checkpoints)
+        newest = newest_checkpoint(stage)
+    newest = session.world.tell(newest)
+    first, counters = load_checkpoint(newest, session.student.model, session.optimizer)
+    session.refresh_engine()
+    if stage is not None:
+        prune_checkpoints(stage, session.run.config.train.keep_checkpoints)
     if first:
-        run.reporter.info(f"train: resuming after step {first} of {config.steps}")
-    with MetricsLog(stage.folder, first) as log:
+        session.run.reporter.info(f"train: resuming after step {first} of {session.run.config.train.steps}")
+    return first, counters
+
+
+def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None:
+    run, config, world = session.run, session.run.config.train, session.world
+    first, counters = _resume(session, stage)
+
+    def checkpoint(done: int) -> None:
+        if log is not None:
+            log.sync()
+        model, optimizer = session.student.model, session.optimizer
+        save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
+
+    with ExitStack() as stack:
+        log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
         with run.reporter.task("train", config.steps, done=first, unit="steps") as task:
             for step in range(first, config.steps):
                 try:
                     record = _step(session, stage, step)
-                except (
-                    StopRequestedError
-                ):  # the weights are those of the step before: the teacher is asked first
-                    if step > first:
-                        log.sync()
-                        save_checkpoint(stage, step, model, optimizer, counters, keep=config.keep_checkpoints)
+                except StopRequestedError:
+                    # The weights are those of the step before: the teacher is asked first. Of several processes only
+                    # this one knows; the others end with it, and the last checkpoint stands.
+                    if step > first and world.size == 1:
+                        checkpoint(step)
                     raise _interrupted(run, step, "while waiting for the teacher") from None
                 for name in SUMMED:
                     counters[name] = counters.get(name, 0) + record[name]
                 done = step + 1
                 if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
                     record |= _evaluate(session)
-                log.write(record)
+                if log is not None:
+                    log.write(record)
                 task.advance(
                     1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"]
                 )
-                if stop or done % config.checkpoint_every == 0 or done == config.steps:
-                    log.sync()
-                    save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
-                if stop and done < config.steps:
+                stopping = any(world.gather(bool(stop)))
+                if stopping or done % config.checkpoint_every == 0 or done == config.steps:
+                    checkpoint(done)
+                if stopping and done < config.steps:
                     raise _interrupted(run, done)
-    _export(session, stage)
-    stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
+    if stage is not None:
+        _export(session, stage)
+        stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
 
 
 def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
@@ -148,7 +182,7 @@ def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
     )
 
 
-def _step(session: Session, stage: Stage, step: int) -> Record:
+def _step(session: Session, stage: Stage | None, step: int) -> Record:
     """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
     config, objective = session.run.config, session.run.config.objective
     started = time.perf_counter()
@@ -159,7 +193,7 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     rolled_out = time.perf_counter()
     traffic_before, retries_before = session.traffic(), session.retries()
     teacher = _teacher_data(session, rows)
-    traffic = {k: v - traffic_before[k] for k, v in session.traffic().items()}
+    traffic = session.world.total({k: v - traffic_before[k] for k, v in session.traffic().items()})
     retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
     inputs = StepInputs(
         rows=rows,
@@ -174,15 +208,16 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     session.optimizer.zero_grad(set_to_none=True)
     try:
         outcome = backpropagate(
-            session.split,
+            session.passes,
             session.parameters,
             objective,
             inputs,
             micro_batch_tokens=config.train.micro_batch_tokens,
             precision=session.precision,
             region_gradients=config.train.region_gradients,
+            world=session.world,
         )
-        norm = float(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm)))
         if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient's norm is {norm}")
     except NonFiniteError as error:
@@ -191,6 +226,7 @@ def _step(session: Session, stage: Stage, step: int) -> Record:
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
     session.optimizer.step()
+    session.refresh_engine()
     ended = time.perf_counter()
     return {
         "step": step,
@@ -230,7 +266,7 @@ def _rows(session: Session, step: int, limit: int) -> list[Row]:
         rollout=config.rollout,
         seed=config.run.seed,
     )
-    return roll_out(plans, session.engine, config.rollout)
+    return roll_out(plans, session.engine, config.rollout, session.world)
 
 
 def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
@@ -238,7 +274,8 @@ def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
         return session.cached.responses(rows, session.stored, session.run.config.objective.k)
     if session.scorer is None:
         return TeacherData.nothing()
-    return ask_teacher(session.scorer, rows, session.run.config.objective, session.needs, session.vocab_limit)
+    objective = session.run.config.objective
+    return ask_teacher(session.scorer, rows, objective, session.needs, session.vocab_limit, session.world)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -259,8 +296,14 @@ def _evaluate(session: Session) -> Record:
     record: Record = {}
     problems, encoded = session.problems
     modes: tuple[Mode, ...] = ("greedy", "sampled")
+
+    def answer(share: list[int]) -> list[Response]:
+        tokenizer = session.student.tokenizer
+        own = [problems[i] for i in share], [encoded[i] for i in share]
+        return respond(session.run, session.engine, tokenizer, *own, mode, 1)
+
     for mode in modes:
-        marks = respond(session.run, session.engine, session.student.tokenizer, problems, encoded, mode, 1)
+        marks = session.world.spread(range(len(problems)), answer)
         record[f"accuracy_{mode}"] = sum(m.correct for m in marks) / len(marks)
     return record
 
@@ -268,14 +311,18 @@ def _evaluate(session: Session) -> Record:
 def _export(session: Session, stage: Stage) -> None:
     """The final student as a plain Hugging Face directory, in the configured precision."""
     with atomic_directory(stage.folder / FINAL) as folder:
-        model = session.student.model.to(DTYPES[session.run.config.student.dtype])
+        model = session.rollout_model.to(DTYPES[session.run.config.student.dtype])
         model.save_pretrained(folder)
         session.student.tokenizer.save_pretrained(folder)
     stage.commit(FINAL, rows=session.run.config.train.steps)
 
 
-def _stopped(stage: Stage, step: int, rows: list[Row], teacher: TeacherData, error: Exception) -> TropdError:
+def _stopped(
+    stage: Stage | None, step: int, rows: list[Row], teacher: TeacherData, error: Exception
+) -> TropdError:
     """Save the batch of a non-finite step and say where it is. The last checkpoint stays as it is."""
+    if stage is None:
+        return TropdError(f"step {step}: {error}")
     path = stage.folder / f"non-finite-step-{step:06d}.json"
     content: dict[str, Any] = {
         "step": step,

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tropd.pipeline.config import RolloutConfig
-from tropd.pipeline.engines.base import Engine, Sampling
+from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.guidance import prefix_length
 from tropd.pipeline.objectives.spec import Schedule
+from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.seeds import derive_seed, uniforms
 
@@ -162,17 +163,20 @@ def plan_rows(
     return rows
 
 
-def roll_out(plans: Sequence[RowPlan], engine: Engine, rollout: RolloutConfig) -> list[Row]:
+def roll_out(
+    plans: Sequence[RowPlan], engine: Engine, rollout: RolloutConfig, world: World = ALONE
+) -> list[Row]:
     """Let the student continue every row that its prefix leaves unfinished."""
-    open_plans = [p for p in plans if not p.prefix_complete]
-    generations = iter(
-        engine.generate(
-            [[*p.prompt_tokens, *p.prefix_tokens] for p in open_plans],
+
+    def generate(share: list[RowPlan]) -> list[Generation]:
+        return engine.generate(
+            [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
             Sampling(rollout.temperature, rollout.top_p),
-            seeds=[p.seed for p in open_plans],
-            max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in open_plans],
+            seeds=[p.seed for p in share],
+            max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
         )
-    )
+
+    generations = iter(world.spread([p for p in plans if not p.prefix_complete], generate))
     rows = []
     for plan in plans:
         if plan.prefix_complete:

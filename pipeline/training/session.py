@@ -18,16 +18,15 @@ from tropd.pipeline.context import (
     finished,
     load_role,
     training_prompts,
+    with_teacher,
 )
-from tropd.pipeline.engines.base import Engine
+from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.models import (
     DTYPES,
-    SplitModel,
     configure_runtime,
     load_model,
     load_tokenizer,
     model_directory,
-    split_model,
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.prompts import Prompt
@@ -37,6 +36,8 @@ from tropd.pipeline.teacher.connection import connect_teacher, teacher_fields
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
+from tropd.pipeline.training.student import StudentPass, copy_weights, shard
+from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.manifest import read_manifest
 
@@ -49,9 +50,14 @@ class Session:
     needs: TeacherNeeds
     prompts: list[Prompt]
     encoded: list[list[int]]
+    world: World
     student: LoadedModel
-    split: SplitModel
+    passes: StudentPass
+    """The student as it is trained, sharded where there are several processes."""
     engine: Engine
+    """Rolls out with the student's weights."""
+    rollout_model: Any
+    """Whose weights the engine has: the student, or where that is sharded, a whole copy of it."""
     optimizer: torch.optim.Optimizer
     precision: torch.dtype | None
     store: TrajectoryStore | None
@@ -74,6 +80,11 @@ class Session:
             len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0])
         )
 
+    def refresh_engine(self) -> None:
+        """Give the engine the weights of the step that was just made."""
+        if self.rollout_model is not self.student.model:
+            copy_weights(self.student.model, self.rollout_model)
+
     def traffic(self) -> dict[str, int]:
         """What was asked of the teacher so far, under the names of the metrics."""
         scorer = self.scorer
@@ -93,7 +104,12 @@ class Session:
         if self.reference is None:
             return None
         written = [row for row in rows if row.tokens]
-        scores = self.reference.score([r.sequence for r in written], [len(r.context) for r in written])
+        reference = self.reference
+
+        def score(share: list[Row]) -> list[SequenceScores]:
+            return reference.score([r.sequence for r in share], [len(r.context) for r in share])
+
+        scores = self.world.spread(written, score)
         return np.concatenate([s.sampled for s in scores]) if scores else np.zeros(0, dtype=np.float32)
 
     def guidance_topk(self, rows: list[Row]) -> RaggedTopk | None:
@@ -104,7 +120,11 @@ class Session:
 
 
 def open_session(
-    run: Run, stack: ExitStack, on_wait: Callable[[str], None], sleep: Callable[[float], None]
+    run: Run,
+    stack: ExitStack,
+    world: World,
+    on_wait: Callable[[str], None],
+    sleep: Callable[[float], None],
 ) -> Session:
     """Load student and data, start or reach the teacher service, and check that all fits together.
 
@@ -119,9 +139,16 @@ def open_session(
     needs = teacher_needs(objective)
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
-    student = _trainable(run, folder, device)
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
-    engine = student.engine(batch_size=config.rollout.batch_size, autocast=precision)
+    student = _trainable(run, folder, device if world.size == 1 else torch.device("cpu"))
+    rollout_model = student if world.size == 1 else load_role(run, "student", folder)
+    engine = rollout_model.engine(
+        batch_size=config.rollout.batch_size, autocast=precision if world.size == 1 else None
+    )
+    if world.size > 1 and config.train.region_gradients:
+        raise ConfigError(
+            "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
+        )
     prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
     store = None
     if objective.schedule.kind != "none":
@@ -153,18 +180,20 @@ def open_session(
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorer = None
     if needs.sampled and stored is None:
-        scorer = connect_teacher(
-            run, stack, tokenizer=student.tokenizer, needed_length=longest, on_wait=on_wait, sleep=sleep
-        )
+        scorer = _connect(run, stack, world, student.tokenizer, longest, on_wait, sleep)
+    passes = StudentPass(student.model)
+    shard(passes, world, precision)
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     return Session(
         run=run,
         needs=needs,
         prompts=prompts,
         encoded=encoded,
+        world=world,
         student=student,
-        split=split_model(student.model),
+        passes=passes,
         engine=engine,
+        rollout_model=rollout_model.model,
         optimizer=torch.optim.AdamW(
             parameters,
             lr=config.train.learning_rate,
@@ -179,6 +208,29 @@ def open_session(
         reference=_reference(run, folder),
         problems=problems,
     )
+
+
+def _connect(
+    run: Run,
+    stack: ExitStack,
+    world: World,
+    tokenizer: Any,
+    needed_length: int,
+    on_wait: Callable[[str], None],
+    sleep: Callable[[float], None],
+) -> TeacherClient:
+    """Every process is a client; a local service is started by the first and shared."""
+
+    def connect(run: Run) -> TeacherClient:
+        return connect_teacher(
+            run, stack, tokenizer=tokenizer, needed_length=needed_length, on_wait=on_wait, sleep=sleep
+        )
+
+    if world.size == 1 or run.config.teacher.urls:
+        return connect(run)
+    client = connect(run) if world.leads else None
+    url = world.tell("" if client is None else client.url)
+    return client or connect(with_teacher(run, url))
 
 
 def _check_prompts(

@@ -11,16 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models import SplitModel, autocast
+from tropd.pipeline.models import autocast
 from tropd.pipeline.objectives.estimators import Alternatives, topk_reverse_kl
 from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.objectives.weights import TokenStatistics
 from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
-from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
+from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs
 from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.student import StudentPass
 from tropd.pipeline.training.teacher_data import TeacherData
+from tropd.pipeline.training.world import ALONE, World
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,7 +65,7 @@ class StepOutcome:
 
 
 def backpropagate(
-    split: SplitModel,
+    student: StudentPass,
     parameters: Sequence[torch.nn.Parameter],
     objective: Objective,
     inputs: StepInputs,
@@ -71,11 +73,12 @@ def backpropagate(
     micro_batch_tokens: int,
     precision: torch.dtype | None,
     region_gradients: bool = False,
+    world: World = ALONE,
 ) -> StepOutcome:
     """Add the gradient of the step's loss to the parameters.
 
-    The step is cut into micro-batches of at most ``micro_batch_tokens`` padded tokens; neither loss nor gradient
-    depends on how.
+    The step is cut into micro-batches of at most ``micro_batch_tokens`` padded tokens, and these are shared out in
+    ``world``; neither loss nor gradient depends on how.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -83,7 +86,9 @@ def backpropagate(
     device = parameters[0].device
     guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
     layout = Layout(inputs.rows, guided)
-    statistics = _statistics(split, objective, inputs, layout, micro_batch_tokens, device, precision)
+    batches = list(micro_batches(layout, micro_batch_tokens, device, (world.rank, world.size)))
+    rounds = max(world.gather(len(batches)))
+    statistics = _statistics(student, objective, inputs, layout, batches, rounds, precision, world)
     plan = plan_step(
         objective,
         inputs.regions,
@@ -96,8 +101,8 @@ def backpropagate(
     measured = {name: np.full(total, np.nan) for name in ("logprobs", "entropy", "overlap", "mass")}
     losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
     region_sums: dict[str, list[Tensor]] = {}
-    for micro_batch in micro_batches(layout, micro_batch_tokens, device):
-        topk, guidance_topk, output = _forward(split, inputs, micro_batch, precision)
+    for micro_batch in batches:
+        topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision)
         batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
         regions = region_losses(objective, batch)
         for name, value in regions.items():
@@ -106,22 +111,36 @@ def backpropagate(
             losses[name] += float(value.detach())
         if region_gradients:
             _add_region_gradients(regions, parameters, region_sums)
-        sum(regions.values(), start=torch.zeros((), device=device)).backward()
+        # FSDP averages over processes; the loss is normalised over all of them, so its parts add up.
+        (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
         _measure(measured, micro_batch, output, batch)
+    for _ in range(len(batches), rounds):
+        _idle(student, layout, device, precision).backward()
     return StepOutcome(
-        losses=losses,
-        student_logprobs=measured["logprobs"],
-        student_entropy=measured["entropy"],
-        overlap=measured["overlap"],
-        student_topk_mass=measured["mass"],
+        losses=world.total(losses),
+        student_logprobs=world.merge(measured["logprobs"]),
+        student_entropy=world.merge(measured["entropy"]),
+        overlap=world.merge(measured["overlap"]),
+        student_topk_mass=world.merge(measured["mass"]),
         region_gradient_norms={
             name: float(torch.nn.utils.get_total_norm(sums)) for name, sums in region_sums.items()
         },
     )
 
 
+def _idle(
+    student: StudentPass, layout: Layout, device: torch.device, precision: torch.dtype | None
+) -> Tensor:
+    """A pass without effect: others have one micro-batch more, and weights are gathered by all or none."""
+    batch = next(iter(micro_batches(layout, 1, device)))
+    lookups = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
+    with autocast(device, precision):
+        targets, *_ = student(batch, lookups)
+    return 0.0 * targets.sum()
+
+
 def _forward(
-    split: SplitModel, inputs: StepInputs, micro_batch: MicroBatch, precision: torch.dtype | None
+    student: StudentPass, inputs: StepInputs, micro_batch: MicroBatch, precision: torch.dtype | None
 ) -> tuple[RaggedTopk, RaggedTopk | None, TokenLogprobs]:
     """The student on a micro-batch, and the teacher's alternatives of its tokens."""
     topk = inputs.teacher.topk.select(micro_batch.student_tokens)
@@ -137,10 +156,8 @@ def _forward(
         flat[~student_entries] = guidance_topk.ids
     device = micro_batch.ids.device
     with autocast(device, precision):
-        hidden = split.hidden(input_ids=micro_batch.ids, attention_mask=micro_batch.mask)
-        states = hidden[micro_batch.row_index, micro_batch.column_index]
         lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device))
-        output = token_logprobs(split, states, micro_batch.targets, lookups)
+        output = TokenLogprobs(*student(micro_batch, lookups))
     return topk, guidance_topk, output
 
 
@@ -219,13 +236,14 @@ def _measure(
 
 
 def _statistics(
-    split: SplitModel,
+    student: StudentPass,
     objective: Objective,
     inputs: StepInputs,
     layout: Layout,
-    budget: int,
-    device: torch.device,
+    batches: Sequence[MicroBatch],
+    rounds: int,
     precision: torch.dtype | None,
+    world: World,
 ) -> TokenStatistics:
     """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
     sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
@@ -233,18 +251,25 @@ def _statistics(
     kinds = {weight.kind for weight in objective.token_weights}
     if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
         return TokenStatistics(layout.student_rows, advantages)
-    entropy, divergence, overlap = (np.zeros(len(advantages)) for _ in range(3))
+    found = {name: np.full(len(advantages), np.nan) for name in ("entropy", "divergence", "overlap")}
+    device = next(student.parameters()).device
     with torch.no_grad():
-        for micro_batch in micro_batches(layout, budget, device):
-            topk, guidance_topk, output = _forward(split, inputs, micro_batch, precision)
+        for micro_batch in batches:
+            topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision)
             tokens, is_student = micro_batch.student_tokens, torch.from_numpy(micro_batch.is_student)
-            entropy[tokens] = output.entropy.cpu()[is_student].double().numpy()
-            overlap[tokens] = output.overlap.cpu()[is_student].double().numpy()
+            found["entropy"][tokens] = output.entropy.cpu()[is_student].double().numpy()
+            found["overlap"][tokens] = output.overlap.cpu()[is_student].double().numpy()
+            found["divergence"][tokens] = 0.0
             counts = _lookup_counts(micro_batch, topk, guidance_topk)
             entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
             alternatives = _alternatives(topk, output.lookups[entries])
-            divergence[tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
-    return TokenStatistics(layout.student_rows, advantages, entropy, divergence, overlap)
+            found["divergence"][tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
+        for _ in range(len(batches), rounds):
+            _idle(student, layout, device, precision)
+    merged = {name: world.merge(values) for name, values in found.items()}
+    return TokenStatistics(
+        layout.student_rows, advantages, merged["entropy"], merged["divergence"], merged["overlap"]
+    )
 
 
 def _add_region_gradients(

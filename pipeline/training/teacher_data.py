@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from tropd.pipeline.objectives.partition import Regions, partition_tokens
 from tropd.pipeline.objectives.spec import Objective, TeacherNeeds
-from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest, ScoreResponse
+from tropd.pipeline.teacher.protocol import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.training.batch import Floats32, RaggedTopk
 from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.seeds import derive_seed, uniforms
 
 
@@ -47,7 +48,12 @@ class TeacherData:
 
 
 def ask_teacher(
-    scorer: Scorer, rows: Sequence[Row], objective: Objective, needs: TeacherNeeds, vocab_limit: int
+    scorer: Scorer,
+    rows: Sequence[Row],
+    objective: Objective,
+    needs: TeacherNeeds,
+    vocab_limit: int,
+    world: World = ALONE,
 ) -> TeacherData:
     """Have the student's tokens scored: no prompt, no prefix and no padding is asked for."""
     items = [
@@ -60,17 +66,19 @@ def ask_teacher(
         for row in rows
         if row.tokens
     ]
-    response = scorer.score(
-        ScoreRequest(
-            sequences=items,
+
+    def ask(share: list[ScoreItem]) -> list[ScoredItem]:
+        request = ScoreRequest(
+            sequences=share,
             partition=objective.partition,
             topk=needs.topk,
             k=needs.k,
             entropy=needs.entropy,
             vocab_limit=vocab_limit,
         )
-    )
-    answers = response.items
+        return list(scorer.score(request).items)
+
+    answers = world.spread(items, ask)
     if not answers:
         return TeacherData.nothing(needs.entropy)
     first = np.cumsum([0, *(len(a.teacher_logprobs) for a in answers)])

@@ -13,13 +13,13 @@ import torch
 
 from tropd.pipeline.configuration import load_objective, recipe_names
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.models import split_model
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
+from tropd.pipeline.training.student import StudentPass
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
 
 V = 24
@@ -114,7 +114,7 @@ def run(
     model.zero_grad(set_to_none=True)
     parameters = list(model.parameters())
     outcome = backpropagate(
-        split_model(model),
+        StudentPass(model),
         parameters,
         objective,
         inputs,

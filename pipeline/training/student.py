@@ -1,0 +1,81 @@
+"""The student in training: one module from token ids to the log-probs that a loss needs, sharded where there are many.
+
+With one process the model is used as it is. With several, FSDP2 (``fully_shard``) shards weights, gradients and
+optimiser state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
+norm, head) is the unit of this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tropd.pipeline.models import SplitModel, split_model
+from tropd.pipeline.training.batch import MicroBatch
+from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
+from tropd.pipeline.training.world import World
+
+
+class StudentPass(torch.nn.Module):
+    """A causal LM on micro-batches. The head is part of the forward pass, where FSDP can see its use."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._split = [split_model(model)]  # in a list: its parts are the model's, not modules of their own
+
+    @property
+    def split(self) -> SplitModel:
+        return self._split[0]
+
+    def forward(self, batch: MicroBatch, lookups: Lookups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of ``TokenLogprobs``, as a tuple."""
+        hidden = self.split.hidden(**batch.inputs)
+        states = hidden[batch.row_index, batch.column_index]
+        found: TokenLogprobs = token_logprobs(self.split, states, batch.targets, lookups)
+        return found.targets, found.lookups, found.entropy, found.overlap
+
+
+def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> None:
+    """Spread the weights over all processes, in float32; matrix products are in ``precision``."""
+    if world.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for module in _layers(student.model):
+        fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    fully_shard(student, mesh=world.mesh, mp_policy=policy)
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The decoder layers: modules of the classes that transformers says must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or a state of it, gathered from all processes if it is sharded."""
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered.detach()
+
+
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Set a parameter or a state of it to a whole value, of which a sharded one keeps its part."""
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(
+                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
+        tensor.copy_(value)
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """Set the weights of ``target`` to those of the sharded ``source``; every process must take part."""
+    targets = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        value = whole(parameter)
+        with torch.no_grad():
+            targets[name].copy_(value)

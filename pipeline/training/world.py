@@ -1,0 +1,101 @@
+"""The processes that train together: one, or as many as torchrun has started.
+
+Every process plans the whole step and does its share of it: rollouts, questions to the teacher, micro-batches. Rows and
+answers are exchanged, so that what the loss is normalised by is the same everywhere, however many there are. Process
+0 leads: it alone writes files and talks to the user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+R = TypeVar("R")
+N = TypeVar("N", int, float)
+
+# A step of rollouts and a checkpoint of an 8B model both fit; a dead process is noticed by torchrun at once.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who takes part. With size 1 every method is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank. Values are pickled, between processes of this run only."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def tell(self, value: T) -> T:
+        """Process 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def spread(self, items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+        """``work`` over all items, each item done by one process; everyone gets all results, in order."""
+        if self.size == 1:
+            return work(list(items))
+        results: list[Any] = [None] * len(items)
+        for rank, share in enumerate(self.gather(work(list(items[self.rank :: self.size])))):
+            results[rank :: self.size] = share
+        return results
+
+    def merge(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Everyone's array in one: at most one process has a number at a place, the others NaN."""
+        if self.size == 1:
+            return array
+        merged = np.full_like(array, np.nan)
+        for part in self.gather(array):
+            known = ~np.isnan(part)
+            merged[known] = part[known]
+        return merged
+
+    def total(self, values: dict[str, N]) -> dict[str, N]:
+        """Sums over all processes."""
+        everyone = self.gather(values)
+        return {name: sum(each[name] for each in everyone) for name in values}
+
+
+ALONE = World()
+
+
+@contextmanager
+def join_world(device: torch.device) -> Iterator[World]:
+    """Meet the other processes that torchrun has started; alone without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
+    finally:
+        dist.destroy_process_group()
