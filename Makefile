@@ -9,7 +9,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test bench bench-cache bench-memory bench-logprobs lint types format clean
+.PHONY: help install demo demo-mismatch test bench bench-cache bench-service bench-memory bench-logprobs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,9 @@ bench-memory: $(STAMP)  ## Memory of scoring 100,000 trajectories, from the firs
 
 bench-logprobs: $(STAMP)  ## Memory and time of log-probs at a vocabulary of 151,936, whole and in chunks
 	$(BIN)/python tests/benchmarks/bench_logprobs.py
+
+bench-service: $(STAMP)  ## The teacher service under load and fire, and beside vLLM's JSON (docs/service.md)
+	$(BIN)/python tests/benchmarks/bench_service.py
 
 lint: $(STAMP)  ## Lint and formatting
 	$(BIN)/ruff check .

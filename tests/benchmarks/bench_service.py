@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,11 +383,10 @@ def top_of_everything(url: str, model: str, request: ScoreRequest) -> tuple[int,
     return len(body), len(response.content)
 
 
-def through_client(url: str, request: ScoreRequest) -> tuple[int, int]:
-    with TeacherClient(url, timeout_seconds=600) as client:
-        client.info()
-        client.score(request)
-        return client.bytes_sent, client.bytes_received
+def through_client(client: TeacherClient, request: ScoreRequest) -> tuple[int, int]:
+    sent, received = client.bytes_sent, client.bytes_received
+    client.score(request)
+    return client.bytes_sent - sent, client.bytes_received - received
 
 
 def wire(folder: Path, python: Path | None) -> None:
@@ -396,31 +396,28 @@ def wire(folder: Path, python: Path | None) -> None:
     servers = {"tropd": own_server("tropd", folder), "fake vLLM": own_server("json", folder)}
     if python is not None:
         servers["vLLM"] = vllm_server(python, folder)
-    ways: dict[str, Callable[[], tuple[int, int]]] = {
-        "tropd service, partition-aware": lambda: through_client(servers["tropd"].url, request),
-        "tropd service, K1 only": lambda: through_client(servers["tropd"].url, k1),
-    }
-    for name in ("fake vLLM", "vLLM"):
-        if name in servers:
-            url = servers[name].url
-            ways[f"{name}, partition-aware"] = lambda url=url: through_client(url, request)  # type: ignore[misc]
-            ways[f"{name}, top {K} of every token"] = lambda url=url: top_of_everything(
-                url, str(folder), request
-            )  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    ways: dict[str, Callable[[], tuple[int, int]]] = {}
+    times: dict[str, list[float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    with started(*servers.values(), seconds=VLLM_START_SECONDS):
+    with started(*servers.values(), seconds=VLLM_START_SECONDS), ExitStack() as stack:
+        for name, server in servers.items():
+            client = stack.enter_context(TeacherClient(server.url, timeout_seconds=600))
+            ways[f"{name}, partition-aware"] = partial(through_client, client, request)
+            ways[f"{name}, K1 only"] = partial(through_client, client, k1)
+            if name != "tropd":
+                everything = partial(top_of_everything, server.url, str(folder), request)
+                ways[f"{name}, top {K} of every token"] = everything
         for _ in range(ROUNDS + 1):  # the first round warms up
             for name, way in ways.items():
                 began = time.perf_counter()
                 sizes[name] = way()
-                times[name].append(time.perf_counter() - began)
+                times.setdefault(name, []).append(time.perf_counter() - began)
     tokens = ROWS * RESPONSE
     seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
     first = next(iter(ways))
     print(
-        f"wire: {ROWS} sequences of {PROMPT} + {RESPONSE} tokens, {VOCABULARY:,} ids, top {K}, {1 - TRUSTED:.0%} outliers, "
-        f"median of {ROUNDS} rounds in turns"
+        f"wire: {ROWS} sequences of {PROMPT} + {RESPONSE} tokens, {VOCABULARY:,} ids, top {K}, "
+        f"{1 - TRUSTED:.0%} outliers, median of {ROUNDS} rounds in turns"
     )
     for name in ways:
         sent, received = sizes[name]
