@@ -1,6 +1,6 @@
 """The teacher service under load, under fire, and beside vLLM's JSON.
 
-    python tests/benchmarks/bench_service.py [load|fuzz|wire ...] [--seconds 120] [--vllm PATH/TO/python]
+    python tests/benchmarks/bench_service.py [load|fuzz|wire ...] [--seconds 120] [--no-kills] [--vllm PATH/TO/python]
 
 load  64 clients on two replicas, one of which is killed and started again all the while; every answer is compared
       with a local forward. Prints latencies, losses (there must be none) and memory.
@@ -275,7 +275,7 @@ class Tally:
     memory: dict[str, list[float]] = field(default_factory=dict)
 
 
-async def load(folder: Path, seconds: float) -> Tally:
+async def load(folder: Path, seconds: float, kills: bool) -> Tally:
     """Clients that never rest, and somebody who kills servers."""
     known = known_requests(load_engine(folder), 400)
     servers = [own_server("tropd", folder) for _ in range(2)]
@@ -302,7 +302,7 @@ async def load(folder: Path, seconds: float) -> Tally:
                 tally.tokens += teacher.tokens_scored
 
         async def killer() -> None:
-            while time.monotonic() < end:
+            while kills and time.monotonic() < end:
                 await asyncio.sleep(dice.uniform(1.0, 4.0))
                 victim = dice.choice(servers)
                 victim.kill()
@@ -433,6 +433,7 @@ def main() -> int:
     )
     parser.add_argument("parts", nargs="*", default=["load", "fuzz", "wire"], help="load, fuzz, wire")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the load test")
+    parser.add_argument("--kills", action=argparse.BooleanOptionalAction, default=True, help="kill replicas")
     parser.add_argument("--shots", type=int, default=10_000, help="malformed requests")
     parser.add_argument(
         "--vllm", type=Path, default=Path(".venv-vllm/bin/python"), help="a Python that has vLLM"
@@ -449,7 +450,7 @@ def main() -> int:
         folder = Path(name) / "model"
         save_model(folder)
         if "load" in given.parts:
-            good &= report_load(asyncio.run(load(folder, given.seconds)), given.seconds)
+            good &= report_load(asyncio.run(load(folder, given.seconds, given.kills)), given.seconds)
         if "fuzz" in given.parts:
             good &= report_fuzz(given.shots)
         if "wire" in given.parts:
