@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,24 @@ def test_a_teacher_must_say_the_same_possible_thing_twice(values: tuple[float, .
 
 def test_rounding_does_not_keep_a_teacher_from_being_ready() -> None:
     self_test(Moody(-1.0, -1.01))  # type: ignore[arg-type]
+
+
+def test_a_service_is_not_ready_before_its_self_test(table_engine: Any) -> None:
+    app = create_app(table_engine, INFO, ServiceConfig(), None)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(
+            app
+        )  # does not start the application, so that nothing has been scored
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as http:
+            return [(await http.get(path)).status_code for path in ("/healthz", "/readyz")]
+
+    assert asyncio.run(ask()) == [200, 503]
+    app.state.batcher.close()
+
+
+def test_behind_a_proxy_on_this_machine_the_log_names_the_client(table_engine: Any, tmp_path: Path) -> None:
+    path = tmp_path / "access.jsonl"
+    with running(create_app(table_engine, INFO, ServiceConfig(), None, open_access_log(path))) as url:
+        httpx.get(f"{url}/v1/info", headers={"X-Forwarded-For": "192.0.2.7"})
+    assert [line["client"] for line in lines(path)] == ["192.0.2.7"]
