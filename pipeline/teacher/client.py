@@ -148,7 +148,9 @@ class TeacherClient:
             )
 
     def check_token_texts(self, decode: Callable[[list[int]], str], size: int) -> bool:
-        """Compare the text of every token id with the student's, where the servers are vLLM's. False: they do not say.
+        """Compare the text of every token id with the student's at each vLLM server that has answered.
+
+        Returns False if one of them does not say.
 
         Raises:
             ConfigError: with the first id that differs.
@@ -158,7 +160,7 @@ class TeacherClient:
             return not isinstance(dialect, VllmDialect) or dialect.check_tokenizer(exchange, decode, size)
 
         self.info()
-        return self._replicas.call(compare)
+        return all(self._replicas.each(compare))
 
     def check_gives(self, needs: TeacherNeeds, objective: Objective) -> None:
         """Refuse a teacher that cannot give what an objective needs, before the first rollout.
@@ -202,13 +204,16 @@ class TeacherClient:
         started = time.monotonic()
 
         def work(exchange: Exchange, dialect: Dialect) -> tuple[Exchange, ScoreResponse]:
-            return exchange, dialect.score(exchange, part)
+            answer = dialect.score(exchange, part)
+            if answer.teacher != self.info().weights:
+                self._replicas.check_unchanged(exchange.url)
+                raise TropdError(
+                    f"the teacher at {exchange.url} gave scores of weights {answer.teacher[:12]}…"
+                )
+            self._check_masks(exchange.url, part, answer)
+            return exchange, answer
 
         exchange, answer = self._replicas.call(work, sum(len(item.tokens) for item in part.sequences))
-        if answer.teacher != self.info().weights:
-            self._replicas.check_unchanged(exchange.url)
-            raise TropdError(f"the teacher at {exchange.url} gave scores of weights {answer.teacher[:12]}…")
-        self._check_masks(exchange.url, part, answer)
         with self._lock:
             self.requests += 1
             self.seconds += time.monotonic() - started

@@ -160,6 +160,22 @@ class Replicas:
                 hint="see its log, start it again, and rerun the same command: it goes on from the last checkpoint",
             ) from error
 
+    def each(self, work: Work[Answer]) -> list[Answer]:
+        """Have work done once by every server that is known; one that is away now is left out.
+
+        Raises:
+            TropdError: one of them refused.
+        """
+        answers = []
+        for replica in self.all:
+            if replica.dialect is None:
+                continue
+            try:
+                answers.append(work(Exchange(self._http(), replica.url, self._timeout), replica.dialect))
+            except TryAgainError as error:
+                self._failed(replica, error)
+        return answers
+
     def check_unchanged(self, url: str) -> None:
         """The server at an address must still have the teacher that it had.
 

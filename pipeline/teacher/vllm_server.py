@@ -78,7 +78,7 @@ class VllmDialect:
             tokenizer_size=0,
             vocab_size=UNTOLD,
             max_length=length - 1,  # it always generates a token
-            max_request_tokens=MAX_TOKENS,
+            max_request_tokens=max(MAX_TOKENS, length),
             max_request_bytes=1 << 30,
             queue_tokens=MAX_TOKENS,
         )

@@ -260,3 +260,20 @@ def test_real_servers_that_die_and_return_lose_and_mix_up_nothing(table_engine: 
                 while not client.replicas[1].requests:
                     assert time.monotonic() < deadline
                     check(client)
+
+
+def test_a_teacher_that_is_replaced_and_gone_before_it_can_be_asked_is_an_outage(
+    no_sleep: list[float],
+) -> None:
+    one, two = Failing(), ScriptedService()
+    with client_of({"one": one, "two": two}) as client:
+        client.score(request(4, 5))
+        one.info = INFO.model_copy(update={"weights": "b" * 64})
+
+        def vanish(sent: httpx.Request) -> None:
+            one.failures, one.forever = [httpx.ConnectError("gone")], True
+
+        one.before_score = vanish
+        for _ in range(20):
+            assert len(client.score(request(4, 5, 6, 7)).items) == 4
+        assert client.replicas[0].failures > 0

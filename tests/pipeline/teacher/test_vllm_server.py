@@ -215,6 +215,10 @@ def test_token_texts_are_compared(table_engine: Any, monkeypatch: pytest.MonkeyP
         assert client.check_token_texts(tokenizer.decode, size)
     with running(fake_vllm(table_engine)) as url, TeacherClient(url) as client:
         assert not client.check_token_texts(tokenizer.decode, size)
+    honest, other = fake_vllm(table_engine, decode=tokenizer.decode), fake_vllm(table_engine, decode=swapped)
+    with running(honest) as one, running(other) as two, TeacherClient([one, two]) as client:
+        with pytest.raises(ConfigError, match=f"vLLM server at {two} has another tokenizer"):
+            client.check_token_texts(tokenizer.decode, size)
     with running(fake_vllm(table_engine, decode=swapped)) as url, TeacherClient(url) as client:
         with pytest.raises(ConfigError, match=r"token 9 is '.*' there and '.*' here"):
             client.check_token_texts(tokenizer.decode, size)
