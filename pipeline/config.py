@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tropd.pipeline.objectives.spec import Objective, Spec
+from tropd.pipeline.objectives.spec import Importance, Objective, Spec
 from tropd.storage.topk_encoding import Precision
 
 Dtype = Literal["float32", "bfloat16"]
+EngineName = Literal["transformers", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -69,6 +70,8 @@ class ModelConfig(Spec):
     """Precision of the weights in memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
+    engine: EngineName = "transformers"
+    """What samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
 
 
 class TeacherConfig(ModelConfig):
@@ -106,6 +109,27 @@ class StudentConfig(ModelConfig):
 
     model: str = "models/student"
     """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+
+
+class VllmConfig(Spec):
+    """How vLLM runs a model whose `engine` is `vllm`."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that a model is spread over."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of a GPU's memory that vLLM takes; lower it where the student trains on the same GPU."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest sequence, prompt included; the model's own limit if not set. Shorter takes less memory."""
+    enforce_eager: bool = False
+    """No CUDA graphs: slower, starts faster."""
+    quantization: str | None = None
+    """Quantisation method of the weights (`fp8`, `awq`, …); what the model says if not set."""
+    check_every: int = Field(default=10, ge=1)
+    """In training, steps between two checks (the first is after the first update) that engine and trainer agree."""
+    max_mean_difference: float = Field(default=0.1, gt=0.0)
+    """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
+    importance_clip: float = Field(default=2.0, gt=0.0)
+    """c of the weight min(π_θ/μ, c) that corrects for their difference, where the objective does not set its own."""
 
 
 class PrefixesConfig(Spec):
@@ -295,6 +319,7 @@ class Config(Spec):
     prefixes: PrefixesConfig = PrefixesConfig()
     scores: ScoresConfig = ScoresConfig()
     service: ServiceConfig = ServiceConfig()
+    vllm: VllmConfig = VllmConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: Objective
     train: TrainConfig = TrainConfig()
@@ -319,6 +344,14 @@ class Config(Spec):
                 "guidance learns from the cache, which does not hold that many alternatives"
             )
         return self
+
+    @property
+    def training_objective(self) -> Objective:
+        """The objective, with the correction for rollouts of another engine."""
+        objective = self.objective
+        if self.student.engine == "transformers" or objective.importance.clip is not None:
+            return objective
+        return objective.model_copy(update={"importance": Importance(clip=self.vllm.importance_clip)})
 
     @property
     def prefix_max_tokens(self) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tropd.pipeline.config import Config, ModelConfig, to_plain
 from tropd.pipeline.configuration import ResolvedConfig
+from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
     configure_runtime,
     context_length,
+    load_generation_config,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -30,6 +32,9 @@ from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
 from tropd.storage.manifest import Manifest, read_manifest
 from tropd.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tropd.pipeline.engines.vllm import VllmEngine
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class LoadedModel:
     def engine(
         self, *, batch_size: int, batch_tokens: int = 16384, autocast: torch.dtype | None = None
     ) -> TransformersEngine:
-        stop_ids = stop_token_ids(self.model, self.tokenizer)
+        stop_ids = stop_token_ids(getattr(self.model, "generation_config", None), self.tokenizer)
         return TransformersEngine(
             self.model, stop_ids, batch_size=batch_size, batch_tokens=batch_tokens, autocast=autocast
         )
@@ -86,6 +91,57 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
         folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
     )
     return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=settings.trust_remote_code))
+
+
+def open_engine(
+    run: Run, role: str, folder: Path | None = None, *, batch_size: int, batch_tokens: int = 16384
+) -> tuple[Engine, Any]:
+    """The engine that a role is configured with, and its tokenizer.
+
+    Args:
+        folder: another directory than the role's own, with its settings.
+        batch_size: sequences decoded together, where the engine does not decide that itself.
+        batch_tokens: tokens, padding included, per scoring pass, likewise.
+    """
+    settings: ModelConfig = getattr(run.config, role)
+    if settings.engine == "transformers":
+        loaded = load_role(run, role, folder)
+        return loaded.engine(batch_size=batch_size, batch_tokens=batch_tokens), loaded.tokenizer
+    engine = open_vllm(run, role, folder)
+    return engine, role_tokenizer(run, role)
+
+
+def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: bool = False) -> VllmEngine:
+    """The model of a role inside vLLM (``in_training``: see there)."""
+    from tropd.pipeline.engines.vllm import VllmEngine
+
+    settings: ModelConfig = getattr(run.config, role)
+    configure_runtime(run.config.runtime)
+    folder = folder or model_directory(run.workspace, settings, role)
+    config = load_model_config(folder, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    return VllmEngine(
+        folder,
+        stop_token_ids(load_generation_config(folder), tokenizer),
+        run.config.vllm,
+        dtype=settings.dtype,
+        vocab_size=int(config.get_text_config().vocab_size),
+        max_length=context_length(config),
+        most_topk=max(run.config.scores.k, run.config.objective.k),
+        trust_remote_code=settings.trust_remote_code,
+        in_training=in_training,
+    )
+
+
+def engine_fields(run: Run, role: str) -> dict[str, Scalar]:
+    """Fingerprint fields of the engine that runs a role: its numerics differ in the last digits."""
+    settings: ModelConfig = getattr(run.config, role)
+    if settings.engine == "transformers":
+        return {}
+    quantization = run.config.vllm.quantization
+    return {f"{role}.engine": settings.engine} | (
+        {"vllm.quantization": quantization} if quantization is not None else {}
+    )
 
 
 def role_tokenizer(run: Run, role: str) -> Any:

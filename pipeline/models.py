@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
@@ -151,10 +151,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def load_generation_config(folder: Path) -> Any:
+    """The generation configuration of a model directory; None where there is none."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def stop_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation config."""
     ids: set[int] = {int(tokenizer.eos_token_id)}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = getattr(generation_config, "eos_token_id", None)
     if isinstance(configured, int):
         ids.add(configured)
     elif configured:

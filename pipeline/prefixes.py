@@ -16,8 +16,9 @@ from tropd.pipeline.context import (
     Run,
     check_pair,
     data_fields,
-    load_role,
+    engine_fields,
     model_fields,
+    open_engine,
     role_max_length,
     role_tokenizer,
     training_prompts,
@@ -98,6 +99,7 @@ def fingerprint(run: Run, source: Source) -> Fingerprint:
         if name not in ("stage", "author", "batch_size")
     }
     fields |= data_fields(run, "prompts") | model_fields(run, source.author)
+    fields |= engine_fields(run, source.author)
     fields["run.seed"] = run.config.run.seed
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
@@ -149,8 +151,7 @@ def open_generator(
     source: Source, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], run: Run
 ) -> Maker:
     """Load the author; what is returned writes one shard of trajectories after another."""
-    tokenizer = role_tokenizer(run, source.author)
-    engine = load_role(run, source.author).engine(batch_size=source.batch_size)
+    engine, tokenizer = open_engine(run, source.author, batch_size=source.batch_size)
     step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:

@@ -16,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tropd.pipeline.context import Run, finished, load_role, model_fields, role_vocab_size, section_fields
+from tropd.pipeline.context import (
+    Run,
+    engine_fields,
+    finished,
+    model_fields,
+    open_engine,
+    role_vocab_size,
+    section_fields,
+)
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.storage.atomic import atomic_file
@@ -45,6 +53,7 @@ ROWS_SCHEMA = pa.schema(
 def fingerprint(run: Run, source: Manifest) -> Fingerprint:
     """Everything that decides the scores: the trajectories, the teacher, and what is kept."""
     fields = model_fields(run, "teacher") | {f"upstream.{source.stage}": source.fingerprint}
+    fields |= engine_fields(run, "teacher")
     fields["teacher.vocab_size"] = role_vocab_size(run, "teacher")
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
     return Fingerprint(fields)
@@ -77,7 +86,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
     source_folder = run.workspace.stage(source_stage)
     source = finished(run, source_stage, COMMANDS[source_stage])
     shards = list(source.shards.values())
-    engine = load_role(run, "teacher").engine(batch_size=1, batch_tokens=run.config.scores.batch_tokens)
+    engine, _ = open_engine(run, "teacher", batch_size=1, batch_tokens=run.config.scores.batch_tokens)
     config = run.config.scores
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:

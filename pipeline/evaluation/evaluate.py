@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tropd.pipeline.context import (
-    LoadedModel,
     Run,
     data_fields,
+    engine_fields,
     evaluation_problems,
     finished,
-    load_role,
     model_fields,
+    open_engine,
     section_fields,
 )
 from tropd.pipeline.engines.base import Engine, Sampling
@@ -74,7 +74,8 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
     fields |= {"run.seed": config.run.seed, "evaluation.max_tokens": config.evaluation_max_tokens}
     for who in whom:
         role, folder = _model_of(who, final)
-        fields |= {f"{who}.{k}": v for k, v in model_fields(run, role, folder).items()}
+        of_model = model_fields(run, role, folder) | engine_fields(run, role)
+        fields |= {f"{who}.{k}": v for k, v in of_model.items()}
     return Fingerprint(fields)
 
 
@@ -102,7 +103,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         for who in whom:
             name = f"part-{who}.parquet"
             if not stage.has(name):
-                responses = _evaluate_one(run, who, load_role(run, *_model_of(who, final)))
+                responses = _evaluate_one(run, who, *_model_of(who, final))
                 _write(folder / name, who, responses)
                 stage.commit(name, rows=len(responses))
             table = pq.read_table(folder / name, columns=["mode", "correct"])
@@ -114,19 +115,17 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         return stage.manifest
 
 
-def _evaluate_one(run: Run, who: Who, model: LoadedModel) -> list[Response]:
+def _evaluate_one(run: Run, who: Who, role: str, folder: Path | None) -> list[Response]:
     config = run.config.evaluation
-    engine = model.engine(batch_size=config.batch_size)
-    problems, encoded = evaluation_problems(run, model.tokenizer, engine.max_length, config.limit)
+    engine, tokenizer = open_engine(run, role, folder, batch_size=config.batch_size)
+    problems, encoded = evaluation_problems(run, tokenizer, engine.max_length, config.limit)
     responses: list[Response] = []
     with run.reporter.task(f"evaluate {who}", len(problems) * (1 + config.samples), unit="responses") as task:
         modes: tuple[tuple[Mode, int], ...] = (("greedy", 1), ("sampled", config.samples))
         for mode, samples in modes:
             for low in range(0, len(problems), config.batch_size):
                 part = slice(low, low + config.batch_size)
-                responses += respond(
-                    run, engine, model.tokenizer, problems[part], encoded[part], mode, samples
-                )
+                responses += respond(run, engine, tokenizer, problems[part], encoded[part], mode, samples)
                 task.advance(len(problems[part]) * samples)
     return responses
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from tropd.pipeline.context import Run, load_role
-from tropd.pipeline.models import weights_digest
+from tropd.pipeline.context import Run, open_engine
+from tropd.pipeline.models import model_directory, weights_digest
 from tropd.pipeline.teacher.access import open_access_log
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.service import check_address, run_service
@@ -20,12 +20,13 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
     settings = run.config.service
     token = os.environ.get(run.config.teacher.token_env) or None
     check_address(settings.host, token, run.config.teacher.token_env)
-    teacher = load_role(run, "teacher")
-    engine = teacher.engine(batch_size=1, batch_tokens=settings.batch_tokens)
-    identity = tokenizer_identity(teacher.tokenizer)
+    folder = model_directory(run.workspace, run.config.teacher, "teacher")
+    engine, tokenizer = open_engine(run, "teacher", batch_size=1, batch_tokens=settings.batch_tokens)
+    identity = tokenizer_identity(tokenizer)
+    whole_vocabulary = run.config.teacher.engine == "transformers"
     info = ServiceInfo(
-        model=teacher.folder.name,
-        weights=weights_digest(teacher.folder),
+        model=folder.name,
+        weights=weights_digest(folder),
         tokenizer=identity.digest,
         tokenizer_size=identity.vocab_size,
         tokenizer_parts=identity.parts,
@@ -34,8 +35,8 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
         max_request_tokens=settings.max_request_tokens,
         max_request_bytes=settings.max_request_bytes,
         queue_tokens=settings.queue_tokens,
-        max_topk=engine.vocab_size,
-        entropy=True,
+        max_topk=engine.vocab_size if whole_vocabulary else max(run.config.scores.k, run.config.objective.k),
+        entropy=whole_vocabulary,
     )
     run_service(
         engine,

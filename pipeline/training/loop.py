@@ -9,10 +9,19 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from tropd.pipeline.config import TrainConfig
-from tropd.pipeline.context import Run, check_pair, data_fields, finished, model_fields, section_fields
+from tropd.pipeline.context import (
+    Run,
+    check_pair,
+    data_fields,
+    engine_fields,
+    finished,
+    model_fields,
+    section_fields,
+)
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
 from tropd.pipeline.guidance import scheduled_length
 from tropd.pipeline.models import DTYPES, pick_device
@@ -30,7 +39,7 @@ from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, s
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
 from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session, open_session
-from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
+from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
 from tropd.pipeline.training.world import join_world
@@ -71,6 +80,9 @@ def fingerprint(run: Run) -> Fingerprint:
         "evaluate_problems",
     }
     fields |= section_fields("train", config.train, without=irrelevant)
+    fields |= engine_fields(run, "student")
+    if config.student.engine != "transformers":
+        fields["vllm.importance_clip"] = config.vllm.importance_clip
     fields["run.seed"] = config.run.seed
     if config.objective.schedule.kind != "none":
         fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
@@ -184,7 +196,7 @@ def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
 
 def _step(session: Session, stage: Stage | None, step: int) -> Record:
     """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
-    config, objective = session.run.config, session.run.config.objective
+    config, objective = session.run.config, session.run.config.training_objective
     started = time.perf_counter()
     limit = scheduled_length(
         objective.schedule, step=step, total_steps=config.train.steps, max_tokens=config.rollout.max_tokens
@@ -222,6 +234,7 @@ def _step(session: Session, stage: Stage | None, step: int) -> Record:
             raise NonFiniteError(f"the gradient's norm is {norm}")
     except NonFiniteError as error:
         raise _stopped(stage, step, rows, teacher, error) from error
+    _check_engine(session, step, inputs, outcome)
     learning_rate = learning_rate_at(config.train, step)
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -241,6 +254,26 @@ def _step(session: Session, stage: Stage | None, step: int) -> Record:
         "time_train": ended - scored,
         "time_total": ended - started,
     }
+
+
+def _check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepOutcome) -> None:
+    """Another engine that rolls out must have the weights that are trained; old ones show in its log-probs.
+
+    Raises:
+        TropdError: its log-probs of the rollouts and the trainer's differ by more than ``vllm.max_mean_difference``.
+    """
+    config = session.run.config
+    if config.student.engine == "transformers" or not (step == 1 or step % config.vllm.check_every == 0):
+        return
+    sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float64)
+    difference = np.abs(outcome.student_logprobs - sampler)
+    if len(difference) and float(difference.mean()) > config.vllm.max_mean_difference:
+        raise TropdError(
+            f"step {step}: vLLM's log-probs of its rollouts differ from the trainer's by {difference.mean():.3g} nats "
+            f"on average and {difference.max():.3g} at most; the limit is {config.vllm.max_mean_difference}",
+            hint="its weights may be old or of lower precision: check vllm.quantization and student.dtype, raise "
+            'vllm.max_mean_difference if the difference is expected, or set student.engine = "transformers"',
+        )
 
 
 def _rows(session: Session, step: int, limit: int) -> list[Row]:
@@ -311,7 +344,7 @@ def _evaluate(session: Session) -> Record:
 def _export(session: Session, stage: Stage) -> None:
     """The final student as a plain Hugging Face directory, in the configured precision."""
     with atomic_directory(stage.folder / FINAL) as folder:
-        model = session.rollout_model.to(DTYPES[session.run.config.student.dtype])
+        model = session.whole_model.to(DTYPES[session.run.config.student.dtype])
         model.save_pretrained(folder)
         session.student.tokenizer.save_pretrained(folder)
     stage.commit(FINAL, rows=session.run.config.train.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tropd.pipeline.context import (
     evaluation_problems,
     finished,
     load_role,
+    open_vllm,
     training_prompts,
     with_teacher,
 )
@@ -56,8 +58,10 @@ class Session:
     """The student as it is trained, sharded where there are several processes."""
     engine: Engine
     """Rolls out with the student's weights."""
-    rollout_model: Any
-    """Whose weights the engine has: the student, or where that is sharded, a whole copy of it."""
+    refresh_engine: Callable[[], None]
+    """Give the engine the weights of the step that was just made."""
+    whole_model: Any
+    """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
     optimizer: torch.optim.Optimizer
     precision: torch.dtype | None
     store: TrajectoryStore | None
@@ -79,11 +83,6 @@ class Session:
         return min(
             len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0])
         )
-
-    def refresh_engine(self) -> None:
-        """Give the engine the weights of the step that was just made."""
-        if self.rollout_model is not self.student.model:
-            copy_weights(self.student.model, self.rollout_model)
 
     def traffic(self) -> dict[str, int]:
         """What was asked of the teacher so far, under the names of the metrics."""
@@ -141,14 +140,12 @@ def open_session(
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     student = _trainable(run, folder, device if world.size == 1 else torch.device("cpu"))
-    rollout_model = student if world.size == 1 else load_role(run, "student", folder)
-    engine = rollout_model.engine(
-        batch_size=config.rollout.batch_size, autocast=precision if world.size == 1 else None
-    )
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
+    whole_model = student.model if world.size == 1 else load_role(run, "student", folder).model
+    engine, refresh_engine = _rollout_engine(run, world, student, whole_model, folder, precision)
     prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
     store = None
     if objective.schedule.kind != "none":
@@ -193,7 +190,8 @@ def open_session(
         student=student,
         passes=passes,
         engine=engine,
-        rollout_model=rollout_model.model,
+        refresh_engine=refresh_engine,
+        whole_model=whole_model,
         optimizer=torch.optim.AdamW(
             parameters,
             lr=config.train.learning_rate,
@@ -208,6 +206,37 @@ def open_session(
         reference=_reference(run, folder),
         problems=problems,
     )
+
+
+def _rollout_engine(
+    run: Run,
+    world: World,
+    student: LoadedModel,
+    whole_model: Any,
+    folder: Path,
+    precision: torch.dtype | None,
+) -> tuple[Engine, Callable[[], None]]:
+    """The engine that rolls out, and what gives it the weights of the student as it is now."""
+    settings = run.config.student
+    if settings.engine == "transformers":
+        loaded = LoadedModel(folder, whole_model, student.tokenizer)
+        autocast = precision if whole_model is student.model else None
+        engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
+        if whole_model is student.model:
+            return engine, lambda: None
+        return engine, partial(copy_weights, student.model, whole_model)
+    if world.size > 1:
+        raise ConfigError(
+            'student.engine = "vllm" trains in a single process so far',
+            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
+        )
+    in_vllm = open_vllm(run, "student", folder, in_training=True)
+
+    def refresh() -> None:
+        in_vllm.set_weights(whole_model.state_dict().items())
+
+    refresh()
+    return in_vllm, refresh
 
 
 def _connect(

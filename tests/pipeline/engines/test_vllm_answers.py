@@ -1,0 +1,70 @@
+"""What vLLM answers, taken apart without vLLM; and what is said where it cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tropd.pipeline.config import VllmConfig
+from tropd.pipeline.engines.vllm import VllmEngine, _Answer, _checked, _scores
+from tropd.storage.errors import ConfigError, TropdError
+
+
+def flat(*positions: list[tuple[int, float]]) -> Any:
+    """Flat log-probs as vLLM gives them: nothing for the first token, then (id, log-prob) pairs."""
+    starts, ids, logprobs = [0], [], []
+    for pairs in positions:
+        starts.append(len(ids))
+        ids += [i for i, _ in pairs]
+        logprobs += [p for _, p in pairs]
+    return SimpleNamespace(start_indices=starts, token_ids=ids, logprobs=logprobs)
+
+
+def test_own_logprob_first_then_the_alternatives() -> None:
+    answer = _Answer(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
+    scores = _scores(answer, 1, np.arange(2), 2, 24)
+    np.testing.assert_allclose(scores.sampled, [-2.0, -0.1])
+    assert scores.topk_ids.tolist() == [[3, 7], [5, 4]]
+    np.testing.assert_allclose(scores.topk_logprobs, [[-0.5, -2.0], [-0.1, -3.0]])
+    later = _scores(answer, 2, np.array([0]), 1, 24)
+    assert (later.sampled.tolist(), later.topk_ids.tolist()) == ([pytest.approx(-0.1)], [[5]])
+
+
+def test_ids_that_are_no_tokens_give_way_to_the_next() -> None:
+    answer = _Answer(flat([(7, -2.0), (30, -0.2), (3, -1.7), (7, -2.0)]), 3)
+    assert _scores(answer, 1, np.arange(1), 2, 24).topk_ids.tolist() == [[3, 7]]
+    with pytest.raises(TropdError, match="fewer than 3"):
+        _scores(answer, 1, np.arange(1), 3, 24)
+
+
+def test_what_is_no_logprob_does_not_go_on() -> None:
+    np.testing.assert_array_equal(_checked(np.array([5e-4, -1.0], np.float32)), np.float32([0.0, -1.0]))
+    for value in (0.146, np.nan):
+        with pytest.raises(TropdError, match="as a log-prob"):
+            _checked(np.array([-1.0, value], dtype=np.float32))
+
+
+def make(folder: Path) -> VllmEngine:
+    return VllmEngine(folder, [1], VllmConfig(), dtype="float32", vocab_size=24, max_length=64, most_topk=8)
+
+
+def test_a_missing_vllm_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"tropd\[vllm\]"):
+        make(tmp_path)
+
+
+def test_a_build_for_gpus_without_one_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="built for GPUs, and PyTorch sees none"):
+        make(tmp_path)
