@@ -219,12 +219,14 @@ def serve_teacher(
     port: Annotated[
         int | None, typer.Option(help="Port; 0 takes a free one (default: service.port).")
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where it runs: in this process, or on Ray Serve.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Replicas on Ray Serve, behind one address.")] = 1,
     exit_with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the teacher-scoring service until it is stopped."""
-    from tropd.pipeline.teacher.serve import serve
-
     assignments = list(settings or [])
     assignments += [f"service.host={host}"] if host is not None else []
     assignments += [f"service.port={port}"] if port is not None else []
@@ -235,7 +237,15 @@ def serve_teacher(
         else:
             stdout.print(f"teacher service ready at {url}", markup=False)
 
-    serve(open_run(workspace, assignments), ready, exit_with_parent=exit_with_parent)
+    run = open_run(workspace, assignments)
+    if executor == "ray":
+        from tropd.pipeline.teacher.cluster import serve_on_ray
+
+        serve_on_ray(run, ready, workers)
+        return
+    from tropd.pipeline.teacher.serve import serve
+
+    serve(run, ready, exit_with_parent=exit_with_parent)
 
 
 def compare(

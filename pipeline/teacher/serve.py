@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from tropd.pipeline.context import Run, open_engine
+from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.models import model_directory, weights_digest
 from tropd.pipeline.teacher.access import open_access_log
 from tropd.pipeline.teacher.info import ServiceInfo
@@ -15,11 +16,9 @@ from tropd.pipeline.tokenizers import tokenizer_identity
 ACCESS_LOG = "teacher-access.jsonl"
 
 
-def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
-    """Run the service in this process; ``on_ready`` gets its URL once it answers."""
+def load_service(run: Run) -> tuple[Engine, ServiceInfo]:
+    """The teacher of a run in memory, and what a service of it says of itself."""
     settings = run.config.service
-    token = os.environ.get(run.config.teacher.token_env) or None
-    check_address(settings.host, token, run.config.teacher.token_env)
     folder = model_directory(run.workspace, run.config.teacher, "teacher")
     engine, tokenizer = open_engine(run, "teacher", batch_size=1, batch_tokens=settings.batch_tokens)
     identity = tokenizer_identity(tokenizer)
@@ -38,6 +37,15 @@ def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool =
         max_topk=engine.vocab_size if whole_vocabulary else max(run.config.scores.k, run.config.objective.k),
         entropy=whole_vocabulary,
     )
+    return engine, info
+
+
+def serve(run: Run, on_ready: Callable[[str], None], *, exit_with_parent: bool = False) -> None:
+    """Run the service in this process; ``on_ready`` gets its URL once it answers."""
+    settings = run.config.service
+    token = os.environ.get(run.config.teacher.token_env) or None
+    check_address(settings.host, token, run.config.teacher.token_env)
+    engine, info = load_service(run)
     run_service(
         engine,
         info,
