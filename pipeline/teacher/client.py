@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
 from types import TracebackType
 
 import httpx
@@ -18,13 +16,11 @@ from tropd.pipeline.teacher.batcher import outlier_mask
 from tropd.pipeline.teacher.dialects import Dialect
 from tropd.pipeline.teacher.exchange import Exchange
 from tropd.pipeline.teacher.info import ServiceInfo
-from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest, ScoreResponse
+from tropd.pipeline.teacher.parts import side_by_side, split_request
+from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse
 from tropd.pipeline.teacher.replicas import Replica, Replicas
 from tropd.pipeline.teacher.vllm_server import VllmDialect
 from tropd.storage.errors import ConfigError, TropdError
-
-ROW_BYTES, MESSAGE_BYTES = 32, 2048
-"""Upper bounds of what a sequence and a request cost beside token ids and log-probs (20 and 1,136 measured)."""
 
 
 class TeacherClient:
@@ -193,11 +189,11 @@ class TeacherClient:
         Raises:
             TropdError: no answer within the time limit, a refusal, or an answer that does not check out.
         """
-        parts = self._split(request)
+        parts = split_request(request, self.info(), servers=len(self.replicas), where=self.url)
         if len(self.replicas) == 1:
             answers = [self._score_part(part) for part in parts]
         else:
-            answers = _side_by_side(self._score_part, parts, len(self.replicas))
+            answers = side_by_side(self._score_part, parts, len(self.replicas))
         return ScoreResponse([item for answer in answers for item in answer.items])
 
     def _score_part(self, part: ScoreRequest) -> ScoreResponse:
@@ -222,38 +218,6 @@ class TeacherClient:
             self.tokens_scored += sum(len(item.teacher_logprobs) for item in answer.items)
             self.topk_tokens += sum(len(item.topk_positions) for item in answer.items)
         return answer
-
-    def _split(self, request: ScoreRequest) -> list[ScoreRequest]:
-        """Consecutive parts within the service's limits of tokens and bytes; always cut the same way.
-
-        Raises:
-            ConfigError: one sequence alone is above a limit.
-        """
-        info = self.info()
-        most = info.max_request_tokens
-        if len(self.replicas) > 1:  # something for each, however few tokens there are
-            total = sum(len(item.tokens) for item in request.sequences)
-            longest = max((len(item.tokens) for item in request.sequences), default=0)
-            most = min(most, max(longest, -(-total // len(self.replicas))))
-        parts: list[list[ScoreItem]] = []
-        tokens = size = 0
-        for number, item in enumerate(request.sequences):
-            n = len(item.tokens)
-            cost = item.tokens.nbytes + item.student_logprobs.nbytes + ROW_BYTES
-            if n > info.max_request_tokens or cost + MESSAGE_BYTES > info.max_request_bytes:
-                raise ConfigError(
-                    f"sequence {number} has {n} tokens; the teacher at {self.url} takes {info.max_request_tokens} "
-                    f"tokens and {info.max_request_bytes} bytes a request",
-                    hint="raise service.max_request_tokens or service.max_request_bytes where the service runs",
-                )
-            fits = tokens + n <= most and size + cost <= info.max_request_bytes
-            if not parts or not fits:
-                parts.append([])
-                tokens, size = 0, MESSAGE_BYTES
-            parts[-1].append(item)
-            tokens, size = tokens + n, size + cost
-        fields = (request.partition, request.topk, request.k, request.entropy, request.vocab_limit)
-        return [ScoreRequest(part, *fields) for part in parts]
 
     def _check_masks(self, url: str, request: ScoreRequest, response: ScoreResponse) -> None:
         """Trainer and service must draw the same regions, and alternatives must be where they were asked for."""
@@ -283,41 +247,3 @@ def _topk_parts(objective: Objective) -> list[str]:
         if needs_topk(loss)
     ]
     return parts + [f"token_weights: {w.kind}" for w in objective.token_weights if w.kind in TOPK_WEIGHTS]
-
-
-def _side_by_side(
-    work: Callable[[ScoreRequest], ScoreResponse], parts: Sequence[ScoreRequest], threads: int
-) -> list[ScoreResponse]:
-    """The answers of all parts in order, of which so many are worked on at once; the first failure is raised.
-
-    The threads are daemons: whoever interrupts the wait for them does not have to wait for an answer first.
-    """
-    todo: SimpleQueue[int] = SimpleQueue()
-    done: SimpleQueue[tuple[int, ScoreResponse | BaseException]] = SimpleQueue()
-    for number in range(len(parts)):
-        todo.put(number)
-
-    def run() -> None:
-        while True:
-            try:
-                number = todo.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((number, work(parts[number])))
-            except BaseException as error:
-                done.put((number, error))
-                return
-
-    for _ in range(min(threads, len(parts))):
-        threading.Thread(target=run, name="teacher-client", daemon=True).start()
-    answers: dict[int, ScoreResponse] = {}
-    while len(answers) < len(parts):
-        number, answer = done.get()
-        if isinstance(answer, BaseException):
-            while not todo.empty():  # nobody wants the rest
-                with contextlib.suppress(Empty):
-                    todo.get_nowait()
-            raise answer
-        answers[number] = answer
-    return [answers[number] for number in range(len(parts))]

@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -32,34 +31,27 @@ from starlette.requests import ClientDisconnect
 
 from tropd.pipeline.config import ServiceConfig, TeacherConfig
 from tropd.pipeline.engines.base import Engine
-from tropd.pipeline.objectives.spec import AllTrusted
 from tropd.pipeline.teacher.access import Access, AccessLog, Timing
 from tropd.pipeline.teacher.batcher import (
     Batcher,
     QueueFullError,
     StoppingError,
     TeacherOutputError,
-    score_requests,
 )
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
     ProtocolError,
-    ScoreItem,
-    ScoreRequest,
     decode_request,
     encode_response,
 )
+from tropd.pipeline.teacher.self_test import self_test
 from tropd.storage.errors import ConfigError, TropdError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
 PROBES = ("/healthz", "/readyz")
 """Paths without a token, and without a line in the access log."""
-SELF_TEST_TOKENS = 48
-"""Several blocks of a prefix cache."""
-SELF_TEST_DIFFERENCE = 0.05
-"""Two runs of the same tokens differ by rounding at most, in bfloat16 too."""
 BODY_IDLE_SECONDS = 10.0
 """A body that stops arriving for this long is given up: it would hold back the end of the service for ever."""
 
@@ -211,28 +203,6 @@ def create_app(
         return Response(content, media_type=CONTENT_TYPE)
 
     return app
-
-
-def self_test(engine: Engine) -> None:
-    """Score a few tokens twice; a teacher that cannot, or says something else the second time, must not be ready.
-
-    The second time finds the first one in whatever cache the engine has.
-
-    Raises:
-        TeacherOutputError: it gives log-probs that are NaN, infinite or positive, or other ones the second time.
-    """
-    ids = np.arange(min(SELF_TEST_TOKENS, engine.max_length), dtype=np.int32) % 2
-    tokens = np.minimum(ids, engine.vocab_size - 1).astype(np.int32)
-    item = ScoreItem(tokens, 1, np.full(len(tokens) - 1, -1.0, dtype=np.float32), 0)
-    request = ScoreRequest([item], AllTrusted(), "all", 1, False, engine.vocab_size)
-    first, second = (score_requests(engine, [request])[0].items[0].teacher_logprobs for _ in range(2))
-    if not np.isfinite(first).all():
-        raise TeacherOutputError("the teacher gave log-probs that are not finite")
-    difference = float(np.abs(second - first).max(initial=0.0))
-    if not difference <= SELF_TEST_DIFFERENCE:
-        raise TeacherOutputError(
-            f"the teacher gave the same tokens other log-probs the second time (difference {difference:.2g})"
-        )
 
 
 def _authorized(request: Request, token: str | None) -> bool:

@@ -50,6 +50,10 @@ def test_packaged_recipes_are_valid_and_name_themselves(name: str) -> None:
         ("objective={name='tropd-cached', k=9}", ["objective.k (9)", "scores.k (5)"]),
         ("teacher.url=localhost:8000", ["teacher.url", "http://host:port", "'localhost:8000'"]),
         ("teacher.url=http://", ["teacher.url", "http://host:port"]),
+        ("teacher.url=['http://one:1', 'two:2']", ["teacher.url", "http://host:port, not 'two:2'"]),
+        ("teacher.url=[]", ["teacher.url", "no address is given"]),
+        ("teacher.url=''", ["teacher.url", "no address is given"]),
+        ("service.max_request_bytes=1024", ["service.max_request_bytes", "greater than or equal to 4096"]),
         ("evaluation.answer_pattern='#('", ["evaluation.answer_pattern", "not a regular expression"]),
         ("evaluation.answer_pattern='#.*'", ["evaluation.answer_pattern", "needs a group"]),
         ("demo.min_operations=9", ["min_operations (9)", "max_operations (5)"]),
@@ -149,3 +153,17 @@ def test_any_value_survives_the_way_to_toml_and_back(
     plain["objective"]["trust"]["loss"] = {"estimator": "k1", "floor": floor}
     config = Config.model_validate(plain)
     assert parse_config(dump_config(config)).config == config
+
+
+def test_one_teacher_service_or_several() -> None:
+    for assignments, urls in (
+        ([], ()),
+        (["teacher.url=http://one:1"], ("http://one:1",)),
+        (
+            ["teacher.url=['http://one:1', 'https://two:2/teacher']"],
+            ("http://one:1", "https://two:2/teacher"),
+        ),
+    ):
+        config = parse_config(DEMO, assignments).config
+        assert config.teacher.urls == urls
+        assert parse_config(dump_config(config)).config.teacher == config.teacher

@@ -19,7 +19,8 @@ from tropd.pipeline.teacher.access import Access, open_access_log
 from tropd.pipeline.teacher.batcher import TeacherOutputError
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import CONTENT_TYPE, encode_request
-from tropd.pipeline.teacher.service import create_app, self_test
+from tropd.pipeline.teacher.self_test import self_test
+from tropd.pipeline.teacher.service import create_app
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -64,13 +64,13 @@ def no_sleep(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_step_is_shared_between_the_servers_and_comes_back_in_order() -> None:
     one, two = ScriptedService(), ScriptedService()
+    both = threading.Barrier(2)  # passed only if both are asked at the same time
+    one.before_score = two.before_score = lambda sent: both.wait(20) and None
     lengths = [5, 9, 3, 7, 4, 8, 6, 10]
     with client_of({"one": one, "two": two}) as client:
         answer = client.score(request(*lengths))
         assert [len(item.teacher_logprobs) for item in answer.items] == [n - 1 for n in lengths]
-        assert client.requests == len(one.bodies) + len(two.bodies)
-        assert one.bodies
-        assert two.bodies
+        assert client.requests == len(one.bodies) + len(two.bodies) == 2
         assert client.bytes_sent == sum(one.bodies) + sum(two.bodies)
         assert client.replicas[0].requests == len(one.bodies) + 1  # the first info
         assert all(replica.outstanding == 0 for replica in client.replicas)
