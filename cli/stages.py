@@ -196,6 +196,22 @@ def evaluate(
     for who, modes in manifest.summary["accuracy"].items():
         shown = ", ".join(f"{mode} {value:.1%}" for mode, value in modes.items())
         stdout.print(f"{who:>8}: {shown}", markup=False)
+    rows = [
+        (name, who, f"avg@{found['samples']} {_interval(found['average'])}", *_passes(found["pass_at"]))
+        for name, models in manifest.summary["sampled"].items()
+        for who, found in models.items()
+        if found["samples"] > 1 or name != "eval"
+    ]
+    if rows:
+        print_table(("problems", "who", "average", "pass@k"), rows)
+
+
+def _interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.1%} [{estimate['low']:.1%}, {estimate['high']:.1%}]"
+
+
+def _passes(pass_at: dict[str, dict[str, float]]) -> tuple[str]:
+    return (", ".join(f"@{k} {_interval(estimate)}" for k, estimate in pass_at.items()),)
 
 
 def report(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:

@@ -7,17 +7,27 @@ rising precedence: the default here, ``config.toml`` in the workspace, ``--set s
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tropd.pipeline.objectives.spec import Importance, Objective, Spec
 from tropd.storage.topk_encoding import Precision
 
 Dtype = Literal["float32", "bfloat16"]
 EngineName = Literal["transformers", "vllm"]
+GraderName = Literal["pattern", "math", "choice", "exact"]
 Device = Literal["auto", "cpu", "cuda"]
+
+
+def _has_a_place(template: str) -> str:
+    if template.count("{prompt}") != 1:
+        raise ValueError("a template has {prompt} in it exactly once")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_has_a_place)]
 
 
 class RunConfig(Spec):
@@ -52,6 +62,8 @@ class DataConfig(Spec):
     """Field with the prompt's text."""
     answer_field: str = "answer"
     """Field with the expected answer."""
+    template: Template = "{prompt}"
+    """Text around each prompt, with {prompt} in its place, such as an instruction to box the answer."""
     chat: bool = False
     """Wrap prompts as a user turn in the tokenizer's chat template; otherwise the text is used as it is."""
     limit: int | None = Field(default=None, ge=1)
@@ -234,6 +246,37 @@ class TrainConfig(Spec):
     """Problems per such evaluation."""
 
 
+class Benchmark(Spec):
+    """One more set of problems. Fields that are not set are those of [evaluation] and [data]."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
+    """Name in tables, and of its folder in eval/."""
+    problems: str
+    """JSONL file; a relative path is inside the workspace."""
+    grader: GraderName | None = None
+    """See evaluation.grader."""
+    samples: int | None = Field(default=None, ge=1)
+    """Responses per problem: the n of avg@n."""
+    temperature: float | None = Field(default=None, gt=0.0)
+    """Sampling temperature."""
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Nucleus sampling."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest response."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first this many problems."""
+    pass_at: tuple[int, ...] | None = None
+    """The k of pass@k."""
+    id_field: str | None = None
+    """Field with a unique name of the problem."""
+    prompt_field: str | None = None
+    """Field with the problem's text."""
+    answer_field: str | None = None
+    """Field with the expected answer."""
+    template: Template | None = None
+    """See data.template."""
+
+
 class EvaluationConfig(Spec):
     """Accuracy on held-out problems: before, after, and the teacher's."""
 
@@ -249,8 +292,18 @@ class EvaluationConfig(Spec):
     """Use only the first this many problems."""
     batch_size: int = Field(default=128, ge=1)
     """Sequences decoded together."""
+    grader: GraderName = "pattern"
+    """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
+    after ####, stated, or the last number; equal as mathematics), `choice` (a letter A to J), `exact` (all of the
+    response)."""
+    grading_seconds: float = Field(default=5.0, gt=0.0)
+    """Longest time that the comparison of one mathematical answer may take; then it is wrong."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"
-    """Regular expression whose first group is the answer in a response."""
+    """Regular expression whose first group is the answer in a response, for the grader `pattern`."""
+    pass_at: tuple[int, ...] = ()
+    """The k of pass@k that are reported; each at most `samples`."""
+    benchmarks: tuple[Benchmark, ...] = ()
+    """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
 
     @field_validator("answer_pattern")
     @classmethod
@@ -343,6 +396,15 @@ class Config(Spec):
                 f"objective.k ({self.objective.k}) is above scores.k ({self.scores.k}): "
                 "guidance learns from the cache, which does not hold that many alternatives"
             )
+        names = [benchmark.name for benchmark in self.evaluation.benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluation.benchmarks: names are not unique ({', '.join(names)})")
+        for name, part in self.evaluation_sets.items():
+            if part.pass_at and max(part.pass_at) > part.samples:
+                raise ValueError(
+                    f"pass_at of {name or 'evaluation'}: pass@{max(part.pass_at)} needs samples = {max(part.pass_at)}, "
+                    f"there are {part.samples}"
+                )
         return self
 
     @property
@@ -360,6 +422,26 @@ class Config(Spec):
     @property
     def evaluation_max_tokens(self) -> int:
         return self.evaluation.max_tokens or self.rollout.max_tokens
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationConfig]:
+        """Settings of each set of problems by name; that of [evaluation] itself has an empty name."""
+        sets = {"": self.evaluation.model_copy(update={"benchmarks": ()})}
+        for benchmark in self.evaluation.benchmarks:
+            own = {n: v for n, v in benchmark if v is not None and n in EvaluationConfig.model_fields}
+            sets[benchmark.name] = sets[""].model_copy(update=own)
+        return sets
+
+    @property
+    def problem_files(self) -> dict[str, DataConfig]:
+        """Where the problems of each of these sets are, as ``evaluation``, and how they are read."""
+        files = {"": self.data}
+        for benchmark in self.evaluation.benchmarks:
+            own = {
+                n: v for n, v in benchmark if v is not None and n in DataConfig.model_fields and n != "limit"
+            }
+            files[benchmark.name] = self.data.model_copy(update=own | {"evaluation": benchmark.problems})
+        return files
 
 
 def to_plain(spec: Spec) -> dict[str, Any]:

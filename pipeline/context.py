@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tropd.pipeline.config import Config, ModelConfig, to_plain
+from tropd.pipeline.config import Config, DataConfig, ModelConfig, to_plain
 from tropd.pipeline.configuration import ResolvedConfig
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -176,37 +176,42 @@ def check_pair(run: Run) -> None:
 
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Prompt], list[list[int]]]:
     """The training prompts and their token ids; each leaves room for a response in ``max_length``."""
-    need_answer = run.config.prefixes.keep == "correct"
+    data = run.config.data
     room = max_length - run.config.rollout.max_tokens
-    return _usable_prompts(run, "prompts", tokenizer, room, run.config.data.limit, need_answer)
+    need_answer = run.config.prefixes.keep == "correct"
+    return _usable_prompts(run, data, data.prompts, "prompts", tokenizer, room, data.limit, need_answer)
 
 
 def evaluation_problems(
-    run: Run, tokenizer: Any, max_length: int, limit: int | None
+    run: Run, tokenizer: Any, max_length: int, limit: int | None, name: str = ""
 ) -> tuple[list[Prompt], list[list[int]]]:
-    """The evaluation problems and their token ids."""
-    room = max_length - run.config.evaluation_max_tokens
-    return _usable_prompts(run, "evaluation", tokenizer, room, limit, True)
+    """The problems of an evaluation set (``Config.evaluation_sets``) and their token ids."""
+    data = run.config.problem_files[name]
+    room = max_length - (run.config.evaluation_sets[name].max_tokens or run.config.rollout.max_tokens)
+    return _usable_prompts(
+        run, data, data.evaluation, name or "evaluation", tokenizer, room, limit, need_answer=True
+    )
 
 
 def _usable_prompts(
     run: Run,
-    which: Literal["prompts", "evaluation"],
+    data: DataConfig,
+    file: str,
+    what: str,
     tokenizer: Any,
     room: int,
     limit: int | None,
     need_answer: bool,
 ) -> tuple[list[Prompt], list[list[int]]]:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
-    data = run.config.data
-    path = run.workspace.resolve(getattr(data, which))
+    path = run.workspace.resolve(file)
     prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
     prompts, encoded, unfit = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit)
     rejects = sorted([*bad_lines, *unfit], key=lambda reject: reject.line)
     if not data.skip_bad:
         refuse(path, rejects)
     elif rejects:
-        target = run.workspace.root / "rejects" / f"{which}.jsonl"
+        target = run.workspace.root / "rejects" / f"{what}.jsonl"
         write_rejects(path, rejects, target)
         run.reporter.warning(f"{path}: {len(rejects)} bad line(s) left out, listed in {target}")
     if not prompts:
@@ -226,19 +231,18 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
     }
 
 
-def data_fields(run: Run, which: str) -> dict[str, Scalar]:
-    """Fingerprint fields of ``prompts`` or ``evaluation``: the file's content and how it is read."""
-    data = run.config.data
+def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
+    """Fingerprint fields of ``prompts`` or ``evaluation`` (of a set by its name): content, and how it is read."""
+    data = run.config.problem_files[name]
     path = run.workspace.resolve(getattr(data, which))
     if not path.is_file():
         raise DataError(
-            f"data.{which}: {path} does not exist",
+            f"{f'benchmark {name!r}' if name else f'data.{which}'}: {path} does not exist",
             hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
         )
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
-    names = {"id_field", "prompt_field", "answer_field", "chat"} | (
-        {"limit"} if which == "prompts" else set()
-    )
+    names = {"id_field", "prompt_field", "answer_field", "template", "chat"}
+    names |= {"limit"} if which == "prompts" else set()
     return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
 
 

@@ -24,7 +24,7 @@ from tropd.pipeline.context import (
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
-from tropd.pipeline.evaluation.grading import is_correct
+from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.storage.errors import DataError
@@ -103,6 +103,7 @@ def fingerprint(run: Run, source: Source) -> Fingerprint:
     fields["run.seed"] = run.config.run.seed
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
+        fields["evaluation.grader"] = run.config.evaluation.grader
     return Fingerprint(fields)
 
 
@@ -193,12 +194,14 @@ def _sample(
         ],
         max_tokens=[source.max_tokens] * len(jobs),
     )
-    rows = []
-    for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True):
-        row = to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author)
-        if source.keep == "all" or is_correct(row.text, prompt.answer, run.config.evaluation.answer_pattern):
-            rows.append(row)
-    return rows
+    rows = [
+        to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author)
+        for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True)
+    ]
+    if source.keep == "all":
+        return rows
+    marks = grade([row.text for row in rows], [p.answer for p, _, _ in jobs], run.config.evaluation)
+    return [row for row, mark in zip(rows, marks, strict=True) if mark.correct]
 
 
 def to_trajectory(

@@ -123,7 +123,7 @@ def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> P
         raise ValueError(f"no field {config.answer_field!r} (see data.answer_field)")
     return Prompt(
         id=str(record.get(config.id_field, number)),
-        text=text,
+        text=config.template.replace("{prompt}", text),
         answer=None if answer is None else str(answer),
         line=number,
     )

@@ -1,15 +1,22 @@
-"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher."""
+"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher.
+
+The problems of ``[evaluation]`` are answered once by greedy decoding and n times by sampling, in ``part-<who>.parquet``;
+those of each benchmark n times by sampling, in ``<benchmark>/part-<who>.parquet``. While a model is evaluated, its
+responses are committed batch by batch (``…-00000.parquet``), so that a killed stage loses one batch.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tropd.pipeline.config import EvaluationConfig
 from tropd.pipeline.context import (
     Run,
     data_fields,
@@ -18,21 +25,26 @@ from tropd.pipeline.context import (
     finished,
     model_fields,
     open_engine,
+    role_max_length,
+    role_tokenizer,
     section_fields,
 )
 from tropd.pipeline.engines.base import Engine, Sampling
-from tropd.pipeline.evaluation.grading import extract_answer, is_correct
+from tropd.pipeline.evaluation.grading import grade
+from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.atomic import atomic_file
-from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.seeds import derive_seed
-from tropd.storage.stage import open_stage
+from tropd.storage.stage import Stage, open_stage
 
 STAGE = "eval"
 Who = Literal["before", "after", "teacher"]
 Mode = Literal["greedy", "sampled"]
 WHO: tuple[Who, ...] = ("before", "after", "teacher")
+
+_PIECE = re.compile(r"part-[a-z]+-\d{5}\.parquet$")
 
 SCHEMA = pa.schema(
     [
@@ -66,12 +78,30 @@ class Response:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Problems whose responses are sampled and committed together."""
+
+    mode: Mode
+    samples: int
+    problems: Sequence[Prompt]
+    encoded: Sequence[Sequence[int]]
+
+
 def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
     """Problems, sampling, and the weights of all models evaluated."""
     config = run.config
-    fields = data_fields(run, "evaluation")
-    fields |= section_fields("evaluation", config.evaluation, without={"batch_size", "max_tokens"})
-    fields |= {"run.seed": config.run.seed, "evaluation.max_tokens": config.evaluation_max_tokens}
+    fields: dict[str, Scalar] = {"run.seed": config.run.seed}
+    for name, settings in config.evaluation_sets.items():
+        prefix = f"benchmark.{name}." if name else ""
+        own = data_fields(run, "evaluation", name)
+        own |= section_fields(
+            "evaluation",
+            settings,
+            without={"batch_size", "max_tokens", "pass_at", "benchmarks", "grading_seconds"},
+        )
+        own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
+        fields |= {f"{prefix}{k}": v for k, v in own.items()}
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | engine_fields(run, role)
@@ -99,39 +129,113 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
-        summary: dict[str, dict[str, float]] = {}
         for who in whom:
-            name = f"part-{who}.parquet"
-            if not stage.has(name):
-                responses = _evaluate_one(run, who, *_model_of(who, final))
-                _write(folder / name, who, responses)
-                stage.commit(name, rows=len(responses))
-            table = pq.read_table(folder / name, columns=["mode", "correct"])
-            summary[who] = {}
-            for mode in ("greedy", "sampled"):
-                marks = [c for m, c in zip(*table.to_pydict().values(), strict=True) if m == mode]
-                summary[who][mode] = sum(marks) / max(len(marks), 1)
-        stage.finish(accuracy=summary)
+            missing = [n for n in run.config.evaluation_sets if not stage.has(_part(n, who))]
+            if missing:
+                _evaluate_one(run, stage, who, missing, *_model_of(who, final))
+        _drop_pieces(stage)
+        stage.finish(**summarize(run, folder, whom))
         return stage.manifest
 
 
-def _evaluate_one(run: Run, who: Who, role: str, folder: Path | None) -> list[Response]:
-    config = run.config.evaluation
-    engine, tokenizer = open_engine(run, role, folder, batch_size=config.batch_size)
-    problems, encoded = evaluation_problems(run, tokenizer, engine.max_length, config.limit)
-    responses: list[Response] = []
-    with run.reporter.task(f"evaluate {who}", len(problems) * (1 + config.samples), unit="responses") as task:
-        modes: tuple[tuple[Mode, int], ...] = (("greedy", 1), ("sampled", config.samples))
-        for mode, samples in modes:
-            for low in range(0, len(problems), config.batch_size):
-                part = slice(low, low + config.batch_size)
-                responses += respond(run, engine, tokenizer, problems[part], encoded[part], mode, samples)
-                task.advance(len(problems[part]) * samples)
-    return responses
+def _part(name: str, who: Who) -> str:
+    return f"{name}/part-{who}.parquet" if name else f"part-{who}.parquet"
+
+
+def _evaluate_one(
+    run: Run, stage: Stage, who: Who, names: Sequence[str], role: str, folder: Path | None
+) -> None:
+    """Responses of one model to some sets of problems, each batch of them committed."""
+    sets = run.config.evaluation_sets
+    batches = {name: _batches(run, name, role) for name in names}  # first: they may be unusable
+    engine, tokenizer = open_engine(run, role, folder, batch_size=run.config.evaluation.batch_size)
+    total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
+    with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
+        for name, group in batches.items():
+            part = _part(name, who)
+            pieces = [f"{part.removesuffix('.parquet')}-{number:05d}.parquet" for number in range(len(group))]
+            for piece, batch in zip(pieces, group, strict=True):
+                if not stage.has(piece):
+                    responses = respond(
+                        run,
+                        sets[name],
+                        engine,
+                        tokenizer,
+                        batch.problems,
+                        batch.encoded,
+                        batch.mode,
+                        batch.samples,
+                    )
+                    _write(stage.folder / piece, who, responses)
+                    stage.commit(piece, rows=len(responses))
+                task.advance(len(batch.problems) * batch.samples)
+            tables = [pq.read_table(stage.folder / piece) for piece in pieces]
+            _write_table(stage.folder / part, pa.concat_tables(tables))
+            stage.commit(part, rows=sum(table.num_rows for table in tables))
+
+
+def _drop_pieces(stage: Stage) -> None:
+    """Batches are in their parts by now; what a killed stage has left of them goes too."""
+    for piece in [name for name in stage.manifest.shards if _PIECE.search(name)]:
+        stage.retire(piece)
+    for path in stage.folder.rglob("*.parquet"):
+        if _PIECE.search(path.name):
+            path.unlink()
+
+
+def _batches(run: Run, name: str, role: str) -> list[_Batch]:
+    settings = run.config.evaluation_sets[name]
+    tokenizer, longest = role_tokenizer(run, role), role_max_length(run, role)
+    problems, encoded = evaluation_problems(run, tokenizer, longest, settings.limit, name)
+    modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
+    if not name:
+        modes.insert(0, ("greedy", 1))
+    batches = []
+    for mode, samples in modes:
+        step = max(1, settings.batch_size // samples)
+        for low in range(0, len(problems), step):
+            part = slice(low, low + step)
+            batches.append(_Batch(mode, samples, problems[part], encoded[part]))
+    return batches
+
+
+def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
+    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks."""
+    accuracy: dict[str, dict[str, float]] = {}
+    sampled: dict[str, dict[str, Any]] = {}
+    for name, settings in run.config.evaluation_sets.items():
+        for who in whom:
+            marks = _marks(folder / _part(name, who))
+            if not name:
+                accuracy[who] = {mode: _share(marks.get(mode, {})) for mode in ("greedy", "sampled")}
+            correct = list(marks["sampled"].values())
+            sampled.setdefault(name or STAGE, {})[who] = {
+                "samples": settings.samples,
+                "problems": len(correct),
+                "average": asdict(average(correct, seed=run.config.run.seed)),
+                "pass_at": {
+                    str(k): asdict(pass_at(k, correct, seed=run.config.run.seed)) for k in settings.pass_at
+                },
+            }
+    return {"accuracy": accuracy, "sampled": sampled}
+
+
+def _marks(path: Path) -> dict[str, dict[str, list[bool]]]:
+    """Mode → problem → which of its responses are right."""
+    found: dict[str, dict[str, list[bool]]] = {}
+    for row in pq.read_table(path, columns=["mode", "prompt_id", "correct"]).to_pylist():
+        found.setdefault(row["mode"], {}).setdefault(row["prompt_id"], []).append(row["correct"])
+    return found
+
+
+def _share(marks: dict[str, list[bool]]) -> float:
+    every = [mark for group in marks.values() for mark in group]
+    return sum(every) / max(len(every), 1)
 
 
 def respond(
     run: Run,
+    settings: EvaluationConfig,
     engine: Engine,
     tokenizer: Any,
     problems: Sequence[Prompt],
@@ -145,33 +249,32 @@ def respond(
     greedy = mode == "greedy"
     generations = engine.generate(
         [tokens for _, tokens, _ in jobs],
-        Sampling(
-            0.0 if greedy else config.evaluation.temperature, 1.0 if greedy else config.evaluation.top_p
-        ),
+        Sampling(0.0 if greedy else settings.temperature, 1.0 if greedy else settings.top_p),
         seeds=[derive_seed(config.run.seed, STAGE, problem.id, sample) for problem, _, sample in jobs],
-        max_tokens=[config.evaluation_max_tokens] * len(jobs),
+        max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
     )
-    pattern = config.evaluation.answer_pattern
-    responses = []
-    for (problem, _, sample), generation in zip(jobs, generations, strict=True):
-        text = tokenizer.decode(generation.tokens, skip_special_tokens=True)
-        responses.append(
-            Response(
-                mode=mode,
-                prompt_id=problem.id,
-                sample_index=sample,
-                response=text,
-                answer=extract_answer(text, pattern),
-                expected=problem.answer or "",
-                correct=is_correct(text, problem.answer, pattern),
-                num_tokens=len(generation.tokens),
-                finish_reason=generation.finish_reason,
-            )
+    texts = [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generations]
+    marks = grade(texts, [problem.answer for problem, _, _ in jobs], settings)
+    return [
+        Response(
+            mode=mode,
+            prompt_id=problem.id,
+            sample_index=sample,
+            response=text,
+            answer=mark.answer,
+            expected=problem.answer or "",
+            correct=mark.correct,
+            num_tokens=len(generation.tokens),
+            finish_reason=generation.finish_reason,
         )
-    return responses
+        for (problem, _, sample), generation, text, mark in zip(jobs, generations, texts, marks, strict=True)
+    ]
 
 
 def _write(path: Path, who: Who, responses: Sequence[Response]) -> None:
-    rows = [{"who": who, **vars(r)} for r in responses]
+    _write_table(path, pa.Table.from_pylist([{"who": who, **vars(r)} for r in responses], schema=SCHEMA))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
     with atomic_file(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")

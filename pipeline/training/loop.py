@@ -333,7 +333,8 @@ def _evaluate(session: Session) -> Record:
     def answer(share: list[int]) -> list[Response]:
         tokenizer = session.student.tokenizer
         own = [problems[i] for i in share], [encoded[i] for i in share]
-        return respond(session.run, session.engine, tokenizer, *own, mode, 1)
+        settings = session.run.config.evaluation
+        return respond(session.run, settings, session.engine, tokenizer, *own, mode, 1)
 
     for mode in modes:
         marks = session.world.spread(range(len(problems)), answer)

@@ -23,7 +23,7 @@ from tropd.pipeline.demo.task import (
 )
 from tropd.pipeline.demo.tiny_models import _batch, train_student
 from tropd.pipeline.demo.tokenizer import EOS_ID, encode, make_tokenizer
-from tropd.pipeline.evaluation.grading import extract_answer, is_correct
+from tropd.pipeline.evaluation.grading import extract, grade
 from tropd.storage.errors import ConfigError
 
 problems = st.integers(1, 8).flatmap(
@@ -49,7 +49,8 @@ def test_answers_agree_with_an_independent_evaluator(problem: Problem) -> None:
 def test_clean_and_terse_chains_end_with_the_answer(problem: Problem) -> None:
     for terse in (False, True):
         chain = write_chain(problem, terse=terse)
-        assert is_correct(chain.text, answer(problem), PATTERN)
+        (mark,) = grade([chain.text], [answer(problem)], EvaluationConfig())
+        assert mark.correct
         assert not any(chain.injected)
         assert len(chain.injected) == len(chain.text)
     assert re.fullmatch(r"(\d;)+#\d", write_chain(problem, terse=True).text)
@@ -67,7 +68,7 @@ def test_injected_errors_are_marked_and_the_chain_goes_on_from_them(problem: Pro
         assert chain.injected[position + len(step) - 1] == wrong
         assert sum(chain.injected[position : position + len(step) + 1]) == wrong
         value, position = int(result), position + len(step) + 1
-    assert extract_answer(chain.text, PATTERN) == str(value)
+    assert extract("pattern", chain.text, PATTERN) == str(value)
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(2000, False), (500, True)])
