@@ -40,7 +40,8 @@ import uvicorn
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tropd.pipeline.config import ServiceConfig
+from tropd.pipeline.config import ServiceConfig, VllmConfig
+from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import load_model
 from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition
@@ -98,12 +99,26 @@ def load_engine(folder: Path) -> TransformersEngine:
     return TransformersEngine(load_model(folder, dtype="float32", device=torch.device("cpu")), [0])
 
 
+def load_vllm_engine(folder: Path) -> Engine:
+    from tropd.pipeline.engines.vllm import VllmEngine  # only where there is a vLLM
+
+    return VllmEngine(
+        folder,
+        [0],
+        VllmConfig(),
+        dtype="float32",
+        vocab_size=VOCABULARY,
+        max_length=LONGEST,
+        most_topk=K,
+    )
+
+
 # --------------------------------------------------------------------------------------- servers
 
 
 def serve(kind: str, folder: Path, port: int) -> None:
     """Be a server until killed."""
-    engine = load_engine(folder)
+    engine: Engine = load_vllm_engine(folder) if kind == "tropd on vLLM" else load_engine(folder)
     if kind == "json":
         app = fake_vllm(engine, name=str(folder), max_logprobs=K)
         with listen("127.0.0.1", port) as listener:
@@ -120,7 +135,7 @@ def serve(kind: str, folder: Path, port: int) -> None:
         max_request_tokens=settings.max_request_tokens,
         max_request_bytes=settings.max_request_bytes,
         queue_tokens=settings.queue_tokens,
-        max_topk=VOCABULARY,
+        max_topk=K,
     )
     run_service(engine, info, settings, token=None, on_ready=lambda url: None)
 
@@ -180,10 +195,10 @@ class Server:
             return float("nan")
 
 
-def own_server(kind: str, folder: Path) -> Server:
+def own_server(kind: str, folder: Path, python: Path | str = sys.executable) -> Server:
     port = free_port()
     command = [
-        sys.executable,
+        str(python),
         __file__,
         "serve",
         "--kind",
@@ -193,7 +208,7 @@ def own_server(kind: str, folder: Path) -> Server:
         "--port",
         str(port),
     ]
-    return Server(command, port, "/readyz" if kind == "tropd" else "/v1/models")
+    return Server(command, port, "/v1/models" if kind == "json" else "/readyz")
 
 
 def vllm_server(python: Path, folder: Path) -> Server:
@@ -395,6 +410,7 @@ def wire(folder: Path, python: Path | None) -> None:
     k1 = ScoreRequest(request.sequences, AllTrusted(), "none", 0, False, VOCABULARY)
     servers = {"tropd": own_server("tropd", folder), "fake vLLM": own_server("json", folder)}
     if python is not None:
+        servers["tropd on vLLM"] = own_server("tropd on vLLM", folder, python)
         servers["vLLM"] = vllm_server(python, folder)
     ways: dict[str, Callable[[], tuple[int, int]]] = {}
     times: dict[str, list[float]] = {}
@@ -404,7 +420,7 @@ def wire(folder: Path, python: Path | None) -> None:
             client = stack.enter_context(TeacherClient(server.url, timeout_seconds=600))
             ways[f"{name}, partition-aware"] = partial(through_client, client, request)
             ways[f"{name}, K1 only"] = partial(through_client, client, k1)
-            if name != "tropd":
+            if not name.startswith("tropd"):
                 everything = partial(top_of_everything, server.url, str(folder), request)
                 ways[f"{name}, top {K} of every token"] = everything
         for _ in range(ROUNDS + 1):  # the first round warms up
