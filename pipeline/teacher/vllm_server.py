@@ -1,14 +1,15 @@
-"""A plain ``vllm serve`` as teacher: its ``/v1/completions`` with ``prompt_logprobs``, token ids as prompts.
+"""A plain ``vllm serve`` as teacher: its ``/v1/completions``, token ids as prompts.
 
 Such a server knows nothing of partitions, so the regions are drawn on this side, with the function that our own
-service uses. The log-probs of the tokens alone are asked for first; alternatives in a second request, for the
-sequences that have outliers, each cut behind its last one. Values are raw log-probs at temperature 1.
+service uses. The log-probs of the tokens alone are asked for first (``prompt_logprobs`` 0), then alternatives of the
+outliers. Values are raw log-probs at temperature 1.
 
-What it does not give: the entropy, and a hash of its weights. What it costs: JSON of some 60 bytes per number.
+What it does not give: the entropy, and a hash of its weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,36 +17,31 @@ from typing import Any
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 
 from tropd.pipeline.teacher.batcher import outlier_mask
 from tropd.pipeline.teacher.exchange import Exchange, reason
 from tropd.pipeline.teacher.info import ServiceInfo
-from tropd.pipeline.teacher.protocol import (
-    MAX_TOPK,
-    POSITIVE_SLACK,
-    ScoredItem,
-    ScoreRequest,
-    ScoreResponse,
-    log_tail,
+from tropd.pipeline.teacher.protocol import MAX_TOPK, ScoredItem, ScoreRequest, ScoreResponse, log_tail
+from tropd.pipeline.teacher.vllm_json import (
+    Position,
+    alternatives,
+    batches,
+    choices_of,
+    completion_body,
+    next_position,
+    prompt_positions,
+    sampled_logprobs,
+    unusable,
 )
 from tropd.storage.errors import ConfigError, TropdError
 
-MAX_PROMPTS = 256
-"""Sequences per request (the server takes 1,024 unless told otherwise)."""
 MAX_TOKENS = 1 << 16
 """Tokens per part of a step: some 5 MB of JSON for their log-probs."""
-MAX_ALTERNATIVES = 1 << 18
-"""Alternatives per request: some 20 MB of JSON."""
-MINUS_INFINITY = -9999.0
-"""What the server writes for a probability of zero, which JSON has no number for."""
+MOST_NEXT = 16
+"""Alternatives are asked for one by one up to this times k of a sequence: more would send more ids than they save."""
 UNTOLD = 2**31 - 1
 IDS_PER_TEXT = 4096
-_JSON = "application/json"
-
-Floats = npt.NDArray[np.float32]
-Position = dict[str, Any]
-"""Token id → ``{"logprob": …, "rank": …, "decoded_token": …}``: the token that is there, and the k likeliest."""
+JSON = "application/json"
 
 
 class VllmDialect:
@@ -54,11 +50,13 @@ class VllmDialect:
     Args:
         info: what is known of it.
         model: the name that requests must carry.
+        caches: whether it keeps the keys and values of prefixes.
     """
 
-    def __init__(self, info: ServiceInfo, model: str) -> None:
+    def __init__(self, info: ServiceInfo, model: str, *, caches: bool) -> None:
         self.info = info
         self._model = model
+        self._caches = caches
 
     @staticmethod
     def find(exchange: Exchange) -> VllmDialect | None:
@@ -82,47 +80,72 @@ class VllmDialect:
             max_request_bytes=1 << 30,
             queue_tokens=MAX_TOKENS,
         )
-        return VllmDialect(info.model_copy(update={"max_topk": _max_topk(exchange, name)}), name)
+        caches = 'enable_prefix_caching="True"' in exchange.ask("GET", "/metrics").text
+        most = _max_topk(exchange, name)
+        return VllmDialect(info.model_copy(update={"max_topk": most}), name, caches=caches)
 
     def score(self, exchange: Exchange, request: ScoreRequest) -> ScoreResponse:
         """See ``Dialect.score``."""
         items = request.sequences
+        sequences = [item.tokens.tolist() for item in items]
         k = min(request.k, request.vocab_limit)
         ahead = k if request.topk == "all" else 0  # everything at once where all tokens get alternatives
-        found = list(self._ask(exchange, [item.tokens.tolist() for item in items], ahead))
+        found = list(self._prompts(exchange, sequences, ahead))
         sampled = [
-            _sampled(exchange.url, positions, item.tokens.tolist(), item.start)
-            for item, positions in zip(items, found, strict=True)
+            sampled_logprobs(exchange.url, positions, sequence, item.start)
+            for item, sequence, positions in zip(items, sequences, found, strict=True)
         ]
         masks = [
             outlier_mask(request, item, logprobs, None) for item, logprobs in zip(items, sampled, strict=True)
         ]
-        everything = [np.ones_like(mask) for mask in masks]
-        nothing = [np.zeros_like(mask) for mask in masks]
-        wanted = {"none": nothing, "outliers": masks, "all": everything}[request.topk]
-        places = [np.flatnonzero(where) for where in wanted]
-        if request.topk == "outliers":
-            rows = [row for row, place in enumerate(places) if len(place)]
-            cut = [items[row].tokens[: items[row].start + int(places[row][-1]) + 1].tolist() for row in rows]
-            found = [[] for _ in items]
-            for row, positions in zip(rows, self._ask(exchange, cut, k), strict=True):
-                found[row] = positions
+        if request.topk == "all":
+            places = [np.arange(len(mask)) for mask in masks]
+            at = [positions[item.start :] for item, positions in zip(items, found, strict=True)]
+        else:
+            places = [np.flatnonzero(mask if request.topk == "outliers" else mask & False) for mask in masks]
+            tokens = [(place + item.start).tolist() for place, item in zip(places, items, strict=True)]
+            at = self._at(exchange, sequences, tokens, k)
         answers = []
-        for row, item in enumerate(items):
-            at = [found[row][item.start + int(place)] for place in places[row]]
-            ids, logprobs = _alternatives(exchange.url, at, k, request.vocab_limit)
+        for row, place in enumerate(places):
+            ids, logprobs = alternatives(exchange.url, at[row], k, request.vocab_limit)
             answers.append(
                 ScoredItem(
                     teacher_logprobs=sampled[row],
                     trusted=~masks[row],
                     entropy=None,
-                    topk_positions=places[row].astype(np.int32),
+                    topk_positions=place.astype(np.int32),
                     topk_ids=ids,
                     topk_logprobs=logprobs,
                     tail=log_tail(logprobs),
                 )
             )
         return ScoreResponse(answers, self.info.weights)
+
+    def _at(
+        self, exchange: Exchange, sequences: Sequence[list[int]], tokens: Sequence[list[int]], k: int
+    ) -> list[list[Position]]:
+        """Alternatives at some tokens of each sequence.
+
+        Where they are few, each is asked for as the next token after its prefix, which the server has in its cache;
+        else all positions up to the last of them are asked for.
+        """
+        few = [
+            self._caches and len(t) <= min(len(s) // 4, MOST_NEXT * k)
+            for s, t in zip(sequences, tokens, strict=True)
+        ]
+        prefixes = [
+            s[:t] for s, places, one in zip(sequences, tokens, few, strict=True) if one for t in places
+        ]
+        cut = [s[: t[-1] + 1] for s, t, one in zip(sequences, tokens, few, strict=True) if t and not one]
+        following, whole = self._next(exchange, prefixes, k), self._prompts(exchange, cut, k)
+        at: list[list[Position]] = []
+        for places, one in zip(tokens, few, strict=True):
+            if one or not places:
+                at.append(list(itertools.islice(following, len(places))))
+            else:
+                positions = next(whole)
+                at.append([positions[t] for t in places])
+        return at
 
     def check_tokenizer(self, exchange: Exchange, decode: Callable[[list[int]], str], size: int) -> bool:
         """Compare what every token id means to the server and to the student. False: the server does not say.
@@ -150,33 +173,44 @@ class VllmDialect:
     def _text(self, exchange: Exchange, ids: list[int]) -> str | None:
         """The text of token ids, or None where there is no ``/detokenize``."""
         body = json.dumps({"model": self._model, "tokens": ids}).encode()
-        response = exchange.ask("POST", "/detokenize", body, _JSON)
+        response = exchange.ask("POST", "/detokenize", body, JSON)
         if response.status_code in (404, 405, 501):
             return None
         if response.status_code == httpx.codes.BAD_REQUEST:  # ids that it does not have
             return ""
         return str(exchange.accepted(response).json()["prompt"])
 
-    def _ask(self, exchange: Exchange, sequences: Sequence[list[int]], k: int) -> Iterator[list[Position]]:
-        """``prompt_logprobs`` of each sequence: one entry per token, the first of them empty."""
-        for batch in _batches(sequences, k):
-            response = exchange.accepted(
-                exchange.ask("POST", "/v1/completions", _body(self._model, batch, k), _JSON)
-            )
-            try:
-                answer = response.json()
-                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                found = [choice["prompt_logprobs"] for choice in choices]
-                if answer["model"] != self._model or [len(f) for f in found] != [len(b) for b in batch]:
-                    raise ValueError("it is not about these sequences")
-            except (ValueError, KeyError, TypeError) as error:
-                raise _unusable(exchange.url, str(error)) from error
-            yield from found
+    def _prompts(
+        self, exchange: Exchange, sequences: Sequence[list[int]], k: int
+    ) -> Iterator[list[Position]]:
+        """The own log-prob and ``k`` alternatives of every token of each sequence."""
+        for batch in batches(sequences, per_token=k + 1, per_sequence=0):
+            choices = self._complete(exchange, batch, prompt_logprobs=k)
+            for sequence, choice in zip(batch, choices, strict=True):
+                yield prompt_positions(exchange.url, choice, len(sequence))
+
+    def _next(self, exchange: Exchange, prefixes: Sequence[list[int]], k: int) -> Iterator[Position]:
+        """The ``k`` likeliest tokens after each prefix."""
+        for batch in batches(prefixes, per_token=1, per_sequence=k):
+            choices = self._complete(exchange, batch, logprobs=k, return_tokens_as_token_ids=True)
+            yield from (next_position(exchange.url, choice) for choice in choices)
+
+    def _complete(
+        self, exchange: Exchange, batch: Sequence[list[int]], **options: Any
+    ) -> list[dict[str, Any]]:
+        body = completion_body(self._model, batch, **options)
+        response = exchange.accepted(exchange.ask("POST", "/v1/completions", body, JSON))
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise unusable(exchange.url, str(error)) from error
+        return choices_of(exchange.url, answer, self._model, len(batch))
 
 
 def _max_topk(exchange: Exchange, model: str) -> int:
     """The server's limit of alternatives, which it tells only who asks for more."""
-    response = exchange.ask("POST", "/v1/completions", _body(model, [[0, 0]], 10**6), _JSON)
+    body = completion_body(model, [[0, 0]], prompt_logprobs=10**6)
+    response = exchange.ask("POST", "/v1/completions", body, JSON)
     told = re.search(r"max allowed: (\d+)", reason(response))
     if response.status_code != httpx.codes.BAD_REQUEST or told is None:
         raise TropdError(
@@ -185,85 +219,3 @@ def _max_topk(exchange: Exchange, model: str) -> int:
             hint="use vllm serve, or tropd serve-teacher -w WORKSPACE",
         )
     return min(int(told[1]), MAX_TOPK)
-
-
-def _body(model: str, sequences: Sequence[list[int]], k: int) -> bytes:
-    body = {
-        "model": model,
-        "prompt": list(sequences),
-        "prompt_logprobs": k,
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "add_special_tokens": False,
-    }
-    return json.dumps(body).encode()
-
-
-def _batches(sequences: Sequence[list[int]], k: int) -> Iterator[list[list[int]]]:
-    """Consecutive sequences within the limits of one request; always cut the same way."""
-    batch: list[list[int]] = []
-    size = 0
-    for sequence in sequences:
-        cost = len(sequence) * (k + 1)
-        if batch and (len(batch) == MAX_PROMPTS or size + cost > MAX_ALTERNATIVES):
-            yield batch
-            batch, size = [], 0
-        batch.append(sequence)
-        size += cost
-    if batch:
-        yield batch
-
-
-def _sampled(url: str, positions: Sequence[Position], tokens: Sequence[int], start: int) -> Floats:
-    """``[n]`` log-probs of the tokens from ``start``."""
-    try:
-        values = [positions[t][str(tokens[t])]["logprob"] for t in range(start, len(tokens))]
-    except (KeyError, TypeError) as error:
-        raise _unusable(url, f"no log-prob of token {error}") from error
-    return _logprobs(url, values)
-
-
-def _alternatives(
-    url: str, positions: Sequence[Position], k: int, vocab_limit: int
-) -> tuple[npt.NDArray[np.int32], Floats]:
-    """``[m, k]`` ids below ``vocab_limit`` and their log-probs at m positions, likeliest first."""
-    ids = np.zeros((len(positions), k), dtype=np.int32)
-    values: list[list[float]] = []
-    for row, position in enumerate(positions):
-        try:
-            # The token that is there comes first, whether it is among the k likeliest or not.
-            ranked = sorted((e["rank"], int(i), e["logprob"]) for i, e in position.items() if e["rank"] <= k)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _unusable(url, f"alternatives of another form ({error})") from error
-        known = [(i, value) for _, i, value in ranked if 0 <= i < vocab_limit][:k]
-        if len(known) != k:
-            raise TropdError(
-                f"the teacher at {url} gave {len(known)} alternatives that the student knows, not {k}: its output "
-                f"layer has rows for ids of {vocab_limit} and above",
-                hint="use tropd serve-teacher, which leaves them out, or a smaller objective.k",
-            )
-        ids[row] = [i for i, _ in known]
-        values.append([value for _, value in known])
-    logprobs = _logprobs(url, [v for row in values for v in row]).reshape(len(positions), k)
-    order = np.argsort(-logprobs, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-
-
-def _logprobs(url: str, values: Sequence[float]) -> Floats:
-    """Checked log-probs; up to ``POSITIVE_SLACK`` above 0 is rounding."""
-    try:
-        found = np.array(values, dtype=np.float64).reshape(-1)
-    except (TypeError, ValueError) as error:
-        raise _unusable(url, "a log-prob is no number") from error
-    if np.isnan(found).any() or (found > POSITIVE_SLACK).any():
-        worst = "NaN" if np.isnan(found).any() else f"{found.max():+.3f}"
-        raise TropdError(
-            f"the vLLM server at {url} gave a log-prob of {worst}, which no probability has",
-            hint="its prefix cache may be at fault: start it with --no-enable-prefix-caching",
-        )
-    found[found <= MINUS_INFINITY] = -np.inf
-    return np.minimum(found, 0.0).astype(np.float32)
-
-
-def _unusable(url: str, why: str) -> TropdError:
-    return TropdError(f"the vLLM server at {url} gave an unusable answer: {why}")

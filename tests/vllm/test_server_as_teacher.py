@@ -19,7 +19,7 @@ from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.demo.tiny_models import TEACHER, make_model
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import NoneTrusted, SampledPartition, teacher_needs
+from tropd.pipeline.objectives.spec import NoneTrusted, RatioPartition, SampledPartition, teacher_needs
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
 from tropd.storage.errors import ConfigError
@@ -101,7 +101,7 @@ def rows() -> list[ScoreItem]:
     generator = np.random.default_rng(0)
     made = []
     for seed in range(20):
-        tokens = generator.integers(2, V, size=int(generator.integers(3, 60))).astype(np.int32)
+        tokens = generator.integers(2, V, size=int(generator.integers(3, 120))).astype(np.int32)
         start = int(generator.integers(1, len(tokens)))
         made.append(
             ScoreItem(tokens, start, -generator.random(len(tokens) - start, dtype=np.float32) * 3, seed)
@@ -110,7 +110,11 @@ def rows() -> list[ScoreItem]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("partition", [SampledPartition(), NoneTrusted()], ids=["sampled", "none trusted"])
+@pytest.mark.parametrize(
+    "partition",
+    [SampledPartition(), RatioPartition(threshold=0.05), NoneTrusted()],
+    ids=["sampled", "few", "none trusted"],
+)
 def test_scores_are_those_of_a_local_forward_also_the_second_time(
     url: str, model: Any, partition: Any
 ) -> None:

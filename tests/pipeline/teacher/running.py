@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from tropd.pipeline.teacher.service import listen
 
@@ -37,12 +37,14 @@ def fake_vllm(
     name: str = "/models/teacher",
     max_logprobs: int = 20,
     decode: Callable[[list[int]], str] | None = None,
+    caches: bool = True,
     alter: Callable[[dict[str, Any]], object] = lambda answer: None,
 ) -> FastAPI:
     """What ``python -m vllm.entrypoints.openai.api_server`` of vLLM 0.32 answers, with the log-probs of an engine.
 
     Args:
         decode: text of token ids; without it there is no ``/detokenize``.
+        caches: whether it has a prefix cache.
         alter: changes an answer in place.
 
     Requests are kept in ``state.requests``.
@@ -70,6 +72,12 @@ def fake_vllm(
         }
         return {"object": "list", "data": [card]}
 
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(
+            f'vllm:cache_config_info{{block_size="16",enable_prefix_caching="{caches}"}} 1.0'
+        )
+
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Any:
         body = await request.json()
@@ -83,12 +91,14 @@ def fake_vllm(
         app.state.requests.append(body)
         if body.get("model") != name:
             return refused(f"The model `{body.get('model')}` does not exist.", 404, "model")
-        k = body["prompt_logprobs"]
+        param = "logprobs" if "logprobs" in body else "prompt_logprobs"
+        k = body[param]
         if k > max_logprobs:
+            what = {"logprobs": "sample", "prompt_logprobs": "prompt"}[param]
             return refused(
-                f"Requested prompt logprobs of {k}, which is greater than max allowed: {max_logprobs} "
-                f"(parameter=prompt_logprobs, value={k})",
-                param="prompt_logprobs",
+                f"Requested {what} logprobs of {k}, which is greater than max allowed: {max_logprobs} "
+                f"(parameter={param}, value={k})",
+                param=param,
             )
         if k > engine.vocab_size:
             raise RuntimeError("selected index k out of range")  # and the engine would be dead
@@ -107,11 +117,11 @@ def fake_vllm(
                 {
                     "index": index,
                     "text": "?",
-                    "logprobs": None,
+                    "logprobs": _next_logprobs(engine, prompt, k) if param == "logprobs" else None,
                     "finish_reason": "length",
                     "stop_reason": None,
                     "token_ids": None,
-                    "prompt_logprobs": _prompt_logprobs(engine, prompt, k),
+                    "prompt_logprobs": None if param == "logprobs" else _prompt_logprobs(engine, prompt, k),
                     "prompt_token_ids": None,
                 }
                 for index, prompt in enumerate(body["prompt"])
@@ -140,6 +150,17 @@ def _prompt_logprobs(engine: Any, prompt: list[int], k: int) -> list[dict[str, A
             entries[str(int(i))] = _entry(value, ranks[int(i)], int(i))
         result.append(entries)
     return result
+
+
+def _next_logprobs(engine: Any, prompt: list[int], k: int) -> dict[str, Any]:
+    """Of the token after a prompt: what a teacher says of any token there, with its alternatives."""
+    (scored,) = engine.score([[*prompt, 0]], [len(prompt)], k=k)
+    top = {
+        f"token_id:{i}": max(float(value), -9999.0)
+        for i, value in zip(scored.topk_ids[0].tolist(), scored.topk_logprobs[0], strict=True)
+    }
+    name = next(iter(top))
+    return {"text_offset": [0], "token_logprobs": [top[name]], "tokens": [name], "top_logprobs": [top]}
 
 
 def _entry(logprob: float, rank: int, token: int) -> dict[str, Any]:

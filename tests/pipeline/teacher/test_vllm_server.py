@@ -14,8 +14,14 @@ from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import AllTrusted, NoneTrusted, SampledPartition, teacher_needs
-from tropd.pipeline.teacher import vllm_server
+from tropd.pipeline.objectives.spec import (
+    AllTrusted,
+    NoneTrusted,
+    RatioPartition,
+    SampledPartition,
+    teacher_needs,
+)
+from tropd.pipeline.teacher import vllm_json, vllm_server
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
@@ -56,21 +62,25 @@ def ours(engine: Any) -> Any:
     return create_app(engine, info, settings, None)
 
 
+@pytest.mark.parametrize("caches", [True, False])
 @pytest.mark.parametrize(
     ("partition", "topk"),
     [
         (SampledPartition(), "outliers"),
+        (RatioPartition(threshold=0.02), "outliers"),
         (SampledPartition(), "all"),
         (NoneTrusted(), "outliers"),
         (AllTrusted(), "outliers"),
         (SampledPartition(), "none"),
     ],
-    ids=["sampled", "sampled, all", "none trusted", "all trusted", "no alternatives"],
+    ids=["sampled", "few", "sampled, all", "none trusted", "all trusted", "no alternatives"],
 )
-def test_answers_are_those_of_our_own_service(tiny_model: Any, partition: Any, topk: Any) -> None:
-    request = ask(items(), partition, topk, k=0 if topk == "none" else 5)
+def test_answers_are_those_of_our_own_service(
+    tiny_model: Any, partition: Any, topk: Any, caches: bool
+) -> None:
+    request = ask(items(longest=60), partition, topk, k=0 if topk == "none" else 5)
     engine = TransformersEngine(tiny_model, [1])
-    with running(ours(engine)) as mine, running(fake_vllm(engine)) as other:
+    with running(ours(engine)) as mine, running(fake_vllm(engine, caches=caches)) as other:
         with TeacherClient(mine) as one, TeacherClient(other) as two:
             expected, found = one.score(request), two.score(request)
             assert two.info().kind == "vllm"
@@ -91,7 +101,7 @@ def test_alternatives_are_asked_for_sequences_with_outliers_up_to_the_last_one(t
         replace(row, student_logprobs=row.student_logprobs - 30.0 * (n % 3 == 0))  # surely trusted
         for n, row in enumerate(items())
     ]
-    app = fake_vllm(table_engine)
+    app = fake_vllm(table_engine, caches=False)
     with running(app) as url, TeacherClient(url) as client:
         client.info()
         app.state.requests.clear()
@@ -110,6 +120,27 @@ def test_alternatives_are_asked_for_sequences_with_outliers_up_to_the_last_one(t
     assert first["add_special_tokens"] is False
 
 
+def test_few_alternatives_are_asked_for_one_by_one_where_prefixes_are_cached(table_engine: Any) -> None:
+    rows = items(longest=60)
+    app = fake_vllm(table_engine)
+    with running(app) as url, TeacherClient(url) as client:
+        client.info()
+        app.state.requests.clear()
+        answer = client.score(ask(rows, RatioPartition(threshold=0.02)))
+    places = [got.topk_positions for got in answer.items]
+    few = [len(place) <= len(row.tokens) // 4 for row, place in zip(rows, places, strict=True)]
+    following = [body["prompt"] for body in app.state.requests if "logprobs" in body]
+    assert [prompt for body in following for prompt in body] == [
+        row.tokens[: row.start + int(at)].tolist()
+        for row, place, one in zip(rows, places, few, strict=True)
+        if one
+        for at in place
+    ]
+    assert following
+    _, *whole = [body["prompt"] for body in app.state.requests if "prompt_logprobs" in body]
+    assert sum(map(len, whole)) == len(few) - sum(few) > 0
+
+
 def test_long_requests_are_cut_and_put_together_again(
     table_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,8 +148,8 @@ def test_long_requests_are_cut_and_put_together_again(
     app = fake_vllm(table_engine)
     with running(app) as url, TeacherClient(url) as client:
         whole = client.score(ask(rows))
-        monkeypatch.setattr(vllm_server, "MAX_PROMPTS", 3)
-        monkeypatch.setattr(vllm_server, "MAX_ALTERNATIVES", 100)
+        monkeypatch.setattr(vllm_json, "MAX_PROMPTS", 3)
+        monkeypatch.setattr(vllm_json, "MAX_NUMBERS", 100)
         app.state.requests.clear()
         cut = client.score(ask(rows))
     assert len(app.state.requests) > 10
