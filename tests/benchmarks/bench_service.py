@@ -12,10 +12,15 @@ wire  scored tokens per second and bytes on the wire: our requests, which get al
 
 from __future__ import annotations
 
+import os
+
+# Waiting threads must not spin: there are more of them than cores. Before PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import argparse
 import asyncio
 import json
-import os
 import random
 import signal
 import socket
@@ -58,7 +63,7 @@ from running import fake_vllm
 
 CLIENTS, K = 64, 64
 VOCABULARY, LONGEST = 4096, 512
-PROMPT, RESPONSE, ROWS, ROUNDS = 64, 192, 16, 3
+PROMPT, RESPONSE, ROWS, ROUNDS = 64, 192, 16, 5
 TRUSTED = 0.9
 """Chance that a token is accepted, in the requests of ``wire``."""
 # vLLM on a CPU, in a process beside others.
