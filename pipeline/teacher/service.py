@@ -311,6 +311,8 @@ def run_service(
         threading.Thread(target=_watch_stdin, args=(server,), daemon=True).start()
     try:
         server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn has stopped as it was asked to, and passes the signal on
     except (
         SystemExit
     ):  # how newer versions of uvicorn end when the application does not start; older ones return
