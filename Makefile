@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs lint types format clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# DRY_RUN=1 shows what it would take; SEEDS and WORKERS as in tropd reproduce --help.
+reproduce-%: $(STAMP)  ## A table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
+	$(BIN)/tropd reproduce $* -w runs/$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
+
+rehearse-%: $(STAMP)  ## The same stages with two tiny models, on a CPU, in minutes
+	$(BIN)/tropd reproduce $* --rehearse -w runs/rehearse-$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
 
 # An environment of its own: vLLM pins other versions. Its other PyTorch libraries clash with a CPU build of PyTorch.
 $(VLLM)/.installed: pyproject.toml

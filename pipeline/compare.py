@@ -35,7 +35,7 @@ from tropd.storage.workspace import Workspace
 
 FOLDER = "compare"
 REFERENCE = "reference"
-SHARED = ("models", "data", "prefixes", "scores", "rollouts", "rollout-scores")
+SHARED = ("models", "data", "prefixes", "scores", "rollouts", "rollout-scores", "sft")
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,16 @@ def _cell_config(run: Run, cell: Cell) -> Config:
 def _cell_workspace(run: Run, cell: Cell) -> Workspace:
     """Make or open a cell's workspace. Its configuration is written anew: a changed one is refused by the stage."""
     workspace = Workspace.create(cell.folder(run.workspace.root))
-    _link_shared(run.workspace, workspace)
+    link_shared(run.workspace, workspace)
     write_text_atomic(workspace.config_path, dump_config(_cell_config(run, cell)))
     return workspace
 
 
-def _link_shared(base: Workspace, workspace: Workspace) -> None:
+def link_shared(base: Workspace, workspace: Workspace) -> None:
+    """Give a workspace the inputs of another, as links."""
     for name in SHARED:
         target, link = base.stage(name), workspace.stage(name)
-        if target.exists() and not link.is_symlink():
+        if target != workspace.root and target.exists() and not link.is_symlink():
             link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 
@@ -155,7 +156,7 @@ def _run_cell(root: Path, url: str | None) -> Path:
 
 def _evaluate_reference(run: Run) -> None:
     workspace = Workspace.create(run.workspace.root / FOLDER / REFERENCE)
-    _link_shared(run.workspace, workspace)
+    link_shared(run.workspace, workspace)
     write_text_atomic(workspace.config_path, dump_config(run.config))
     whom: tuple[Who, ...] = ("before", "teacher")
     evaluate(replace(run, workspace=workspace), whom=whom)

@@ -246,6 +246,21 @@ class TrainConfig(Spec):
     """Problems per such evaluation."""
 
 
+class SftConfig(Spec):
+    """`tropd sft`: supervised fine-tuning on the teacher's trajectories (the paper's settings, but for the steps)."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimiser steps (the paper trains on 14 million samples, about 27,000 steps)."""
+    prompts_per_step: int = Field(default=512, ge=1)
+    """Trajectories per step."""
+    learning_rate: float = Field(default=5e-5, gt=0.0)
+    """Peak learning rate; it falls to 0 as a cosine."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """AdamW's weight decay."""
+    warmup_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the steps over which the learning rate rises."""
+
+
 class Benchmark(Spec):
     """One more set of problems. Fields that are not set are those of [evaluation] and [data]."""
 
@@ -375,6 +390,7 @@ class Config(Spec):
     vllm: VllmConfig = VllmConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: Objective
+    sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     demo: DemoConfig = DemoConfig()

@@ -205,7 +205,7 @@ def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
     sampled: dict[str, dict[str, Any]] = {}
     for name, settings in run.config.evaluation_sets.items():
         for who in whom:
-            marks = _marks(folder / _part(name, who))
+            marks = read_marks(folder / _part(name, who))
             if not name:
                 accuracy[who] = {mode: _share(marks.get(mode, {})) for mode in ("greedy", "sampled")}
             correct = list(marks["sampled"].values())
@@ -220,8 +220,8 @@ def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
     return {"accuracy": accuracy, "sampled": sampled}
 
 
-def _marks(path: Path) -> dict[str, dict[str, list[bool]]]:
-    """Mode → problem → which of its responses are right."""
+def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
+    """An evaluation's file as mode → problem → which of its responses are right."""
     found: dict[str, dict[str, list[bool]]] = {}
     for row in pq.read_table(path, columns=["mode", "prompt_id", "correct"]).to_pylist():
         found.setdefault(row["mode"], {}).setdefault(row["prompt_id"], []).append(row["correct"])

@@ -19,6 +19,7 @@ import tropd.cli.main
 import tropd.pipeline.compare
 import tropd.pipeline.demo.prepare
 import tropd.pipeline.report.page
+import tropd.pipeline.reproduce.run
 import tropd.pipeline.teacher.serve
 import tropd.pipeline.training.loop
 import tropd.storage.catalog

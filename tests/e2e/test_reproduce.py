@@ -1,0 +1,119 @@
+"""The paper's tables: complete as data, planned without GPU or network, rehearsed, killed, and resumed to the same."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tropd.pipeline.configuration import load_objective, parse_config, recipe_text
+from tropd.pipeline.reproduce.fetch import Source, fetch
+from tropd.pipeline.reproduce.tables import load_table, table_names
+from tropd.storage.errors import ConfigError, DataError
+
+TINY = {
+    "demo.train_problems": 24,
+    "demo.eval_problems": 16,
+    "demo.teacher_steps": 20,
+    "demo.student_steps": 8,
+    "demo.spoil_steps": 2,
+    "prefixes.keep": "all",
+    "prefixes.shard_prompts": 8,
+    "rollout.prompts_per_step": 4,
+    "sft.steps": 3,
+    "sft.prompts_per_step": 4,
+    "train.steps": 4,
+    "train.warmup_steps": 0,
+    "train.checkpoint_every": 2,
+    "evaluation.limit": 8,
+}
+
+
+def command(root: Path, *more: str) -> list[str]:
+    settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    return ["reproduce", "table4", "-w", str(root), "--rehearse", *settings, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_rehearsal_that_is_killed_ends_with_the_same_table(tropd: Any, tmp_path: Path) -> None:
+    first = tropd.ok(*command(tmp_path / "undisturbed"))
+    expected = (tmp_path / "undisturbed" / "table4.json").read_text()
+    found = json.loads(expected)
+    assert [row["label"] for row in found["blocks"][0]["rows"]] == [
+        "student before",
+        "teacher",
+        "OPD",
+        "EOPD",
+        "REOPOLD",
+        "TrOPD",
+    ]
+    assert "| TrOPD |" in first.output
+    assert (tmp_path / "undisturbed" / "qwen3" / "sft" / "train" / "final").is_dir()
+    for moment in np.random.default_rng(4).uniform(0.15, 0.35, size=2):
+        killed = tropd(*command(tmp_path / "killed"), after=float(moment) * first.seconds)
+        assert killed.code == -signal.SIGKILL, killed.output
+    tropd.ok(*command(tmp_path / "killed"))
+    assert (tmp_path / "killed" / "table4.json").read_text() == expected
+    again = tropd.ok(*command(tmp_path / "killed"))
+    assert again.seconds < first.seconds
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_every_table_names_what_there_is(name: str) -> None:
+    for setting in load_table(name, rehearse=False).settings:
+        config = parse_config(recipe_text(setting.recipe), where=setting.recipe).config
+        assert (config.train.steps, config.train.learning_rate, config.objective.k) == (200, 5e-6, 64)
+        assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (128, 4)
+        assert [b.samples for b in config.evaluation.benchmarks] == [32, 32, 32]
+        for row in setting.rows:
+            load_objective(row.objective, {})
+            assert set(row.paper) <= {b.name for b in config.evaluation.benchmarks}
+
+
+def test_a_dry_run_needs_no_gpu_and_no_network(
+    tropd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = tropd.ok("reproduce", "table3", "-w", tmp_path, "--dry-run").output
+    for words in ("GPU-hours", "tropd compare", "disk", "not checked", "downloads: 18.8 GB"):
+        assert words in shown
+    plans = json.loads(tropd.ok("reproduce", "table3", "-w", tmp_path, "--dry-run", "--json").output)
+    assert [plan["title"].split(" ← ")[1] for plan in plans] == ["Skywork-OR1-Math-7B", "Skywork-OR1-7B"]
+    assert all(stage["gpu_hours"] >= 0 for plan in plans for stage in plan["stages"])
+    refused = tropd("reproduce", "table9", "-w", tmp_path)
+    assert refused.code == 2
+    assert "table3, table4, table5, table6" in refused.output
+
+
+def test_problems_are_fetched_once_with_nested_columns(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    records = [
+        {"domain": domain, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "…"}]}
+        for domain, text in (
+            ("math", "1+1?"),
+            ("code", "sort"),
+            ("math", "1+1?"),
+            ("math", "2+2?"),
+            ("math", "3+3?"),
+        )
+    ]
+    (stored / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = Source(
+        "data/t.jsonl", str(stored), "train", "conversations.0.value", where={"domain": ["math"]}, limit=2
+    )
+    assert fetch(source, tmp_path) == 2
+    lines = [json.loads(line) for line in (tmp_path / "data" / "t.jsonl").read_text().splitlines()]
+    assert lines == [{"id": "0", "prompt": "1+1?"}, {"id": "1", "prompt": "2+2?"}]
+    assert fetch(source, tmp_path) == 0
+    with pytest.raises(DataError, match="no column 'question'; there are conversations, domain"):
+        fetch(Source("data/u.jsonl", str(stored), "train", "question"), tmp_path)
+    with pytest.raises(DataError, match="has no record with"):
+        fetch(Source("data/u.jsonl", str(stored), "train", "domain", where={"domain": ["art"]}), tmp_path)
+    with pytest.raises(ConfigError, match=r"put the problems into data/u\.jsonl"):
+        fetch(Source("data/u.jsonl", str(tmp_path / "nowhere"), "train", "x"), tmp_path)
