@@ -1,4 +1,4 @@
-"""The engine on transformers: batched decoding with a preallocated cache, and scoring of given tokens."""
+"""The engine on transformers: batched decoding with a growing cache, and scoring of given tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from tropd.pipeline.engines.base import (
     TopkWhere,
     everywhere,
 )
+from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.sampling import sample_tokens
 from tropd.pipeline.models import autocast, context_length, evaluation_mode, split_model
 from tropd.storage.seeds import uniforms
 
 # Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
 LOGIT_ELEMENTS = 1 << 26
+# The cache has room for so many new tokens at first: most responses end long before the limit.
+FIRST_STEPS = 256
 
 
 class TransformersEngine:
@@ -52,6 +55,7 @@ class TransformersEngine:
         self._autocast = autocast
         self._split = split_model(model)
         self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        self._is_lean = autocast is None and is_lean(model)
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
 
@@ -83,9 +87,11 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), max_tokens[i]))
         results: list[Generation | None] = [None] * len(prompts)
         with self._inference():
+            lean = LeanModel(self.model) if self._is_lean else None
             for low in range(0, len(order), self._batch_size):
                 rows = order[low : low + self._batch_size]
                 batch = self._decode(
+                    lean,
                     [prompts[i] for i in rows],
                     sampling,
                     [seeds[i] for i in rows],
@@ -97,6 +103,7 @@ class TransformersEngine:
 
     def _decode(
         self,
+        lean: LeanModel | None,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
@@ -109,7 +116,10 @@ class TransformersEngine:
         ids, mask = _left_pad(prompts, width, device)
         # Columns of the mask beyond the prompt are filled as tokens are appended.
         mask = torch.nn.functional.pad(mask, (0, steps), value=1)
-        cache = _preallocated_cache(self.model.config, width + steps)
+        room = width + min(steps, FIRST_STEPS)
+        decoder: LeanDecoder | _ModelDecoder = (
+            _ModelDecoder(self.model, room) if lean is None else LeanDecoder(lean, len(prompts), room)
+        )
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
         next_position = torch.tensor([len(p) for p in prompts], device=device).unsqueeze(-1)
         tokens_out = torch.zeros((len(prompts), steps), dtype=torch.long, device=device)
@@ -123,16 +133,8 @@ class TransformersEngine:
         draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(steps)[None, :])).to(device)
         rows = torch.arange(len(prompts), device=device)
         for step in range(steps):
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask[:, : width + step],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
             tokens, logprobs = sample_tokens(
-                output.logits[:, -1].float(),
+                decoder.forward(ids, positions, mask[:, : width + step]),
                 draws[rows, step],
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -151,7 +153,7 @@ class TransformersEngine:
             ids, positions = tokens.unsqueeze(-1), next_position
             if num_going <= 0.75 * len(rows):
                 keep = going.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                decoder.select(keep)
                 rows, ids, mask = rows[keep], ids[keep], mask[keep]
                 positions = next_position = next_position[keep]
             next_position = next_position + 1
@@ -276,8 +278,31 @@ class TransformersEngine:
                 raise ValueError(f"sequence {number}: a token id is outside 0 … {self.vocab_size - 1}")
 
 
+class _ModelDecoder:
+    """Decodes one batch with the model's own forward pass; the same use as ``LeanDecoder``."""
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        self._model = model
+        self._cache = _preallocated_cache(model.config, capacity)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+
+
 class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into a buffer of full length, where DynamicLayer would copy at every token."""
+    """A cache layer that writes into a buffer, doubled when it is full; DynamicLayer would copy at every token."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -296,11 +321,19 @@ class _PreallocatedLayer(DynamicLayer):
                 (*value_states.shape[:2], self._capacity, value_states.shape[-1])
             )
         end = self._length + key_states.shape[-2]
+        if end > self._key_buffer.shape[2]:
+            self._key_buffer = self._grown(self._key_buffer, end)
+            self._value_buffer = self._grown(self._value_buffer, end)
         self._key_buffer[:, :, self._length : end] = key_states
         self._value_buffer[:, :, self._length : end] = value_states
         self._length = end
         self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
         return self.keys, self.values
+
+    def _grown(self, buffer: torch.Tensor, needed: int) -> torch.Tensor:
+        larger = buffer.new_empty((*buffer.shape[:2], max(needed, 2 * self._length), buffer.shape[3]))
+        larger[:, :, : self._length] = buffer[:, :, : self._length]
+        return larger
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]

@@ -1,0 +1,178 @@
+"""Decoding of well-known plain architectures on a CPU, without the overhead of modules.
+
+A step of a tiny model costs its framework, not its arithmetic: transformers runs some 40 Python calls per layer. Llama,
+Mistral, Qwen2 and Qwen3 (RMS norm, rotary positions, grouped queries, gated SiLU) are a dozen operations per layer, done
+here on the model's own weights. ``is_lean`` compares with the model itself before it is trusted; whatever differs is
+left to transformers.
+
+Legend: B rows · T new tokens · S tokens so far · H hidden size · D head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's weights; the projections of queries, keys and values are one matrix, and so are gate and up."""
+
+    norm1: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    norm2: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class LeanModel:
+    """The weights of a model as they are now, ready for decoding. Made anew after each update of the weights."""
+
+    def __init__(self, model: Any) -> None:
+        config, inner = model.config, model.model
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        self.eps = config.rms_norm_eps
+        self.embedding = inner.embed_tokens.weight
+        self.norm = inner.norm.weight
+        self.head = model.lm_head.weight
+        self.rotary = inner.rotary_emb
+        self.layers = [_layer(layer) for layer in inner.layers]
+
+
+def _layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [p.bias for p in projections]
+    return _Layer(
+        norm1=layer.input_layernorm.weight,
+        qkv=torch.cat([p.weight for p in projections]),
+        qkv_bias=None if biases[0] is None else torch.cat(biases),
+        q_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
+        k_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        norm2=layer.post_attention_layernorm.weight,
+        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down=mlp.down_proj.weight,
+    )
+
+
+class LeanDecoder:
+    """Decodes one batch: rows are left-padded, all at the same column. The cache grows by doubling."""
+
+    def __init__(self, model: LeanModel, rows: int, capacity: int) -> None:
+        self._model = model
+        self._length = 0
+        shape = (len(model.layers), 2, rows, model.kv_heads, capacity, model.head_dim)
+        self._cache = model.embedding.new_empty(shape)
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Float32 logits ``[B, V]`` of the last of the new tokens.
+
+        Args:
+            ids: ``[B, T]`` new tokens.
+            positions: ``[B, T]`` their positions.
+            mask: ``[B, S]`` 1 for tokens, 0 for padding, the new ones included.
+        """
+        model, (rows, new) = self._model, ids.shape
+        start, end = self._length, self._length + new
+        if end > self._cache.shape[4]:
+            grown = self._cache.new_empty((*self._cache.shape[:4], max(end, 2 * start), model.head_dim))
+            grown[..., :start, :] = self._cache[..., :start, :]
+            self._cache = grown
+        self._length = end
+        x = functional.embedding(ids, model.embedding)
+        cos, sin = (part.unsqueeze(1) for part in model.rotary(x, positions))
+        allowed = _allowed(mask, new)
+        for number, layer in enumerate(model.layers):
+            h = functional.rms_norm(x, x.shape[-1:], layer.norm1, model.eps)
+            qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
+            q, k, v = qkv.transpose(1, 2).split((model.heads, model.kv_heads, model.kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = functional.rms_norm(q, q.shape[-1:], layer.q_norm, model.eps)
+                k = functional.rms_norm(k, k.shape[-1:], layer.k_norm, model.eps)
+            keys, values = self._cache[number]
+            keys[:, :, start:end] = _rotated(k, cos, sin)
+            values[:, :, start:end] = v
+            attended = functional.scaled_dot_product_attention(
+                _rotated(q, cos, sin),
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=allowed,
+                enable_gqa=model.heads != model.kv_heads,
+            )
+            x = x + functional.linear(
+                attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias
+            )
+            h = functional.rms_norm(x, x.shape[-1:], layer.norm2, model.eps)
+            gate, up = functional.linear(h, layer.gate_up).chunk(2, dim=-1)
+            x = x + functional.linear(functional.silu(gate) * up, layer.down)
+        last = functional.rms_norm(x[:, -1], x.shape[-1:], model.norm, model.eps)
+        return functional.linear(last, model.head).float()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self._cache = self._cache[:, :, rows]
+
+
+def _allowed(mask: Tensor, new: int) -> Tensor | None:
+    """``[B, 1, T, S]`` what each new token may look at: itself, and tokens before it that are no padding."""
+    seen = mask.bool()[:, None, None, :]
+    if new == 1:
+        return seen
+    size = mask.shape[1]
+    causal = torch.ones(new, size, dtype=torch.bool, device=mask.device).tril(size - new)
+    # Padding looks at itself: a row of nothing would be NaN.
+    return (seen & causal) | torch.eye(new, size, dtype=torch.bool, device=mask.device)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def is_lean(model: Any) -> bool:
+    """Whether a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens."""
+    config = model.config
+    if (
+        config.model_type not in ARCHITECTURES
+        or model.device.type != "cpu"
+        or model.dtype != torch.float32
+        or getattr(config, "sliding_window", None)
+        or type(model.get_output_embeddings()) is not torch.nn.Linear
+    ):
+        return False
+    ids = (torch.arange(12).view(2, 6) * 7 + 1) % config.vocab_size
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
+            decoder = LeanDecoder(LeanModel(model), 2, 5)
+            decoder.forward(ids[:, :4], positions[:, :4], mask[:, :4])
+            decoder.forward(ids[:, 4:5], positions[:, 4:5], mask[:, :5])
+            found = decoder.forward(ids[:, 5:], positions[:, 5:], mask)
+    except (AttributeError, RuntimeError) as error:
+        logger.info("%s decodes with transformers: %s", type(model).__name__, error)
+        return False
+    same = bool((found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
+    if not same:
+        logger.info("%s decodes with transformers: the lean path differs", type(model).__name__)
+    return same

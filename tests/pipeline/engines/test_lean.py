@@ -1,0 +1,98 @@
+"""Decoding without modules gives what the model gives, for each known architecture, and is not tried for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tropd.pipeline.engines import transformers as module
+from tropd.pipeline.engines.base import Generation, Sampling
+from tropd.pipeline.engines.lean import is_lean
+from tropd.pipeline.engines.transformers import TransformersEngine
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+
+
+def make(kind: str, **options: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | options))
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide what is left out
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def generate(model: Any, *, lean: bool, sampling: Sampling) -> list[Generation]:
+    engine = TransformersEngine(model, [3], batch_size=5)
+    assert engine._is_lean
+    engine._is_lean = lean
+    prompts = [np.random.default_rng(n).integers(4, 40, size=1 + n).tolist() for n in range(8)]
+    return engine.generate(prompts, sampling, seeds=list(range(8)), max_tokens=[3 + 4 * n for n in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+        ("Mistral", {"sliding_window": None, "head_dim": 16}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0)])
+def test_responses_are_those_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], sampling: Sampling
+) -> None:
+    monkeypatch.setattr(module, "FIRST_STEPS", 4)  # both caches have to grow
+    model = make(kind, **options)
+    for one, other in zip(
+        generate(model, lean=True, sampling=sampling),
+        generate(model, lean=False, sampling=sampling),
+        strict=True,
+    ):
+        assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_new_weights_are_seen_at_once() -> None:
+    model = make("Qwen3")
+    before = generate(model, lean=True, sampling=Sampling(0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    after = generate(model, lean=True, sampling=Sampling(0.0))
+    expected = generate(model, lean=False, sampling=Sampling(0.0))
+    assert [g.tokens for g in after] == [g.tokens for g in expected] != [g.tokens for g in before]
+
+
+def test_what_is_not_known_is_left_to_transformers() -> None:
+    assert is_lean(make("Qwen3"))
+    assert not is_lean(make("Mistral", sliding_window=8))
+    assert not is_lean(make("Qwen3").to(torch.bfloat16))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2)
+    )
+    assert not is_lean(gpt2.eval())
+    patched = make("Llama")
+    patched.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    assert not is_lean(patched)
+    hooked = make("Llama")
+    hooked.model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
+    assert not is_lean(hooked)
