@@ -19,7 +19,7 @@ from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.parts import side_by_side, split_request
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse
 from tropd.pipeline.teacher.replicas import Replica, Replicas
-from tropd.pipeline.teacher.vllm_server import VllmDialect
+from tropd.pipeline.teacher.vllm_server import SPARE, VllmDialect
 from tropd.storage.errors import ConfigError, TropdError
 
 
@@ -171,7 +171,7 @@ class TeacherClient:
                 f"objective {objective.name!r} needs the teacher's top {needs.k} ({', '.join(_topk_parts(objective))}), "
                 f"but the teacher at {self.url} gives {info.max_topk or 'no'} alternatives",
                 hint=(
-                    f"start it with --max-logprobs {needs.k}, or set a smaller objective.k"
+                    f"start it with --max-logprobs {needs.k + SPARE}, or set a smaller objective.k"
                     if info.kind == "vllm"
                     else "use a tropd teacher service, a smaller objective.k, or an objective that needs log-probs only"
                 ),

@@ -102,15 +102,17 @@ def sampled_logprobs(url: str, positions: Sequence[Position], tokens: Sequence[i
 
 
 def alternatives(
-    url: str, positions: Sequence[Position], k: int, vocab_limit: int
+    url: str, positions: Sequence[Position], k: int, width: int, vocab_limit: int
 ) -> tuple[npt.NDArray[np.int32], Floats]:
-    """``[m, k]`` ids below ``vocab_limit`` and their log-probs at m positions, likeliest first."""
+    """``[m, k]`` ids below ``vocab_limit`` and their log-probs, likeliest first, of the ``width`` at m positions."""
     ids = np.zeros((len(positions), k), dtype=np.int32)
     values: list[list[float]] = []
     for row, position in enumerate(positions):
         try:
-            # The token that is there comes first, whether it is among the k likeliest or not.
-            ranked = sorted((e["rank"], int(i), e["logprob"]) for i, e in position.items() if e["rank"] <= k)
+            # The token that is there is listed too, whether it is among the likeliest or not.
+            ranked = sorted(
+                (e["rank"], int(i), e["logprob"]) for i, e in position.items() if e["rank"] <= width
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unusable(url, f"alternatives of another form ({error})") from error
         known = [(i, value) for _, i, value in ranked if 0 <= i < vocab_limit][:k]

@@ -37,6 +37,8 @@ from tropd.storage.errors import ConfigError, TropdError
 
 MAX_TOKENS = 1 << 16
 """Tokens per part of a step: some 5 MB of JSON for their log-probs."""
+SPARE = 8
+"""Alternatives beyond k that are asked for: output layers have rows that are no tokens, which may be among them."""
 MOST_NEXT = 16
 """Alternatives are asked for one by one up to this times k of a sequence: more would send more ids than they save."""
 UNTOLD = 2**31 - 1
@@ -89,7 +91,10 @@ class VllmDialect:
         items = request.sequences
         sequences = [item.tokens.tolist() for item in items]
         k = min(request.k, request.vocab_limit)
-        ahead = k if request.topk == "all" else 0  # everything at once where all tokens get alternatives
+        width = min(
+            k + SPARE, request.vocab_limit
+        )  # never above the vocabulary: the server would not survive that
+        ahead = width if request.topk == "all" else 0  # everything at once where all tokens get alternatives
         found = list(self._prompts(exchange, sequences, ahead))
         sampled = [
             sampled_logprobs(exchange.url, positions, sequence, item.start)
@@ -104,10 +109,10 @@ class VllmDialect:
         else:
             places = [np.flatnonzero(mask if request.topk == "outliers" else mask & False) for mask in masks]
             tokens = [(place + item.start).tolist() for place, item in zip(places, items, strict=True)]
-            at = self._at(exchange, sequences, tokens, k)
+            at = self._at(exchange, sequences, tokens, width)
         answers = []
         for row, place in enumerate(places):
-            ids, logprobs = alternatives(exchange.url, at[row], k, request.vocab_limit)
+            ids, logprobs = alternatives(exchange.url, at[row], k, width, request.vocab_limit)
             answers.append(
                 ScoredItem(
                     teacher_logprobs=sampled[row],
@@ -208,7 +213,7 @@ class VllmDialect:
 
 
 def _max_topk(exchange: Exchange, model: str) -> int:
-    """The server's limit of alternatives, which it tells only who asks for more."""
+    """Most alternatives that it gives: its limit, which it tells only who asks for more, less the spare ones."""
     body = completion_body(model, [[0, 0]], prompt_logprobs=10**6)
     response = exchange.ask("POST", "/v1/completions", body, JSON)
     told = re.search(r"max allowed: (\d+)", reason(response))
@@ -218,4 +223,4 @@ def _max_topk(exchange: Exchange, model: str) -> int:
             f"does: {response.status_code}, {reason(response)}",
             hint="use vllm serve, or tropd serve-teacher -w WORKSPACE",
         )
-    return min(int(told[1]), MAX_TOPK)
+    return max(0, min(int(told[1]) - SPARE, MAX_TOPK))

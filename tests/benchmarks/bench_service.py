@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.teacher.service import listen, run_service
+from tropd.pipeline.teacher.vllm_server import SPARE
 from tropd.storage.errors import TropdError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "teacher"))
@@ -125,7 +126,7 @@ def serve(kind: str, folder: Path, port: int) -> None:
     """Be a server until killed."""
     engine: Engine = load_vllm_engine(folder) if kind == "tropd on vLLM" else load_engine(folder)
     if kind == "json":
-        app = fake_vllm(engine, name=str(folder), max_logprobs=K)
+        app = fake_vllm(engine, name=str(folder), max_logprobs=K + SPARE)
         with listen("127.0.0.1", port) as listener:
             uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
         return
@@ -160,6 +161,7 @@ class Server:
     ready_path: str = "/readyz"
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    log: Any = field(default_factory=tempfile.TemporaryFile)
 
     @property
     def url(self) -> str:
@@ -169,8 +171,8 @@ class Server:
         self.process = subprocess.Popen(
             self.command,
             env=os.environ | self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
             start_new_session=True,
         )
 
@@ -184,12 +186,15 @@ class Server:
         deadline = time.monotonic() + seconds
         while not self.ready():
             if time.monotonic() > deadline or (self.process is not None and self.process.poll() is not None):
-                raise RuntimeError(f"the server at {self.url} did not start")
+                self.log.seek(0)
+                said = self.log.read().decode(errors="replace")[-2000:]
+                raise RuntimeError(f"{' '.join(self.command)} did not start: {said}")
             time.sleep(0.2)
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def memory(self) -> float:
@@ -229,7 +234,14 @@ def vllm_server(python: Path, folder: Path) -> Server:
         "float32",
         "--enforce-eager",
     ]
-    options += ["--max-logprobs", K, "--max-model-len", LONGEST, "--distributed-executor-backend", "uni"]
+    options += [
+        "--max-logprobs",
+        K + SPARE,
+        "--max-model-len",
+        LONGEST,
+        "--distributed-executor-backend",
+        "uni",
+    ]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *map(str, options)]
     return Server(command, port, "/health", VLLM_ENVIRONMENT)
 

@@ -65,7 +65,7 @@ def test_a_vllm_server_teaches_the_same(tropd: Any, prepared: Path, finished: Pa
     app = fake_vllm(TransformersEngine(model, [1]), decode=tokenizer.decode)
     with running(app) as url:
         result = tropd.ok("train", "-w", workspace, "--set", f"teacher.url={url}")
-        assert "vLLM, /models/teacher, at most 127 tokens, top 20, no entropy" in result.output
+        assert "vLLM, /models/teacher, at most 127 tokens, top 12, no entropy" in result.output
         assert "does not tell its weights" in result.output
         refused = tropd(
             "train",
@@ -74,7 +74,7 @@ def test_a_vllm_server_teaches_the_same(tropd: Any, prepared: Path, finished: Pa
             "--set",
             f"teacher.url={url}",
             "--set",
-            "objective.k=21",
+            "objective.k=13",
         )
     assert refused.code == 2, refused.output
     assert "start it with --max-logprobs 21" in refused.output

@@ -25,7 +25,7 @@ from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
 from tropd.storage.errors import ConfigError
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
-V, MAX_LOGPROBS = 24, 6
+V, MAX_LOGPROBS = 24, 13
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -141,10 +141,10 @@ def test_its_limits_and_its_tokenizer_are_found(url: str) -> None:
     tokenizer = make_tokenizer()
     with TeacherClient(url, timeout_seconds=60) as client:
         info = client.info()
-        assert (info.kind, info.max_topk, info.max_length) == ("vllm", MAX_LOGPROBS, 127)
+        assert (info.kind, info.max_topk, info.max_length) == ("vllm", MAX_LOGPROBS - 8, 127)
         assert client.check_token_texts(tokenizer.decode, len(tokenizer))
-        objective = load_objective("tropd", {"k": 7})
-        with pytest.raises(ConfigError, match="gives 6 alternatives"):
+        objective = load_objective("tropd", {"k": 6})
+        with pytest.raises(ConfigError, match="gives 5 alternatives"):
             client.check_gives(teacher_needs(objective), objective)
         with pytest.raises(ConfigError, match=r"token \d+ is '.*' there"):
             client.check_token_texts(lambda ids: tokenizer.decode([{5: 6, 6: 5}.get(i, i) for i in ids]), V)

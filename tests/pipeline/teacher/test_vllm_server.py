@@ -108,7 +108,7 @@ def test_alternatives_are_asked_for_sequences_with_outliers_up_to_the_last_one(t
         answer = client.score(ask(rows))
     first, second = app.state.requests
     assert first["prompt"] == [row.tokens.tolist() for row in rows]
-    assert (first["prompt_logprobs"], second["prompt_logprobs"]) == (0, 5)
+    assert (first["prompt_logprobs"], second["prompt_logprobs"]) == (0, 5 + 8)
     expected = [
         row.tokens[: row.start + 1 + int(got.topk_positions[-1])].tolist()
         for row, got in zip(rows, answer.items, strict=True)
@@ -167,15 +167,15 @@ def test_more_alternatives_than_the_vocabulary_are_never_asked_for(table_engine:
 
 def test_the_limits_are_known_and_refused_before_the_first_rollout(table_engine: Any) -> None:
     with running(fake_vllm(table_engine, max_logprobs=20)) as url, TeacherClient(url) as client:
-        assert client.info().max_topk == 20
+        assert client.info().max_topk == 12  # 8 more are asked for than are wanted
         assert client.info().max_length == 63  # it always generates a token
-        objective = load_objective("tropd", {"k": 21})
+        objective = load_objective("tropd", {"k": 13})
         with pytest.raises(
-            ConfigError, match=r"needs the teacher's top 21 .*gives 20 alternatives"
+            ConfigError, match=r"needs the teacher's top 13 .*gives 12 alternatives"
         ) as caught:
             client.check_gives(teacher_needs(objective), objective)
         assert "--max-logprobs 21" in str(caught.value.hint)
-        fitting = load_objective("tropd", {"k": 20})
+        fitting = load_objective("tropd", {"k": 12})
         client.check_gives(teacher_needs(fitting), fitting)
         entropy = load_objective("eopd", {"k": 4})
         with pytest.raises(ConfigError, match=r"partition\.rule = 'teacher_entropy'"):
@@ -214,6 +214,20 @@ def test_answers_that_cannot_be_right_are_refused(
         with pytest.raises(TropdError, match=f"(?s){words}"):
             client.score(ask(items(2)))
         assert client.tokens_scored == client.retries == 0
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_rows_of_the_output_layer_that_are_no_tokens_are_left_out(tiny_model: Any, caches: bool) -> None:
+    partition = RatioPartition(threshold=0.1)
+    request = ScoreRequest(items(longest=60), partition, "outliers", 5, False, 17)
+    engine = TransformersEngine(tiny_model, [1])
+    with running(ours(engine)) as mine, running(fake_vllm(engine, caches=caches)) as other:
+        with TeacherClient(mine) as one, TeacherClient(other) as two:
+            expected, found = one.score(request), two.score(request)
+    for wanted, got in zip(expected.items, found.items, strict=True):
+        assert np.array_equal(got.topk_ids, wanted.topk_ids)
+        assert np.allclose(got.topk_logprobs, wanted.topk_logprobs, atol=1e-5)
+    assert any(len(item.topk_positions) for item in found.items)
 
 
 def test_alternatives_that_the_student_does_not_know_are_never_replaced(table_engine: Any) -> None:
