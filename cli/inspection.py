@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption
+from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
 from tropd.cli.render import print_json, print_table, stderr, stdout
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command("status")(status)
     app.command("query")(query)
     app.command("verify")(verify)
+    app.command("plan")(plan)
     app.add_typer(config_app, name="config")
     app.add_typer(objectives_app, name="objectives")
 
@@ -100,6 +101,39 @@ def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_jso
         for line in repair_workspace(opened, findings):
             stderr.print(line, markup=False)
     if errors:
+        raise typer.Exit(1)
+
+
+def plan(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that torchrun would start, one per GPU.")] = 1,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GB per GPU: exit 1 if training does not fit.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Memory and disk that training would need, from the models' configurations; nothing is loaded."""
+    from tropd.pipeline.plan import disk_bytes, memory_parts, shapes
+
+    run = open_run(workspace, settings)
+    student, teacher = shapes(run)
+    # With several processes only the first has the teacher beside it: it is the one that must fit.
+    parts = memory_parts(run.config, student, teacher, gpus)
+    disk = disk_bytes(run.config, student)
+    total = sum(part.bytes for part in parts)
+    if as_json:
+        print_json({"memory": {p.name: p.bytes for p in parts}, "total": total, "disk": disk})
+    else:
+        rows = [(p.name, _size(p.bytes), p.smaller) for p in sorted(parts, key=lambda p: -p.bytes)]
+        print_table(
+            (f"per process, of {gpus}", "memory", "smaller with"), [*rows, ("total", _size(total), "")]
+        )
+        print_table(("on disk, at most", "size"), [(name, _size(size)) for name, size in disk.items()])
+    if gpu_memory is not None and total > gpu_memory * 1e9:
+        largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
+        advice = "; ".join(f"{p.name} ({_size(p.bytes)}): {p.smaller}" for p in largest)
+        stderr.print(f"does not fit into {gpu_memory:g} GB: {_size(total)}. {advice}", markup=False)
         raise typer.Exit(1)
 
 

@@ -37,7 +37,8 @@ from tropd.storage.trajectories import FinishReason
 # Alternatives beyond k that are asked for where the output layer has rows that are no tokens, which may be among them.
 SPARE = 8
 LOGPROB_SLACK = 1e-3
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# In this process, where weights can be given to it; and standard output is ours.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 # On a CPU: a small cache, no pinning of threads (other processes run beside), no compilation, which takes longer than
 # what it saves on the models that a CPU can run.
 ON_CPU = {

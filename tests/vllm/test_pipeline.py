@@ -27,8 +27,7 @@ def run(stage: str, workspace: Path, *options: str) -> dict[str, Any]:
         [TROPD, stage, "-w", workspace, *options, "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # vLLM writes to standard output too: our object is what comes last.
-    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("\n{") if "\n{" in done.stdout else 0 :])
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 

@@ -1,0 +1,147 @@
+"""What a training run needs in memory and on disk, from the models' configurations alone.
+
+Exact are parameters (the model is built without storage), gradients, AdamW's moments and the KV cache. Activations are
+an estimate: what autograd keeps per token of a decoder layer with fused attention, the inputs of its matrix products
+and of its non-linear functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tropd.pipeline.config import Config, ModelConfig
+from tropd.pipeline.context import Run
+from tropd.pipeline.engines.transformers import LOGIT_ELEMENTS
+from tropd.pipeline.models import load_model_config, model_directory, num_parameters
+from tropd.pipeline.training.logprobs import CHUNK_ELEMENTS
+
+BYTES = {"float32": 4, "bfloat16": 2}
+# What allocators and kernels take besides, as a share.
+OVERHEAD = 0.1
+CACHE_BYTES = 95
+"""Per token of the teacher cache (docs/cache.md)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory depends on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @staticmethod
+    def of(config: Any) -> ModelShape:
+        """From a transformers configuration; the parameters are counted on a model without storage."""
+        text = config.get_text_config()
+        with torch.device("meta"):
+            parameters = num_parameters(AutoModelForCausalLM.from_config(config))
+        heads = text.num_attention_heads
+        return ModelShape(
+            parameters=parameters,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vocab=text.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory in each process, and the setting that makes it smaller."""
+
+    name: str
+    bytes: float
+    smaller: str
+
+
+def memory_parts(
+    config: Config, student: ModelShape, teacher: ModelShape | None, processes: int
+) -> list[Part]:
+    """Memory of each training process on its device, by what it is for.
+
+    Args:
+        teacher: None where another device has it (``teacher.url``).
+        processes: those that torchrun starts; weights, gradients and moments are shared out.
+    """
+    compute = BYTES[config.student.dtype]
+    share = student.parameters / processes
+    longest = config.rollout.max_tokens
+    tokens = max(config.train.micro_batch_tokens, longest)
+    parts = [
+        Part("weights, float32", 4 * share, "more processes"),
+        Part("gradients", 4 * share, "more processes"),
+        Part("AdamW's moments", 8 * share, "more processes"),
+        Part(
+            "activations of a micro-batch",
+            tokens * activation_bytes(student, compute, config.train.gradient_checkpointing),
+            "train.micro_batch_tokens, train.gradient_checkpointing = true",
+        ),
+        Part("log-probs: a chunk of logits", 3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab), ""),
+        Part("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
+        Part(
+            "KV cache of rollouts",
+            config.rollout.batch_size * longest * kv_bytes_per_token(student, compute),
+            "rollout.batch_size, rollout.max_tokens",
+        ),
+    ]
+    if processes > 1:
+        parts.append(Part("whole student for rollouts", compute * student.parameters, ""))
+    if teacher is not None:
+        size = BYTES[config.teacher.dtype]
+        parts.append(Part("teacher", size * teacher.parameters, "teacher.url on another GPU"))
+        logits = min(LOGIT_ELEMENTS, config.service.batch_tokens * teacher.vocab)
+        scoring = 4.0 * logits + config.service.batch_tokens * size * 4 * (
+            teacher.hidden + teacher.intermediate
+        )
+        parts.append(Part("teacher: a scoring pass", scoring, "service.batch_tokens"))
+    total = sum(part.bytes for part in parts)
+    return [*parts, Part("allocator and kernels (estimate)", OVERHEAD * total, "")]
+
+
+def kv_bytes_per_token(shape: ModelShape, size: int) -> float:
+    """Keys and values of all layers."""
+    return 2.0 * size * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def activation_bytes(shape: ModelShape, size: int, checkpointing: bool) -> float:
+    """Per token: kept for the backward pass by all layers, or by one and the input of each with checkpointing."""
+    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2
+    layer = size * (6 * shape.hidden + attention + 4 * shape.intermediate)
+    if checkpointing:
+        return float(layer + size * shape.layers * shape.hidden)
+    return float(layer * shape.layers)
+
+
+def disk_bytes(config: Config, student: ModelShape) -> dict[str, float]:
+    """Upper bounds, with every response of full length: cache, checkpoints, final model."""
+    prompts = config.data.limit or config.train.steps * config.rollout.prompts_per_step
+    tokens = prompts * config.prefixes.samples_per_prompt * config.prefix_max_tokens
+    return {
+        "prefixes and scores": float((8 + CACHE_BYTES) * tokens),
+        "checkpoints": 12.0 * student.parameters * (config.train.keep_checkpoints + 1),
+        "final student": float(BYTES[config.student.dtype] * student.parameters),
+    }
+
+
+def shapes(run: Run) -> tuple[ModelShape, ModelShape | None]:
+    """Student and, where training would start it here, teacher."""
+    return _shape(run, "student"), None if run.config.teacher.urls else _shape(run, "teacher")
+
+
+def _shape(run: Run, role: str) -> ModelShape:
+    settings: ModelConfig = getattr(run.config, role)
+    folder = model_directory(run.workspace, settings, role)
+    return ModelShape.of(load_model_config(folder, trust_remote_code=settings.trust_remote_code))
