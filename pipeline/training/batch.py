@@ -1,6 +1,9 @@
-"""From rows to tensors: the flat numbering of a step's tokens, and padded micro-batches of it.
+"""From rows to tensors: the flat numbering of a step's tokens, and micro-batches of it, packed or padded.
 
-Legend: R rows · T student tokens of the step, in row order · G guidance (prefix) tokens · B rows, W width of a
+Packed, several rows stand one after another in a line of the micro-batch, each with positions from 0: models that
+understand this (``student.packs``) attend within a row only, and little is padded. Otherwise each row has its line.
+
+Legend: R rows · T student tokens of the step, in row order · G guidance (prefix) tokens · B lines, W width of a
 micro-batch · n its supervised positions, per row first guidance, then student tokens.
 """
 
@@ -91,14 +94,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A right-padded batch of some rows and its supervised positions."""
+    """Some rows, right-padded, and their supervised positions."""
 
-    ids: torch.Tensor
-    """``[B, W]``."""
-    mask: torch.Tensor
-    """``[B, W]`` 1 for tokens."""
+    inputs: dict[str, torch.Tensor]
+    """What the model takes: ``input_ids`` ``[B, W]``, and ``attention_mask`` (padded) or ``position_ids`` (packed)."""
     row_index: torch.Tensor
-    """``[n]`` row in the batch of each supervised position."""
+    """``[n]`` line of each supervised position."""
     column_index: torch.Tensor
     """``[n]`` column of the hidden state that predicts it."""
     targets: torch.Tensor
@@ -110,58 +111,87 @@ class MicroBatch:
     guidance_tokens: Ints
     """``[g]`` likewise in G."""
 
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model takes."""
-        return {"input_ids": self.ids, "attention_mask": self.mask}
-
 
 def micro_batches(
-    layout: Layout, budget: int, device: torch.device, share: tuple[int, int] = (0, 1)
+    layout: Layout,
+    budget: int,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+    *,
+    packed: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Rows with supervised tokens, longest last, cut into batches of at most ``budget`` padded tokens.
+    """Rows with supervised tokens, longest first, in batches of at most ``budget`` tokens, padding included.
 
     Args:
         share: (r, n): of these rows, ordered by length, only every n-th from the r-th.
+        packed: put rows that are shorter than the longest one after another.
     """
     students, guidance = layout.student_counts, layout.guidance_counts
     lengths = [len(r.sequence) for r in layout.rows]
-    order = sorted((i for i in range(len(lengths)) if students[i] + guidance[i]), key=lambda i: lengths[i])
-    order = order[share[0] :: share[1]]
-    group: list[int] = []
-    for i in order:
-        if group and (len(group) + 1) * lengths[i] > budget:
-            yield _micro_batch(layout, group, device)
-            group = []
-        group.append(i)
-    if group:
-        yield _micro_batch(layout, group, device)
+    left = sorted((i for i in range(len(lengths)) if students[i] + guidance[i]), key=lambda i: -lengths[i])
+    left = left[share[0] :: share[1]]
+    while left:
+        lines, left = _fill_lines(left, lengths, budget, packed)
+        yield _micro_batch(layout, lines, device)
 
 
-def _micro_batch(layout: Layout, group: Sequence[int], device: torch.device) -> MicroBatch:
+def _fill_lines(
+    rows: Sequence[int], lengths: Sequence[int], budget: int, packed: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Lines of one micro-batch, as wide as its longest row, and the rows that found no room (first fit)."""
+    width = lengths[rows[0]]
+    most = max(1, budget // width)
+    lines: list[list[int]] = []
+    room: list[int] = []
+    left = []
+    for i in rows:
+        place = next((n for n, free in enumerate(room) if free >= lengths[i]), None) if packed else None
+        if place is not None:
+            lines[place].append(i)
+            room[place] -= lengths[i]
+        elif len(lines) < most:
+            lines.append([i])
+            room.append(width - lengths[i])
+        else:
+            left.append(i)
+    return lines, left
+
+
+def _micro_batch(layout: Layout, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
     students, guidance = layout.student_counts, layout.guidance_counts
     student_first = np.concatenate([[0], np.cumsum(students)])
     guidance_first = np.concatenate([[0], np.cumsum(guidance)])
-    width = max(len(layout.rows[i].sequence) for i in group)
-    ids = np.zeros((len(group), width), dtype=np.int64)
-    mask = np.zeros((len(group), width), dtype=np.int64)
+    width = max(sum(len(layout.rows[i].sequence) for i in line) for line in lines)
+    ids = np.zeros((len(lines), width), dtype=np.int64)
+    mask = np.zeros((len(lines), width), dtype=np.int64)
+    # Padding is a row of its own, at whose tokens nobody looks.
+    position_ids = np.tile(np.arange(width), (len(lines), 1))
     rows, columns, is_student, student_tokens, guidance_tokens = [], [], [], [], []
-    for b, i in enumerate(group):
-        row = layout.rows[i]
-        sequence = row.sequence
-        ids[b, : len(sequence)] = sequence
-        mask[b, : len(sequence)] = 1
-        first = len(row.context) - int(guidance[i])
-        positions = np.arange(first, len(sequence))
-        rows.append(np.full(len(positions), b))
-        columns.append(positions - 1)
-        is_student.append(positions >= len(row.context))
-        student_tokens.append(np.arange(student_first[i], student_first[i + 1]))
-        guidance_tokens.append(np.arange(guidance_first[i], guidance_first[i + 1]))
+    for b, line in enumerate(lines):
+        begin = 0
+        for i in line:
+            row = layout.rows[i]
+            sequence = row.sequence
+            end = begin + len(sequence)
+            ids[b, begin:end] = sequence
+            mask[b, begin:end] = 1
+            position_ids[b, begin:] = np.arange(width - begin)
+            first = len(row.context) - int(guidance[i])
+            positions = np.arange(first, len(sequence))
+            rows.append(np.full(len(positions), b))
+            columns.append(begin + positions - 1)
+            is_student.append(positions >= len(row.context))
+            student_tokens.append(np.arange(student_first[i], student_first[i + 1]))
+            guidance_tokens.append(np.arange(guidance_first[i], guidance_first[i + 1]))
+            begin = end
+        position_ids[b, begin:] = np.arange(width - begin)
     row_index, column_index = np.concatenate(rows), np.concatenate(columns)
+    is_packed = any(len(line) > 1 for line in lines)
+    extra = {"position_ids": position_ids} if is_packed else {"attention_mask": mask}
     return MicroBatch(
-        ids=torch.from_numpy(ids).to(device),
-        mask=torch.from_numpy(mask).to(device),
+        inputs={
+            name: torch.from_numpy(array).to(device) for name, array in ({"input_ids": ids} | extra).items()
+        },
         row_index=torch.from_numpy(row_index).to(device),
         column_index=torch.from_numpy(column_index).to(device),
         targets=torch.from_numpy(ids[row_index, column_index + 1]).to(device),

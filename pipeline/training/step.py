@@ -86,7 +86,8 @@ def backpropagate(
     device = parameters[0].device
     guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
     layout = Layout(inputs.rows, guided)
-    batches = list(micro_batches(layout, micro_batch_tokens, device, (world.rank, world.size)))
+    share = (world.rank, world.size)
+    batches = list(micro_batches(layout, micro_batch_tokens, device, share, packed=student.packs))
     rounds = max(world.gather(len(batches)))
     statistics = _statistics(student, objective, inputs, layout, batches, rounds, precision, world)
     plan = plan_step(
@@ -154,7 +155,7 @@ def _forward(
     flat[student_entries] = topk.ids
     if guidance_topk is not None:
         flat[~student_entries] = guidance_topk.ids
-    device = micro_batch.ids.device
+    device = micro_batch.targets.device
     with autocast(device, precision):
         lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device))
         output = TokenLogprobs(*student(micro_batch, lookups))

@@ -7,6 +7,7 @@ norm, head) is the unit of this module.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tropd.pipeline.models import SplitModel, split_model
+from tropd.pipeline.models import SplitModel, evaluation_mode, split_model
 from tropd.pipeline.training.batch import MicroBatch
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.training.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class StudentPass(torch.nn.Module):
@@ -27,6 +30,7 @@ class StudentPass(torch.nn.Module):
         super().__init__()
         self.model = model
         self._split = [split_model(model)]  # in a list: its parts are the model's, not modules of their own
+        self.packs = _packs(model)
 
     @property
     def split(self) -> SplitModel:
@@ -38,6 +42,23 @@ class StudentPass(torch.nn.Module):
         states = hidden[batch.row_index, batch.column_index]
         found: TokenLogprobs = token_logprobs(self.split, states, batch.targets, lookups)
         return found.targets, found.lookups, found.entropy, found.overlap
+
+
+def _packs(model: Any) -> bool:
+    """Whether the model takes rows one after another, told apart by their positions, for what they are."""
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = (torch.arange(12, device=model.device) * 7 + 1).unsqueeze(0) % vocab
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]], device=model.device)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+            alone = model(input_ids=ids[:, 5:], use_cache=False).logits.float()
+    except (TypeError, ValueError, RuntimeError):
+        packed = alone = torch.full((1,), torch.nan)
+    if torch.allclose(packed, alone, rtol=1e-3, atol=1e-3):
+        return True
+    logger.info("%s does not take packed rows: they are padded", type(model).__name__)
+    return False
 
 
 def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> None:

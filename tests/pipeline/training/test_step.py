@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tropd.pipeline.configuration import load_objective, recipe_names
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
-from tropd.pipeline.training.batch import RaggedTopk
+from tropd.pipeline.training.batch import RaggedTopk, _fill_lines
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import StudentPass
@@ -302,3 +304,42 @@ def test_alternatives_on_outliers_only_give_the_loss_of_asking_for_all(
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
     assert torch.allclose(losses[0][1], losses[1][1], atol=1e-5)
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("budget", [40, 10_000])
+def test_packed_rows_teach_what_padded_ones_do(student: Any, teacher_model: Any, budget: int) -> None:
+    objective = load_objective("tropd-cached", {"k": 6})
+    inputs = make_inputs(objective, make_rows(student, count=12), teacher_model)
+    assert StudentPass(student).packs
+    outcome, gradient = run(student, objective, inputs, budget=budget)
+    original = StudentPass.__init__
+
+    def without(self: StudentPass, model: Any) -> None:
+        original(self, model)
+        self.packs = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudentPass, "__init__", without)
+        padded, expected = run(student, objective, inputs, budget=budget)
+    assert torch.allclose(gradient, expected, atol=1e-6)
+    assert np.allclose(outcome.student_logprobs, padded.student_logprobs, atol=1e-5)
+
+
+def test_a_model_that_does_not_tell_rows_apart_is_given_padded_ones(student: Any) -> None:
+    forward = student.forward
+    student.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    assert not StudentPass(student).packs
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 200), st.booleans())
+def test_lines_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, packed: bool) -> None:
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    seen: list[int] = []
+    while left:
+        width = lengths[left[0]]
+        lines, left = _fill_lines(left, lengths, budget, packed)
+        assert len(lines) * width <= max(budget, width)
+        assert all(sum(lengths[i] for i in line) <= width for line in lines)
+        assert packed or all(len(line) == 1 for line in lines)
+        seen += [i for line in lines for i in line]
+    assert sorted(seen) == list(range(len(lengths)))
