@@ -116,11 +116,22 @@ class TeacherConfig(ModelConfig):
         return (self.url,) if isinstance(self.url, str) else self.url or ()
 
 
+class LoraSettings(Spec):
+    """Low-rank adapters instead of all weights: less memory for gradients and optimiser, smaller checkpoints."""
+
+    rank: int = Field(default=32, ge=1)
+    """Rank of the adapters of every linear layer."""
+    alpha: float = Field(default=64.0, gt=0.0)
+    """The adapters' product is scaled by alpha / rank."""
+
+
 class StudentConfig(ModelConfig):
     """The student."""
 
     model: str = "models/student"
     """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters (pip install "tropd[lora]"), merged into the exported student; all weights if not set."""
 
 
 class VllmConfig(Spec):

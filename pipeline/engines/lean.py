@@ -148,6 +148,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def _all_plain(model: Any) -> bool:
+    """Whether every projection is a linear layer and nothing else: no adapters, no quantisation."""
+    try:
+        layers = [getattr(layer, part) for layer in model.model.layers for part in ("self_attn", "mlp")]
+    except AttributeError:
+        return False
+    projections = [m for part in layers for name, m in part.named_children() if name.endswith("_proj")]
+    return all(type(m) is torch.nn.Linear for m in [*projections, model.get_output_embeddings()])
+
+
 def is_lean(model: Any) -> bool:
     """Whether a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens."""
     config = model.config
@@ -156,7 +166,7 @@ def is_lean(model: Any) -> bool:
         or model.device.type != "cpu"
         or model.dtype != torch.float32
         or getattr(config, "sliding_window", None)
-        or type(model.get_output_embeddings()) is not torch.nn.Linear
+        or not _all_plain(model)
     ):
         return False
     ids = (torch.arange(12).view(2, 6) * 7 + 1) % config.vocab_size

@@ -45,7 +45,7 @@ def save_checkpoint(
         stage: None in a process that only takes part, by gathering what is sharded.
         counters: JSON-serialisable sums over the run so far.
     """
-    weights = _gathered(dict(model.named_parameters()) | _saved_buffers(model), keep=stage is not None)
+    weights = _gathered(_trained(model) | _saved_buffers(model), keep=stage is not None)
     moments = _gathered(_optimizer_tensors(optimizer), keep=stage is not None)
     if stage is None:
         return
@@ -65,6 +65,11 @@ def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torc
         if keep:
             found[name] = value.cpu().contiguous()
     return found
+
+
+def _trained(model: Any) -> dict[str, torch.Tensor]:
+    """What training changes: with adapters, these only."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _saved_buffers(model: Any) -> dict[str, torch.Tensor]:
@@ -102,7 +107,7 @@ def load_checkpoint(
     """Restore a checkpoint into model and optimiser; returns the steps done and the counters. Without one, step 0."""
     if folder is None:
         return 0, {}
-    tensors = dict(model.named_parameters()) | _saved_buffers(model)
+    tensors = _trained(model) | _saved_buffers(model)
     with safe_open(folder / WEIGHTS, framework="pt") as stored:
         for name, tensor in tensors.items():
             fill(tensor, stored.get_tensor(name))

@@ -24,7 +24,7 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
 from tropd.pipeline.guidance import scheduled_length
-from tropd.pipeline.models import DTYPES, pick_device
+from tropd.pipeline.models import DTYPES, load_model, pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
@@ -36,6 +36,7 @@ from tropd.pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
+from tropd.pipeline.training.lora import merged_state
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
 from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session, open_session
@@ -81,6 +82,8 @@ def fingerprint(run: Run) -> Fingerprint:
     }
     fields |= section_fields("train", config.train, without=irrelevant)
     fields |= engine_fields(run, "student")
+    if config.student.lora is not None:
+        fields |= section_fields("student.lora", config.student.lora)
     if config.student.engine != "transformers":
         fields["vllm.importance_clip"] = config.vllm.importance_clip
     fields["run.seed"] = config.run.seed
@@ -345,8 +348,17 @@ def _evaluate(session: Session) -> Record:
 def _export(session: Session, stage: Stage) -> None:
     """The final student as a plain Hugging Face directory, in the configured precision."""
     with atomic_directory(stage.folder / FINAL) as folder:
-        model = session.whole_model.to(DTYPES[session.run.config.student.dtype])
-        model.save_pretrained(folder)
+        settings, model = session.run.config.student, session.whole_model
+        if settings.lora is not None:
+            state = merged_state(model)
+            model = load_model(
+                session.student.folder,
+                dtype="float32",
+                device=torch.device("cpu"),
+                trust_remote_code=settings.trust_remote_code,
+            )
+            model.load_state_dict(state)
+        model.to(DTYPES[settings.dtype]).save_pretrained(folder)
         session.student.tokenizer.save_pretrained(folder)
     stage.commit(FINAL, rows=session.run.config.train.steps)
 

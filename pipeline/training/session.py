@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tropd.pipeline.config import Dtype
 from tropd.pipeline.context import (
     LoadedModel,
     Run,
@@ -37,11 +38,13 @@ from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.connection import connect_teacher, teacher_fields
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
+from tropd.pipeline.training.lora import add_adapters, merged_state
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
 from tropd.pipeline.training.student import StudentPass, copy_weights, shard
 from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.manifest import read_manifest
+from tropd.storage.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def open_session(
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     student = _trainable(run, folder, device if world.size == 1 else torch.device("cpu"))
+    if world.size > 1 and config.student.lora is not None:
+        raise ConfigError("student.lora trains in a single process so far", hint="run it without torchrun")
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
@@ -233,7 +238,7 @@ def _rollout_engine(
     in_vllm = open_vllm(run, "student", folder, in_training=True)
 
     def refresh() -> None:
-        in_vllm.set_weights(whole_model.state_dict().items())
+        in_vllm.set_weights(merged_state(whole_model).items())
 
     refresh()
     return in_vllm, refresh
@@ -314,10 +319,13 @@ def _cache(run: Run, source: str, command: str) -> CachedScores:
 
 
 def _trainable(run: Run, folder: Path, device: torch.device) -> LoadedModel:
-    """The student with float32 weights: updates of 5e-6 would vanish in bfloat16 ones."""
+    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these."""
     settings = run.config.student
     remote = settings.trust_remote_code
-    model = load_model(folder, dtype="float32", device=device, trust_remote_code=remote)
+    dtype: Dtype = "float32" if settings.lora is None else settings.dtype
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, derive_seed(run.config.run.seed, "lora") % 2**31)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_bad_prompts_can_be_left_out(tropd: Any, prepared: Path, copy: Any) -> N
     kept = tropd.ok("generate-prefixes", "-w", workspace, "--skip-bad")
     assert "1 bad line(s) left out" in kept.output
     assert len((workspace / "rejects" / "prompts.jsonl").read_text().splitlines()) == 1
+
+
+def test_adapters_are_merged_into_the_student(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    workspace = copy(prepared)
+    adapters = ["--set", "student.lora={rank=4}", "--set", f"teacher.url={teacher_url}"]
+    stopped = tropd("train", "-w", workspace, *adapters, after=1.5, signal=signal.SIGINT)
+    assert stopped.code in (0, 130), stopped.output
+    tropd.ok("train", "-w", workspace, *adapters)
+    final, start = (load_file(workspace / p / "model.safetensors") for p in ("train/final", "models/student"))
+    assert final.keys() == start.keys()
+    changed = {name for name, value in start.items() if not torch.equal(final[name], value)}
+    assert any("q_proj" in name for name in changed)
+    assert not any("embed" in name or "norm" in name for name in changed)
+    assert "another" not in tropd.ok("evaluate", "-w", workspace, *adapters).output
 
 
 def test_guidance_learns_from_the_cache(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:
