@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_adapters_are_merged_into_the_student(
     assert any("q_proj" in name for name in changed)
     assert not any("embed" in name or "norm" in name for name in changed)
     assert "another" not in tropd.ok("evaluate", "-w", workspace, *adapters).output
+
+
+def test_every_metric_is_explained(finished: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    explained = {
+        name
+        for row in page.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    lines = (finished / "train" / "metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)} - {"step"}
+    assert written - explained == set()
+    # These are written only where something asks for them.
+    assert explained - written <= {"k1_outlier", "k1_outlier_min", "k1_outlier_max", "teacher_retries"}
 
 
 def test_guidance_learns_from_the_cache(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:

@@ -1,0 +1,58 @@
+"""What README and docs tell people to type exists, and what they say of metrics is complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from tropd.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def command_lines(page: Path) -> list[str]:
+    """Every ``tropd …`` of a page: of indented blocks (with continuations) and of inline code."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = [line.split("#")[0] for line in text.splitlines() if line.startswith("    ")]
+    spans = re.findall(r"`([^`\n]+)`", text)
+    found = [re.search(r"(?:^|[\s/])tropd ([a-z][^|&;<>]*)", part) for part in [*blocks, *spans]]
+    return [match[1].strip() for match in found if match]
+
+
+def resolve(words: list[str]) -> tuple[Any, str]:
+    command, path = get_command(app), "tropd"
+    for word in words:
+        if not hasattr(command, "commands") or not word.islower() or word.startswith("-"):
+            break
+        path = f"{path} {word}"
+        assert word in command.commands, f"{path}: there is no such command"
+        command = command.commands[word]
+    return command, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_in_the_docs_exist(page: Path) -> None:
+    for line in command_lines(page):
+        words = line.split()
+        command, path = resolve([word.strip("[],.:") for word in words])
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line):
+            assert option in known, f"{page.name}: {path} has no option {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_make_targets_in_the_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^    (?:DRY_RUN=1 )?)make ([a-z][a-z0-9-]*)", text, re.MULTILINE):
+        pattern = re.sub(r"table\d$", "%", target)
+        assert re.search(rf"^{re.escape(pattern)}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+    for path in re.findall(r"`((?:pipeline|storage|cli|tests)/[\w/.-]+\.(?:py|toml))`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
