@@ -78,7 +78,11 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
         "if not ended.exists(): ended.write_text('asked to stop')"
     )
     script = (
-        "import sys, time; from pathlib import Path; from tropd.pipeline.teacher.process import LocalTeacher\n"
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from tropd.pipeline.teacher.process import LocalTeacher\n"
+        # Ignored where the tests themselves run in a shell's background.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"with LocalTeacher([sys.executable, '-c', {server!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
         "    try:\n"
         "        print('up', flush=True)\n"
