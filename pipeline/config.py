@@ -151,8 +151,6 @@ class VllmConfig(Spec):
     """In training, steps between two checks (the first is after the first update) that engine and trainer agree."""
     max_mean_difference: float = Field(default=0.1, gt=0.0)
     """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
-    importance_clip: float = Field(default=2.0, gt=0.0)
-    """c of the weight min(π_θ/μ, c) that corrects for their difference, where the objective does not set its own."""
 
 
 class PrefixesConfig(Spec):
@@ -241,6 +239,12 @@ class TrainConfig(Spec):
     """AdamW's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this norm."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """1: the student's responses for the next step are sampled and scored while this step trains, so by weights that are
+    one update older. 0: strictly on-policy."""
+    importance_clip: float = Field(default=2.0, gt=0.0)
+    """c of the weight min(π_θ/μ, c) that corrects for responses μ of older weights or of another engine, where the
+    objective does not set its own."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: bool = False
@@ -251,6 +255,8 @@ class TrainConfig(Spec):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    trace: bool = False
+    """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between evaluations during training; 0 is never."""
     evaluate_problems: int = Field(default=100, ge=1)
@@ -436,11 +442,16 @@ class Config(Spec):
 
     @property
     def training_objective(self) -> Objective:
-        """The objective, with the correction for rollouts of another engine."""
+        """The objective, with the correction for rollouts of older weights or another engine."""
         objective = self.objective
-        if self.student.engine == "transformers" or objective.importance.clip is not None:
+        if not self.rollouts_differ or objective.importance.clip is not None:
             return objective
-        return objective.model_copy(update={"importance": Importance(clip=self.vllm.importance_clip)})
+        return objective.model_copy(update={"importance": Importance(clip=self.train.importance_clip)})
+
+    @property
+    def rollouts_differ(self) -> bool:
+        """Whether the student's responses are sampled by other log-probs than those that are trained."""
+        return self.student.engine != "transformers" or self.train.max_staleness > 0
 
     @property
     def prefix_max_tokens(self) -> int:

@@ -97,7 +97,10 @@ def memory_parts(
             "rollout.batch_size, rollout.max_tokens",
         ),
     ]
-    if processes > 1:
+    if config.train.max_staleness and config.student.engine == "transformers":
+        width = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
+        parts.append(Part("student that samples", width * student.parameters, "train.max_staleness = 0"))
+    elif processes > 1:
         parts.append(Part("whole student for rollouts", compute * student.parameters, ""))
     if teacher is not None:
         size = BYTES[config.teacher.dtype]

@@ -66,12 +66,8 @@ def everywhere(
     return np.ones(len(sampled), dtype=np.bool_)
 
 
-class Engine(Protocol):
-    """A model that can sample and score."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output layer (may exceed the tokenizer's vocabulary by padding)."""
+class Sampler(Protocol):
+    """A model that can sample."""
 
     @property
     def max_length(self) -> int:
@@ -89,6 +85,14 @@ class Engine(Protocol):
 
         A continuation depends on its own prompt and seed, not on the other rows.
         """
+
+
+class Engine(Sampler, Protocol):
+    """A model that can sample and score."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer (may exceed the tokenizer's vocabulary by padding)."""
 
     def score(
         self,

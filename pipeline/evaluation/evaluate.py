@@ -29,7 +29,7 @@ from tropd.pipeline.context import (
     role_tokenizer,
     section_fields,
 )
-from tropd.pipeline.engines.base import Engine, Sampling
+from tropd.pipeline.engines.base import Sampler, Sampling
 from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.prompts import Prompt
@@ -236,7 +236,7 @@ def _share(marks: dict[str, list[bool]]) -> float:
 def respond(
     run: Run,
     settings: EvaluationConfig,
-    engine: Engine,
+    engine: Sampler,
     tokenizer: Any,
     problems: Sequence[Prompt],
     encoded: Sequence[Sequence[int]],

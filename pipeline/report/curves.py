@@ -183,10 +183,11 @@ CURVES: tuple[Curve, ...] = (
         (
             Line("time_rollout", "rollout", BLUE),
             Line("time_score", "scoring", PURPLE),
-            Line("time_train", "training", ORANGE),
+            Line("time_train", "forward and backward", ORANGE),
+            Line("time_wait", "training waits", GREY),
         ),
         "seconds",
-        "Sampling responses, waiting for the teacher, and forward, backward and update.",
+        "Sampling, the teacher's answers, forward and backward; how long training waited for the first two.",
         "steady; a growing wait for the teacher asks for a bigger service.",
         from_zero=True,
         group="time",

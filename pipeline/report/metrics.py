@@ -18,7 +18,9 @@ _SUMMED = (
     "teacher_bytes_received",
     "teacher_bytes_sent",
 )
-_TIMED = ("rollout", "score", "train")
+_TIMED = ("rollout", "score", "train", "optimizer", "sync")
+# Where the next step is prepared while one trains, what counts is how long training waited for it.
+_TIMED_AHEAD = ("wait", "train", "optimizer", "sync")
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
@@ -103,7 +105,12 @@ def _token_weighted(rows: list[Row], name: str) -> float | None:
 
 def _seconds(rows: list[Row], stage_seconds: float | None) -> dict[str, float]:
     """Parts of the steps; ``other`` is what the stage took beyond them (start, evaluations, checkpoints)."""
-    parts = {part: _total(rows, f"time_{part}") for part in _TIMED}
+    waited, prepared = (
+        _total(rows, "time_wait"),
+        sum(_total(rows, f"time_{p}") or 0.0 for p in ("rollout", "score")),
+    )
+    ahead = waited is not None and waited < 0.9 * prepared
+    parts = {part: _total(rows, f"time_{part}") for part in (_TIMED_AHEAD if ahead else _TIMED)}
     seconds = {part: value for part, value in parts.items() if value is not None}
     whole = stage_seconds if stage_seconds is not None else _total(rows, "time_total")
     if whole is not None and seconds:

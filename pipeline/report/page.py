@@ -20,7 +20,14 @@ from tropd.storage.fingerprint import flatten
 from tropd.storage.workspace import Workspace
 
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
-_STEP_PARTS = {"rollout": "sampling responses", "score": "waiting for the teacher", "train": "model updates"}
+_STEP_PARTS = {
+    "rollout": "sampling responses",
+    "score": "waiting for the teacher",
+    "wait": "waiting for responses and scores",
+    "train": "forward and backward",
+    "optimizer": "optimiser",
+    "sync": "weights to the sampler",
+}
 
 
 def write_report(workspace: Workspace) -> Path:

@@ -16,7 +16,7 @@ from tropd.pipeline.report.drawing import BLUE, GREY, PURPLE, Numbers
 from tropd.pipeline.report.schema import Evaluation, Mode, Report, Training
 
 WHO_COLORS = {"before": GREY, "after": BLUE, "teacher": PURPLE}
-_EXPECTED_ELSEWHERE = {"step", "time_total"}
+_EXPECTED_ELSEWHERE = {"step", "time_total", "time_optimizer", "time_sync", "time_checkpoint"}
 
 
 @dataclass(frozen=True)

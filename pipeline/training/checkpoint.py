@@ -1,6 +1,8 @@
 """Checkpoints: weights and optimiser state as safetensors, the rest as JSON; atomic, resumed bit for bit.
 
-Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state.
+Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state; rows
+that older weights have rolled out for the next step are kept with it. A copy of the state is written in a thread,
+while training goes on.
 Tensors are stored whole, whatever the number of processes that train: a run may go on with another number.
 """
 
@@ -8,21 +10,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.student import fill, whole
 from tropd.storage.atomic import atomic_directory
-from tropd.storage.errors import DamagedShardError
+from tropd.storage.errors import DamagedShardError, InterruptedStageError
 from tropd.storage.manifest import check_shard
 from tropd.storage.stage import Stage
 
 FOLDER = "checkpoints"
-WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+WEIGHTS, MOMENTS, ROWS = "model.safetensors", "optimizer.safetensors", "rows.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
@@ -30,41 +36,113 @@ def checkpoint_name(step: int) -> str:
     return f"{FOLDER}/step-{step:06d}"
 
 
-def save_checkpoint(
-    stage: Stage | None,
-    step: int,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    counters: dict[str, Any],
-    *,
-    keep: int,
-) -> None:
-    """Write the state after ``step`` steps, commit it, then delete all but the newest ``keep``.
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; the block's end waits for the last.
 
     Args:
         stage: None in a process that only takes part, by gathering what is sharded.
-        counters: JSON-serialisable sums over the run so far.
+        keep: newest checkpoints that are not deleted.
     """
-    weights = _gathered(_trained(model) | _saved_buffers(model), keep=stage is not None)
-    moments = _gathered(_optimizer_tensors(optimizer), keep=stage is not None)
-    if stage is None:
-        return
+
+    def __init__(self, stage: Stage | None, keep: int) -> None:
+        self._stage = stage
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        counters: dict[str, Any],
+        rows: Sequence[Row] | None = None,
+    ) -> None:
+        """Copy the state after ``step`` steps; write it, commit it, then delete the oldest.
+
+        Args:
+            counters: JSON-serialisable sums over the run so far.
+            rows: those of the next step, where they are rolled out already.
+
+        Raises:
+            DiskError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        leads = self._stage is not None
+        files = {
+            WEIGHTS: _gathered(_trained(model) | _saved_buffers(model), keep=leads),
+            MOMENTS: _gathered(_optimizer_tensors(optimizer), keep=leads),
+        }
+        if rows is not None:
+            files[ROWS] = _row_tensors(rows)
+        state = json.dumps({"step": step, "counters": counters}, sort_keys=True)
+        if self._stage is not None:
+            self._writing = self._pool.submit(_write, self._stage, step, files, state, self._keep)
+
+    def check(self) -> None:
+        """Raise what has gone wrong since, if anything has."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if error is None or isinstance(error, InterruptedStageError):
+            self.wait()  # who is told that a checkpoint was saved must find one
+
+
+def _write(stage: Stage, step: int, files: dict[str, dict[str, torch.Tensor]], state: str, keep: int) -> None:
     with atomic_directory(stage.folder / checkpoint_name(step)) as folder:
-        save_file(weights, folder / WEIGHTS)
-        save_file(moments, folder / MOMENTS)
-        (folder / "state.json").write_text(json.dumps({"step": step, "counters": counters}, sort_keys=True))
+        for name, tensors in files.items():
+            save_file(tensors, folder / name)
+        (folder / "state.json").write_text(state)
     stage.commit(checkpoint_name(step), rows=step)
     prune_checkpoints(stage, keep)
 
 
 def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-    """Whole tensors in main memory, one gathered after the other."""
+    """Copies of whole tensors in main memory, one gathered after the other."""
     found = {}
     for name, tensor in tensors.items():
         value = whole(tensor)
         if keep:
-            found[name] = value.cpu().contiguous()
+            found[name] = value.to("cpu", copy=True).contiguous()
     return found
+
+
+def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """What the student wrote; prompt, prefix and seed follow from the step."""
+    return {
+        "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
+        "tokens": torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64),
+        "logprobs": torch.tensor([p for row in rows for p in row.sampler_logprobs], dtype=torch.float64),
+        "truncated": torch.tensor([row.truncated for row in rows], dtype=torch.bool),
+    }
+
+
+def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None:
+    """The rows of the next step, which was planned as ``plans``; None if the checkpoint has none."""
+    if folder is None or not (folder / ROWS).exists():
+        return None
+    with safe_open(folder / ROWS, framework="pt") as stored:
+        lengths, tokens, logprobs, truncated = (
+            stored.get_tensor(name) for name in ("lengths", "tokens", "logprobs", "truncated")
+        )
+    parts = zip(tokens.split(lengths.tolist()), logprobs.split(lengths.tolist()), truncated, strict=True)
+    return [
+        Row(plan, own.tolist(), own_logprobs.tolist(), bool(cut))
+        for plan, (own, own_logprobs, cut) in zip(plans, parts, strict=True)
+    ]
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:

@@ -25,6 +25,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def end(self) -> None:
+        """Ask without a signal: nothing that waits is needed any more."""
+        if self.signal is None:
+            self.signal = 0
+
     def sleep(self, seconds: float) -> None:
         """Sleep in any thread; a request to stop ends it at once.
 

@@ -1,10 +1,9 @@
-"""Stage 3, ``train``: roll out, have the teacher score, step; checkpointed, resumed exactly."""
+"""Stage 3, ``train``: take a prepared step, update the student; checkpointed, resumed exactly."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,26 +22,28 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
-from tropd.pipeline.guidance import scheduled_length
 from tropd.pipeline.models import DTYPES, load_model, pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.training.checkpoint import (
+    CheckpointWriter,
     load_checkpoint,
+    load_rows,
     newest_checkpoint,
     prune_checkpoints,
     remove_uncommitted,
-    save_checkpoint,
 )
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.lora import merged_state
 from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
-from tropd.pipeline.training.rollouts import Row, plan_rows, roll_out, stored_rows
+from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
+from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import whole
-from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
+from tropd.pipeline.training.timeline import FILE_NAME as TRACE
+from tropd.pipeline.training.timeline import Timeline
 from tropd.pipeline.training.world import join_world
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.errors import InterruptedStageError, TropdError
@@ -77,6 +78,8 @@ def fingerprint(run: Run) -> Fingerprint:
         "region_gradients",
         "checkpoint_every",
         "keep_checkpoints",
+        "trace",
+        "importance_clip",
         "evaluate_every",
         "evaluate_problems",
     }
@@ -84,8 +87,8 @@ def fingerprint(run: Run) -> Fingerprint:
     fields |= engine_fields(run, "student")
     if config.student.lora is not None:
         fields |= section_fields("student.lora", config.student.lora)
-    if config.student.engine != "transformers":
-        fields["vllm.importance_clip"] = config.vllm.importance_clip
+    if config.rollouts_differ:
+        fields["train.importance_clip"] = config.train.importance_clip
     fields["run.seed"] = config.run.seed
     if config.objective.schedule.kind != "none":
         fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
@@ -131,38 +134,45 @@ def _open(run: Run, force: bool) -> AbstractContextManager[Stage]:
     return open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings)
 
 
-def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any]]:
-    """Restore the newest checkpoint; returns the steps done and the counters."""
+def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any], list[Row] | None]:
+    """Restore the newest checkpoint; returns the steps done, the counters, and the next rows if they are known."""
     newest = None
     if stage is not None:
         remove_uncommitted(stage)
         newest = newest_checkpoint(stage)
     newest = session.world.tell(newest)
     first, counters = load_checkpoint(newest, session.student.model, session.optimizer)
-    session.refresh_engine()
+    rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
     if stage is not None:
         prune_checkpoints(stage, session.run.config.train.keep_checkpoints)
     if first:
         session.run.reporter.info(f"train: resuming after step {first} of {session.run.config.train.steps}")
-    return first, counters
+    return first, counters, rows
 
 
 def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None:
     run, config, world = session.run, session.run.config.train, session.world
-    first, counters = _resume(session, stage)
+    first, counters, rows = _resume(session, stage)
 
     def checkpoint(done: int) -> None:
         if log is not None:
             log.sync()
-        model, optimizer = session.student.model, session.optimizer
-        save_checkpoint(stage, done, model, optimizer, counters, keep=config.keep_checkpoints)
+        with timeline.span("checkpoint", done):
+            rows = preparation.rows_ahead(done)
+            writer.save(done, session.student.model, session.optimizer, counters, rows)
 
     with ExitStack() as stack:
         log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
+        writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints))
+        trace = stage.folder / TRACE if stage is not None and config.trace else None
+        timeline = stack.enter_context(Timeline(trace))
+        preparation = stack.enter_context(open_preparation(session, timeline, stop))
+        if rows is not None:
+            preparation.begin(first, rows)
         with run.reporter.task("train", config.steps, done=first, unit="steps") as task:
             for step in range(first, config.steps):
                 try:
-                    record = _step(session, stage, step)
+                    record = _step(session, stage, step, preparation, timeline)
                 except StopRequestedError:
                     # The weights are those of the step before: the teacher is asked first. Of several processes only
                     # this one knows; the others end with it, and the last checkpoint stands.
@@ -173,17 +183,20 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
                     counters[name] = counters.get(name, 0) + record[name]
                 done = step + 1
                 if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
+                    preparation.rows_ahead(done)
                     record |= _evaluate(session)
                 if log is not None:
                     log.write(record)
                 task.advance(
                     1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"]
                 )
+                writer.check()
                 stopping = any(world.gather(bool(stop)))
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     checkpoint(done)
                 if stopping and done < config.steps:
                     raise _interrupted(run, done)
+    session.refresh_engine()
     if stage is not None:
         _export(session, stage)
         stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
@@ -197,65 +210,51 @@ def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
     )
 
 
-def _step(session: Session, stage: Stage | None, step: int) -> Record:
+def _step(
+    session: Session, stage: Stage | None, step: int, preparation: Preparation, timeline: Timeline
+) -> Record:
     """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
     config, objective = session.run.config, session.run.config.training_objective
-    started = time.perf_counter()
-    limit = scheduled_length(
-        objective.schedule, step=step, total_steps=config.train.steps, max_tokens=config.rollout.max_tokens
-    )
-    rows = _rows(session, step, limit)
-    rolled_out = time.perf_counter()
-    traffic_before, retries_before = session.traffic(), session.retries()
-    teacher = _teacher_data(session, rows)
-    traffic = session.world.total({k: v - traffic_before[k] for k, v in session.traffic().items()})
-    retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
-    inputs = StepInputs(
-        rows=rows,
-        teacher=teacher,
-        regions=draw_regions(objective, rows, teacher),
-        guidance_topk=session.guidance_topk(rows),
-        reference_logprobs=session.reference_logprobs(rows),
-        progress=step / config.train.steps,
-    )
-    scored = time.perf_counter()
-    session.student.model.train()
-    session.optimizer.zero_grad(set_to_none=True)
-    try:
-        outcome = backpropagate(
-            session.passes,
-            session.parameters,
-            objective,
-            inputs,
-            micro_batch_tokens=config.train.micro_batch_tokens,
-            precision=session.precision,
-            region_gradients=config.train.region_gradients,
-            world=session.world,
-        )
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm)))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient's norm is {norm}")
-    except NonFiniteError as error:
-        raise _stopped(stage, step, rows, teacher, error) from error
-    _check_engine(session, step, inputs, outcome)
-    learning_rate = learning_rate_at(config.train, step)
-    for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate
-    session.optimizer.step()
-    session.refresh_engine()
-    ended = time.perf_counter()
+    with timeline.span("total", step):
+        prepared = preparation.take(step)
+        preparation.begin(step + 1)
+        inputs = prepared.inputs
+        session.student.model.train()
+        session.optimizer.zero_grad(set_to_none=True)
+        try:
+            with timeline.span("train", step):
+                outcome = backpropagate(
+                    session.passes,
+                    session.parameters,
+                    objective,
+                    inputs,
+                    micro_batch_tokens=config.train.micro_batch_tokens,
+                    precision=session.precision,
+                    region_gradients=config.train.region_gradients,
+                    world=session.world,
+                )
+                norm = float(
+                    whole(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm))
+                )
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the gradient's norm is {norm}")
+        except NonFiniteError as error:
+            raise _stopped(stage, step, inputs, error) from error
+        _check_engine(session, step, inputs, outcome)
+        learning_rate = learning_rate_at(config.train, step)
+        with timeline.span("optimizer", step):
+            for group in session.optimizer.param_groups:
+                group["lr"] = learning_rate
+            session.optimizer.step()
     return {
         "step": step,
         **step_metrics(inputs, outcome, guided=objective.guidance.weight > 0),
-        **traffic,
-        "teacher_retries": retries,
-        "prefix_length_scheduled": limit,
+        **prepared.traffic,
+        "teacher_retries": prepared.retries,
+        "prefix_length_scheduled": prepared.prefix_limit,
         "grad_norm": norm,
         "learning_rate": learning_rate,
-        "time_rollout": rolled_out - started,
-        "time_score": scored - rolled_out,
-        "time_train": ended - scored,
-        "time_total": ended - started,
+        **{f"time_{name}": seconds for name, seconds in timeline.take(step).items()},
     }
 
 
@@ -279,41 +278,6 @@ def _check_engine(session: Session, step: int, inputs: StepInputs, outcome: Step
         )
 
 
-def _rows(session: Session, step: int, limit: int) -> list[Row]:
-    """The step's rows: rolled out now, or read from disk where the objective trains on stored rollouts."""
-    config = session.run.config
-    prompt_ids = [p.id for p in session.prompts]
-    if session.stored is not None:
-        return stored_rows(
-            step,
-            prompt_ids=prompt_ids,
-            encoded=session.encoded,
-            store=session.stored,
-            rollout=config.rollout,
-            seed=config.run.seed,
-        )
-    plans = plan_rows(
-        step,
-        prompt_ids=prompt_ids,
-        encoded=session.encoded,
-        store=session.store,
-        schedule=config.objective.schedule,
-        limit=limit,
-        rollout=config.rollout,
-        seed=config.run.seed,
-    )
-    return roll_out(plans, session.engine, config.rollout, session.world)
-
-
-def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
-    if session.stored is not None and session.cached is not None:
-        return session.cached.responses(rows, session.stored, session.run.config.objective.k)
-    if session.scorer is None:
-        return TeacherData.nothing()
-    objective = session.run.config.objective
-    return ask_teacher(session.scorer, rows, objective, session.needs, session.vocab_limit, session.world)
-
-
 def learning_rate_at(config: TrainConfig, step: int) -> float:
     """Learning rate of the step with this number (from 0): linear warm-up, then the schedule down to 0."""
     if step < config.warmup_steps:
@@ -329,6 +293,7 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 def _evaluate(session: Session) -> Record:
     if session.problems is None:
         return {}
+    session.refresh_engine()
     record: Record = {}
     problems, encoded = session.problems
     modes: tuple[Mode, ...] = ("greedy", "sampled")
@@ -363,9 +328,7 @@ def _export(session: Session, stage: Stage) -> None:
     stage.commit(FINAL, rows=session.run.config.train.steps)
 
 
-def _stopped(
-    stage: Stage | None, step: int, rows: list[Row], teacher: TeacherData, error: Exception
-) -> TropdError:
+def _stopped(stage: Stage | None, step: int, inputs: StepInputs, error: Exception) -> TropdError:
     """Save the batch of a non-finite step and say where it is. The last checkpoint stays as it is."""
     if stage is None:
         return TropdError(f"step {step}: {error}")
@@ -373,8 +336,8 @@ def _stopped(
     content: dict[str, Any] = {
         "step": step,
         "reason": str(error),
-        "rows": [asdict(row) for row in rows],
-        "teacher_logprobs": teacher.logprobs.tolist(),
+        "rows": [asdict(row) for row in inputs.rows],
+        "teacher_logprobs": inputs.teacher.logprobs.tolist(),
     }
     write_text_atomic(path, json.dumps(content))
     return TropdError(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tropd.pipeline.config import RolloutConfig
-from tropd.pipeline.engines.base import Engine, Generation, Sampling
+from tropd.pipeline.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.guidance import prefix_length
 from tropd.pipeline.objectives.spec import Schedule
 from tropd.pipeline.training.world import ALONE, World
@@ -164,7 +164,7 @@ def plan_rows(
 
 
 def roll_out(
-    plans: Sequence[RowPlan], engine: Engine, rollout: RolloutConfig, world: World = ALONE
+    plans: Sequence[RowPlan], engine: Sampler, rollout: RolloutConfig, world: World = ALONE
 ) -> list[Row]:
     """Let the student continue every row that its prefix leaves unfinished."""
 

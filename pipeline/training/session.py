@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tropd.pipeline.config import Dtype
+from tropd.pipeline.config import Dtype, RuntimeConfig, StudentConfig
 from tropd.pipeline.context import (
     LoadedModel,
     Run,
@@ -23,10 +24,13 @@ from tropd.pipeline.context import (
     training_prompts,
     with_teacher,
 )
-from tropd.pipeline.engines.base import Engine, SequenceScores
+from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
+from tropd.pipeline.engines.process import SamplingProcess
+from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
     DTYPES,
     configure_runtime,
+    context_length,
     load_model,
     load_tokenizer,
     model_directory,
@@ -56,13 +60,17 @@ class Session:
     prompts: list[Prompt]
     encoded: list[list[int]]
     world: World
+    aside: World
+    """The same for the thread that prepares the next step."""
     student: LoadedModel
     passes: StudentPass
     """The student as it is trained, sharded where there are several processes."""
-    engine: Engine
+    engine: Sampler
     """Rolls out with the student's weights."""
     refresh_engine: Callable[[], None]
-    """Give the engine the weights of the step that was just made."""
+    """Give engine and ``whole_model`` the weights as they are now. The engine must be idle."""
+    close_engine: Callable[[], None]
+    """End what it does, if it has a process of its own."""
     whole_model: Any
     """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
     optimizer: torch.optim.Optimizer
@@ -75,6 +83,11 @@ class Session:
     cached: CachedScores | None
     reference: Engine | None
     problems: tuple[list[Prompt], list[list[int]]] | None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step is prepared while one trains."""
+        return self.run.config.train.max_staleness > 0
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -111,7 +124,7 @@ class Session:
         def score(share: list[Row]) -> list[SequenceScores]:
             return reference.score([r.sequence for r in share], [len(r.context) for r in share])
 
-        scores = self.world.spread(written, score)
+        scores = self.aside.spread(written, score)
         return np.concatenate([s.sampled for s in scores]) if scores else np.zeros(0, dtype=np.float32)
 
     def guidance_topk(self, rows: list[Row]) -> RaggedTopk | None:
@@ -150,7 +163,9 @@ def open_session(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
     whole_model = student.model if world.size == 1 else load_role(run, "student", folder).model
-    engine, refresh_engine = _rollout_engine(run, world, student, whole_model, folder, precision)
+    engine, refresh_engine, close_engine = _rollout_engine(
+        run, stack, world, student, whole_model, folder, precision
+    )
     prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
     store = None
     if objective.schedule.kind != "none":
@@ -192,10 +207,12 @@ def open_session(
         prompts=prompts,
         encoded=encoded,
         world=world,
+        aside=world.aside() if config.train.max_staleness else world,
         student=student,
         passes=passes,
         engine=engine,
         refresh_engine=refresh_engine,
+        close_engine=close_engine,
         whole_model=whole_model,
         optimizer=torch.optim.AdamW(
             parameters,
@@ -215,21 +232,29 @@ def open_session(
 
 def _rollout_engine(
     run: Run,
+    stack: ExitStack,
     world: World,
     student: LoadedModel,
     whole_model: Any,
     folder: Path,
     precision: torch.dtype | None,
-) -> tuple[Engine, Callable[[], None]]:
-    """The engine that rolls out, and what gives it the weights of the student as it is now."""
+) -> tuple[Sampler, Callable[[], None], Callable[[], None]]:
+    """The engine that rolls out; what gives it the weights of the student as it is now; and what ends it."""
     settings = run.config.student
+    sharded = whole_model is not student.model
+
+    def gather() -> None:
+        if sharded:
+            copy_weights(student.model, whole_model)
+
     if settings.engine == "transformers":
+        autocast = None if sharded else precision
+        if run.config.train.max_staleness:
+            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
+            return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
         loaded = LoadedModel(folder, whole_model, student.tokenizer)
-        autocast = precision if whole_model is student.model else None
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        if whole_model is student.model:
-            return engine, lambda: None
-        return engine, partial(copy_weights, student.model, whole_model)
+        return engine, gather, lambda: None
     if world.size > 1:
         raise ConfigError(
             'student.engine = "vllm" trains in a single process so far',
@@ -240,8 +265,56 @@ def _rollout_engine(
     def refresh() -> None:
         in_vllm.set_weights(merged_state(whole_model).items())
 
-    refresh()
-    return in_vllm, refresh
+    return in_vllm, refresh, lambda: None
+
+
+def _process_engine(
+    run: Run,
+    stack: ExitStack,
+    whole_model: Any,
+    folder: Path,
+    dtype: Dtype,
+    autocast: torch.dtype | None,
+    gather: Callable[[], None],
+) -> tuple[Sampler, Callable[[], None], Callable[[], None]]:
+    """As ``_rollout_engine``, in a process beside the one that trains."""
+    state = merged_state(whole_model)
+    build = partial(
+        _sampling_engine,
+        folder,
+        run.config.student,
+        run.config.runtime,
+        dtype=dtype,
+        batch_size=run.config.rollout.batch_size,
+        autocast=autocast,
+    )
+    engine = SamplingProcess(build, state, context_length(whole_model.config))
+    stack.callback(engine.close)
+
+    def refresh() -> None:
+        gather()
+        engine.set_weights(merged_state(whole_model).items())
+
+    return engine, refresh, engine.close
+
+
+def _sampling_engine(
+    folder: Path,
+    settings: StudentConfig,
+    runtime: RuntimeConfig,
+    *,
+    dtype: Dtype,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> TransformersEngine:
+    """The student as it is on disk; its weights are replaced before it samples."""
+    device = configure_runtime(runtime)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    remote = settings.trust_remote_code
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    loaded = LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+    return loaded.engine(batch_size=batch_size, autocast=autocast)
 
 
 def _connect(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,17 +35,25 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    """Whom messages go through; the default group if not set."""
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def aside(self) -> World:
+        """The same processes for another thread, whose messages must not meet those of this one."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank. Values are pickled, between processes of this run only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def tell(self, value: T) -> T:
@@ -53,7 +61,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def spread(self, items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:

@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="the extra 'lora' is not installed")
 from tropd.pipeline.config import LoraSettings
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from tropd.pipeline.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from tropd.pipeline.training.lora import add_adapters, merged_state
 from tropd.pipeline.training.student import StudentPass
 from tropd.storage.errors import ConfigError
@@ -83,7 +83,8 @@ def test_a_checkpoint_holds_adapters_and_resumes_bit_for_bit(tiny_model: Any, tm
     optimizer = optimizer_of(model)
     train(model, optimizer, 2)
     with open_stage(tmp_path / "train", "train", Fingerprint({"a": 1})) as stage:
-        save_checkpoint(stage, 2, model, optimizer, {}, keep=1)
+        with CheckpointWriter(stage, keep=1) as writer:
+            writer.save(2, model, optimizer, {})
         folder = newest_checkpoint(stage)
         assert folder is not None
         assert all("lora_" in name for name in load_file(folder / "model.safetensors"))

@@ -1,0 +1,85 @@
+"""Where a run's time goes: seconds per step for the metrics, and on request a trace for ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+FILE_NAME = "trace.json"
+
+
+class Timeline:
+    """Collects spans of any thread.
+
+    The trace is in Chrome's JSON array format, whose closing bracket may be missing: it is appended to as the run goes,
+    also by a run that resumes.
+
+    Args:
+        trace: the file to append spans to; None for none.
+    """
+
+    def __init__(self, trace: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._threads: dict[int, int] = {}
+        self._stream = None
+        if trace is not None:
+            # What a kill has left of a last line would spoil all that comes after it.
+            lines = trace.read_text(encoding="utf-8").splitlines(keepends=True) if trace.exists() else []
+            whole = [line for line in lines if line.endswith("\n")] or ["[\n"]
+            self._stream = trace.open("w", encoding="utf-8")
+            self._stream.writelines(whole)
+
+    @contextmanager
+    def span(self, name: str, step: int) -> Iterator[None]:
+        """Count the block's time as ``name`` of ``step``."""
+        wall, started = time.time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._seconds[step][name] += seconds
+                self._write(name, step, wall, seconds)
+
+    def take(self, step: int) -> dict[str, float]:
+        """The seconds of a step so far, by name; forgotten here."""
+        with self._lock:
+            return dict(self._seconds.pop(step, {}))
+
+    def _write(self, name: str, step: int, wall: float, seconds: float) -> None:
+        if self._stream is None:
+            return
+        identity = threading.get_ident()
+        if identity not in self._threads:
+            self._threads[identity] = len(self._threads)
+            label = {"name": threading.current_thread().name}
+            self._event(name="thread_name", ph="M", tid=self._threads[identity], args=label)
+        self._event(
+            name=name,
+            ph="X",
+            ts=round(wall * 1e6),
+            dur=round(seconds * 1e6),
+            tid=self._threads[identity],
+            args={"step": step},
+        )
+
+    def _event(self, **fields: object) -> None:
+        assert self._stream is not None
+        self._stream.write(json.dumps({**fields, "pid": os.getpid()}) + ",\n")
+
+    def __enter__(self) -> Timeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
