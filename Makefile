@@ -10,7 +10,7 @@ TYPECHECK := build/typecheck
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train lint types format clean
+.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
 
 bench-train: $(STAMP)  ## Training speed against TRL, which gets an environment of its own in build/
 	$(BIN)/python tests/benchmarks/bench_train.py
+
+bench-steps: $(STAMP)  ## A step that is prepared while the one before trains; time per token as steps grow
+	$(BIN)/python tests/benchmarks/bench_steps.py
 
 bench-cache: $(STAMP)  ## Encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
 	$(BIN)/python tests/benchmarks/bench_cache.py

@@ -3,8 +3,9 @@
 The same random student and teacher (Qwen3, 2 layers, hidden size 128, vocabulary 512, float32), the same prompts, 32
 responses of at most 64 tokens per step, on-policy reverse KL, one thread per process. TRL (in an environment of its own
 that is made in ``build/``) takes the KL over the whole vocabulary in the trainer's process; tropd takes K1 of the sampled
-tokens (``opd``), and its teacher is a service in a second process, as for any user. Prints tokens per second, the ratio,
-and where the time goes. Rounds are taken in turns.
+tokens (``opd``), and its teacher is a service in a second process, as for any user. A second row has tropd prepare a
+step while the one before trains (``train.max_staleness = 1``); the parts of its steps then overlap. Prints tokens per
+second, the ratio, and where the time goes. Rounds are taken in turns.
 """
 
 from __future__ import annotations
@@ -90,10 +91,11 @@ def make_inputs(folder: Path) -> None:
     (folder / "config.toml").write_text(CONFIG)
 
 
-def run_ours(folder: Path) -> dict[str, Any]:
+def run_ours(folder: Path, staleness: int) -> dict[str, Any]:
     """Steps of ``tropd train`` after the warm-up, from its metrics."""
     tropd = Path(sys.executable).with_name("tropd")
-    subprocess.run([tropd, "train", "-w", folder, "--force"], check=True, capture_output=True)
+    options = ["--force", "--set", f"train.max_staleness={staleness}"]
+    subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True)
     records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()][
         WARM:
     ]
@@ -135,19 +137,22 @@ def main() -> None:
             [Path(sys.executable).with_name("tropd"), "init", folder], check=True, capture_output=True
         )
         make_inputs(folder)
-        rounds = [(run_ours(folder), run_trl(folder)) for _ in range(ROUNDS)]
+        rounds = [(run_ours(folder, 0), run_ours(folder, 1), run_trl(folder)) for _ in range(ROUNDS)]
     print(
         f"{BATCH} responses of at most {TOKENS} tokens per step, {MEASURED} steps after {WARM}, {ROUNDS} rounds in turns"
     )
-    for name, column in zip(("tropd", "TRL 1.16"), zip(*rounds, strict=True), strict=True):
+    for name, column in zip(("tropd", "one ahead", "TRL 1.16"), zip(*rounds, strict=True), strict=True):
         rate = statistics.median(found["rate"] for found in column)
         parts = ", ".join(
             f"{part} {statistics.median(found['parts'][part] for found in column):.0%}"
             for part in ("rollout", "teacher", "train")
         )
         print(f"  {name:<9} {rate:8,.0f} tokens/s   ({parts})")
-    ratios = [ours["rate"] / theirs["rate"] for ours, theirs in rounds]
-    print(f"  ratio {statistics.median(ratios):.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
+    for name, place in (("tropd", 0), ("one ahead", 1)):
+        ratios = [found[place]["rate"] / found[2]["rate"] for found in rounds]
+        print(
+            f"  ratio, {name}: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
+        )
 
 
 if __name__ == "__main__":
