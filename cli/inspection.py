@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import print_json, print_table, stderr, stdout
+from tropd.cli.render import follow, print_json, print_table, stderr, stdout
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
 objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
@@ -18,6 +18,7 @@ objectives_app = typer.Typer(help="List the distillation methods and show their 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("status")(status)
+    app.command("watch")(watch)
     app.command("query")(query)
     app.command("verify")(verify)
     app.command("plan")(plan)
@@ -50,6 +51,24 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def watch(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
+    """Follow a training run from its files, wherever it runs; Ctrl-C leaves it alone."""
+    from tropd.pipeline.watching import training_progress
+    from tropd.storage.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    progress = training_progress(opened)
+    if as_json:
+        last = progress.records[-1] if progress.records else None
+        print_json({"state": progress.state, "steps": progress.done, "total": progress.total, "last": last})
+    elif stdout.is_terminal:
+        follow(lambda: training_progress(opened))
+    else:
+        stdout.print(
+            f"{progress.title}: {progress.state}, {progress.done}/{progress.total} steps", markup=False
+        )
 
 
 def query(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -23,7 +24,11 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from tropd.pipeline.progress import Reporter, Task
+from tropd.cli.dashboard import Dashboard
+from tropd.pipeline.progress import Reporter, Steps, Task
+
+if TYPE_CHECKING:
+    from tropd.pipeline.watching import TrainingProgress
 
 # Progress and messages go to stderr, so that stdout holds results only.
 # Into a pipe or a file, lines are not cut to the width of a terminal that is not there.
@@ -31,6 +36,7 @@ PIPE_WIDTH = 200
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 PLAIN_INTERVAL_SECONDS = 10.0
+WATCH_INTERVAL_SECONDS = 1.0
 
 
 def make_reporter() -> Reporter:
@@ -42,6 +48,18 @@ class _RateColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="dim")
+
+
+class _LiveSteps:
+    """The dashboard on a terminal, renewed with every step."""
+
+    def __init__(self, live: Live, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> None:
+        self._live, self._title, self._total = live, title, total
+        self._records = list(earlier)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self._records.append(record)
+        self._live.update(Dashboard(self._title, self._records, self._total))
 
 
 class _BarTask:
@@ -78,6 +96,16 @@ class _PlainTask:
             )
 
 
+class _PlainSteps:
+    def __init__(self, total: int, done: int) -> None:
+        self._task = _PlainTask("train", total, done, "steps")
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        shown = {"loss": "loss", "k1": "k1_mean", "outlier": "region_fraction_outlier"}
+        shown |= {"accuracy": "accuracy_sampled"} if "accuracy_sampled" in record else {}
+        self._task.advance(1, **{name: record.get(metric) for name, metric in shown.items()})
+
+
 class _Messages:
     def info(self, message: str) -> None:
         stderr.print(message, markup=False)
@@ -101,11 +129,31 @@ class _TerminalReporter(_Messages):
             identity = progress.add_task(description, total=total, completed=int(done), values="", unit=unit)
             yield _BarTask(progress, identity)
 
+    @contextmanager
+    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
+        with Live(Dashboard(title, earlier, total), console=stderr, refresh_per_second=2) as live:
+            yield _LiveSteps(live, title, total, earlier)
+
 
 class _PlainReporter(_Messages):
     @contextmanager
+    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
+        yield _PlainSteps(total, len(earlier))
+
+    @contextmanager
     def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
         yield _PlainTask(description, total, done, unit)
+
+
+def follow(look: Callable[[], TrainingProgress]) -> None:
+    """Show a training run and look again every second, until it is finished or Ctrl-C."""
+    with Live(console=stdout, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            found = look()
+            live.update(Dashboard(found.title, found.records, found.total, found.state), refresh=True)
+            if found.state == "finished":
+                return
+            time.sleep(WATCH_INTERVAL_SECONDS)
 
 
 def _format_values(values: Mapping[str, object]) -> str:

@@ -255,6 +255,8 @@ class TrainConfig(Spec):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    wandb_project: str | None = Field(default=None, min_length=1)
+    """Log metrics to this project of Weights & Biases too (pip install "tropd[wandb]")."""
     trace: bool = False
     """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
     evaluate_every: int = Field(default=0, ge=0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Task(Protocol):
@@ -14,12 +14,24 @@ class Task(Protocol):
         """``amount`` more units are done; ``values`` are shown beside the bar (loss=0.12)."""
 
 
+class Steps(Protocol):
+    """A training run in progress."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One more step is done; ``record`` are its metrics."""
+
+
 class Reporter(Protocol):
     """Receives progress. The command line draws bars; tests and libraries may pass ``SILENT``."""
 
     def task(
         self, description: str, total: float, *, done: float = 0, unit: str = "it"
     ) -> AbstractContextManager[Task]: ...
+
+    def training(
+        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]
+    ) -> AbstractContextManager[Steps]:
+        """Training of ``total`` steps, of which those in ``earlier`` are done."""
 
     def info(self, message: str) -> None: ...
 
@@ -30,10 +42,17 @@ class _SilentTask:
     def advance(self, amount: float = 1, **values: object) -> None:
         pass
 
+    def step(self, record: Mapping[str, Any]) -> None:
+        pass
+
 
 class _Silent:
     @contextmanager
     def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
+        yield _SilentTask()
+
+    @contextmanager
+    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
         yield _SilentTask()
 
     def info(self, message: str) -> None:

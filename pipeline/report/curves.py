@@ -270,6 +270,19 @@ CURVES: tuple[Curve, ...] = (
         group="more",
     ),
     Curve(
+        "memory",
+        "Memory",
+        (
+            Line("memory_rss", "main memory", GREY, smooth=False),
+            Line("memory_gpu_peak", "GPU, at most", PURPLE, smooth=False),
+        ),
+        "bytes",
+        "Of the training process at the end of each step; the most of its GPU during it.",
+        "flat after the longest response has been seen.",
+        from_zero=True,
+        group="more",
+    ),
+    Curve(
         "learning_rate",
         "Learning rate",
         (Line("learning_rate", "learning rate", GREY, smooth=False),),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tropd.pipeline.config import TrainConfig
+from tropd.pipeline.config import TrainConfig, to_plain
 from tropd.pipeline.context import (
     Run,
     check_pair,
@@ -36,7 +36,7 @@ from tropd.pipeline.training.checkpoint import (
 )
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.lora import merged_state
-from tropd.pipeline.training.metrics import MetricsLog, Record, step_metrics
+from tropd.pipeline.training.metrics import MetricsLog, Record, memory_metrics, step_metrics
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.session import Session, open_session
@@ -44,6 +44,7 @@ from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome
 from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.timeline import FILE_NAME as TRACE
 from tropd.pipeline.training.timeline import Timeline
+from tropd.pipeline.training.wandb_log import check_wandb, open_wandb
 from tropd.pipeline.training.world import join_world
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.errors import InterruptedStageError, TropdError
@@ -79,6 +80,7 @@ def fingerprint(run: Run) -> Fingerprint:
         "checkpoint_every",
         "keep_checkpoints",
         "trace",
+        "wandb_project",
         "importance_clip",
         "evaluate_every",
         "evaluate_problems",
@@ -108,6 +110,7 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         InterruptedStageError: Ctrl-C or SIGTERM; a checkpoint was written.
         TropdError: a non-finite loss or gradient (the batch is saved), or a teacher that stays away.
     """
+    check_wandb(run.config.train.wandb_project)
     with ExitStack() as stack:
         world = stack.enter_context(join_world(pick_device(run.config.runtime.device)))
         if not world.leads:
@@ -169,7 +172,20 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
         preparation = stack.enter_context(open_preparation(session, timeline, stop))
         if rows is not None:
             preparation.begin(first, rows)
-        with run.reporter.task("train", config.steps, done=first, unit="steps") as task:
+        project = config.wandb_project if stage is not None else None
+        identity = "" if stage is None else stage.manifest.fingerprint[:16]
+        also_log = stack.enter_context(
+            open_wandb(
+                project,
+                run.workspace.root.name,
+                identity,
+                to_plain(run.config),
+                run.workspace.logs,
+            )
+        )
+        title = f"{run.workspace.root.name} · {run.config.objective.name} · seed {run.config.run.seed}"
+        earlier = log.earlier if log is not None else []
+        with run.reporter.training(title, config.steps, earlier) as shown:
             for step in range(first, config.steps):
                 try:
                     record = _step(session, stage, step, preparation, timeline)
@@ -187,9 +203,8 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
                     record |= _evaluate(session)
                 if log is not None:
                     log.write(record)
-                task.advance(
-                    1, loss=record["loss"], k1=record["k1_mean"], outlier=record["region_fraction_outlier"]
-                )
+                    also_log(record)
+                shown.step(record)
                 writer.check()
                 stopping = any(world.gather(bool(stop)))
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
@@ -254,6 +269,7 @@ def _step(
         "prefix_length_scheduled": prepared.prefix_limit,
         "grad_norm": norm,
         "learning_rate": learning_rate,
+        **memory_metrics(session.student.model.device),
         **{f"time_{name}": seconds for name, seconds in timeline.take(step).items()},
     }
 

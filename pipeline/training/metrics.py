@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tropd.pipeline.objectives.loss import floored_log_ratio
@@ -56,6 +58,15 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Reco
         **_importance(outcome, student),
     }
     record |= {f"grad_norm_{name}": norm for name, norm in outcome.region_gradient_norms.items()}
+    return record
+
+
+def memory_metrics(device: torch.device) -> Record:
+    """Main memory of this process now, and the most that was taken of its GPU since the last step, in bytes."""
+    record: Record = {"memory_rss": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        record["memory_gpu_peak"] = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
     return record
 
 
@@ -121,9 +132,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._path = folder / FILE_NAME
-        kept = [r for r in read_metrics(self._path) if r["step"] < first_step]
+        self.earlier = [r for r in read_metrics(self._path) if r["step"] < first_step]
         with atomic_file(self._path) as temporary:
-            temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            temporary.write_text("".join(_line(record) for record in self.earlier), encoding="utf-8")
         self._stream = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 

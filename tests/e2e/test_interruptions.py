@@ -30,7 +30,10 @@ STAGES = {
 def metrics(workspace: Path) -> list[dict[str, Any]]:
     """Records without what a clock or the wire measured."""
     lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "memory_"))}
+        for line in lines
+    ]
 
 
 def state(workspace: Path, folder: str) -> Any:

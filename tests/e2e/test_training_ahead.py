@@ -22,7 +22,10 @@ OF_ROWS = ("tokens_on_policy", "teacher_topk_tokens", "k1_mean", "response_lengt
 def metrics(workspace: Path) -> list[dict[str, Any]]:
     path = workspace / "train" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "memory_"))}
+        for line in lines
+    ]
 
 
 def result(workspace: Path) -> Any:
