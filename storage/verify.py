@@ -30,7 +30,10 @@ CACHE_STAGES = ("prefixes", "scores", "rollouts", "rollout-scores")
 SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
 DAMAGED = "damaged"
 # What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
-_COMPANIONS = {"train": ("metrics.jsonl", "tensorboard", "non-finite-step-*.json"), "report": ("*",)}
+_COMPANIONS = {
+    "train": ("metrics.jsonl", "samples.jsonl", "tensorboard", "non-finite-step-*.json"),
+    "report": ("*",),
+}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from tropd.pipeline.training.lora import merged_state
 from tropd.pipeline.training.metrics import MetricsLog, Record, memory_metrics, step_metrics
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.samples import drop_samples, write_sample
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import whole
@@ -166,6 +167,8 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
 
     with ExitStack() as stack:
         log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
+        if stage is not None:
+            drop_samples(stage.folder, first)
         writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints))
         trace = stage.folder / TRACE if stage is not None and config.trace else None
         timeline = stack.enter_context(Timeline(trace))
@@ -256,6 +259,9 @@ def _step(
         except NonFiniteError as error:
             raise _stopped(stage, step, inputs, error) from error
         _check_engine(session, step, inputs, outcome)
+        if stage is not None:
+            tokenizer = session.student.tokenizer
+            write_sample(stage.folder, step, config.train.steps, inputs, session.prompts, tokenizer)
         learning_rate = learning_rate_at(config.train, step)
         with timeline.span("optimizer", step):
             for group in session.optimizer.param_groups:

@@ -43,7 +43,8 @@ def state(workspace: Path, folder: str) -> Any:
     manifest = json.loads((workspace / "train" / "manifest.json").read_text())
     # Which checkpoints are left depends on when a run was asked to stop; what the last one holds does not.
     shards = {name: manifest["shards"][name] for name in ("final", "checkpoints/step-000008")}
-    return {**manifest, "shards": shards, "checksum": None}, metrics(workspace)
+    samples = (workspace / "train" / "samples.jsonl").read_bytes()
+    return {**manifest, "shards": shards, "checksum": None}, metrics(workspace), samples
 
 
 def arguments(command: str, workspace: Path, url: str) -> list[str]:

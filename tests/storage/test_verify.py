@@ -112,7 +112,8 @@ def test_foreign_files_are_named_and_left_alone(workspace: Workspace) -> None:
     (workspace.stage("scores") / "sub" / "x").write_text("mine")
     (workspace.stage("scores") / ".tmp-1-part").write_text("interrupted")
     (workspace.stage("train")).mkdir()
-    (workspace.stage("train") / "metrics.jsonl").write_text("{}\n")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (workspace.stage("train") / name).write_text("{}\n")
     findings = verify_workspace(workspace)
     assert [(f.severity, f.path) for f in findings] == [
         ("note", "scores/notes.txt"),

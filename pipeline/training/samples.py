@@ -1,0 +1,229 @@
+"""A few responses of a few steps, token by token, for people to look at: the report's acceptance map.
+
+The file holds one record per sampled step and is small (at most ``STEPS`` records of ``ROWS`` responses), so it is
+written anew and atomically each time. Reading it needs neither PyTorch nor a tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tropd.pipeline.objectives.partition import acceptance
+from tropd.storage.atomic import write_text_atomic
+
+if TYPE_CHECKING:
+    from tropd.pipeline.prompts import Prompt
+    from tropd.pipeline.training.batch import RaggedTopk
+    from tropd.pipeline.training.step import StepInputs
+
+FILE_NAME = "samples.jsonl"
+STEPS = 8
+ROWS = 4
+MAX_TOKENS = 400
+"""Of the student's tokens in a response, this many from the first one are kept."""
+MAX_GUIDANCE = 100
+"""Of the teacher's prefix, this many up to the last one are kept: those that the student goes on from."""
+MAX_PROMPT = 1000
+ALTERNATIVES = 5
+_DIGITS = 5
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Alternative(_Part):
+    """A token that the teacher would have written, and its probability."""
+
+    text: str
+    probability: float
+
+
+class StudentToken(_Part):
+    """A token that the student wrote, and what became of it. Log-probs are natural, at temperature 1."""
+
+    text: str
+    trust: float
+    """Weight with which it belongs to the trust region; ``outlier``: to the outliers."""
+    outlier: float
+    student_logprob: float
+    """As the engine that sampled it had it."""
+    teacher_logprob: float | None
+    """None: minus infinity."""
+    p_trust: float
+    """min(π_T/π_S, 1)."""
+    alternatives: list[Alternative] = []
+    """The teacher's likeliest, where it was asked for them."""
+
+
+class SampledResponse(_Part):
+    """One row of a step. The texts of ``guidance`` and ``tokens`` join to the response, or to the part that is kept."""
+
+    prompt_id: str
+    prompt: str
+    guidance: list[str]
+    """Tokens of the teacher's prefix."""
+    guidance_tokens: int
+    """How many there are in all."""
+    tokens: list[StudentToken]
+    student_tokens: int
+    """How many there are in all."""
+    truncated: bool
+    """The student ran into the length limit."""
+
+
+class StepSample(_Part):
+    """What is kept of a step."""
+
+    step: int
+    responses: list[SampledResponse]
+
+
+def sampled_steps(total: int) -> tuple[int, ...]:
+    """The steps (from 0) that are kept of ``total``: first, last, and evenly between."""
+    return _spread(total, STEPS)
+
+
+def _spread(total: int, most: int) -> tuple[int, ...]:
+    """At most ``most`` of the numbers below ``total``, first and last among them, evenly."""
+    if total <= most:
+        return tuple(range(total))
+    return tuple(round(i * (total - 1) / (most - 1)) for i in range(most))
+
+
+def write_sample(
+    folder: Path, step: int, total_steps: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any
+) -> None:
+    """Add a step's responses to the file, if the step is one of those that are kept."""
+    if step not in sampled_steps(total_steps):
+        return
+    sample = take_sample(step, inputs, prompts, tokenizer)
+    _write(folder, [*_before(folder, step), sample])
+
+
+def drop_samples(folder: Path, first_step: int) -> None:
+    """Forget what a lost session wrote from ``first_step`` on."""
+    if (folder / FILE_NAME).exists():
+        _write(folder, _before(folder, first_step))
+
+
+def _before(folder: Path, step: int) -> list[StepSample]:
+    return [sample for sample in read_samples(folder / FILE_NAME)[0] if sample.step < step]
+
+
+def _write(folder: Path, samples: Sequence[StepSample]) -> None:
+    write_text_atomic(folder / FILE_NAME, "".join(s.model_dump_json() + "\n" for s in samples))
+
+
+def read_samples(path: Path) -> tuple[list[StepSample], int]:
+    """The samples in step order, and how many lines are not readable as such."""
+    found: dict[int, StepSample] = {}
+    unreadable = 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            sample = StepSample.model_validate_json(line)
+            found[sample.step] = sample
+        except ValidationError:
+            unreadable += 1
+    return [found[step] for step in sorted(found)], unreadable
+
+
+def take_sample(step: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any) -> StepSample:
+    """Some rows of a step: evenly from all in which the student wrote something."""
+    rows = inputs.rows
+    written = [index for index, row in enumerate(rows) if row.tokens] or list(range(len(rows)))
+    first = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    return StepSample(
+        step=step,
+        responses=[
+            _response(inputs, index, int(first[index]), prompts, tokenizer)
+            for index in (written[place] for place in _spread(len(written), ROWS))
+        ],
+    )
+
+
+def _response(
+    inputs: StepInputs, index: int, first: int, prompts: Sequence[Prompt], tokenizer: Any
+) -> SampledResponse:
+    row = inputs.rows[index]
+    prompt = prompts[row.plan.prompt_index]
+    guidance = list(row.plan.prefix_tokens)[-MAX_GUIDANCE:]
+    tokens = list(row.tokens)[:MAX_TOKENS]
+    texts = token_texts(tokenizer, [*guidance, *tokens])
+    span = slice(first, first + len(tokens))
+    student = np.array(row.sampler_logprobs[: len(tokens)], dtype=np.float32)
+    teacher = inputs.teacher.logprobs[span]
+    probability = acceptance(student, teacher)
+    alternatives = _alternatives(inputs.teacher.topk, first, len(tokens), tokenizer)
+    return SampledResponse(
+        prompt_id=prompt.id,
+        prompt=prompt.text[:MAX_PROMPT],
+        guidance=texts[: len(guidance)],
+        guidance_tokens=len(row.plan.prefix_tokens),
+        tokens=[
+            StudentToken(
+                text=text,
+                trust=_short(inputs.regions.trust[first + place]),
+                outlier=_short(inputs.regions.outlier[first + place]),
+                student_logprob=_short(student[place]),
+                teacher_logprob=_short(teacher[place]) if np.isfinite(teacher[place]) else None,
+                p_trust=_short(probability[place]),
+                alternatives=alternatives.get(place, []),
+            )
+            for place, text in enumerate(texts[len(guidance) :])
+        ],
+        student_tokens=len(row.tokens),
+        truncated=row.truncated,
+    )
+
+
+def _alternatives(topk: RaggedTopk, first: int, count: int, tokenizer: Any) -> dict[int, list[Alternative]]:
+    """The teacher's likeliest alternatives of ``count`` tokens from ``first`` on, by place, where it gave any."""
+    chosen = topk.select(np.arange(first, first + count))
+    starts = np.cumsum(chosen.counts) - chosen.counts
+    found: dict[int, list[Alternative]] = {}
+    for place, start, size in zip(chosen.index, starts, chosen.counts, strict=True):
+        logprobs = chosen.logprobs[start : start + size]
+        likeliest = np.argsort(-logprobs, kind="stable")[:ALTERNATIVES]
+        found[int(place)] = [
+            Alternative(
+                text=_decode(tokenizer, [int(chosen.ids[start + i])]),
+                probability=_short(np.exp(np.float64(logprobs[i]))),
+            )
+            for i in likeliest
+        ]
+    return found
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """One text per token, which join to the text of all.
+
+    A character may take several tokens: the last one has it, those before have nothing.
+    """
+    decode = partial(_decode, tokenizer)
+    texts: list[str] = []
+    start, done = 0, 0  # tokens before ``done`` have their text; those from ``start`` on are context
+    for end in range(1, len(tokens) + 1):
+        text = decode(tokens[start:end])
+        if text.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+            continue
+        texts.append(text[len(decode(tokens[start:done])) :])
+        start, done = done, end
+    return texts
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    if not tokens:
+        return ""
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _short(value: Any) -> float:
+    return round(float(value), _DIGITS)
