@@ -214,16 +214,24 @@ def _passes(pass_at: dict[str, dict[str, float]]) -> tuple[str]:
     return (", ".join(f"@{k} {_interval(estimate)}" for k, estimate in pass_at.items()),)
 
 
-def report(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
-    """Write the report page; with --json, print its numbers."""
+def report(
+    workspace: WorkspaceOption,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Another run to show beside it (repeatable).", metavar="DIR"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report page, for one run or several side by side; with --json, print its numbers."""
     from tropd.pipeline.report.collect import build_report
     from tropd.pipeline.report.page import write_report
     from tropd.storage.workspace import Workspace
 
     opened = Workspace.open(workspace)
-    page = write_report(opened)
+    beside = [Workspace.open(other) for other in others or []]
+    page = write_report(opened, beside)
     if as_json:
-        print_json(build_report(opened).model_dump(mode="json"))
+        print_json(build_report(opened, beside).model_dump(mode="json"))
     else:
         stdout.print(f"report: {page}", markup=False)
 
@@ -341,7 +349,7 @@ def demo(
     if not made.config_path.exists():
         write_text_atomic(made.config_path, text)
     run_all(open_run(workspace, settings))
-    report(workspace, as_json)
+    report(workspace, as_json=as_json)
 
 
 def run_all(run: Run) -> None:

@@ -7,15 +7,17 @@ Works on any workspace, however unfinished or damaged: what is there is reported
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tropd.pipeline.config import to_plain
 from tropd.pipeline.configuration import ResolvedConfig, explain, parse_config
 from tropd.pipeline.prompts import scan_prompts
+from tropd.pipeline.report.acceptance import summarize_samples
 from tropd.pipeline.report.evaluations import MODES, EvaluationFiles, pick_samples, summarize_evaluation
 from tropd.pipeline.report.metrics import read_metrics, summarize_training
 from tropd.pipeline.report.provenance import describe_provenance
+from tropd.pipeline.report.runs import summarize_runs
 from tropd.pipeline.report.schema import Cache, Evaluation, Report, StageReport, Training
 from tropd.pipeline.status import (
     EVALUATED,
@@ -24,13 +26,28 @@ from tropd.pipeline.status import (
     is_needed,
     workspace_status,
 )
+from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
+from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import Manifest, read_manifest
 from tropd.storage.workspace import Workspace
 
 
-def build_report(workspace: Workspace) -> Report:
-    """Everything that is known about the run in ``workspace``."""
+def build_report(workspace: Workspace, others: Sequence[Workspace] = ()) -> Report:
+    """Everything that is known about the run in ``workspace``, and a summary of the ``others`` beside it."""
+    report = _build_report(workspace)
+    beside = {
+        other.root.resolve(): other for other in others if other.root.resolve() != workspace.root.resolve()
+    }
+    if not beside:
+        return report
+    runs = summarize_runs(
+        [workspace.root, *beside], [report, *(_build_report(other) for other in beside.values())]
+    )
+    return report.model_copy(update={"runs": runs})
+
+
+def _build_report(workspace: Workspace) -> Report:
     missing: list[str] = []
     resolved = _read_config(workspace, missing)
     stages = [stage for stage in workspace_status(workspace).stages if stage.name != "report"]
@@ -44,10 +61,11 @@ def build_report(workspace: Workspace) -> Report:
     files = EvaluationFiles(workspace.stage("eval"))
     evaluation = summarize_evaluation(files)
     samples = pick_samples(files, _prompt_texts(workspace, resolved))
+    acceptance_map, sample_problems = _read_samples(workspace, training)
 
     for stage in (stage for stage in stages if is_needed(stage, stages)):
         missing += _missing_of_stage(stage, files.problems)
-    missing += [*metric_problems, *dict.fromkeys(files.problems)]
+    missing += [*metric_problems, *sample_problems, *dict.fromkeys(files.problems)]
     missing += _missing_results(stages, training, evaluation)
     return Report(
         workspace=workspace.root.name,
@@ -56,6 +74,8 @@ def build_report(workspace: Workspace) -> Report:
         training=training,
         cache=_cache(manifests),
         samples=samples,
+        acceptance=summarize_samples(acceptance_map),
+        acceptance_map=acceptance_map,
         config=_finite(to_plain(resolved.config)) if resolved else None,
         config_sources=_given_values(resolved) if resolved else {},
         provenance=describe_provenance(manifests),
@@ -72,6 +92,19 @@ def _read_config(workspace: Workspace, missing: list[str]) -> ResolvedConfig | N
     except (TropdError, OSError, ValueError) as error:
         missing.append(f"config: {error}")
     return None
+
+
+def _read_samples(workspace: Workspace, training: Training | None) -> tuple[list[StepSample], list[str]]:
+    """Sampled steps, and what is wrong with their file."""
+    try:
+        samples, unreadable = read_samples(workspace.stage("train") / SAMPLES_FILE)
+    except OSError as error:
+        return [], [f"train: {SAMPLES_FILE} cannot be read ({error.strerror})"]
+    if unreadable:
+        return samples, [f"train: {unreadable} unreadable line(s) in {SAMPLES_FILE} are left out"]
+    if training is not None and not samples:
+        return samples, [f"train: there is no {SAMPLES_FILE}, so there is no acceptance map"]
+    return samples, []
 
 
 def _given_values(resolved: ResolvedConfig) -> dict[str, str]:

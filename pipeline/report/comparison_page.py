@@ -16,9 +16,6 @@ from tropd.pipeline.report.comparison import Comparison, Estimate
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.workspace import Workspace
 
-# Distinct in both themes; more methods than colours repeat them with another line style.
-COLORS = (drawing.BLUE, drawing.ORANGE, drawing.GREEN, drawing.PURPLE, drawing.RED, drawing.GREY)
-STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1, 1, 1)))
 TITLES = {
     "accuracy_greedy": ("Accuracy during training, greedy", "right answers", True),
     "accuracy_sampled": ("Accuracy during training, sampled", "right answers", True),
@@ -72,10 +69,6 @@ def _headline(comparison: Comparison) -> str:
     )
 
 
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index // len(COLORS) % len(STYLES)]}
-
-
 def _outcome(comparison: Comparison) -> dict[str, Any]:
     """Accuracy per method with intervals, both modes."""
     methods = comparison.methods
@@ -110,7 +103,8 @@ def _curve(comparison: Comparison, name: str) -> dict[str, Any] | None:
             shown = values[known]
             if len(shown) > 24:
                 shown = drawing.moving_average(shown, max(5, len(shown) // 15))
-            axes.plot(np.flatnonzero(known), shown, label=method.objective, linewidth=1.4, **_look(index))
+            line = drawing.look(index).arguments
+            axes.plot(np.flatnonzero(known), shown, label=method.objective, linewidth=1.4, **line)
         drawing.finish(
             figure, axes, xlabel="step", ylabel=ylabel, percent=percent, from_zero=name != "k1_mean"
         )

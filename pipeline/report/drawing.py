@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -36,6 +37,10 @@ VARIABLES: Mapping[str, str] = {
 }
 """Colour in the drawing → CSS variable in the page."""
 
+# Of things side by side: distinct in both themes; more than there are colours repeat them with another line style.
+_MANY_COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
+_MANY_DASHES = ((), (4, 2), (1, 1.5), (6, 1, 1, 1))
+
 WIDTH, HEIGHT = 4.8, 2.7  # inches; at 8.5 points text is readable on a phone and not huge on a desk
 _MANY_POINTS = 400
 _SMOOTH_FROM = 24
@@ -43,6 +48,7 @@ _PNG_DPI = 200
 _TICK_STEPS = [1, 2, 2.5, 5, 10]
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of runs and metrics are shown as they are
     "font.size": 8.5,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -69,6 +75,39 @@ _STYLE: Mapping[str, Any] = {
 }
 
 Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot. ``inline`` is the SVG for the page, ``svg`` and ``png`` are for files."""
+
+    name: str
+    title: str
+    caption: str
+    healthy: str
+    group: str
+    inline: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one of many lines is drawn. ``dashes`` are lengths in line widths; none for a solid line."""
+
+    color: str
+    dashes: tuple[float, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For matplotlib."""
+        return {"color": self.color, "linestyle": (0, self.dashes) if self.dashes else "-"}
+
+
+def look(index: int) -> Look:
+    """Of the line with this number."""
+    dashes = _MANY_DASHES[index // len(_MANY_COLORS) % len(_MANY_DASHES)]
+    return Look(_MANY_COLORS[index % len(_MANY_COLORS)], dashes)
 
 
 @contextmanager
@@ -125,8 +164,17 @@ def moving_average(values: Numbers, width: int) -> Numbers:
     return averages
 
 
-def finish(figure: Figure, axes: Any, *, xlabel: str, ylabel: str, percent: bool, from_zero: bool) -> None:
-    """Labels, ticks and legend."""
+def finish(
+    figure: Figure,
+    axes: Any,
+    *,
+    xlabel: str,
+    ylabel: str,
+    percent: bool,
+    from_zero: bool,
+    legend: bool = True,
+) -> None:
+    """Labels, ticks, and a legend if there is more than one line."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel, labelpad=8)  # room for the larger text of narrow pages
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_TICK_STEPS))
@@ -139,7 +187,7 @@ def finish(figure: Figure, axes: Any, *, xlabel: str, ylabel: str, percent: bool
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}g} %"))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, digits)))
-    if len(axes.get_legend_handles_labels()[1]) > 1:
+    if legend and len(axes.get_legend_handles_labels()[1]) > 1:
         figure.legend(loc="outside upper left", ncols=4, fontsize=8.5)
 
 

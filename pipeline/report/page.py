@@ -1,9 +1,15 @@
-"""The report as one self-contained HTML page: no network, no script, no font from elsewhere."""
+"""The report as one self-contained HTML page: no network, no font from elsewhere.
+
+Its one script is allowed by its hash, so that no other can run whatever a model has written.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,10 +17,14 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from tropd.pipeline.report import drawing
+from tropd.pipeline.report.acceptance import show_samples
 from tropd.pipeline.report.collect import build_report
-from tropd.pipeline.report.plots import WHO_COLORS, Plot, draw_report
+from tropd.pipeline.report.drawing import Plot
+from tropd.pipeline.report.plots import WHO_COLORS, draw_report
 from tropd.pipeline.report.schema import Evaluation, Mode, Report
 from tropd.pipeline.status import EVALUATED
+from tropd.pipeline.training.samples import MAX_GUIDANCE, MAX_TOKENS
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.fingerprint import flatten
 from tropd.storage.workspace import Workspace
@@ -30,12 +40,13 @@ _STEP_PARTS = {
 }
 
 
-def write_report(workspace: Workspace) -> Path:
+def write_report(workspace: Workspace, others: Sequence[Workspace] = ()) -> Path:
     """Write ``report/index.html``, ``report/report.json`` and ``report/plots``; returns the page's path.
 
-    Each file is replaced atomically, the page last.
+    With ``others`` the page also has their runs beside that of ``workspace``. Each file is replaced atomically, the
+    page last.
     """
-    report = build_report(workspace)
+    report = build_report(workspace, others)
     plots = draw_report(report)
     folder = workspace.stage("report")
     with atomic_directory(folder / "plots") as temporary:
@@ -58,12 +69,20 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, count=count, bytes=human_bytes, duration=duration, points=points
+        percent=percent,
+        count=count,
+        bytes=human_bytes,
+        duration=duration,
+        points=points,
+        subscripts=_subscripts,
     )
-    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in ("outcome", "main", "time", "more")}
+    groups: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("outcome", "runs", "main", "time", "more")
+    }
     for plot in plots:
         card = {"title": plot.title, "caption": _subscripts(plot.caption), "healthy": plot.healthy}
         groups[plot.group].append({**card, "name": plot.name, "svg": Markup(plot.inline)})
+    script = _resource("page.js") if report.acceptance_map else ""
     html = environment.get_template("page.html.j2").render(
         report=report,
         css=Markup(_resource("page.css")),
@@ -75,8 +94,20 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         times=_times(report),
         cache=_cache_rows(report),
         config=_config_rows(report),
+        runs=_run_rows(report),
+        acceptance=show_samples(report.acceptance_map),
+        first_step=_first_written(report),
+        max_tokens=MAX_TOKENS,
+        max_guidance=MAX_GUIDANCE,
+        script=Markup(script),
+        script_hash=_hash(script),
     )
     return visible(html)
+
+
+def _hash(script: str) -> str:
+    """As a content security policy names a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -157,6 +188,28 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     if seconds:
         figures.append((duration(sum(seconds)), "for all stages", ""))
     return figures
+
+
+def _run_rows(report: Report) -> list[dict[str, Any]]:
+    """Several runs, each with the look of its curves."""
+    rows: list[dict[str, Any]] = []
+    for number, run in enumerate(report.runs):
+        look = drawing.look(number)
+        shown = {
+            "number": number,
+            "color": drawing.VARIABLES[look.color],
+            "dashes": " ".join(f"{2.4 * length:g}" for length in look.dashes),
+            "sampled": run.evaluation.accuracy("after", "sampled"),
+            "greedy": run.evaluation.accuracy("after", "greedy"),
+            "gain": run.evaluation.gain.sampled,
+        }
+        rows.append({**run.model_dump(exclude={"evaluation", "series"}), **shown})
+    return rows
+
+
+def _first_written(report: Report) -> int:
+    """Number of the first sampled step in which the student has written something, if there is one."""
+    return next((n for n, step in enumerate(report.acceptance) if step.student_tokens), 0)
 
 
 def _times(report: Report) -> list[dict[str, Any]]:
@@ -253,7 +306,7 @@ def duration(seconds: float) -> str:
 
 def _subscripts(text: str) -> Markup:
     """π_T and its like as one writes them; everything else is escaped."""
-    return Markup(re.sub(r"π_(\w)", r"π<sub>\1</sub>", str(escape(text))))
+    return Markup(re.sub(r"(π|P)_(\w+)", r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def visible(text: str) -> str:

@@ -5,32 +5,17 @@ The latter are drawn under their own names, for a section of the page that is fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from tropd.pipeline.report import drawing
 from tropd.pipeline.report.curves import CURVES, Curve, Line
-from tropd.pipeline.report.drawing import BLUE, GREY, PURPLE, Numbers
+from tropd.pipeline.report.drawing import BLUE, GREY, PURPLE, Numbers, Plot
+from tropd.pipeline.report.run_plots import draw_runs
 from tropd.pipeline.report.schema import Evaluation, Mode, Report, Training
 
 WHO_COLORS = {"before": GREY, "after": BLUE, "teacher": PURPLE}
 _EXPECTED_ELSEWHERE = {"step", "time_total", "time_optimizer", "time_sync", "time_checkpoint"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn plot. ``inline`` is the SVG for the page, ``svg`` and ``png`` are for files."""
-
-    name: str
-    title: str
-    caption: str
-    healthy: str
-    group: str
-    inline: str
-    svg: str
-    png: bytes
 
 
 def draw_report(report: Report) -> list[Plot]:
@@ -44,7 +29,7 @@ def draw_report(report: Report) -> list[Plot]:
             plot = _draw_curve(curve, report.training, clip if curve.name == "grad_norm" else None)
             if plot is not None:
                 plots.append(plot)
-    return plots
+    return [*plots, *draw_runs(report.runs)]
 
 
 def _unknown(training: Training) -> list[Curve]:
@@ -110,16 +95,8 @@ def _draw_outcome(evaluation: Evaluation) -> Plot:
 
 def _plot(name: str, title: str, caption: str, healthy: str, group: str, figure: Figure) -> Plot:
     svg = drawing.to_svg(figure)
-    return Plot(
-        name=name,
-        title=title,
-        caption=caption,
-        healthy=healthy,
-        group=group,
-        inline=drawing.inline_svg(svg, name, title),
-        svg=svg,
-        png=drawing.to_png(figure),
-    )
+    inline = drawing.inline_svg(svg, name, title)
+    return Plot(name, title, caption, healthy, group, inline, svg, drawing.to_png(figure))
 
 
 def _limits(steps: Numbers) -> tuple[float, float]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tropd.pipeline.status import State
+from tropd.pipeline.training.samples import StepSample
 
 Who = Literal["before", "after", "teacher"]
 Mode = Literal["greedy", "sampled"]
@@ -148,6 +149,43 @@ class Comparison(Record):
     after: Answer
 
 
+class SampledStep(Record):
+    """The responses of one step that the acceptance map shows, added up."""
+
+    step: int
+    responses: int
+    guidance_tokens: int
+    """Shown, as are the next."""
+    student_tokens: int
+    p_trust_mean: float | None
+    outlier_fraction: float | None
+    """Of the student's tokens."""
+    tokens_with_alternatives: int
+    """For which the teacher was asked what it would have written."""
+
+
+class RunSummary(Record):
+    """One of several runs side by side."""
+
+    label: str
+    """The workspace's folder, with as much of its path as tells it from the others."""
+    state: str
+    """How far it is, in words."""
+    objective: str | None
+    seed: int | None
+    evaluation: Evaluation
+    steps: int | None
+    tokens_on_policy: int | None
+    teacher_tokens_scored: int | None
+    teacher_bytes_received: int | None
+    outlier_fraction: float | None
+    seconds: float | None
+    """Of training."""
+    series: dict[str, list[float | None]]
+    """The metrics that are drawn for all runs, aligned with the column ``step``."""
+    missing: list[str]
+
+
 class Provenance(Record):
     """What made this run. Versions and machine are those of the process that wrote the report."""
 
@@ -170,6 +208,11 @@ class Report(Record):
     training: Training | None
     cache: Cache
     samples: list[Comparison]
+    acceptance: list[SampledStep]
+    acceptance_map: list[StepSample] = Field(default=[], exclude=True)
+    """Every token of the sampled steps; in JSON it is the trainer's own file."""
+    runs: list[RunSummary] = []
+    """This run and those beside it, if there are any."""
     config: dict[str, Any] | None
     config_sources: dict[str, str]
     """Where a field's value comes from, for those that are not left at their default."""

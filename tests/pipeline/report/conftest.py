@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tropd.pipeline.training.samples import (
+    Alternative,
+    SampledResponse,
+    StepSample,
+    StudentToken,
+    sampled_steps,
+)
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest, describe_shard, write_manifest
 from tropd.storage.workspace import Workspace
 
+sys.path.insert(0, str(Path(__file__).parent))
 CONFIG = """
 [run]
 recipe = "demo"
@@ -96,6 +105,42 @@ def write_metrics(root: Path, rows: list[dict[str, Any]], tail: str = "") -> Non
     (root / "train" / "metrics.jsonl").write_text(text + tail, encoding="utf-8")
 
 
+def step_sample(step: int, texts: Sequence[str] = ("1+", "2", "=", "é", "\n", "3")) -> StepSample:
+    """Two responses: one after a prefix, with one outlier that the teacher was asked about; one without any token."""
+    outlier = 2
+    tokens = [
+        StudentToken(
+            text=text,
+            trust=float(i != outlier),
+            outlier=float(i == outlier),
+            student_logprob=-0.25,
+            teacher_logprob=None if i == outlier else -0.5 - 0.1 * step / (i + 1),
+            p_trust=0.0 if i == outlier else math.exp(-0.25 - 0.1 * step / (i + 1)),
+            alternatives=[
+                Alternative(text="+", probability=0.75),
+                Alternative(text=texts[0], probability=0.125),
+            ]
+            if i == outlier
+            else [],
+        )
+        for i, text in enumerate(texts)
+    ]
+    plain = {"prompt": "6+4*7=", "guidance_tokens": 300, "student_tokens": 500, "truncated": True}
+    return StepSample(
+        step=step,
+        responses=[
+            SampledResponse(prompt_id="train-1", guidance=["7", "*"], tokens=tokens, **plain),
+            SampledResponse(prompt_id="train-2", guidance=["4"], tokens=[], **plain),
+        ],
+    )
+
+
+def write_samples(root: Path, samples: Sequence[StepSample], tail: str = "") -> None:
+    (root / "train").mkdir(exist_ok=True)
+    text = "".join(sample.model_dump_json() + "\n" for sample in samples)
+    (root / "train" / "samples.jsonl").write_text(text + tail, encoding="utf-8")
+
+
 def write_stage(
     root: Path, name: str, shards: dict[str, int], *, complete: bool = True, **summary: Any
 ) -> None:
@@ -160,6 +205,7 @@ def empty_workspace(tmp_path: Path) -> Workspace:
 def fill(workspace: Workspace, steps: int = 100) -> None:
     """Everything that a finished run leaves."""
     root = workspace.root
+    workspace.config_path.write_text(CONFIG, encoding="utf-8")
     (root / "data").mkdir()
     problems = [{"id": f"eval-{i}", "prompt": f"6+4*7-{i % 10}=", "answer": "6"} for i in range(120)]
     (root / "data" / "eval.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
@@ -184,6 +230,7 @@ def fill(workspace: Workspace, steps: int = 100) -> None:
         kept_mass=0.9994,
     )
     write_metrics(root, metric_rows(steps))
+    write_samples(root, [step_sample(step) for step in sampled_steps(steps)])
     write_stage(root, "train", {"final": 1}, steps=steps, final_loss=0.07)
     write_evaluation(root, {who: evaluation_rows(who) for who in ACCURACIES})
     (root / "logs").mkdir()
@@ -197,12 +244,15 @@ def finished(empty_workspace: Workspace) -> Workspace:
     return empty_workspace
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tools() -> dict[str, Callable[..., Any]]:
     """The writers above, for tests that build something else."""
     return {
         "metric_rows": metric_rows,
         "write_metrics": write_metrics,
+        "step_sample": step_sample,
+        "write_samples": write_samples,
+        "fill": fill,
         "write_stage": write_stage,
         "evaluation_rows": evaluation_rows,
         "write_evaluation": write_evaluation,

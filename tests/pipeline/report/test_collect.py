@@ -184,6 +184,8 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("train/manifest.json", cut, "train: manifest.json is not a readable manifest"),
     ("train/manifest.json", lambda path: path.write_text("[]"), "train: manifest.json is not a readable"),
     ("train/metrics.jsonl", Path.unlink, "train: there is no step in metrics.jsonl"),
+    ("train/samples.jsonl", Path.unlink, "train: there is no samples.jsonl, so there is no acceptance map"),
+    ("train/samples.jsonl", cut, "train: 1 unreadable line(s) in samples.jsonl are left out"),
     ("prefixes/part-00000.parquet", cut, "prefixes: part-00000.parquet has"),
     ("scores/part-00000.zarr", Path.unlink, "scores: part-00000.zarr is missing"),
     ("config.toml", cut, "config: config.toml"),

@@ -4,77 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
+from page_checks import HOSTILE, text_of
 
 from tropd.pipeline.report.collect import build_report
 from tropd.pipeline.report.curves import CURVES
 from tropd.pipeline.report.page import duration, headline, human_bytes, points, write_report
+from tropd.pipeline.training.samples import StepSample
 from tropd.storage.workspace import Workspace
 
 Tools = dict[str, Callable[..., Any]]
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-class Checker(HTMLParser):
-    """Nesting, ids and text of a page; SVG's self-closing elements are handled by ``handle_startendtag``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            elif name in ("href", "src", "clip-path", "style"):
-                self.references += re.findall(r"url\(#([^)]*)\)", value or "")
-                self.references += [value[1:]] if value and value.startswith("#") else []
-            assert not name.startswith("on"), f"{name} on <{tag}>"
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def check(page: Path) -> Checker:
-    html = page.read_text(encoding="utf-8")
-    checker = Checker()
-    checker.feed(html)
-    checker.close()
-    assert checker.open == []
-    assert len(checker.ids) == len(set(checker.ids)), "ids are unique in the page"
-    assert set(checker.references) <= set(checker.ids), "every reference has its target"
-    assert "script" not in checker.tags
-    assert not re.search(r"https?://", html), "nothing is fetched, not even named"
-    assert not re.search(r"@import|@font-face|url\((?!#)", html)
-    assert not {"iframe", "object", "embed", "img"} & set(checker.tags)
-    return checker
-
-
-def text_of(page: Path) -> str:
-    return " ".join(" ".join(check(page).text).replace("\u00a0", " ").split())
 
 
 def test_a_finished_run(finished: Workspace) -> None:
@@ -116,9 +59,6 @@ def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(finished: Wo
     assert not [name for name in first if ".tmp-" in name]
 
 
-HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">&amp;{{ 7*7 }}\x00\x1b[31m\r\u202e'
-
-
 def test_model_output_is_escaped(empty_workspace: Workspace, tools: Tools) -> None:
     root = empty_workspace.root
     parts = {}
@@ -132,6 +72,9 @@ def test_model_output_is_escaped(empty_workspace: Workspace, tools: Tools) -> No
     tools["write_evaluation"](root, parts)
     rows = [{**row, HOSTILE: float(row["step"])} for row in tools["metric_rows"](3)]
     tools["write_metrics"](root, rows)
+    hostile = tools["step_sample"](0, [HOSTILE, "\t", "", HOSTILE]).model_dump()
+    hostile["responses"][0].update(prompt=HOSTILE, prompt_id=HOSTILE, guidance=[HOSTILE])
+    tools["write_samples"](root, [StepSample.model_validate(hostile)])
     (root / "config.toml").write_text(f"[run]\nrecipe = {json.dumps(HOSTILE)}\n")
     page = write_report(empty_workspace)
     html = page.read_text(encoding="utf-8")
@@ -141,6 +84,33 @@ def test_model_output_is_escaped(empty_workspace: Workspace, tools: Tools) -> No
     assert "\x00" not in html
     assert "\x1b" not in html
     assert "␀␛[31m" in text
+
+
+def test_the_acceptance_map_says_what_became_of_each_token(finished: Workspace) -> None:
+    page = write_report(finished)
+    html, text = page.read_text(encoding="utf-8"), text_of(page)
+    assert "2 tokens from the teacher" not in text
+    assert "300 tokens from the teacher (the last 2 shown)" in text
+    assert "500 from the student (the first 6 shown), stopped by the length limit" in text
+    assert "the student’s first 400 tokens are kept" in text
+    assert html.count('<span class="t"') == 8 * 5
+    assert '<span class="t guidance" title="“7”\nregion\tguidance: written by the teacher">7</span>' in html
+    rejected = "“=”\nregion\toutlier\nP_trust\t0\u00a0%\nstudent\t77.9\u00a0%\nteacher\t0\u00a0%\n"
+    rejected += "The teacher’s likeliest\n“+”\t75\u00a0%\n“1+”\t12.5\u00a0%"
+    assert f'<span class="t outlier" style="--p:0" title="{rejected}">=</span>' in html
+    found = json.loads((finished.root / "report" / "report.json").read_text())["acceptance"]
+    assert [f["step"] for f in found] == [0, 14, 28, 42, 57, 71, 85, 99]
+    assert found[0]["p_trust_mean"] == pytest.approx(5 / 6 * 2.718281828**-0.25)
+    assert [f["outlier_fraction"] for f in found] == [pytest.approx(1 / 6)] * 8
+    assert (found[0]["student_tokens"], found[0]["guidance_tokens"]) == (6, 3)
+    assert "acceptance_map" not in (finished.root / "report" / "report.json").read_text()
+
+
+def test_partial_membership_is_said(finished: Workspace, tools: Tools) -> None:
+    sample = tools["step_sample"](0).model_dump()
+    sample["responses"][0]["tokens"][0].update(trust=0.25, outlier=0.75)
+    tools["write_samples"](finished.root, [StepSample.model_validate(sample)])
+    assert "region\ttrust region 0.25, outlier 0.75" in write_report(finished).read_text(encoding="utf-8")
 
 
 def test_an_empty_workspace(empty_workspace: Workspace) -> None:
@@ -159,7 +129,14 @@ def test_an_unfinished_run(empty_workspace: Workspace, tools: Tools) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.toml", "train/manifest.json", "eval/manifest.json", "train/metrics.jsonl"]
+    "name",
+    [
+        "config.toml",
+        "train/manifest.json",
+        "eval/manifest.json",
+        "train/metrics.jsonl",
+        "train/samples.jsonl",
+    ],
 )
 @pytest.mark.parametrize("content", [b"", b"\xff\x00garbage"])
 def test_damaged_files_still_give_a_page(finished: Workspace, name: str, content: bytes) -> None:
@@ -213,47 +190,3 @@ def test_numbers_for_people() -> None:
         "2\u00a0h 10\u00a0min",
     ]
     assert (points(0.342), points(-0.01)) == ("+34.2", "−1.0")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_it_without_errors_and_without_sideways_scrolling(
-    finished: Workspace, tmp_path: Path, width: int
-) -> None:
-    page = write_report(finished)
-    # The page forbids scripts, so its size is read from a page around it that allows them.
-    probe = tmp_path / "probe.html"
-    probe.write_text(
-        f'<iframe id="f" src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe><p id="r"></p>'
-        '<script>onload = () => { const d = document.getElementById("f").contentDocument.documentElement;'
-        'document.getElementById("r").textContent = "measured " + d.scrollWidth + " svg " + '
-        'd.querySelectorAll("svg").length; }</script>'
-    )
-    assert CHROMIUM is not None
-    result = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--allow-file-access-from-files",
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            probe.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr, result.stderr
-    measured = re.search(r"measured (\d+) svg (\d+)", result.stdout)
-    assert measured is not None, result.stdout[-500:]
-    assert int(measured[1]) <= width
-    assert int(measured[2]) >= 15
