@@ -74,7 +74,7 @@ def _step_text(found: SampledStep) -> str:
     if found.p_trust_mean is None or found.outlier_fraction is None:
         return "the student has written nothing in this step"
     return (
-        f"{found.student_tokens:,} of the student's tokens: mean P_trust {_percent(found.p_trust_mean)}, "
+        f"{found.student_tokens:,} of the student’s tokens: mean P_trust {_percent(found.p_trust_mean)}, "
         f"{_percent(found.outlier_fraction)} outliers"
     )
 

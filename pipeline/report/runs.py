@@ -45,7 +45,7 @@ def _summarize(label: str, report: Report) -> RunSummary:
     return RunSummary(
         label=label,
         state=_state(report),
-        objective=(config.get("objective") or {}).get("name"),
+        objective=(config.get("objective") or {}).get("name") or _trained_objective(report),
         seed=(config.get("run") or {}).get("seed"),
         evaluation=report.evaluation,
         steps=training.steps if training else None,
@@ -72,6 +72,12 @@ def _state(report: Report) -> str:
     if evaluation is None or evaluation.state != "complete":
         return "not evaluated"
     return "finished"
+
+
+def _trained_objective(report: Report) -> str | None:
+    """As training recorded it; the configuration may not be readable any more."""
+    found = report.stages["train"].summary.get("objective") if "train" in report.stages else None
+    return found if isinstance(found, str) else None
 
 
 def _outliers(report: Report) -> float | None:

@@ -41,7 +41,7 @@ def test_every_run_is_shown_with_what_there_is(three: list[Workspace], tools: To
     runs = build_report(three[0], three[1:]).runs
     assert [run.label for run in runs] == ["run", "going", "broken"]
     assert [run.state for run in runs] == ["finished", "step 40 of 100", "damaged: eval"]
-    assert [run.objective for run in runs] == ["tropd", "opd", None]
+    assert [run.objective for run in runs] == ["tropd", "opd", "tropd"], "as trained, where not as configured"
     assert [run.seed for run in runs] == [3, 4, None]
     assert [run.steps for run in runs] == [100, 40, 100]
     assert [run.evaluation.after is not None for run in runs] == [True, False, False]
