@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from rich.markup import escape
 
-from tropd.cli import cache, inspection, reproduction, stages
+from tropd.cli import cache, data, inspection, reproduction, stages
 from tropd.cli.render import stderr
 from tropd.storage.errors import TropdError
 
@@ -49,6 +49,7 @@ def _global_options(
 stages.register(app)
 inspection.register(app)
 cache.register(app)
+data.register(app)
 reproduction.register(app)
 
 

@@ -49,6 +49,35 @@ class RuntimeConfig(Spec):
     threads spin, and slow each other down on a busy machine."""
 
 
+class Source(Spec):
+    """Where prompts come from, for `tropd fetch`, which writes them into files of the workspace."""
+
+    dataset: str = Field(min_length=1)
+    """A name on the Hugging Face hub, a directory (a dataset's files, or what the `datasets` library has saved), or a
+    .jsonl, .json, .csv or .parquet file; a relative path is inside the workspace."""
+    file: str | None = None
+    """File of the workspace that it is written to; data.prompts if not set."""
+    domain: str = ""
+    """Domain of its prompts, such as `math`: written with each of them."""
+    subset: str | None = None
+    """Name of the dataset's configuration, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    split: str = "train"
+    """Split of the dataset."""
+    prompt: str = "prompt"
+    """Column with the prompt; dots lead into lists and objects: `conversations.0.value`."""
+    answer: str | None = None
+    """Column with the answer, if there is one."""
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Only records whose column has one of these values: `{ domain = ["math"] }`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first this many."""
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share of the file, relative to the weights of its other sources: as many prompts are used as keep the shares. If no
+    source has a weight, all prompts are."""
+
+
 class DataConfig(Spec):
     """Prompts to train on and problems to evaluate on: JSONL files, one object per line."""
 
@@ -62,6 +91,13 @@ class DataConfig(Spec):
     """Field with the prompt's text."""
     answer_field: str = "answer"
     """Field with the expected answer."""
+    domain_field: str = "domain"
+    """Field with the domain of the prompt, where there are several."""
+    sources: tuple[Source, ...] = ()
+    """Where `tropd fetch` takes the files from."""
+    decontaminate: int | None = Field(default=None, ge=1)
+    """Leave out training prompts that share this many consecutive words with an evaluation problem (13 is usual); they
+    are listed in rejects/. `tropd contamination` shows what it would do."""
     template: Template = "{prompt}"
     """Text around each prompt, with {prompt} in its place, such as an instruction to box the answer."""
     chat: bool = False

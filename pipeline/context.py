@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from tropd.pipeline.config import Config, DataConfig, ModelConfig, to_plain
 from tropd.pipeline.configuration import ResolvedConfig
+from tropd.pipeline.decontamination import find_overlaps
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
@@ -27,7 +29,7 @@ from tropd.pipeline.models import (
 from tropd.pipeline.progress import Reporter
 from tropd.pipeline.prompts import Prompt, encode_prompts, refuse, scan_prompts, write_rejects
 from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity
-from tropd.storage.atomic import content_digest
+from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
 from tropd.storage.manifest import Manifest, read_manifest
@@ -179,7 +181,26 @@ def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Pr
     data = run.config.data
     room = max_length - run.config.rollout.max_tokens
     need_answer = run.config.prefixes.keep == "correct"
-    return _usable_prompts(run, data, data.prompts, "prompts", tokenizer, room, data.limit, need_answer)
+    left_out = _contaminated(run)
+    return _usable_prompts(
+        run, data, data.prompts, "prompts", tokenizer, room, data.limit, need_answer, left_out
+    )
+
+
+def _contaminated(run: Run) -> set[str]:
+    """Ids of training prompts that are left out because an evaluation problem is like them; they are listed."""
+    words = run.config.data.decontaminate
+    if words is None:
+        return set()
+    found, compared = find_overlaps(run.workspace, run.config, words)
+    target = run.workspace.root / "rejects" / "contaminated.jsonl"
+    write_text_atomic(target, "".join(json.dumps(vars(overlap)) + "\n" for overlap in found))
+    if found:
+        run.reporter.warning(
+            f"{len(found)} of {compared} training prompts share {words} words with an evaluation problem and are left "
+            f"out; {target} lists them"
+        )
+    return {overlap.prompt for overlap in found}
 
 
 def evaluation_problems(
@@ -202,10 +223,12 @@ def _usable_prompts(
     room: int,
     limit: int | None,
     need_answer: bool,
+    left_out: Collection[str] = (),
 ) -> tuple[list[Prompt], list[list[int]]]:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
     path = run.workspace.resolve(file)
     prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
+    prompts = [prompt for prompt in prompts if prompt.id not in left_out]
     prompts, encoded, unfit = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit)
     rejects = sorted([*bad_lines, *unfit], key=lambda reject: reject.line)
     if not data.skip_bad:
@@ -243,6 +266,11 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
     names = {"id_field", "prompt_field", "answer_field", "template", "chat"}
     names |= {"limit"} if which == "prompts" else set()
+    if which == "prompts" and data.decontaminate is not None:
+        names |= {"decontaminate"}
+        for benchmark, other in run.config.problem_files.items():
+            problems = run.workspace.resolve(other.evaluation)
+            fields[f"data.decontaminate.{benchmark or 'evaluation'}"] = content_digest(problems)
     return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
 
 

@@ -26,6 +26,8 @@ class Prompt:
     id: str
     text: str
     answer: str | None
+    domain: str = ""
+    """What it is about, where the file says so."""
     line: int = field(default=0, compare=False)
     """Where it is in its file, counted from 1."""
 
@@ -125,6 +127,7 @@ def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> P
         id=str(record.get(config.id_field, number)),
         text=config.template.replace("{prompt}", text),
         answer=None if answer is None else str(answer),
+        domain=str(record.get(config.domain_field, "")),
         line=number,
     )
 

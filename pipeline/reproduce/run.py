@@ -20,10 +20,11 @@ from tropd.pipeline.evaluation.evaluate import read_marks
 from tropd.pipeline.evaluation.statistics import Estimate, average
 from tropd.pipeline.prefixes import generate_prefixes
 from tropd.pipeline.progress import Reporter
-from tropd.pipeline.reproduce.fetch import EVALUATIONS, fetch, training_source
+from tropd.pipeline.reproduce.fetch import EVALUATIONS, training_source
 from tropd.pipeline.reproduce.tables import Setting, Table
 from tropd.pipeline.scoring import score_teacher
 from tropd.pipeline.sft import RESULT, sft
+from tropd.pipeline.sources import fetch_sources
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.workspace import Workspace
 
@@ -95,8 +96,7 @@ def reproduce(job: Job, reporter: Reporter) -> Result:
         if run.config.demo.enabled:
             prepare(run)
         else:
-            for source in (training_source(setting.domains, run.config.data.limit), *EVALUATIONS):
-                fetch(source, run.workspace.root)
+            fetch_sources(run, [training_source(setting.domains, run.config.data.limit), *EVALUATIONS])
         # Teacher trajectories need no student, but its tokenizer is compared: where SFT makes it, that of its base.
         before = run
         if setting.sft_from is not None:

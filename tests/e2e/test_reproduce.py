@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from tropd.pipeline.configuration import load_objective, parse_config, recipe_text
-from tropd.pipeline.reproduce.fetch import Source, fetch
 from tropd.pipeline.reproduce.tables import load_table, table_names
-from tropd.storage.errors import ConfigError, DataError
 
 TINY = {
     "demo.train_problems": 24,
@@ -87,33 +85,3 @@ def test_a_dry_run_needs_no_gpu_and_no_network(
     refused = tropd("reproduce", "table9", "-w", tmp_path)
     assert refused.code == 2
     assert "table3, table4, table5, table6" in refused.output
-
-
-def test_problems_are_fetched_once_with_nested_columns(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
-    stored = tmp_path / "stored"
-    stored.mkdir()
-    records = [
-        {"domain": domain, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "…"}]}
-        for domain, text in (
-            ("math", "1+1?"),
-            ("code", "sort"),
-            ("math", "1+1?"),
-            ("math", "2+2?"),
-            ("math", "3+3?"),
-        )
-    ]
-    (stored / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
-    source = Source(
-        "data/t.jsonl", str(stored), "train", "conversations.0.value", where={"domain": ["math"]}, limit=2
-    )
-    assert fetch(source, tmp_path) == 2
-    lines = [json.loads(line) for line in (tmp_path / "data" / "t.jsonl").read_text().splitlines()]
-    assert lines == [{"id": "0", "prompt": "1+1?"}, {"id": "1", "prompt": "2+2?"}]
-    assert fetch(source, tmp_path) == 0
-    with pytest.raises(DataError, match="no column 'question'; there are conversations, domain"):
-        fetch(Source("data/u.jsonl", str(stored), "train", "question"), tmp_path)
-    with pytest.raises(DataError, match="has no record with"):
-        fetch(Source("data/u.jsonl", str(stored), "train", "domain", where={"domain": ["art"]}), tmp_path)
-    with pytest.raises(ConfigError, match=r"put the problems into data/u\.jsonl"):
-        fetch(Source("data/u.jsonl", str(tmp_path / "nowhere"), "train", "x"), tmp_path)
