@@ -31,7 +31,7 @@ SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
 DAMAGED = "damaged"
 # What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
 _COMPANIONS = {
-    "train": ("metrics.jsonl", "samples.jsonl", "tensorboard", "non-finite-step-*.json"),
+    "train": ("metrics.jsonl", "samples.jsonl", "trace.json", "tensorboard", "non-finite-step-*.json"),
     "report": ("*",),
 }
 

@@ -22,6 +22,8 @@ _NO_TEXT = "◌"
 @dataclass(frozen=True)
 class ShownToken:
     text: str
+    after: str
+    """The line break at its end, which has no colour."""
     kind: str
     """CSS class: ``guidance``, ``trust`` or ``outlier``."""
     percent: float | None
@@ -80,7 +82,7 @@ def _step_text(found: SampledStep) -> str:
 
 
 def _response(response: SampledResponse) -> ShownResponse:
-    guidance = [ShownToken(_shown(text), "guidance", None, _guidance(text)) for text in response.guidance]
+    guidance = [ShownToken(*_shown(text), "guidance", None, _guidance(text)) for text in response.guidance]
     return ShownResponse(
         prompt=response.prompt,
         prompt_id=response.prompt_id,
@@ -116,7 +118,7 @@ def _token(token: StudentToken) -> ShownToken:
         lines.append("The teacher’s likeliest")
         lines += [f"{_named(a.text)}\t{_percent(a.probability)}" for a in token.alternatives]
     kind = "outlier" if token.outlier > 0.5 else "trust"
-    return ShownToken(_shown(token.text), kind, round(100 * token.p_trust, 1), "\n".join(lines))
+    return ShownToken(*_shown(token.text), kind, round(100 * token.p_trust, 1), "\n".join(lines))
 
 
 def _guidance(text: str) -> str:
@@ -131,8 +133,11 @@ def _region(token: StudentToken) -> str:
     return "trust region" if token.trust > 0 else "none"
 
 
-def _shown(text: str) -> str:
-    return text.translate(_SHOWN_AS) or _NO_TEXT
+def _shown(text: str) -> tuple[str, str]:
+    """The text as it is shown, and the line break at its end."""
+    shown = text.translate(_SHOWN_AS) or _NO_TEXT
+    inside = shown.removesuffix("\n")
+    return inside, shown[len(inside) :]
 
 
 def _named(text: str) -> str:

@@ -112,7 +112,7 @@ def test_foreign_files_are_named_and_left_alone(workspace: Workspace) -> None:
     (workspace.stage("scores") / "sub" / "x").write_text("mine")
     (workspace.stage("scores") / ".tmp-1-part").write_text("interrupted")
     (workspace.stage("train")).mkdir()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "trace.json"):
         (workspace.stage("train") / name).write_text("{}\n")
     findings = verify_workspace(workspace)
     assert [(f.severity, f.path) for f in findings] == [

@@ -98,6 +98,7 @@ def test_the_acceptance_map_says_what_became_of_each_token(finished: Workspace) 
     rejected = "“=”\nregion\toutlier\nP_trust\t0\u00a0%\nstudent\t77.9\u00a0%\nteacher\t0\u00a0%\n"
     rejected += "The teacher’s likeliest\n“+”\t75\u00a0%\n“1+”\t12.5\u00a0%"
     assert f'<span class="t outlier" style="--p:0" title="{rejected}">=</span>' in html
+    assert ">↵</span>\n<span" in html, "a line break has no colour, and is there once"
     found = json.loads((finished.root / "report" / "report.json").read_text())["acceptance"]
     assert [f["step"] for f in found] == [0, 14, 28, 42, 57, 71, 85, 99]
     assert found[0]["p_trust_mean"] == pytest.approx(5 / 6 * 2.718281828**-0.25)
