@@ -52,7 +52,7 @@ BYTES = byte_tokenizer()
 
 
 def make_inputs(rows: list[Row], teacher: list[float], topk: RaggedTopk | None = None) -> StepInputs:
-    outlier = np.array([i % 3 == 0 for i in range(len(teacher))], dtype=np.float32)
+    outlier = np.isin(np.arange(len(teacher)), (0, 4)).astype(np.float32)
     data = TeacherData(np.array(teacher, dtype=np.float32), None, topk or RaggedTopk.empty())
     return StepInputs(rows, data, Regions(np.float32(1) - outlier, outlier), None, None, 0.0)
 
@@ -113,6 +113,7 @@ def test_numbers_stand_at_their_tokens() -> None:
     assert [t.p_trust for t in last.tokens] == [0.0, 0.5]
     assert [t.teacher_logprob for t in last.tokens] == [None, round(LOG(0.25), 5)]
     assert [(t.trust, t.outlier) for t in first.tokens] == [(0.0, 1.0), (1.0, 0.0), (1.0, 0.0)]
+    assert [(t.trust, t.outlier) for t in last.tokens] == [(1.0, 0.0), (0.0, 1.0)]
     assert [(a.text, a.probability) for a in first.tokens[1].alternatives] == [
         ("2", pytest.approx(0.6, abs=1e-5)),
         ("3", pytest.approx(0.3, abs=1e-5)),
