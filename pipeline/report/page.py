@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -21,6 +20,7 @@ from tropd.pipeline.report import drawing
 from tropd.pipeline.report.acceptance import show_samples
 from tropd.pipeline.report.collect import build_report
 from tropd.pipeline.report.drawing import Plot
+from tropd.pipeline.report.formats import count, duration, human_bytes, percent, points, visible
 from tropd.pipeline.report.plots import WHO_COLORS, draw_report
 from tropd.pipeline.report.schema import Evaluation, Mode, Report
 from tropd.pipeline.status import EVALUATED
@@ -29,7 +29,6 @@ from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.fingerprint import flatten
 from tropd.storage.workspace import Workspace
 
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
 _STEP_PARTS = {
     "rollout": "sampling responses",
     "score": "waiting for the teacher",
@@ -272,46 +271,9 @@ def _config_rows(report: Report) -> dict[str, list[dict[str, str]]]:
     return sections
 
 
-def percent(share: float) -> str:
-    """``0.402`` → ``40.2 %`` (with a space that does not break)."""
-    return f"{100 * share:.1f}\u00a0%"
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def count(number: float) -> str:
-    return f"{number:,.0f}"
-
-
-def human_bytes(number: float) -> str:
-    if number < 1000:
-        return f"{number:.0f}\u00a0bytes"
-    units = ("kB", "MB", "GB", "TB")
-    power = min(len(units), int(math.log10(number) // 3))
-    return f"{number / 1000**power:.3g}\u00a0{units[power - 1]}"
-
-
-def duration(seconds: float) -> str:
-    """Such as ``4.2 s``, ``3 min 5 s`` or ``2 h 10 min``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f}\u00a0s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60}\u00a0min {whole % 60}\u00a0s"
-    return f"{whole // 3600}\u00a0h {whole % 3600 // 60}\u00a0min"
-
-
 def _subscripts(text: str) -> Markup:
     """π_T and its like as one writes them; everything else is escaped."""
     return Markup(re.sub(r"(π|P)_(\w+)", r"\1<sub>\2</sub>", str(escape(text))))
-
-
-def visible(text: str) -> str:
-    """Text with control characters shown as symbols: models write them, and HTML does not allow them."""
-    return re.sub(r"\r\n?", "\n", text).translate(_CONTROL)
 
 
 def _resource(name: str) -> str:

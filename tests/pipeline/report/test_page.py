@@ -13,7 +13,7 @@ from page_checks import HOSTILE, text_of
 
 from tropd.pipeline.report.collect import build_report
 from tropd.pipeline.report.curves import CURVES
-from tropd.pipeline.report.page import duration, headline, human_bytes, points, write_report
+from tropd.pipeline.report.page import headline, write_report
 from tropd.pipeline.training.samples import StepSample
 from tropd.storage.workspace import Workspace
 
@@ -171,23 +171,3 @@ def test_the_headline_says_what_happened(empty_workspace: Workspace, tools: Tool
     assert said(before="after", after="before").startswith("The student fell from")
     assert said(before="before").startswith("Before training the student has")
     assert said(after="after").startswith("The trained student has")
-
-
-def test_numbers_for_people() -> None:
-    assert [human_bytes(n) for n in (0, 999, 1000, 611_000, 1.5e9, 2e15)] == [
-        "0\u00a0bytes",
-        "999\u00a0bytes",
-        "1\u00a0kB",
-        "611\u00a0kB",
-        "1.5\u00a0GB",
-        "2e+03\u00a0TB",
-    ]
-    assert [duration(s) for s in (0.04, 59.94, 59.99, 145.4, 3599.7, 7800)] == [
-        "0.0\u00a0s",
-        "59.9\u00a0s",
-        "1\u00a0min 0\u00a0s",
-        "2\u00a0min 25\u00a0s",
-        "1\u00a0h 0\u00a0min",
-        "2\u00a0h 10\u00a0min",
-    ]
-    assert (points(0.342), points(-0.01)) == ("+34.2", "−1.0")

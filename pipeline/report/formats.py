@@ -1,0 +1,45 @@
+"""Numbers and texts as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
+
+
+def percent(share: float) -> str:
+    """``0.402`` → ``40.2 %`` (with a space that does not break)."""
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def human_bytes(number: float) -> str:
+    if number < 1000:
+        return f"{number:.0f}\u00a0bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = min(len(units), int(math.log10(number) // 3))
+    return f"{number / 1000**power:.3g}\u00a0{units[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``4.2 s``, ``3 min 5 s`` or ``2 h 10 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}\u00a0s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}\u00a0min {whole % 60}\u00a0s"
+    return f"{whole // 3600}\u00a0h {whole % 3600 // 60}\u00a0min"
+
+
+def visible(text: str) -> str:
+    """Text with control characters shown as symbols: models write them, and HTML does not allow them."""
+    return re.sub(r"\r\n?", "\n", text).translate(_CONTROL)
