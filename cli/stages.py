@@ -247,6 +247,9 @@ def serve_teacher(
         Literal["local", "ray"], typer.Option(help="Where it runs: in this process, or on Ray Serve.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Replicas on Ray Serve, behind one address.")] = 1,
+    domain: Annotated[
+        str, typer.Option(help="Serve the teacher of this domain (teacher.by_domain).", show_default=False)
+    ] = "",
     exit_with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -261,7 +264,9 @@ def serve_teacher(
         else:
             stdout.print(f"teacher service ready at {url}", markup=False)
 
-    run = open_run(workspace, assignments)
+    from tropd.pipeline.teachers import with_only
+
+    run = with_only(open_run(workspace, assignments), domain)
     if executor == "ray":
         from tropd.pipeline.teacher.cluster import serve_on_ray
 

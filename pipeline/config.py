@@ -122,11 +122,9 @@ class ModelConfig(Spec):
     """What samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
 
 
-class TeacherConfig(ModelConfig):
-    """The teacher, and the service that scores with it during training."""
+class ServedTeacher(ModelConfig):
+    """A teacher, and the service that scores with it during training."""
 
-    model: str = "models/teacher"
-    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
     url: str | tuple[str, ...] | None = None
     """A scoring service that is already running (`tropd serve-teacher`, or vLLM's `vllm serve`), or a list of several
     with the same teacher; if not set, `tropd train` starts one on a free loopback port."""
@@ -150,6 +148,30 @@ class TeacherConfig(ModelConfig):
     def urls(self) -> tuple[str, ...]:
         """The addresses of running services; none if one is to be started."""
         return (self.url,) if isinstance(self.url, str) else self.url or ()
+
+
+class DomainTeacher(ServedTeacher):
+    """The teacher of one domain's prompts. Fields are those of [teacher]."""
+
+    domain: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")
+    """The domain, as prompts name it (data.domain_field)."""
+
+
+class TeacherConfig(ServedTeacher):
+    """The teacher, and the service that scores with it during training."""
+
+    model: str = "models/teacher"
+    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+    by_domain: tuple[DomainTeacher, ...] = ()
+    """Other teachers for prompts of some domains. All must have the student's tokenizer."""
+
+    @field_validator("by_domain")
+    @classmethod
+    def _once_each(cls, teachers: tuple[DomainTeacher, ...]) -> tuple[DomainTeacher, ...]:
+        names = [teacher.domain for teacher in teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a domain has one teacher, not several ({', '.join(names)})")
+        return teachers
 
 
 class LoraSettings(Spec):

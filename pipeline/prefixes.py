@@ -18,7 +18,6 @@ from tropd.pipeline.context import (
     data_fields,
     engine_fields,
     model_fields,
-    open_engine,
     role_max_length,
     role_tokenizer,
     training_prompts,
@@ -27,6 +26,15 @@ from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
+from tropd.pipeline.teachers import (
+    GENERAL,
+    EngineSlot,
+    batched,
+    fields_of_all,
+    grouped,
+    teachers_in_use,
+    with_only,
+)
 from tropd.storage.errors import DataError
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest
@@ -54,6 +62,15 @@ class Source:
     keep: Literal["all", "correct"]
     shard_prompts: int
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of one shard; they have the same teacher."""
+
+    teacher: str
+    prompts: Sequence[Prompt]
+    encoded: Sequence[Sequence[int]]
 
 
 def teacher_source(run: Run) -> Source:
@@ -98,13 +115,21 @@ def fingerprint(run: Run, source: Source) -> Fingerprint:
         for name, value in vars(source).items()
         if name not in ("stage", "author", "batch_size")
     }
-    fields |= data_fields(run, "prompts") | model_fields(run, source.author)
-    fields |= engine_fields(run, source.author)
+    fields |= data_fields(run, "prompts") | _author_fields(run, source)
+    if run.config.teacher.by_domain:  # shards hold the prompts of one teacher each
+        fields["teacher.domains"] = ",".join(own.domain for own in run.config.teacher.by_domain)
     fields["run.seed"] = run.config.run.seed
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
         fields["evaluation.grader"] = run.config.evaluation.grader
     return Fingerprint(fields)
+
+
+def _author_fields(run: Run, source: Source) -> dict[str, Scalar]:
+    def of(run: Run) -> dict[str, Scalar]:
+        return model_fields(run, source.author) | engine_fields(run, source.author)
+
+    return fields_of_all(run, teachers_in_use(run), of) if source.author == "teacher" else of(run)
 
 
 def generate_prefixes(run: Run, *, execution: Execution = HERE, force: bool = False) -> Manifest:
@@ -123,21 +148,28 @@ def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = Fa
 
 
 def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Manifest:
-    check_pair(run)
+    for name in teachers_in_use(run):
+        check_pair(with_only(run, name))
     num_prompts = 0
 
     def plan() -> Work:
         nonlocal num_prompts
-        tokenizer = role_tokenizer(run, source.author)
-        prompts, encoded = training_prompts(run, tokenizer, role_max_length(run, source.author))
+        tokenizer = role_tokenizer(run, "student")
+        authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
+        room = min(role_max_length(with_only(run, name), source.author) for name in authors)
+        prompts, encoded = training_prompts(run, tokenizer, room)
         prompts, encoded = prompts[: source.limit], encoded[: source.limit]
         num_prompts = len(prompts)
-        starts = range(0, len(prompts), source.shard_prompts)
-        shards = [
-            ShardSpec(number, (_shard_name(number),), min(source.shard_prompts, len(prompts) - start))
-            for number, start in enumerate(starts)
+        batches = [
+            Batch(name, [prompts[i] for i in part], [encoded[i] for i in part])
+            for name, indices in grouped(run, prompts)
+            for part in batched(indices, source.shard_prompts)
         ]
-        opener = partial(open_generator, source, prompts, encoded)
+        shards = [
+            ShardSpec(number, (_shard_name(number),), len(batch.prompts))
+            for number, batch in enumerate(batches)
+        ]
+        opener = partial(open_generator, source, batches)
         return Work(f"{source.author} {source.stage}", "prompts", shards, opener)
 
     def finish(stage: Stage) -> None:
@@ -148,21 +180,19 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
     )
 
 
-def open_generator(
-    source: Source, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], run: Run
-) -> Maker:
-    """Load the author; what is returned writes one shard of trajectories after another."""
-    engine, tokenizer = open_engine(run, source.author, batch_size=source.batch_size)
+def open_generator(source: Source, batches: Sequence[Batch], run: Run) -> Maker:
+    """What is returned writes one shard of trajectories after another; the author is loaded at the first."""
+    authors = EngineSlot(run, source.author, batch_size=source.batch_size)
     step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
-        start = number * source.shard_prompts
-        stop = min(start + source.shard_prompts, len(prompts))
+        batch = batches[number]
+        engine, tokenizer = authors.open(batch.teacher if source.author == "teacher" else GENERAL)
         rows: list[Trajectory] = []
-        for low in range(start, stop, step):
-            high = min(low + step, stop)
-            rows += _sample(run, source, engine, tokenizer, prompts[low:high], encoded[low:high])
-            advance(high - low)
+        for low in range(0, len(batch.prompts), step):
+            prompts = batch.prompts[low : low + step]
+            rows += _sample(run, source, engine, tokenizer, prompts, batch.encoded[low : low + step])
+            advance(len(prompts))
         return {_shard_name(number): write_trajectories(folder / _shard_name(number), rows)}
 
     return make

@@ -21,15 +21,15 @@ from tropd.pipeline.context import (
     engine_fields,
     finished,
     model_fields,
-    open_engine,
     role_vocab_size,
     section_fields,
 )
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
+from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
 from tropd.storage.atomic import atomic_file
 from tropd.storage.errors import TropdError
-from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage
 from tropd.storage.topk_cache import TopK, concatenate, prune, read_topk, write_topk
@@ -52,9 +52,12 @@ ROWS_SCHEMA = pa.schema(
 
 def fingerprint(run: Run, source: Manifest) -> Fingerprint:
     """Everything that decides the scores: the trajectories, the teacher, and what is kept."""
-    fields = model_fields(run, "teacher") | {f"upstream.{source.stage}": source.fingerprint}
-    fields |= engine_fields(run, "teacher")
-    fields["teacher.vocab_size"] = role_vocab_size(run, "teacher")
+
+    def of(run: Run) -> dict[str, Scalar]:
+        fields = model_fields(run, "teacher") | engine_fields(run, "teacher")
+        return fields | {"teacher.vocab_size": role_vocab_size(run, "teacher")}
+
+    fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
     return Fingerprint(fields)
 
@@ -86,8 +89,9 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
     source_folder = run.workspace.stage(source_stage)
     source = finished(run, source_stage, COMMANDS[source_stage])
     shards = list(source.shards.values())
-    engine, _ = open_engine(run, "teacher", batch_size=1, batch_tokens=run.config.scores.batch_tokens)
     config = run.config.scores
+    teachers = EngineSlot(run, "teacher", batch_tokens=config.batch_tokens)
+    teacher_of = prompt_teachers(run) if run.config.teacher.by_domain else {}
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
         shard = shards[number]
@@ -95,6 +99,14 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
         keys, parts = [], []
         trajectories = read_trajectories(source_folder / shard.name)
         while rows := list(islice(trajectories, ROWS_PER_CALL)):
+            names = {teacher_of.get(row.prompt_id, GENERAL) for row in rows}
+            if len(names) > 1:
+                raise TropdError(
+                    f"{shard.name} of {source_stage} holds prompts of several teachers: it was made before "
+                    "teacher.by_domain was what it is",
+                    hint=f"tropd {COMMANDS[source_stage]} -w {run.workspace.root} --force",
+                )
+            engine, _ = teachers.open(*names)
             keys += [(row.prompt_id, row.sample_index) for row in rows]
             parts.append(_score(engine, rows, config.k, config.mass))
             advance(len(rows))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.context import Run, model_fields, role_max_length
+from tropd.pipeline.context import Run, model_fields, role_max_length, with_teacher
 from tropd.pipeline.models import (
     check_lengths,
     model_directory,
@@ -20,13 +20,14 @@ from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command
+from tropd.pipeline.teachers import fields_of_all, teachers_in_use, with_only
 from tropd.pipeline.tokenizers import differing_parts, tokenizer_identity
 from tropd.storage.errors import ConfigError
 from tropd.storage.fingerprint import Scalar
 
 
 def local_teacher(run: Run) -> Path | None:
-    """The teacher's directory; None where it is not on this machine and ``teacher.url`` names who has it."""
+    """The directory of a run's one teacher; None where it is not on this machine and ``teacher.url`` names who has it."""
     teacher = run.config.teacher
     if teacher.urls and not model_is_here(run.workspace, teacher):
         return None
@@ -34,7 +35,43 @@ def local_teacher(run: Run) -> Path | None:
 
 
 def teacher_fields(run: Run) -> dict[str, Scalar]:
-    """Fingerprint fields of the teacher: of its directory, or what its servers say where there is none here."""
+    """Fingerprint fields of all teachers: of a directory, or what the servers say where there is none here."""
+    return fields_of_all(run, teachers_in_use(run), _fields)
+
+
+def connect_teachers(
+    run: Run,
+    stack: ExitStack,
+    *,
+    tokenizer: Any,
+    needed_length: int,
+    on_wait: Callable[[str], None],
+    sleep: Callable[[float], None],
+    known: Mapping[str, str] | None = None,
+) -> dict[str, TeacherClient]:
+    """A client for every teacher in use, by the teacher's name; see ``connect_teacher``.
+
+    Args:
+        known: addresses of local services that another process of the run has started.
+    """
+    clients = {}
+    for name in teachers_in_use(run):
+        own = with_only(run, name)
+        if known is not None and not own.config.teacher.urls:
+            own = with_teacher(own, known[name])
+        clients[name] = connect_teacher(
+            own,
+            stack,
+            tokenizer=tokenizer,
+            needed_length=needed_length,
+            on_wait=on_wait,
+            sleep=sleep,
+            domain=name,
+        )
+    return clients
+
+
+def _fields(run: Run) -> dict[str, Scalar]:
     if local_teacher(run) is not None:
         return model_fields(run, "teacher")
     with _client(run, run.config.teacher.urls, run.reporter.warning, time.sleep) as client:
@@ -55,10 +92,13 @@ def connect_teacher(
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
+    domain: str = "",
 ) -> TeacherClient:
     """A client whose servers are known to fit; what was started is stopped when ``stack`` closes.
 
     Args:
+        run: with one teacher.
+        domain: whose teacher that is, where there are several.
         tokenizer: the student's.
         needed_length: tokens of the longest prompt and response together.
         on_wait: told why nothing happens while a server is away.
@@ -74,9 +114,9 @@ def connect_teacher(
         response = run.config.rollout.max_tokens
         check_lengths(role_max_length(run, "teacher"), needed_length - response, response, who="the teacher")
     if not urls:
-        run.reporter.info("train: starting a local teacher service")
-        command = serve_command(run.workspace.root, run.assignments)
-        log = run.workspace.logs / "teacher-service.log"
+        run.reporter.info(f"train: starting a local teacher service{domain and f' for {domain}'}")
+        command = serve_command(run.workspace.root, run.assignments, domain)
+        log = run.workspace.logs / f"teacher-service{domain and f'-{domain}'}.log"
         urls = (stack.enter_context(LocalTeacher(command, log)).url,)
     client = stack.enter_context(_client(run, urls, on_wait, sleep))
     identity = tokenizer_identity(tokenizer)

@@ -108,9 +108,10 @@ class LocalTeacher:
                 break
 
 
-def serve_command(workspace: Path, assignments: Sequence[str]) -> list[str]:
-    """The command that serves a run's teacher."""
+def serve_command(workspace: Path, assignments: Sequence[str], domain: str = "") -> list[str]:
+    """The command that serves a run's teacher (with ``domain``, that of the domain)."""
     command = [sys.executable, "-m", "tropd.cli.main", "serve-teacher", "--workspace", str(workspace)]
     for assignment in assignments:
         command += ["--set", assignment]
+    command += ["--domain", domain] if domain else []
     return [*command, "--port", "0", "--exit-with-parent", "--json"]

@@ -26,6 +26,7 @@ from tropd.pipeline.models import DTYPES, load_model, pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
+from tropd.pipeline.teachers import teachers_in_use, with_only
 from tropd.pipeline.training.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -116,8 +117,8 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         world = stack.enter_context(join_world(pick_device(run.config.runtime.device)))
         if not world.leads:
             run = replace(run, reporter=SILENT)
-        if world.leads and local_teacher(run) is not None:
-            check_pair(run)
+        if world.leads:
+            _check_pairs(run)
         # One process writes; the others learn whether there is anything to do, and from where.
         stage = stack.enter_context(_open(run, force)) if world.leads else None
         manifest = world.tell(None if stage is None else stage.manifest)
@@ -131,6 +132,13 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         stack.enter_context(stop_on_signal(stop))
         _run_steps(session, stage, stop)
         return world.tell(None if stage is None else stage.manifest) or manifest
+
+
+def _check_pairs(run: Run) -> None:
+    for name in teachers_in_use(run):
+        own = with_only(run, name)
+        if local_teacher(own) is not None:
+            check_pair(own)
 
 
 def _open(run: Run, force: bool) -> AbstractContextManager[Stage]:

@@ -174,7 +174,14 @@ def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
 def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
     if session.stored is not None and session.cached is not None:
         return session.cached.responses(rows, session.stored, session.run.config.objective.k)
-    if session.scorer is None:
+    if not session.scorers:
         return TeacherData.nothing()
-    objective = session.run.config.objective
-    return ask_teacher(session.scorer, rows, objective, session.needs, session.vocab_limit, session.aside)
+    return ask_teacher(
+        session.scorers,
+        rows,
+        session.run.config.objective,
+        session.needs,
+        session.vocab_limit,
+        session.aside,
+        teacher_of=session.teacher_of,
+    )

@@ -22,7 +22,6 @@ from tropd.pipeline.context import (
     load_role,
     open_vllm,
     training_prompts,
-    with_teacher,
 )
 from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
 from tropd.pipeline.engines.process import SamplingProcess
@@ -39,7 +38,8 @@ from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES
 from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.connection import connect_teacher, teacher_fields
+from tropd.pipeline.teacher.connection import connect_teachers, teacher_fields
+from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.lora import add_adapters, merged_state
@@ -79,7 +79,8 @@ class Session:
     """Teacher trajectories, for prefixes."""
     stored: TrajectoryStore | None
     """Stored student rollouts, for objectives that train on them."""
-    scorer: TeacherClient | None
+    scorers: dict[str, TeacherClient]
+    """Clients of the teachers by name (see ``teachers``); none where all scores are on disk."""
     cached: CachedScores | None
     reference: Engine | None
     problems: tuple[list[Prompt], list[list[int]]] | None
@@ -102,17 +103,21 @@ class Session:
 
     def traffic(self) -> dict[str, int]:
         """What was asked of the teacher so far, under the names of the metrics."""
-        scorer = self.scorer
+        clients = self.scorers.values()
         return {
-            "teacher_tokens_scored": 0 if scorer is None else scorer.tokens_scored,
-            "teacher_topk_tokens": 0 if scorer is None else scorer.topk_tokens,
-            "teacher_bytes_sent": 0 if scorer is None else scorer.bytes_sent,
-            "teacher_bytes_received": 0 if scorer is None else scorer.bytes_received,
+            "teacher_tokens_scored": sum(client.tokens_scored for client in clients),
+            "teacher_topk_tokens": sum(client.topk_tokens for client in clients),
+            "teacher_bytes_sent": sum(client.bytes_sent for client in clients),
+            "teacher_bytes_received": sum(client.bytes_received for client in clients),
         }
+
+    def teacher_of(self, row: Row) -> str:
+        """Name of the teacher of a row."""
+        return teacher_of(self.run, self.prompts[row.plan.prompt_index].domain)
 
     def retries(self) -> list[int]:
         """Failed attempts so far per server, in the order of ``teacher.url``."""
-        return [] if self.scorer is None else [replica.retries for replica in self.scorer.replicas]
+        return [replica.retries for client in self.scorers.values() for replica in client.replicas]
 
     def reference_logprobs(self, rows: list[Row]) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         """``[T]`` log π_ref of the student's tokens, if the objective scales rewards."""
@@ -195,9 +200,9 @@ def open_session(
         limit = config.train.evaluate_problems
         problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
-    scorer = None
+    scorers = {}
     if needs.sampled and stored is None:
-        scorer = _connect(run, stack, world, student.tokenizer, longest, on_wait, sleep)
+        scorers = _connect(run, stack, world, student.tokenizer, longest, on_wait, sleep)
     passes = StudentPass(student.model)
     shard(passes, world, precision)
     parameters = [p for p in student.model.parameters() if p.requires_grad]
@@ -223,7 +228,7 @@ def open_session(
         precision=precision,
         store=store,
         stored=stored,
-        scorer=scorer,
+        scorers=scorers,
         cached=cached,
         reference=_reference(run, folder),
         problems=problems,
@@ -325,19 +330,20 @@ def _connect(
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
-) -> TeacherClient:
-    """Every process is a client; a local service is started by the first and shared."""
-
-    def connect(run: Run) -> TeacherClient:
-        return connect_teacher(
-            run, stack, tokenizer=tokenizer, needed_length=needed_length, on_wait=on_wait, sleep=sleep
-        )
-
-    if world.size == 1 or run.config.teacher.urls:
-        return connect(run)
-    client = connect(run) if world.leads else None
-    url = world.tell("" if client is None else client.url)
-    return client or connect(with_teacher(run, url))
+) -> dict[str, TeacherClient]:
+    """Every process is a client; local services are started by the first and shared."""
+    connect = partial(
+        connect_teachers,
+        run,
+        stack,
+        tokenizer=tokenizer,
+        needed_length=needed_length,
+        on_wait=on_wait,
+        sleep=sleep,
+    )
+    clients = connect() if world.leads else {}
+    known = world.tell({name: client.url for name, client in clients.items()})
+    return clients or connect(known=known)
 
 
 def _check_prompts(

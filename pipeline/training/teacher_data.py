@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from tropd.pipeline.objectives.partition import Regions, partition_tokens
 from tropd.pipeline.objectives.spec import Objective, TeacherNeeds
 from tropd.pipeline.teacher.protocol import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
+from tropd.pipeline.teachers import GENERAL
 from tropd.pipeline.training.batch import Floats32, RaggedTopk
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.world import ALONE, World
@@ -48,35 +51,56 @@ class TeacherData:
 
 
 def ask_teacher(
-    scorer: Scorer,
+    scorers: Mapping[str, Scorer],
     rows: Sequence[Row],
     objective: Objective,
     needs: TeacherNeeds,
     vocab_limit: int,
     world: World = ALONE,
+    *,
+    teacher_of: Callable[[Row], str] = lambda row: GENERAL,
 ) -> TeacherData:
-    """Have the student's tokens scored: no prompt, no prefix and no padding is asked for."""
+    """Have the student's tokens scored: no prompt, no prefix and no padding is asked for.
+
+    Args:
+        scorers: the teachers by name; they are asked at the same time.
+        teacher_of: name of a row's teacher.
+    """
     items = [
-        ScoreItem(
-            tokens=np.asarray(row.sequence, dtype=np.int32),
-            start=len(row.context),
-            student_logprobs=np.asarray(row.sampler_logprobs, dtype=np.float32),
-            seed=partition_seed(row),
+        (
+            teacher_of(row),
+            ScoreItem(
+                tokens=np.asarray(row.sequence, dtype=np.int32),
+                start=len(row.context),
+                student_logprobs=np.asarray(row.sampler_logprobs, dtype=np.float32),
+                seed=partition_seed(row),
+            ),
         )
         for row in rows
         if row.tokens
     ]
 
-    def ask(share: list[ScoreItem]) -> list[ScoredItem]:
+    def ask_one(name: str, sequences: list[ScoreItem]) -> list[ScoredItem]:
         request = ScoreRequest(
-            sequences=share,
+            sequences=sequences,
             partition=objective.partition,
             topk=needs.topk,
             k=needs.k,
             entropy=needs.entropy,
             vocab_limit=vocab_limit,
         )
-        return list(scorer.score(request).items)
+        return list(scorers[name].score(request).items)
+
+    def ask(share: list[tuple[str, ScoreItem]]) -> list[ScoredItem]:
+        parts: dict[str, list[ScoreItem]] = defaultdict(list)
+        for name, item in share:
+            parts[name].append(item)
+        if len(parts) <= 1:
+            return [answer for name, part in parts.items() for answer in ask_one(name, part)]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            asked = {name: pool.submit(ask_one, name, part) for name, part in parts.items()}
+            answers = {name: iter(future.result()) for name, future in asked.items()}
+        return [next(answers[name]) for name, _ in share]
 
     answers = world.spread(items, ask)
     if not answers:

@@ -27,7 +27,10 @@ def with_url(url: str) -> list[str]:
 def records(workspace: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock measured."""
     lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time_")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "memory_"))}
+        for line in lines
+    ]
 
 
 def final(workspace: Path) -> str:

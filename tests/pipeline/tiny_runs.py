@@ -36,7 +36,7 @@ k = 5
 """
 
 
-def make_models(folder: Path) -> Path:
+def make_models(folder: Path, seed: int = 0) -> Path:
     """A random model of one layer with the demo's tokenizer; teacher and student are the same."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -53,7 +53,7 @@ def make_models(folder: Path) -> Path:
         initializer_range=0.4,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

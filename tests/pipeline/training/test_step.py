@@ -77,7 +77,7 @@ def make_inputs(
     objective: Objective, rows: list[Row], teacher_model: Any, progress: float = 0.1
 ) -> StepInputs:
     scorer = LocalScorer(teacher_model)
-    teacher = ask_teacher(scorer, rows, objective, teacher_needs(objective), V)
+    teacher = ask_teacher({"": scorer}, rows, objective, teacher_needs(objective), V)
     reference = None
     written = [r for r in rows if r.tokens]
     if getattr(objective.trust.loss, "reward_scale", 1.0) != 1.0:
@@ -242,7 +242,7 @@ def test_a_teacher_that_excludes_every_token_gives_finite_losses(student: Any, t
     rows = make_rows(student, prefixes=False)
     for name in ("opd", "tropd-noguidance", "tropd-clip", "iw-opd"):
         objective = load_objective(name, {"k": 3})
-        asked = ask_teacher(LocalScorer(teacher_model), rows, objective, teacher_needs(objective), V)
+        asked = ask_teacher({"": LocalScorer(teacher_model)}, rows, objective, teacher_needs(objective), V)
         impossible = np.full_like(asked.logprobs, -np.inf)
         topk = RaggedTopk(
             np.arange(len(impossible)),
@@ -270,7 +270,7 @@ def test_only_student_tokens_are_asked_for(student: Any, teacher_model: Any) -> 
             return super().score(request)
 
     objective = load_objective("tropd", {"k": 5})
-    data = ask_teacher(Recorder(teacher_model), rows, objective, teacher_needs(objective), V)
+    data = ask_teacher({"": Recorder(teacher_model)}, rows, objective, teacher_needs(objective), V)
     assert sum(len(i.tokens) - i.start for r in asked for i in r.sequences) == sum(
         len(r.tokens) for r in rows
     )
@@ -296,7 +296,7 @@ def test_alternatives_on_outliers_only_give_the_loss_of_asking_for_all(
                 asked.append(encode_response(answer, k=k, entropy=False))  # noqa: B023
                 return answer
 
-        teacher = ask_teacher(Wire(teacher_model), rows, objective, needs, V)
+        teacher = ask_teacher({"": Wire(teacher_model)}, rows, objective, needs, V)
         inputs = StepInputs(rows, teacher, draw_regions(objective, rows, teacher), None, None, 0.0)
         outcome, gradient = run(student, objective, inputs)
         sizes.append(len(asked[0]))
