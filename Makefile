@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 TYPECHECK := build/typecheck
+# What a program that uses tropd as a library would call.
+API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline.demo !tropd.pipeline.report
 
 # Tiny models are fastest with one thread per process; waiting threads must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps lint types format clean
+.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,6 +71,9 @@ bench-logprobs: $(STAMP)  ## Memory and time of log-probs at a vocabulary of 151
 
 bench-service: $(STAMP)  ## The teacher service under load and fire, and beside vLLM's JSON (docs/service.md)
 	$(BIN)/python tests/benchmarks/bench_service.py
+
+docs: $(STAMP)  ## Pages of the Python API from its docstrings, in build/api
+	$(BIN)/python -m pdoc --output-directory build/api $(API)
 
 lint: $(STAMP)  ## Lint and formatting
 	$(BIN)/ruff check .
