@@ -26,16 +26,15 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's weights; the projections of queries, keys and values are one matrix, and so are gate and up."""
+    """A layer's weights. The projections of queries, keys and values are one matrix, and so are gate and up; a norm's
+    weights are part of the matrix that comes after it."""
 
-    norm1: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norm: Tensor | None
+    """``[heads + kv_heads, 1, D]``: queries and keys are normalised and rotated together."""
     out: Tensor
     out_bias: Tensor | None
-    norm2: Tensor
     gate_up: Tensor
     down: Tensor
 
@@ -50,28 +49,29 @@ class LeanModel:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.eps = config.rms_norm_eps
         self.embedding = inner.embed_tokens.weight
-        self.norm = inner.norm.weight
-        self.head = model.lm_head.weight
+        self.head = model.lm_head.weight * inner.norm.weight
         self.rotary = inner.rotary_emb
-        self.layers = [_layer(layer) for layer in inner.layers]
+        self.layers = [self._layer(layer) for layer in inner.layers]
 
-
-def _layer(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [p.bias for p in projections]
-    return _Layer(
-        norm1=layer.input_layernorm.weight,
-        qkv=torch.cat([p.weight for p in projections]),
-        qkv_bias=None if biases[0] is None else torch.cat(biases),
-        q_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
-        k_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
-        out=attention.o_proj.weight,
-        out_bias=attention.o_proj.bias,
-        norm2=layer.post_attention_layernorm.weight,
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight,
-    )
+    def _layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [p.bias for p in projections]
+        norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
+        qk_norm = None
+        if norms[0] is not None and norms[1] is not None:
+            q_norm, k_norm = norms[0].expand(self.heads, -1), norms[1].expand(self.kv_heads, -1)
+            qk_norm = torch.cat([q_norm, k_norm]).unsqueeze(1)
+        return _Layer(
+            qkv=torch.cat([p.weight for p in projections]) * layer.input_layernorm.weight,
+            qkv_bias=None if biases[0] is None else torch.cat(biases),
+            qk_norm=qk_norm,
+            out=attention.o_proj.weight,
+            out_bias=attention.o_proj.bias,
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            * layer.post_attention_layernorm.weight,
+            down=mlp.down_proj.weight,
+        )
 
 
 class LeanDecoder:
@@ -102,37 +102,46 @@ class LeanDecoder:
         cos, sin = (part.unsqueeze(1) for part in model.rotary(x, positions))
         allowed = _allowed(mask, new)
         for number, layer in enumerate(model.layers):
-            h = functional.rms_norm(x, x.shape[-1:], layer.norm1, model.eps)
+            h = _normed(x, model.eps)
             qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
-            q, k, v = qkv.transpose(1, 2).split((model.heads, model.kv_heads, model.kv_heads), dim=1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = functional.rms_norm(q, q.shape[-1:], layer.q_norm, model.eps)
-                k = functional.rms_norm(k, k.shape[-1:], layer.k_norm, model.eps)
+            qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
+            if layer.qk_norm is not None:
+                qk = _normed(qk, model.eps) * layer.qk_norm
+            q, k = _rotated(qk, cos, sin).split((model.heads, model.kv_heads), dim=1)
             keys, values = self._cache[number]
-            keys[:, :, start:end] = _rotated(k, cos, sin)
+            keys[:, :, start:end] = k
             values[:, :, start:end] = v
-            attended = functional.scaled_dot_product_attention(
-                _rotated(q, cos, sin),
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=allowed,
-                enable_gqa=model.heads != model.kv_heads,
-            )
+            attended = _attended(q, keys[:, :, :end], values[:, :, :end], allowed)
             x = x + functional.linear(
                 attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias
             )
-            h = functional.rms_norm(x, x.shape[-1:], layer.norm2, model.eps)
-            gate, up = functional.linear(h, layer.gate_up).chunk(2, dim=-1)
+            gate, up = functional.linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
-        last = functional.rms_norm(x[:, -1], x.shape[-1:], model.norm, model.eps)
-        return functional.linear(last, model.head).float()
+        return functional.linear(_normed(x[:, -1], model.eps), model.head).float()
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch."""
         self._cache = self._cache[:, :, rows]
 
 
-def _allowed(mask: Tensor, new: int) -> Tensor | None:
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """RMS norm without its weights."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.rsqrt(length * length / x.shape[-1] + eps)
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """Attention ``[B, heads, T, D]``. One new token per row is two small products, for which SDPA's kernel is slow."""
+    if q.shape[2] > 1:
+        grouped = q.shape[1] != keys.shape[1]
+        return functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, enable_gqa=grouped)
+    rows, heads, _, size = q.shape
+    scaled = q.reshape(rows, keys.shape[1], -1, size) * size**-0.5
+    scores = torch.matmul(scaled, keys.transpose(-1, -2)).masked_fill_(~allowed, -torch.inf)
+    return torch.matmul(scores.softmax(dim=-1), values).view(rows, heads, 1, size)
+
+
+def _allowed(mask: Tensor, new: int) -> Tensor:
     """``[B, 1, T, S]`` what each new token may look at: itself, and tokens before it that are no padding."""
     seen = mask.bool()[:, None, None, :]
     if new == 1:

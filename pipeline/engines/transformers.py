@@ -131,30 +131,32 @@ class TransformersEngine:
             device=device,
         )
         draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(steps)[None, :])).to(device)
-        rows = torch.arange(len(prompts), device=device)
+        # Where the rows of the batch are in the output: everywhere, until some have left.
+        place: slice | torch.Tensor = slice(None)
+        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(steps):
             tokens, logprobs = sample_tokens(
                 decoder.forward(ids, positions, mask[:, : width + step]),
-                draws[rows, step],
+                draws[:, step],
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
             )
-            # Rows that are done stay in the batch for a while; what they draw is not recorded.
-            open_rows = ~stopped[rows] & (lengths[rows] < limits[rows])
-            live = rows[open_rows]
-            tokens_out[live, step] = tokens[open_rows]
-            logprobs_out[live, step] = logprobs[open_rows]
-            lengths[live] += 1
-            stopped[live] = torch.isin(tokens[open_rows], self._stop_ids)
-            going = ~stopped[rows] & (lengths[rows] < limits[rows])
+            # Rows that are done stay in the batch for a while; what they draw lies beyond their length.
+            tokens_out[place, step] = tokens
+            logprobs_out[place, step] = logprobs
+            lengths[place] += going
+            stops = (tokens.unsqueeze(-1) == self._stop_ids).any(dim=-1)
+            stopped[place] |= going & stops
+            going = going & ~stops & (limits > step + 1)
             num_going = int(going.sum())
             if num_going == 0:
                 break
             ids, positions = tokens.unsqueeze(-1), next_position
-            if num_going <= 0.75 * len(rows):
+            if num_going <= 0.75 * len(going):
                 keep = going.nonzero().squeeze(-1)
                 decoder.select(keep)
-                rows, ids, mask = rows[keep], ids[keep], mask[keep]
+                place = keep if isinstance(place, slice) else place[keep]
+                ids, mask, draws, limits, going = (t[keep] for t in (ids, mask, draws, limits, going))
                 positions = next_position = next_position[keep]
             next_position = next_position + 1
         return _collect(tokens_out, logprobs_out, lengths, stopped)
