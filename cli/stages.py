@@ -204,6 +204,14 @@ def evaluate(
     ]
     if rows:
         print_table(("problems", "who", "average", "pass@k"), rows)
+    tasks = [
+        (name, who, m["name"], f"{m['value']:.4g}" + ("" if m["stderr"] is None else f" ± {m['stderr']:.2g}"))
+        for name, models in manifest.summary.get("harness", {}).items()
+        for who, metrics in models.items()
+        for m in metrics
+    ]
+    if tasks:
+        print_table(("lm-eval", "who", "metric", "value ± standard error"), tasks)
 
 
 def _interval(estimate: dict[str, float]) -> str:

@@ -369,6 +369,27 @@ class Benchmark(Spec):
     """See data.template."""
 
 
+class HarnessTask(Spec):
+    """A task of lm-eval (pip install "tropd[bench]"), which runs it in a process of its own."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
+    """Name in tables."""
+    task: str = Field(min_length=1)
+    """Its name in lm-eval, such as `gpqa_diamond_cot_zeroshot`, `mmlu_redux_generative` or `ifeval`."""
+    folder: str | None = None
+    """Folder with task files of your own; a relative path is inside the workspace."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first this many problems."""
+    fewshot: int | None = Field(default=None, ge=0)
+    """Examples in the prompt; what the task says if not set."""
+    batch_size: int = Field(default=8, ge=1)
+    """Problems at once, where vLLM does not decide that itself."""
+    generation: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Settings of generation: `{ do_sample = true, temperature = 0.6, max_gen_toks = 8096 }`."""
+    runs_code: bool = False
+    """The task runs code that the model wrote. It then runs without network; where that is not possible, not at all."""
+
+
 class EvaluationConfig(Spec):
     """Accuracy on held-out problems: before, after, and the teacher's."""
 
@@ -396,6 +417,8 @@ class EvaluationConfig(Spec):
     """The k of pass@k that are reported; each at most `samples`."""
     benchmarks: tuple[Benchmark, ...] = ()
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
+    harness: tuple[HarnessTask, ...] = ()
+    """Tasks of lm-eval, for what it has and we do not."""
 
     @field_validator("answer_pattern")
     @classmethod
@@ -489,9 +512,11 @@ class Config(Spec):
                 f"objective.k ({self.objective.k}) is above scores.k ({self.scores.k}): "
                 "guidance learns from the cache, which does not hold that many alternatives"
             )
-        names = [benchmark.name for benchmark in self.evaluation.benchmarks]
+        names = [b.name for b in self.evaluation.benchmarks] + [t.name for t in self.evaluation.harness]
         if len(set(names)) < len(names):
-            raise ValueError(f"evaluation.benchmarks: names are not unique ({', '.join(names)})")
+            raise ValueError(
+                f"evaluation.benchmarks, evaluation.harness: names are not unique ({', '.join(names)})"
+            )
         for name, part in self.evaluation_sets.items():
             if part.pass_at and max(part.pass_at) > part.samples:
                 raise ValueError(
@@ -524,7 +549,7 @@ class Config(Spec):
     @property
     def evaluation_sets(self) -> dict[str, EvaluationConfig]:
         """Settings of each set of problems by name; that of [evaluation] itself has an empty name."""
-        sets = {"": self.evaluation.model_copy(update={"benchmarks": ()})}
+        sets = {"": self.evaluation.model_copy(update={"benchmarks": (), "harness": ()})}
         for benchmark in self.evaluation.benchmarks:
             own = {n: v for n, v in benchmark if v is not None and n in EvaluationConfig.model_fields}
             sets[benchmark.name] = sets[""].model_copy(update=own)

@@ -7,6 +7,7 @@ responses are committed batch by batch (``…-00000.parquet``), so that a killed
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,9 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.engines.base import Sampler, Sampling
 from tropd.pipeline.evaluation.grading import grade
+from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
+from tropd.pipeline.models import model_directory
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.atomic import atomic_file
 from tropd.storage.fingerprint import Fingerprint, Scalar
@@ -98,10 +101,11 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
         own |= section_fields(
             "evaluation",
             settings,
-            without={"batch_size", "max_tokens", "pass_at", "benchmarks", "grading_seconds"},
+            without={"batch_size", "max_tokens", "pass_at", "benchmarks", "harness", "grading_seconds"},
         )
         own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
         fields |= {f"{prefix}{k}": v for k, v in own.items()}
+    fields |= harness_fields(run)
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | engine_fields(run, role)
@@ -129,10 +133,12 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
+        check_harness(run)
         for who in whom:
             missing = [n for n in run.config.evaluation_sets if not stage.has(_part(n, who))]
             if missing:
                 _evaluate_one(run, stage, who, missing, *_model_of(who, final))
+        _run_harness(run, stage, whom, final)
         _drop_pieces(stage)
         stage.finish(**summarize(run, folder, whom))
         return stage.manifest
@@ -174,6 +180,27 @@ def _evaluate_one(
             stage.commit(part, rows=sum(table.num_rows for table in tables))
 
 
+def _run_harness(run: Run, stage: Stage, whom: Sequence[Who], final: Path) -> None:
+    """Every task on every model; each of them is committed by itself."""
+    jobs = [(task, who) for task in run.config.evaluation.harness for who in whom]
+    if not jobs:
+        return
+    with run.reporter.task("lm-eval", len(jobs), unit="tasks") as progress:
+        for task, who in jobs:
+            name = _harness_part(task.name, who)
+            if not stage.has(name):
+                role, folder = _model_of(who, final)
+                folder = folder or model_directory(run.workspace, getattr(run.config, role), role)
+                log = run.workspace.logs / "lm-eval" / f"{task.name}-{who}.log"
+                metrics = run_task(run, task, role, folder, stage.folder / name, log)
+                stage.commit(name, rows=len(metrics))
+            progress.advance(1, task=task.name, who=who)
+
+
+def _harness_part(name: str, who: Who) -> str:
+    return f"{name}/harness-{who}.json"
+
+
 def _drop_pieces(stage: Stage) -> None:
     """Batches are in their parts by now; what a killed stage has left of them goes too."""
     for piece in [name for name in stage.manifest.shards if _PIECE.search(name)]:
@@ -200,7 +227,7 @@ def _batches(run: Run, name: str, role: str) -> list[_Batch]:
 
 
 def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
-    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks."""
+    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics."""
     accuracy: dict[str, dict[str, float]] = {}
     sampled: dict[str, dict[str, Any]] = {}
     for name, settings in run.config.evaluation_sets.items():
@@ -217,7 +244,14 @@ def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
                     str(k): asdict(pass_at(k, correct, seed=run.config.run.seed)) for k in settings.pass_at
                 },
             }
-    return {"accuracy": accuracy, "sampled": sampled}
+    harness = {
+        task.name: {
+            who: json.loads((folder / _harness_part(task.name, who)).read_text(encoding="utf-8"))
+            for who in whom
+        }
+        for task in run.config.evaluation.harness
+    }
+    return {"accuracy": accuracy, "sampled": sampled, **({"harness": harness} if harness else {})}
 
 
 def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
