@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from tropd.pipeline.report import drawing
 from tropd.pipeline.report.acceptance import show_samples
+from tropd.pipeline.report.benchmarks import benchmark_rows
 from tropd.pipeline.report.collect import build_report
 from tropd.pipeline.report.drawing import Plot
 from tropd.pipeline.report.formats import count, duration, human_bytes, percent, points, visible
@@ -87,6 +88,7 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         css=Markup(_resource("page.css")),
         headline=headline(report.evaluation),
         subtitle=_subtitle(report),
+        benchmarks=benchmark_rows(report),
         contenders=_contenders(report.evaluation),
         figures=_key_figures(report),
         plots=groups,
