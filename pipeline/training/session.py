@@ -160,14 +160,12 @@ def open_session(
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
-    student = _trainable(run, folder, device if world.size == 1 else torch.device("cpu"))
-    if world.size > 1 and config.student.lora is not None:
-        raise ConfigError("student.lora trains in a single process so far", hint="run it without torchrun")
+    student = _trainable(run, folder, device, world)
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
-    whole_model = student.model if world.size == 1 else load_role(run, "student", folder).model
+    whole_model = student.model if world.size == 1 else _whole(run, folder)
     engine, refresh_engine, close_engine = _rollout_engine(
         run, stack, world, student, whole_model, folder, precision
     )
@@ -397,17 +395,34 @@ def _cache(run: Run, source: str, command: str) -> CachedScores:
     return CachedScores(run.workspace.stage(stage), manifest)
 
 
-def _trainable(run: Run, folder: Path, device: torch.device) -> LoadedModel:
-    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these."""
+def _trainable(run: Run, folder: Path, device: torch.device, world: World) -> LoadedModel:
+    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these.
+
+    With several processes all weights are float32 and in main memory: what is sharded together has one type.
+    """
     settings = run.config.student
     remote = settings.trust_remote_code
-    dtype: Dtype = "float32" if settings.lora is None else settings.dtype
+    alone = world.size == 1
+    dtype: Dtype = settings.dtype if settings.lora is not None and alone else "float32"
+    device = device if alone else torch.device("cpu")
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
-    if settings.lora is not None:
-        add_adapters(model, settings.lora, derive_seed(run.config.run.seed, "lora") % 2**31)
+    _adapt(run, model)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+
+
+def _whole(run: Run, folder: Path) -> Any:
+    """A copy of the student for inference beside the sharded one, with the same parameters."""
+    model = load_role(run, "student", folder).model
+    _adapt(run, model)
+    return model
+
+
+def _adapt(run: Run, model: Any) -> None:
+    settings = run.config.student.lora
+    if settings is not None:
+        add_adapters(model, settings, derive_seed(run.config.run.seed, "lora") % 2**31)
 
 
 def _reference(run: Run, folder: Path) -> Engine | None:

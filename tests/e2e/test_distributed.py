@@ -91,3 +91,27 @@ def test_two_processes_refuse_what_needs_one(prepared: Path, copy: Any) -> None:
     )
     assert done.returncode != 0
     assert "train.region_gradients needs a single process" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    adapters = ("--set", "student.lora={rank=4}")
+    alone, both = copy(prepared, name="alone"), copy(prepared, name="both")
+    tropd.ok("train", "-w", alone, "--set", f"teacher.url={teacher_url}", *adapters)
+    process = torchrun(both, teacher_url, *adapters)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    for one, other in zip(records(both), records(alone), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    saved = load_file(both / "train" / "checkpoints" / "step-000008" / "model.safetensors")
+    assert saved
+    assert all("lora_" in name for name in saved)
+    mine, theirs = (load_file(w / "train" / "final" / "model.safetensors") for w in (both, alone))
+    start = load_file(both / "models" / "student" / "model.safetensors")
+    assert mine.keys() == theirs.keys() == start.keys()
+    assert any(float((mine[name] - value).abs().max()) > 1e-4 for name, value in start.items())
+    for name, value in theirs.items():
+        assert float((mine[name] - value).abs().max()) < 5e-3, name
