@@ -77,11 +77,17 @@ def memory_parts(
         processes: those that torchrun starts; weights, gradients and moments are shared out.
     """
     compute = BYTES[config.student.dtype]
-    share = student.parameters / processes
+    adapters = config.student.lora
+    trained = trained_parameters(config, student)
+    # Frozen weights of a single process keep their own precision; what is sharded is float32.
+    width = compute if adapters is not None and processes == 1 else BYTES["float32"]
+    frozen = student.parameters if adapters is not None else 0
+    share = trained / processes
     longest = config.rollout.max_tokens
     tokens = max(config.train.micro_batch_tokens, longest)
     parts = [
-        Part("weights, float32", 4 * share, "more processes"),
+        *([Part("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
+        Part("weights, float32" if not frozen else "adapters", 4 * share, "more processes"),
         Part("gradients", 4 * share, "more processes"),
         Part("AdamW's moments", 8 * share, "more processes"),
         Part(
@@ -98,8 +104,8 @@ def memory_parts(
         ),
     ]
     if config.train.max_staleness and config.student.engine == "transformers":
-        width = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
-        parts.append(Part("student that samples", width * student.parameters, "train.max_staleness = 0"))
+        whole = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
+        parts.append(Part("student that samples", whole * student.parameters, "train.max_staleness = 0"))
     elif processes > 1:
         parts.append(Part("whole student for rollouts", compute * student.parameters, ""))
     if teacher is not None:
@@ -112,6 +118,19 @@ def memory_parts(
         parts.append(Part("teacher: a scoring pass", scoring, "service.batch_tokens"))
     total = sum(part.bytes for part in parts)
     return [*parts, Part("allocator and kernels (estimate)", OVERHEAD * total, "")]
+
+
+def trained_parameters(config: Config, student: ModelShape) -> int:
+    """All of the student's, or those of its adapters."""
+    adapters = config.student.lora
+    return student.parameters if adapters is None else lora_parameters(student, adapters.rank)
+
+
+def lora_parameters(shape: ModelShape, rank: int) -> int:
+    """Parameters of adapters on the seven linear layers of every decoder layer."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
+    return shape.layers * rank * (attention + 3 * (shape.hidden + shape.intermediate))
 
 
 def kv_bytes_per_token(shape: ModelShape, size: int) -> float:
@@ -134,7 +153,7 @@ def disk_bytes(config: Config, student: ModelShape) -> dict[str, float]:
     tokens = prompts * config.prefixes.samples_per_prompt * config.prefix_max_tokens
     return {
         "prefixes and scores": float((8 + CACHE_BYTES) * tokens),
-        "checkpoints": 12.0 * student.parameters * (config.train.keep_checkpoints + 1),
+        "checkpoints": 12.0 * trained_parameters(config, student) * (config.train.keep_checkpoints + 1),
         "final student": float(BYTES[config.student.dtype] * student.parameters),
     }
 

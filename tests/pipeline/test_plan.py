@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tropd.pipeline.config import Config
+from tropd.pipeline.config import Config, LoraSettings
 from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel
 from tropd.pipeline.models import num_parameters
@@ -18,8 +18,10 @@ from tropd.pipeline.plan import (
     activation_bytes,
     disk_bytes,
     kv_bytes_per_token,
+    lora_parameters,
     memory_parts,
 )
+from tropd.pipeline.training.lora import add_adapters
 
 SCALE = Path(__file__).parents[2] / "docs" / "scale.md"
 # Layers, hidden, intermediate, heads, key-value heads, head size, vocabulary, tied: from the models' config.json.
@@ -130,3 +132,25 @@ def test_known_sizes_and_what_more_processes_save() -> None:
     with_teacher = {p.name: p.bytes for p in memory_parts(config, shape, shape, 1)}
     assert with_teacher["teacher"] == 2 * shape.parameters
     assert disk_bytes(config, shape)["checkpoints"] == 12 * shape.parameters * 3
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_adapters_are_counted_as_peft_makes_them(kind: str) -> None:
+    pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    model = make(kind)
+    shape = ModelShape.of(model.config)
+    add_adapters(model, LoraSettings(rank=4), seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lora_parameters(shape, 4) == trained
+
+
+def test_adapters_take_less_than_all_weights() -> None:
+    shape = ModelShape(*(10**9, 28, 2048, 6144, 16, 8, 128, 151_936))
+
+    def total(text: str) -> float:
+        config = parse_config(f"[student]\nmodel = 'x'\n{text}").config
+        return sum(part.bytes for part in memory_parts(config, shape, None, 1))
+
+    everything, adapters = total(""), total("lora = { rank = 16 }")
+    # 16 bytes per parameter for training all, 2 for frozen bfloat16 weights.
+    assert everything - adapters == pytest.approx(1.1 * 14e9, rel=0.05)
