@@ -21,6 +21,8 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary positions whose angles do not depend on how long the sequence is.
+ROTARY = ("default", "linear", "llama3", "yarn")
 TOLERANCE = 1e-4
 
 
@@ -53,6 +55,13 @@ class LeanModel:
         self.rotary = inner.rotary_emb
         self.layers = [self._layer(layer) for layer in inner.layers]
 
+    def angles(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[length, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""
+        positions = torch.arange(length, device=self.embedding.device).unsqueeze(0)
+        cos, sin = self.rotary(self.embedding, positions)
+        half = self.head_dim // 2
+        return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+
     def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -82,6 +91,8 @@ class LeanDecoder:
         self._length = 0
         shape = (len(model.layers), 2, rows, model.kv_heads, capacity, model.head_dim)
         self._cache = model.embedding.new_empty(shape)
+        self._cos, self._sin = model.angles(capacity)
+        self._padded = True
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Float32 logits ``[B, V]`` of the last of the new tokens.
@@ -97,10 +108,13 @@ class LeanDecoder:
             grown = self._cache.new_empty((*self._cache.shape[:4], max(end, 2 * start), model.head_dim))
             grown[..., :start, :] = self._cache[..., :start, :]
             self._cache = grown
+            self._cos, self._sin = model.angles(grown.shape[4])
+        if start == 0:
+            self._padded = not bool(mask.all())
         self._length = end
         x = functional.embedding(ids, model.embedding)
-        cos, sin = (part.unsqueeze(1) for part in model.rotary(x, positions))
-        allowed = _allowed(mask, new)
+        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        allowed = _allowed(mask, new) if self._padded or new > 1 else None
         for number, layer in enumerate(model.layers):
             h = _normed(x, model.eps)
             qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
@@ -130,14 +144,16 @@ def _normed(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(length * length / x.shape[-1] + eps)
 
 
-def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
     """Attention ``[B, heads, T, D]``. One new token per row is two small products, for which SDPA's kernel is slow."""
     if q.shape[2] > 1:
         grouped = q.shape[1] != keys.shape[1]
         return functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, enable_gqa=grouped)
     rows, heads, _, size = q.shape
     scaled = q.reshape(rows, keys.shape[1], -1, size) * size**-0.5
-    scores = torch.matmul(scaled, keys.transpose(-1, -2)).masked_fill_(~allowed, -torch.inf)
+    scores = torch.matmul(scaled, keys.transpose(-1, -2))
+    if allowed is not None:
+        scores.masked_fill_(~allowed, -torch.inf)
     return torch.matmul(scores.softmax(dim=-1), values).view(rows, heads, 1, size)
 
 
@@ -154,7 +170,7 @@ def _allowed(mask: Tensor, new: int) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 def _all_plain(model: Any) -> bool:
@@ -175,6 +191,7 @@ def is_lean(model: Any) -> bool:
         or model.device.type != "cpu"
         or model.dtype != torch.float32
         or getattr(config, "sliding_window", None)
+        or getattr(getattr(model.model, "rotary_emb", None), "rope_type", "") not in ROTARY
         or not _all_plain(model)
     ):
         return False

@@ -37,11 +37,12 @@ def make(kind: str, **options: Any) -> Any:
     return model
 
 
-def generate(model: Any, *, lean: bool, sampling: Sampling) -> list[Generation]:
+def generate(model: Any, *, lean: bool, sampling: Sampling, equal: bool = False) -> list[Generation]:
     engine = TransformersEngine(model, [3], batch_size=5)
     assert engine._is_lean
     engine._is_lean = lean
-    prompts = [np.random.default_rng(n).integers(4, 40, size=1 + n).tolist() for n in range(8)]
+    sizes = [5 if equal else 1 + n for n in range(8)]
+    prompts = [np.random.default_rng(n).integers(4, 40, size=size).tolist() for n, size in enumerate(sizes)]
     return engine.generate(prompts, sampling, seeds=list(range(8)), max_tokens=[3 + 4 * n for n in range(8)])
 
 
@@ -51,20 +52,22 @@ def generate(model: Any, *, lean: bool, sampling: Sampling) -> list[Generation]:
         ("Llama", {}),
         ("Llama", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
         ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
         ("Mistral", {"sliding_window": None, "head_dim": 16}),
         ("Qwen2", {"tie_word_embeddings": True}),
         ("Qwen3", {"head_dim": 16}),
     ],
 )
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0)])
+@pytest.mark.parametrize("equal", [False, True], ids=["padded", "equal"])
 def test_responses_are_those_of_the_model(
-    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], sampling: Sampling
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], sampling: Sampling, equal: bool
 ) -> None:
     monkeypatch.setattr(module, "FIRST_STEPS", 4)  # both caches have to grow
     model = make(kind, **options)
     for one, other in zip(
-        generate(model, lean=True, sampling=sampling),
-        generate(model, lean=False, sampling=sampling),
+        generate(model, lean=True, sampling=sampling, equal=equal),
+        generate(model, lean=False, sampling=sampling, equal=equal),
         strict=True,
     ):
         assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
@@ -85,6 +88,8 @@ def test_new_weights_are_seen_at_once() -> None:
 def test_what_is_not_known_is_left_to_transformers() -> None:
     assert is_lean(make("Qwen3"))
     assert not is_lean(make("Mistral", sliding_window=8))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not is_lean(make("Llama", rope_parameters=dynamic))
     assert not is_lean(make("Qwen3").to(torch.bfloat16))
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2)
