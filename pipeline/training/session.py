@@ -69,6 +69,8 @@ class Session:
     """Rolls out with the student's weights."""
     refresh_engine: Callable[[], None]
     """Give engine and ``whole_model`` the weights as they are now. The engine must be idle."""
+    checked: Engine | None
+    """That engine, where it is another than the trainer's and could have other weights."""
     close_engine: Callable[[], None]
     """End what it does, if it has a process of its own."""
     whole_model: Any
@@ -166,9 +168,8 @@ def open_session(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
     whole_model = student.model if world.size == 1 else _whole(run, folder)
-    engine, refresh_engine, close_engine = _rollout_engine(
-        run, stack, world, student, whole_model, folder, precision
-    )
+    rolling = _rollout_engine(run, stack, world, student, whole_model, folder, precision)
+    engine = rolling.engine
     prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
     store = None
     if objective.schedule.kind != "none":
@@ -214,8 +215,9 @@ def open_session(
         student=student,
         passes=passes,
         engine=engine,
-        refresh_engine=refresh_engine,
-        close_engine=close_engine,
+        refresh_engine=rolling.refresh,
+        checked=rolling.checked,
+        close_engine=rolling.close,
         whole_model=whole_model,
         optimizer=torch.optim.AdamW(
             parameters,
@@ -233,6 +235,16 @@ def open_session(
     )
 
 
+@dataclass(frozen=True)
+class _Rolling:
+    """The engine that rolls out, and what belongs to it; see the fields of ``Session``."""
+
+    engine: Sampler
+    refresh: Callable[[], None]
+    checked: Engine | None = None
+    close: Callable[[], None] = lambda: None
+
+
 def _rollout_engine(
     run: Run,
     stack: ExitStack,
@@ -241,8 +253,7 @@ def _rollout_engine(
     whole_model: Any,
     folder: Path,
     precision: torch.dtype | None,
-) -> tuple[Sampler, Callable[[], None], Callable[[], None]]:
-    """The engine that rolls out; what gives it the weights of the student as it is now; and what ends it."""
+) -> _Rolling:
     settings = run.config.student
     sharded = whole_model is not student.model
 
@@ -257,7 +268,7 @@ def _rollout_engine(
             return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
         loaded = LoadedModel(folder, whole_model, student.tokenizer)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        return engine, gather, lambda: None
+        return _Rolling(engine, gather)
     if world.size > 1:
         raise ConfigError(
             'student.engine = "vllm" trains in a single process so far',
@@ -268,7 +279,7 @@ def _rollout_engine(
     def refresh() -> None:
         in_vllm.set_weights(merged_state(whole_model).items())
 
-    return in_vllm, refresh, lambda: None
+    return _Rolling(in_vllm, refresh, checked=in_vllm)
 
 
 def _process_engine(
@@ -279,7 +290,7 @@ def _process_engine(
     dtype: Dtype,
     autocast: torch.dtype | None,
     gather: Callable[[], None],
-) -> tuple[Sampler, Callable[[], None], Callable[[], None]]:
+) -> _Rolling:
     """As ``_rollout_engine``, in a process beside the one that trains."""
     state = merged_state(whole_model)
     build = partial(
@@ -298,7 +309,7 @@ def _process_engine(
         gather()
         engine.set_weights(merged_state(whole_model).items())
 
-    return engine, refresh, engine.close
+    return _Rolling(engine, refresh, close=engine.close)
 
 
 def _sampling_engine(

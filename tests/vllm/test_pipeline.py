@@ -94,3 +94,23 @@ def test_both_engines_fill_the_cache_alike(tmp_path: Path) -> None:
             atol=1e-3,
         )
         assert (one.ids[where] == other.ids[there]).mean() > 0.99
+
+
+@pytest.mark.timeout(600)
+def test_rollouts_ahead_are_made_with_weights_one_update_old(tmp_path: Path) -> None:
+    workspace = tmp_path / "run"
+    subprocess.run([TROPD, "init", workspace, "--recipe", "demo"], check=True)
+    small = [f"demo.{role}_steps=60" for role in ("teacher", "student")]
+    small += ["demo.train_problems=80", "objective.name=opd", "train.evaluate_every=0"]
+    options = [part for assignment in small for part in ("--set", assignment)]
+    run("prepare", workspace, *options)
+    # Every step but the last asks the engine for its log-probs of some rows: they are the trainer's, or it stops.
+    ahead = ("student.engine=vllm", "train.max_staleness=1", "train.steps=8", "train.learning_rate=1e-3")
+    ahead += ("train.warmup_steps=0", "vllm.check_every=1", "vllm.max_mean_difference=1e-4")
+    run("train", workspace, *options, *(part for assignment in ahead for part in ("--set", assignment)))
+    rows = run_query(
+        Workspace.open(workspace),
+        "SELECT importance_max FROM metrics WHERE step > 0 ORDER BY step",
+    ).rows
+    assert len(rows) == 7
+    assert all(row[0] > 1.001 for row in rows)  # the rows themselves are those of the weights before
