@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from tropd.pipeline.config import TrainConfig, to_plain
@@ -22,11 +20,12 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
-from tropd.pipeline.models import DTYPES, load_model, pick_device
+from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.teachers import teachers_in_use, with_only
+from tropd.pipeline.training.agreement import check_engine
 from tropd.pipeline.training.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -36,27 +35,24 @@ from tropd.pipeline.training.checkpoint import (
     remove_uncommitted,
 )
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
-from tropd.pipeline.training.lora import merged_state
 from tropd.pipeline.training.metrics import MetricsLog, Record, memory_metrics, step_metrics
+from tropd.pipeline.training.output import export_student, stopped
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.samples import drop_samples, write_sample
 from tropd.pipeline.training.session import Session, open_session
-from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
+from tropd.pipeline.training.step import NonFiniteError, backpropagate
 from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.timeline import FILE_NAME as TRACE
 from tropd.pipeline.training.timeline import Timeline
 from tropd.pipeline.training.wandb_log import check_wandb, open_wandb
 from tropd.pipeline.training.world import join_world
-from tropd.storage.atomic import atomic_directory, write_text_atomic
-from tropd.storage.errors import InterruptedStageError, TropdError
+from tropd.storage.errors import InterruptedStageError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest
 from tropd.storage.stage import Stage, open_stage
 
 STAGE = "train"
-FINAL = "final"
-CHECKED_ROWS = 8
 SUMMED = (
     "tokens_on_policy",
     "tokens_guidance",
@@ -225,7 +221,7 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
                     raise _interrupted(run, done)
     session.refresh_engine()
     if stage is not None:
-        _export(session, stage)
+        export_student(session, stage)
         stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
 
 
@@ -266,8 +262,8 @@ def _step(
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the gradient's norm is {norm}")
         except NonFiniteError as error:
-            raise _stopped(stage, step, inputs, error) from error
-        _check_engine(session, step, inputs, outcome)
+            raise stopped(stage, step, inputs, error) from error
+        check_engine(session, step, inputs, outcome)
         if stage is not None:
             tokenizer = session.student.tokenizer
             write_sample(stage.folder, step, config.train.steps, inputs, session.prompts, tokenizer)
@@ -287,34 +283,6 @@ def _step(
         **memory_metrics(session.student.model.device),
         **{f"time_{name}": seconds for name, seconds in timeline.take(step).items()},
     }
-
-
-def _check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepOutcome) -> None:
-    """Another engine that rolls out must have the weights that are trained; old ones show in its log-probs.
-
-    Raises:
-        TropdError: its log-probs of the rollouts and the trainer's differ by more than ``vllm.max_mean_difference``.
-    """
-    config = session.run.config.vllm
-    if session.checked is None or not (step == 1 or step % config.check_every == 0):
-        return
-    if session.ahead:
-        if step == session.run.config.train.steps - 1:
-            return  # no step comes after this, so the engine was not given its weights
-        # The rollouts are those of older weights; by now the engine has those that this step was computed with.
-        rows = [row for row in inputs.rows if row.tokens][:CHECKED_ROWS]
-        scores = session.checked.score([row.sequence for row in rows], [len(row.context) for row in rows])
-        engine = np.array([p for one in scores for p in one.sampled], dtype=np.float64)
-    else:
-        engine = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float64)
-    difference = np.abs(outcome.student_logprobs[: len(engine)] - engine)
-    if len(difference) and float(difference.mean()) > config.max_mean_difference:
-        raise TropdError(
-            f"step {step}: vLLM's log-probs of its rollouts differ from the trainer's by {difference.mean():.3g} nats "
-            f"on average and {difference.max():.3g} at most; the limit is {config.max_mean_difference}",
-            hint="its weights may be old or of lower precision: check vllm.quantization and student.dtype, raise "
-            'vllm.max_mean_difference if the difference is expected, or set student.engine = "transformers"',
-        )
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -347,39 +315,3 @@ def _evaluate(session: Session) -> Record:
         marks = session.world.spread(range(len(problems)), answer)
         record[f"accuracy_{mode}"] = sum(m.correct for m in marks) / len(marks)
     return record
-
-
-def _export(session: Session, stage: Stage) -> None:
-    """The final student as a plain Hugging Face directory, in the configured precision."""
-    with atomic_directory(stage.folder / FINAL) as folder:
-        settings, model = session.run.config.student, session.whole_model
-        if settings.lora is not None:
-            state = merged_state(model)
-            model = load_model(
-                session.student.folder,
-                dtype="float32",
-                device=torch.device("cpu"),
-                trust_remote_code=settings.trust_remote_code,
-            )
-            model.load_state_dict(state)
-        model.to(DTYPES[settings.dtype]).save_pretrained(folder)
-        session.student.tokenizer.save_pretrained(folder)
-    stage.commit(FINAL, rows=session.run.config.train.steps)
-
-
-def _stopped(stage: Stage | None, step: int, inputs: StepInputs, error: Exception) -> TropdError:
-    """Save the batch of a non-finite step and say where it is. The last checkpoint stays as it is."""
-    if stage is None:
-        return TropdError(f"step {step}: {error}")
-    path = stage.folder / f"non-finite-step-{step:06d}.json"
-    content: dict[str, Any] = {
-        "step": step,
-        "reason": str(error),
-        "rows": [asdict(row) for row in inputs.rows],
-        "teacher_logprobs": inputs.teacher.logprobs.tolist(),
-    }
-    write_text_atomic(path, json.dumps(content))
-    return TropdError(
-        f"step {step}: {error}. The step's batch is in {path}; the weights of the last checkpoint are untouched",
-        hint="look at the batch; a lower train.learning_rate or teacher.dtype = 'float32' often helps",
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,25 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from tropd.pipeline.config import Dtype, RuntimeConfig, StudentConfig
 from tropd.pipeline.context import (
     LoadedModel,
     Run,
     evaluation_problems,
     finished,
     load_role,
-    open_vllm,
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
-from tropd.pipeline.engines.process import SamplingProcess
-from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import (
     DTYPES,
     configure_runtime,
-    context_length,
-    load_model,
-    load_tokenizer,
     model_directory,
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
@@ -42,13 +34,12 @@ from tropd.pipeline.teacher.connection import connect_teachers, teacher_fields
 from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
-from tropd.pipeline.training.lora import add_adapters, merged_state
+from tropd.pipeline.training.rolling import rollout_engine
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
-from tropd.pipeline.training.student import StudentPass, copy_weights, shard
+from tropd.pipeline.training.student import StudentPass, shard, trainable_student, whole_student
 from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.manifest import read_manifest
-from tropd.storage.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -162,13 +153,13 @@ def open_session(
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
-    student = _trainable(run, folder, device, world)
+    student = trainable_student(run, folder, device, world)
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
-    whole_model = student.model if world.size == 1 else _whole(run, folder)
-    rolling = _rollout_engine(run, stack, world, student, whole_model, folder, precision)
+    whole_model = student.model if world.size == 1 else whole_student(run, folder)
+    rolling = rollout_engine(run, stack, world, student, whole_model, folder, precision)
     engine = rolling.engine
     prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
     store = None
@@ -233,102 +224,6 @@ def open_session(
         reference=_reference(run, folder),
         problems=problems,
     )
-
-
-@dataclass(frozen=True)
-class _Rolling:
-    """The engine that rolls out, and what belongs to it; see the fields of ``Session``."""
-
-    engine: Sampler
-    refresh: Callable[[], None]
-    checked: Engine | None = None
-    close: Callable[[], None] = lambda: None
-
-
-def _rollout_engine(
-    run: Run,
-    stack: ExitStack,
-    world: World,
-    student: LoadedModel,
-    whole_model: Any,
-    folder: Path,
-    precision: torch.dtype | None,
-) -> _Rolling:
-    settings = run.config.student
-    sharded = whole_model is not student.model
-
-    def gather() -> None:
-        if sharded:
-            copy_weights(student.model, whole_model)
-
-    if settings.engine == "transformers":
-        autocast = None if sharded else precision
-        if run.config.train.max_staleness:
-            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
-            return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
-        loaded = LoadedModel(folder, whole_model, student.tokenizer)
-        engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        return _Rolling(engine, gather)
-    if world.size > 1:
-        raise ConfigError(
-            'student.engine = "vllm" trains in a single process so far',
-            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
-        )
-    in_vllm = open_vllm(run, "student", folder, in_training=True)
-
-    def refresh() -> None:
-        in_vllm.set_weights(merged_state(whole_model).items())
-
-    return _Rolling(in_vllm, refresh, checked=in_vllm)
-
-
-def _process_engine(
-    run: Run,
-    stack: ExitStack,
-    whole_model: Any,
-    folder: Path,
-    dtype: Dtype,
-    autocast: torch.dtype | None,
-    gather: Callable[[], None],
-) -> _Rolling:
-    """As ``_rollout_engine``, in a process beside the one that trains."""
-    state = merged_state(whole_model)
-    build = partial(
-        _sampling_engine,
-        folder,
-        run.config.student,
-        run.config.runtime,
-        dtype=dtype,
-        batch_size=run.config.rollout.batch_size,
-        autocast=autocast,
-    )
-    engine = SamplingProcess(build, state, context_length(whole_model.config))
-    stack.callback(engine.close)
-
-    def refresh() -> None:
-        gather()
-        engine.set_weights(merged_state(whole_model).items())
-
-    return _Rolling(engine, refresh, close=engine.close)
-
-
-def _sampling_engine(
-    folder: Path,
-    settings: StudentConfig,
-    runtime: RuntimeConfig,
-    *,
-    dtype: Dtype,
-    batch_size: int,
-    autocast: torch.dtype | None,
-) -> TransformersEngine:
-    """The student as it is on disk; its weights are replaced before it samples."""
-    device = configure_runtime(runtime)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    remote = settings.trust_remote_code
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
-    loaded = LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
-    return loaded.engine(batch_size=batch_size, autocast=autocast)
 
 
 def _connect(
@@ -404,36 +299,6 @@ def _cache(run: Run, source: str, command: str) -> CachedScores:
                 hint=f"name that teacher, or score again: tropd {command} -w {run.workspace.root} --force",
             )
     return CachedScores(run.workspace.stage(stage), manifest)
-
-
-def _trainable(run: Run, folder: Path, device: torch.device, world: World) -> LoadedModel:
-    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these.
-
-    With several processes all weights are float32 and in main memory: what is sharded together has one type.
-    """
-    settings = run.config.student
-    remote = settings.trust_remote_code
-    alone = world.size == 1
-    dtype: Dtype = settings.dtype if settings.lora is not None and alone else "float32"
-    device = device if alone else torch.device("cpu")
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
-    _adapt(run, model)
-    if run.config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
-
-
-def _whole(run: Run, folder: Path) -> Any:
-    """A copy of the student for inference beside the sharded one, with the same parameters."""
-    model = load_role(run, "student", folder).model
-    _adapt(run, model)
-    return model
-
-
-def _adapt(run: Run, model: Any) -> None:
-    settings = run.config.student.lora
-    if settings is not None:
-        add_adapters(model, settings, derive_seed(run.config.run.seed, "lora") % 2**31)
 
 
 def _reference(run: Run, folder: Path) -> Engine | None:

@@ -8,6 +8,7 @@ norm, head) is the unit of this module.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tropd.pipeline.models import SplitModel, evaluation_mode, split_model
+from tropd.pipeline.config import Dtype
+from tropd.pipeline.context import LoadedModel, Run, load_role
+from tropd.pipeline.models import SplitModel, evaluation_mode, load_model, load_tokenizer, split_model
 from tropd.pipeline.training.batch import MicroBatch
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
+from tropd.pipeline.training.lora import add_adapters
 from tropd.pipeline.training.world import World
+from tropd.storage.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +105,33 @@ def copy_weights(source: Any, target: Any) -> None:
         value = whole(parameter)
         with torch.no_grad():
             targets[name].copy_(value)
+
+
+def trainable_student(run: Run, folder: Path, device: torch.device, world: World) -> LoadedModel:
+    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these.
+
+    With several processes all weights are float32 and in main memory: what is sharded together has one type.
+    """
+    settings = run.config.student
+    remote = settings.trust_remote_code
+    alone = world.size == 1
+    dtype: Dtype = settings.dtype if settings.lora is not None and alone else "float32"
+    device = device if alone else torch.device("cpu")
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    _adapt(run, model)
+    if run.config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+
+
+def whole_student(run: Run, folder: Path) -> Any:
+    """A copy of the student for inference beside the sharded one, with the same parameters."""
+    model = load_role(run, "student", folder).model
+    _adapt(run, model)
+    return model
+
+
+def _adapt(run: Run, model: Any) -> None:
+    settings = run.config.student.lora
+    if settings is not None:
+        add_adapters(model, settings, derive_seed(run.config.run.seed, "lora") % 2**31)

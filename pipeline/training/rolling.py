@@ -1,0 +1,125 @@
+"""The engine that rolls out with the student's weights, and how these get there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tropd.pipeline.config import Dtype, RuntimeConfig, StudentConfig
+from tropd.pipeline.context import LoadedModel, Run, open_vllm
+from tropd.pipeline.engines.base import Engine, Sampler
+from tropd.pipeline.engines.process import SamplingProcess
+from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.models import configure_runtime, context_length, load_model, load_tokenizer
+from tropd.pipeline.training.lora import merged_state
+from tropd.pipeline.training.student import copy_weights
+from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """The engine that rolls out, and what belongs to it; see the fields of ``Session``."""
+
+    engine: Sampler
+    refresh: Callable[[], None]
+    checked: Engine | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def rollout_engine(
+    run: Run,
+    stack: ExitStack,
+    world: World,
+    student: LoadedModel,
+    whole_model: Any,
+    folder: Path,
+    precision: torch.dtype | None,
+) -> Rolling:
+    """Open the engine that the configuration asks for, in this process or in one beside it.
+
+    Raises:
+        ConfigError: vLLM under torchrun.
+    """
+    settings = run.config.student
+    sharded = whole_model is not student.model
+
+    def gather() -> None:
+        if sharded:
+            copy_weights(student.model, whole_model)
+
+    if settings.engine == "transformers":
+        autocast = None if sharded else precision
+        if run.config.train.max_staleness:
+            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
+            return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
+        loaded = LoadedModel(folder, whole_model, student.tokenizer)
+        engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
+        return Rolling(engine, gather)
+    if world.size > 1:
+        raise ConfigError(
+            'student.engine = "vllm" trains in a single process so far',
+            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
+        )
+    in_vllm = open_vllm(run, "student", folder, in_training=True)
+
+    def refresh() -> None:
+        in_vllm.set_weights(merged_state(whole_model).items())
+
+    return Rolling(in_vllm, refresh, checked=in_vllm)
+
+
+def _process_engine(
+    run: Run,
+    stack: ExitStack,
+    whole_model: Any,
+    folder: Path,
+    dtype: Dtype,
+    autocast: torch.dtype | None,
+    gather: Callable[[], None],
+) -> Rolling:
+    """As ``rollout_engine``, in a process beside the one that trains."""
+    state = merged_state(whole_model)
+    build = partial(
+        _sampling_engine,
+        folder,
+        run.config.student,
+        run.config.runtime,
+        dtype=dtype,
+        batch_size=run.config.rollout.batch_size,
+        autocast=autocast,
+    )
+    engine = SamplingProcess(build, state, context_length(whole_model.config))
+    stack.callback(engine.close)
+
+    def refresh() -> None:
+        gather()
+        engine.set_weights(merged_state(whole_model).items())
+
+    return Rolling(engine, refresh, close=engine.close)
+
+
+def _sampling_engine(
+    folder: Path,
+    settings: StudentConfig,
+    runtime: RuntimeConfig,
+    *,
+    dtype: Dtype,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> TransformersEngine:
+    """The student as it is on disk; its weights are replaced before it samples."""
+    device = configure_runtime(runtime)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    remote = settings.trust_remote_code
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    loaded = LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+    return loaded.engine(batch_size=batch_size, autocast=autocast)
