@@ -8,6 +8,7 @@ from typing import Any
 
 from tropd.pipeline.report.formats import percent
 from tropd.pipeline.report.schema import Report
+from tropd.pipeline.reproduce.tables import load_table, table_names
 from tropd.pipeline.status import EVALUATED
 
 
@@ -26,6 +27,8 @@ class BenchmarkRow:
     benchmark: str
     metric: str
     cells: dict[str, Cell] = field(default_factory=dict)
+    paper: float | None = None
+    """Percent after training in the paper, where the run's recipe and objective make one of its rows."""
 
 
 def benchmark_rows(report: Report) -> list[BenchmarkRow]:
@@ -34,8 +37,11 @@ def benchmark_rows(report: Report) -> list[BenchmarkRow]:
     summary = stage.summary if stage is not None else {}
     rows: dict[tuple[str, str], BenchmarkRow] = {}
 
+    published = paper_numbers(report)
+
     def add(benchmark: str, metric: str, who: str, cell: Cell) -> None:
-        rows.setdefault((benchmark, metric), BenchmarkRow(benchmark, metric)).cells[who] = cell
+        paper = published.get(benchmark) if metric.startswith("avg@") else None
+        rows.setdefault((benchmark, metric), BenchmarkRow(benchmark, metric, paper=paper)).cells[who] = cell
 
     for name, models in _tables(summary.get("sampled")):
         for who, found in _tables(models):
@@ -54,6 +60,20 @@ def benchmark_rows(report: Report) -> list[BenchmarkRow]:
                 if who in EVALUATED and (cell := _measured(metric)):
                     add(name, str(metric.get("name")), who, cell)
     return list(rows.values())
+
+
+def paper_numbers(report: Report) -> dict[str, float]:
+    """The paper's percentages by benchmark for the row that this run reproduces, if it does."""
+    config = report.config or {}
+    recipe = config.get("run", {}).get("recipe")
+    objective = config.get("objective", {}).get("name")
+    found: dict[str, float] = {}
+    for table in table_names():
+        for setting in load_table(table, rehearse=False).settings:
+            for row in setting.rows:
+                if (setting.recipe, row.objective) == (recipe, objective):
+                    found = row.paper | found  # the main table comes first
+    return found
 
 
 def _tables(value: Any) -> list[tuple[str, dict[str, Any]]]:

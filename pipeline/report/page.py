@@ -83,12 +83,14 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         card = {"title": plot.title, "caption": _subscripts(plot.caption), "healthy": plot.healthy}
         groups[plot.group].append({**card, "name": plot.name, "svg": Markup(plot.inline)})
     script = _resource("page.js") if report.acceptance_map else ""
+    benchmarks = benchmark_rows(report)
     html = environment.get_template("page.html.j2").render(
         report=report,
         css=Markup(_resource("page.css")),
         headline=headline(report.evaluation),
         subtitle=_subtitle(report),
-        benchmarks=benchmark_rows(report),
+        benchmarks=benchmarks,
+        paper=any(row.paper is not None for row in benchmarks),
         contenders=_contenders(report.evaluation),
         figures=_key_figures(report),
         plots=groups,

@@ -23,7 +23,7 @@ def report(summary: Any) -> Report:
         fingerprint=None,
         summary=summary,
     )
-    return Report.model_construct(stages={"eval": stage}, evaluation=Evaluation())
+    return Report.model_construct(stages={"eval": stage}, evaluation=Evaluation(), config=None)
 
 
 def estimate(value: float) -> dict[str, float]:
@@ -92,3 +92,15 @@ def test_the_run_s_own_problems_are_there_when_several_responses_are() -> None:
 )
 def test_damaged_summaries_have_no_rows(summary: Any) -> None:
     assert benchmark_rows(report(summary)) == []
+
+
+def test_the_paper_s_number_stands_beside_ours_where_a_recipe_makes_its_row() -> None:
+    summary = {"sampled": {name: {"after": sampled(32, 0.4, k8=0.5)} for name in ("AIME24", "AMC23")}}
+    made = report(summary).model_copy(
+        update={"config": {"run": {"recipe": "r1-distill-1.5b-math"}, "objective": {"name": "tropd"}}}
+    )
+    papers = {(row.benchmark, row.metric): row.paper for row in benchmark_rows(made)}
+    assert papers["AMC23", "avg@32"] == 77.03
+    assert papers["AMC23", "pass@8"] is None
+    other = made.model_copy(update={"config": {"run": {"recipe": "demo"}, "objective": {"name": "tropd"}}})
+    assert all(row.paper is None for row in benchmark_rows(other))
