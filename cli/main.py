@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 # Waiting OpenMP threads spin by default, which slows tiny models tenfold on a busy machine. This must be set
 # before PyTorch is loaded; a user's own setting wins.
@@ -87,7 +89,21 @@ def main() -> None:
         stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
         stderr.print("  → tropd --debug … shows the traceback", markup=False)
         code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with this exit code.
+
+    Under torchrun, with all that Python does at its end, but without the end of the native libraries: the threads of
+    torch.distributed and these race there, and now and then a run that is done would end with SIGABRT.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 _interruptions: list[int] = []
