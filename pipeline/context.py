@@ -74,13 +74,20 @@ class LoadedModel:
     folder: Path
     model: Any
     tokenizer: Any
+    compiles: bool = False
+    """Whether its layers are to be compiled."""
 
     def engine(
         self, *, batch_size: int, batch_tokens: int = 16384, autocast: torch.dtype | None = None
     ) -> TransformersEngine:
         stop_ids = stop_token_ids(getattr(self.model, "generation_config", None), self.tokenizer)
         return TransformersEngine(
-            self.model, stop_ids, batch_size=batch_size, batch_tokens=batch_tokens, autocast=autocast
+            self.model,
+            stop_ids,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            autocast=autocast,
+            compiles=self.compiles,
         )
 
 
@@ -92,7 +99,8 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     model = load_model(
         folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
     )
-    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=settings.trust_remote_code))
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 
 
 def open_engine(

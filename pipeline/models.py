@@ -245,6 +245,12 @@ class SplitModel:
         return logits
 
 
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The decoder layers: modules of the classes that transformers says must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 class _WholeModel:
     """Stands in for a backbone where the head cannot be taken apart: its 'hidden states' are the logits."""
 

@@ -11,6 +11,7 @@ Legend: B rows · T new tokens · S tokens so far · H hidden size · D head siz
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tropd.pipeline.engines.model_decoder import FIRST_STEPS, left_pad
+
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary positions whose angles do not depend on how long the sequence is.
 ROTARY = ("default", "linear", "llama3", "yarn")
 TOLERANCE = 1e-4
+
+
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,64 +90,123 @@ class LeanModel:
 
 
 class LeanDecoder:
-    """Decodes one batch: rows are left-padded, all at the same column. The cache grows by doubling."""
+    """A ``Decoder`` of plain architectures: rows are left-padded, and all stand at the same column.
 
-    def __init__(self, model: LeanModel, rows: int, capacity: int) -> None:
+    Args:
+        longest: tokens that a row may have, prompt included.
+        forward: for single tokens: ``next_logits``, or what a compiler has made of it, which is always given a mask.
+    """
+
+    def __init__(self, model: LeanModel, longest: int, forward: Forward | None = None) -> None:
         self._model = model
+        self._is_compiled = forward is not None
+        self._forward = forward or next_logits
+        self._cos, self._sin = model.angles(longest)
+        self._cache: list[tuple[Tensor, Tensor]] = []
+        """Keys and values ``[B, kv_heads, capacity, D]`` of each layer."""
+        self._allowed: Tensor | None = None
+        """``[B, 1, 1, width + room]`` what is no padding; None where nothing is."""
+        self._next = torch.zeros(0, dtype=torch.long, device=model.embedding.device)
+        """``[B]`` positions of the next tokens."""
         self._length = 0
-        shape = (len(model.layers), 2, rows, model.kv_heads, capacity, model.head_dim)
-        self._cache = model.embedding.new_empty(shape)
-        self._cos, self._sin = model.angles(capacity)
-        self._padded = True
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Float32 logits ``[B, V]`` of the last of the new tokens.
+    def start(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+        """See ``Decoder.start``."""
+        model = self._model
+        ids, mask = left_pad(prompts, self._next.device)
+        rows, width = mask.shape
+        # One column is never used: full buffers lie in memory otherwise, and would need other compiled code.
+        shape = (rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
+        self._cache = [
+            (model.embedding.new_empty(shape), model.embedding.new_empty(shape)) for _ in model.layers
+        ]
+        self._length, self._next = width, mask.sum(dim=-1)
+        self._allowed = None
+        if self._is_compiled or not bool(mask.all()):
+            self._allowed = functional.pad(mask.bool(), (0, room), value=True)[:, None, None, :]
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        return next_logits(
+            model, ids, self._cos[positions], self._sin[positions], self._views(), _causal(mask)
+        )
 
-        Args:
-            ids: ``[B, T]`` new tokens.
-            positions: ``[B, T]`` their positions.
-            mask: ``[B, S]`` 1 for tokens, 0 for padding, the new ones included.
-        """
-        model, (rows, new) = self._model, ids.shape
-        start, end = self._length, self._length + new
-        if end > self._cache.shape[4]:
-            grown = self._cache.new_empty((*self._cache.shape[:4], max(end, 2 * start), model.head_dim))
-            grown[..., :start, :] = self._cache[..., :start, :]
-            self._cache = grown
-            self._cos, self._sin = model.angles(grown.shape[4])
-        if start == 0:
-            self._padded = not bool(mask.all())
-        self._length = end
-        x = functional.embedding(ids, model.embedding)
-        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-        allowed = _allowed(mask, new) if self._padded or new > 1 else None
-        for number, layer in enumerate(model.layers):
-            h = _normed(x, model.eps)
-            qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
-            qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
-            if layer.qk_norm is not None:
-                qk = _normed(qk, model.eps) * layer.qk_norm
-            q, k = _rotated(qk, cos, sin).split((model.heads, model.kv_heads), dim=1)
-            keys, values = self._cache[number]
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
-            attended = _attended(q, keys[:, :, :end], values[:, :, :end], allowed)
-            x = x + functional.linear(
-                attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias
-            )
-            gate, up = functional.linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + functional.linear(functional.silu(gate) * up, layer.down)
-        return functional.linear(_normed(x[:, -1], model.eps), model.head).float()
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.step``."""
+        self._length += 1
+        if self._length == self._cache[0][0].shape[2]:
+            self._cache = [(_doubled(keys), _doubled(values)) for keys, values in self._cache]
+        # Rows that are done ride along for a while, and may get ahead of the table.
+        positions = self._next.clamp(max=len(self._cos) - 1).unsqueeze(-1)
+        self._next = self._next + 1
+        allowed = None if self._allowed is None else self._allowed[..., : self._length]
+        return self._forward(
+            self._model,
+            tokens.unsqueeze(-1),
+            self._cos[positions],
+            self._sin[positions],
+            self._views(),
+            allowed,
+        )
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self._cache = self._cache[:, :, rows]
+    def select(self, keep: Tensor) -> None:
+        """See ``Decoder.select``."""
+        # Most rows stay where they are (see ``decode``): only the others are copied.
+        moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero().squeeze(-1)
+        source = keep[moved]
+        for keys, values in self._views():
+            keys[moved], values[moved] = keys[source], values[source]
+        self._cache = [(keys[: len(keep)], values[: len(keep)]) for keys, values in self._cache]
+        self._allowed = None if self._allowed is None else self._allowed[keep]
+        self._next = self._next[keep]
+
+    def _views(self) -> list[tuple[Tensor, Tensor]]:
+        """The columns in use."""
+        return [(keys[:, :, : self._length], values[:, :, : self._length]) for keys, values in self._cache]
+
+
+def _doubled(cache: Tensor) -> Tensor:
+    larger = cache.new_empty((*cache.shape[:2], 2 * cache.shape[2], cache.shape[3]))
+    larger[:, :, : cache.shape[2]] = cache
+    return larger
+
+
+def next_logits(
+    model: LeanModel,
+    ids: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Sequence[tuple[Tensor, Tensor]],
+    allowed: Tensor | None,
+) -> Tensor:
+    """Float32 logits ``[B, V]`` of the last of the new tokens.
+
+    Args:
+        ids: ``[B, T]`` new tokens; ``cos`` and ``sin`` ``[B, T, D]`` are the angles of their positions.
+        cache: keys and values ``[B, kv_heads, S, D]`` of each layer. The last T columns are those of the new tokens,
+            and are written here.
+        allowed: ``[B, 1, T, S]`` (or with 1 for T) what may be looked at; everything where it is None.
+    """
+    rows, new = ids.shape
+    x = functional.embedding(ids, model.embedding)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    for layer, (keys, values) in zip(model.layers, cache, strict=True):
+        h = _normed(x, model.eps)
+        qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
+        qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
+        if layer.qk_norm is not None:
+            qk = _normed(qk, model.eps) * layer.qk_norm
+        q, k = _rotated(qk, cos, sin).split((model.heads, model.kv_heads), dim=1)
+        keys[:, :, -new:] = k
+        values[:, :, -new:] = v
+        attended = _attended(q, keys, values, allowed)
+        x = x + functional.linear(attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias)
+        gate, up = functional.linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
+        x = x + functional.linear(functional.silu(gate) * up, layer.down)
+    return functional.linear(_normed(x[:, -1], model.eps), model.head).float()
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
     """RMS norm without its weights."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.rsqrt(length * length / x.shape[-1] + eps)
+    return functional.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -157,15 +222,12 @@ def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -
     return torch.matmul(scores.softmax(dim=-1), values).view(rows, heads, 1, size)
 
 
-def _allowed(mask: Tensor, new: int) -> Tensor:
-    """``[B, 1, T, S]`` what each new token may look at: itself, and tokens before it that are no padding."""
-    seen = mask.bool()[:, None, None, :]
-    if new == 1:
-        return seen
+def _causal(mask: Tensor) -> Tensor:
+    """``[B, 1, T, T]`` what each token of left-padded prompts looks at: itself, and tokens before it."""
     size = mask.shape[1]
-    causal = torch.ones(new, size, dtype=torch.bool, device=mask.device).tril(size - new)
+    before = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
     # Padding looks at itself: a row of nothing would be NaN.
-    return (seen & causal) | torch.eye(new, size, dtype=torch.bool, device=mask.device)
+    return (mask.bool()[:, None, None, :] & before) | torch.eye(size, dtype=torch.bool, device=mask.device)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -201,10 +263,10 @@ def is_lean(model: Any) -> bool:
     try:
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
-            decoder = LeanDecoder(LeanModel(model), 2, 5)
-            decoder.forward(ids[:, :4], positions[:, :4], mask[:, :4])
-            decoder.forward(ids[:, 4:5], positions[:, 4:5], mask[:, :5])
-            found = decoder.forward(ids[:, 5:], positions[:, 5:], mask)
+            decoder = LeanDecoder(LeanModel(model), 6)
+            decoder.start([ids[0, 2:4].tolist(), ids[1, :4].tolist()], room=2)
+            decoder.step(ids[:, 4])
+            found = decoder.step(ids[:, 5])
     except (AttributeError, RuntimeError) as error:
         logger.info("%s decodes with transformers: %s", type(model).__name__, error)
         return False

@@ -1,16 +1,15 @@
-"""The engine on transformers: batched decoding with a growing cache, and scoring of given tokens."""
+"""The engine on transformers: decoding, and scoring of given tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from tropd.pipeline.engines import compiled
 from tropd.pipeline.engines.base import (
     Generation,
     Sampling,
@@ -18,15 +17,13 @@ from tropd.pipeline.engines.base import (
     TopkWhere,
     everywhere,
 )
+from tropd.pipeline.engines.decoding import Decoder, decode
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
-from tropd.pipeline.engines.sampling import sample_tokens
+from tropd.pipeline.engines.model_decoder import ModelDecoder
 from tropd.pipeline.models import autocast, context_length, evaluation_mode, split_model
-from tropd.storage.seeds import uniforms
 
 # Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
 LOGIT_ELEMENTS = 1 << 26
-# The cache has room for so many new tokens at first: most responses end long before the limit.
-FIRST_STEPS = 256
 
 
 class TransformersEngine:
@@ -40,6 +37,7 @@ class TransformersEngine:
         batch_size: rows decoded together.
         batch_tokens: tokens, padding included, per scoring pass.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
+        compiles: compile the model's layers and, where the model is one that ``lean`` knows, its decoding step.
     """
 
     def __init__(
@@ -50,12 +48,18 @@ class TransformersEngine:
         batch_size: int = 64,
         batch_tokens: int = 16384,
         autocast: torch.dtype | None = None,
+        compiles: bool = False,
     ) -> None:
         self.model = model
         self._autocast = autocast
         self._split = split_model(model)
         self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self._is_lean = autocast is None and is_lean(model)
+        self._compiles = compiles
+        self._has_scored = False
+        if compiles and self._is_lean:
+            with self._inference():
+                compiled.prepare(LeanModel(model))
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
 
@@ -84,82 +88,38 @@ class TransformersEngine:
     ) -> list[Generation]:
         """See ``Engine.generate``. Rows are sorted by length, so that little is padded."""
         self._check_sequences(prompts, [1] * len(prompts))
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), max_tokens[i]))
-        results: list[Generation | None] = [None] * len(prompts)
-        with self._inference():
-            lean = LeanModel(self.model) if self._is_lean else None
+        limits = [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
+        order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), limits[i]))
+        # What is not in the order has no room for a token.
+        results = [Generation([], [], "length")] * len(prompts)
+        with self._inference(), self._stance():
+            weights = LeanModel(self.model) if self._is_lean else None
             for low in range(0, len(order), self._batch_size):
                 rows = order[low : low + self._batch_size]
-                batch = self._decode(
-                    lean,
+                longest = max(len(prompts[i]) + limits[i] for i in rows)
+                generations = decode(
+                    self._decoder(weights, longest),
                     [prompts[i] for i in rows],
                     sampling,
-                    [seeds[i] for i in rows],
-                    [max_tokens[i] for i in rows],
+                    seeds=[seeds[i] for i in rows],
+                    limits=[limits[i] for i in rows],
+                    stop_ids=self._stop_ids,
                 )
-                for i, generation in zip(rows, batch, strict=True):
+                for i, generation in zip(rows, generations, strict=True):
                     results[i] = generation
-        return [r for r in results if r is not None]
+        return results
 
-    def _decode(
-        self,
-        lean: LeanModel | None,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        max_tokens: Sequence[int],
-    ) -> list[Generation]:
-        """Decode one batch; rows that are finished leave it once they are a quarter of it."""
-        device = self.model.device
-        width = max(len(p) for p in prompts)
-        steps = min(max(max_tokens), self.max_length - min(len(p) for p in prompts))
-        ids, mask = _left_pad(prompts, width, device)
-        # Columns of the mask beyond the prompt are filled as tokens are appended.
-        mask = torch.nn.functional.pad(mask, (0, steps), value=1)
-        room = width + min(steps, FIRST_STEPS)
-        decoder: LeanDecoder | _ModelDecoder = (
-            _ModelDecoder(self.model, room) if lean is None else LeanDecoder(lean, len(prompts), room)
-        )
-        positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
-        next_position = torch.tensor([len(p) for p in prompts], device=device).unsqueeze(-1)
-        tokens_out = torch.zeros((len(prompts), steps), dtype=torch.long, device=device)
-        logprobs_out = torch.zeros((len(prompts), steps), dtype=torch.float32, device=device)
-        lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        limits = torch.tensor(
-            [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)],
-            device=device,
-        )
-        draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(steps)[None, :])).to(device)
-        # Where the rows of the batch are in the output: everywhere, until some have left.
-        place: slice | torch.Tensor = slice(None)
-        going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        for step in range(steps):
-            tokens, logprobs = sample_tokens(
-                decoder.forward(ids, positions, mask[:, : width + step]),
-                draws[:, step],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-            )
-            # Rows that are done stay in the batch for a while; what they draw lies beyond their length.
-            tokens_out[place, step] = tokens
-            logprobs_out[place, step] = logprobs
-            lengths[place] += going
-            stops = (tokens.unsqueeze(-1) == self._stop_ids).any(dim=-1)
-            stopped[place] |= going & stops
-            going = going & ~stops & (limits > step + 1)
-            num_going = int(going.sum())
-            if num_going == 0:
-                break
-            ids, positions = tokens.unsqueeze(-1), next_position
-            if num_going <= 0.75 * len(going):
-                keep = going.nonzero().squeeze(-1)
-                decoder.select(keep)
-                place = keep if isinstance(place, slice) else place[keep]
-                ids, mask, draws, limits, going = (t[keep] for t in (ids, mask, draws, limits, going))
-                positions = next_position = next_position[keep]
-            next_position = next_position + 1
-        return _collect(tokens_out, logprobs_out, lengths, stopped)
+    def _stance(self) -> AbstractContextManager[Any]:
+        """A model's own decoding is not compiled: its cache grows at every step."""
+        if self._compiles and not self._is_lean:
+            stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return stance
+        return nullcontext()
+
+    def _decoder(self, weights: LeanModel | None, longest: int) -> Decoder:
+        if weights is None:
+            return ModelDecoder(self.model, longest)
+        return LeanDecoder(weights, longest, compiled.next_logits if self._compiles else None)
 
     # --------------------------------------------------------------------------------------- score
 
@@ -175,6 +135,9 @@ class TransformersEngine:
     ) -> list[SequenceScores]:
         """See ``Engine.score``. Only the scored positions go through the output layer."""
         self._check_sequences(sequences, starts)
+        if self._compiles and not self._has_scored:
+            compiled.compile_layers(self.model)
+        self._has_scored = True
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         results: list[SequenceScores | None] = [None] * len(sequences)
         with self._inference():
@@ -280,84 +243,6 @@ class TransformersEngine:
                 raise ValueError(f"sequence {number}: a token id is outside 0 … {self.vocab_size - 1}")
 
 
-class _ModelDecoder:
-    """Decodes one batch with the model's own forward pass; the same use as ``LeanDecoder``."""
-
-    def __init__(self, model: Any, capacity: int) -> None:
-        self._model = model
-        self._cache = _preallocated_cache(model.config, capacity)
-
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
-
-    def select(self, rows: torch.Tensor) -> None:
-        self._cache.batch_select_indices(rows)
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into a buffer, doubled when it is full; DynamicLayer would copy at every token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._length = 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._key_buffer = key_states.new_empty(
-                (*key_states.shape[:2], self._capacity, key_states.shape[-1])
-            )
-            self._value_buffer = value_states.new_empty(
-                (*value_states.shape[:2], self._capacity, value_states.shape[-1])
-            )
-        end = self._length + key_states.shape[-2]
-        if end > self._key_buffer.shape[2]:
-            self._key_buffer = self._grown(self._key_buffer, end)
-            self._value_buffer = self._grown(self._value_buffer, end)
-        self._key_buffer[:, :, self._length : end] = key_states
-        self._value_buffer[:, :, self._length : end] = value_states
-        self._length = end
-        self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
-        return self.keys, self.values
-
-    def _grown(self, buffer: torch.Tensor, needed: int) -> torch.Tensor:
-        larger = buffer.new_empty((*buffer.shape[:2], max(needed, 2 * self._length), buffer.shape[3]))
-        larger[:, :, : self._length] = buffer[:, :, : self._length]
-        return larger
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
-        self.keys = self._key_buffer[:, :, : self._length]
-        self.values = self._value_buffer[:, :, : self._length]
-
-
-def _preallocated_cache(config: Any, capacity: int) -> DynamicCache:
-    """The model's own cache; plain full-attention layers get a preallocated buffer."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_PreallocatedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
-
-
-def _left_pad(
-    rows: Sequence[Sequence[int]], width: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
-
-
 def _right_pad(
     rows: Sequence[Sequence[int]], width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,17 +260,6 @@ def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
             batches.append(range(low, high))
             low = high
     return batches
-
-
-def _collect(
-    tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, stopped: torch.Tensor
-) -> list[Generation]:
-    return [
-        Generation(t[:n], p[:n], "stop" if s else "length")
-        for t, p, n, s in zip(
-            tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
-        )
-    ]
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

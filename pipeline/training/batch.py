@@ -132,7 +132,7 @@ def micro_batches(
     left = left[share[0] :: share[1]]
     while left:
         lines, left = _fill_lines(left, lengths, budget, packed)
-        yield _micro_batch(layout, lines, device)
+        yield _micro_batch(layout, lines, device, packed)
 
 
 def _fill_lines(
@@ -157,7 +157,9 @@ def _fill_lines(
     return lines, left
 
 
-def _micro_batch(layout: Layout, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
+def _micro_batch(
+    layout: Layout, lines: Sequence[Sequence[int]], device: torch.device, packed: bool
+) -> MicroBatch:
     students, guidance = layout.student_counts, layout.guidance_counts
     student_first = np.concatenate([[0], np.cumsum(students)])
     guidance_first = np.concatenate([[0], np.cumsum(guidance)])
@@ -186,8 +188,7 @@ def _micro_batch(layout: Layout, lines: Sequence[Sequence[int]], device: torch.d
             begin = end
         position_ids[b, begin:] = np.arange(width - begin)
     row_index, column_index = np.concatenate(rows), np.concatenate(columns)
-    is_packed = any(len(line) > 1 for line in lines)
-    extra = {"position_ids": position_ids} if is_packed else {"attention_mask": mask}
+    extra = {"position_ids": position_ids} if packed else {"attention_mask": mask}
     return MicroBatch(
         inputs={
             name: torch.from_numpy(array).to(device) for name, array in ({"input_ids": ids} | extra).items()

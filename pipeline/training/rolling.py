@@ -60,7 +60,7 @@ def rollout_engine(
         if run.config.train.max_staleness:
             dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
             return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
-        loaded = LoadedModel(folder, whole_model, student.tokenizer)
+        loaded = LoadedModel(folder, whole_model, student.tokenizer, student.compiles)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
         return Rolling(engine, gather)
     if world.size > 1:
@@ -121,5 +121,6 @@ def _sampling_engine(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     remote = settings.trust_remote_code
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
-    loaded = LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    loaded = LoadedModel(folder, model, tokenizer, compiles=runtime.compile)
     return loaded.engine(batch_size=batch_size, autocast=autocast)

@@ -21,6 +21,7 @@ from tropd.pipeline.context import (
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
+from tropd.pipeline.engines.compiled import compile_layers
 from tropd.pipeline.models import (
     DTYPES,
     configure_runtime,
@@ -194,6 +195,8 @@ def open_session(
     if needs.sampled and stored is None:
         scorers = _connect(run, stack, world, student.tokenizer, longest, on_wait, sleep)
     passes = StudentPass(student.model)
+    if student.compiles:
+        compile_layers(student.model)
     shard(passes, world, precision)
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     return Session(

@@ -18,7 +18,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tropd.pipeline.config import Dtype
 from tropd.pipeline.context import LoadedModel, Run, load_role
-from tropd.pipeline.models import SplitModel, evaluation_mode, load_model, load_tokenizer, split_model
+from tropd.pipeline.models import (
+    SplitModel,
+    decoder_layers,
+    evaluation_mode,
+    load_model,
+    load_tokenizer,
+    split_model,
+)
 from tropd.pipeline.training.batch import MicroBatch
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.training.lora import add_adapters
@@ -52,12 +59,13 @@ class StudentPass(torch.nn.Module):
 def _packs(model: Any) -> bool:
     """Whether the model takes rows one after another, told apart by their positions, for what they are."""
     vocab = model.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(12, device=model.device) * 7 + 1).unsqueeze(0) % vocab
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]], device=model.device)
+    ids = (torch.arange(24, device=model.device) * 7 + 1).view(2, 12) % vocab
+    lines = [[*range(12)], [*range(5), *range(7)]]
+    positions = torch.tensor(lines, device=model.device)
     try:
         with torch.no_grad(), evaluation_mode(model):
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
-            alone = model(input_ids=ids[:, 5:], use_cache=False).logits.float()
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[1:, 5:].float()
+            alone = model(input_ids=ids[1:, 5:], use_cache=False).logits.float()
     except (TypeError, ValueError, RuntimeError):
         packed = alone = torch.full((1,), torch.nan)
     if torch.allclose(packed, alone, rtol=1e-3, atol=1e-3):
@@ -71,15 +79,9 @@ def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> 
     if world.mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
-    for module in _layers(student.model):
+    for module in decoder_layers(student.model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
     fully_shard(student, mesh=world.mesh, mp_policy=policy)
-
-
-def _layers(model: Any) -> list[torch.nn.Module]:
-    """The decoder layers: modules of the classes that transformers says must not be split."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -121,7 +123,8 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     _adapt(run, model)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LoadedModel(folder, model, load_tokenizer(folder, trust_remote_code=remote))
+    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 
 
 def whole_student(run: Run, folder: Path) -> Any:

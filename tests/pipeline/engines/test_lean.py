@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tropd.pipeline.engines import transformers as module
+from tropd.pipeline.engines import lean as lean_module
 from tropd.pipeline.engines.base import Generation, Sampling
 from tropd.pipeline.engines.lean import is_lean
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -63,7 +63,7 @@ def generate(model: Any, *, lean: bool, sampling: Sampling, equal: bool = False)
 def test_responses_are_those_of_the_model(
     monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], sampling: Sampling, equal: bool
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_STEPS", 4)  # both caches have to grow
+    monkeypatch.setattr(lean_module, "FIRST_STEPS", 4)  # both caches have to grow
     model = make(kind, **options)
     for one, other in zip(
         generate(model, lean=True, sampling=sampling, equal=equal),
