@@ -68,13 +68,15 @@ def _compiled_step() -> Any:
 
 
 def next_logits(model: lean.LeanModel, ids: Tensor, *arguments: Any) -> Tensor:
-    """``lean.next_logits``, which ``prepare`` has compiled. A single row is left to the original."""
-    logits: Tensor = (lean.next_logits if len(ids) == 1 else _compiled_step())(model, ids, *arguments)
+    """``lean.next_logits``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
+    cache = arguments[2]
+    plain = len(ids) == 1 or cache[0][0].shape[2] == 1
+    logits: Tensor = (lean.next_logits if plain else _compiled_step())(model, ids, *arguments)
     return logits
 
 
 def prepare(model: lean.LeanModel) -> None:
-    """Compile a model's decoding step, in the mode (inference or not) that it will be used in.
+    """Compile a model's passes over prompts and over single tokens, in the mode that they will be used in.
 
     Raises:
         ConfigError: there is no working compiler.
@@ -95,9 +97,10 @@ def _traced(
 ) -> Tensor:
     """The first use, which says which sizes are symbols."""
     assert allowed is not None
+    new = [1] if ids.shape[1] > 1 else []
     for tensor in (ids, cos, sin):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    torch._dynamo.mark_dynamic(allowed, [0, 3])
+        torch._dynamo.mark_dynamic(tensor, [0, *new])
+    torch._dynamo.mark_dynamic(allowed, [0, 3] + [2] * len(new))
     for keys, values in cache:
         torch._dynamo.mark_dynamic(keys, [0, 2])
         torch._dynamo.mark_dynamic(values, [0, 2])

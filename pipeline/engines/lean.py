@@ -94,7 +94,7 @@ class LeanDecoder:
 
     Args:
         longest: tokens that a row may have, prompt included.
-        forward: for single tokens: ``next_logits``, or what a compiler has made of it, which is always given a mask.
+        forward: ``next_logits``, or what a compiler has made of it, which is always given a mask.
     """
 
     def __init__(self, model: LeanModel, longest: int, forward: Forward | None = None) -> None:
@@ -125,7 +125,7 @@ class LeanDecoder:
         if self._is_compiled or not bool(mask.all()):
             self._allowed = functional.pad(mask.bool(), (0, room), value=True)[:, None, None, :]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        return next_logits(
+        return self._forward(
             model, ids, self._cos[positions], self._sin[positions], self._views(), _causal(mask)
         )
 

@@ -22,7 +22,7 @@ from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
 
 BATCH = 64
-ROUNDS = 5
+ROUNDS = 11
 PROMPT = 10
 
 
@@ -35,26 +35,37 @@ def generate_all(model: Any, prompts: torch.Tensor, limit: int) -> None:
         model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
 
 
-def side_by_side(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of their ratios (second / first), measured in turns."""
-    times: list[tuple[float, float]] = []
+def in_turns(*runs: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each function, round by round; the first round warms up."""
+    rounds = []
     for _ in range(ROUNDS + 1):
-        pair = []
-        for run in (first, second):
+        times = []
+        for run in runs:
             started = time.perf_counter()
             run()
-            pair.append(time.perf_counter() - started)
-        times.append((pair[0], pair[1]))
-    times = times[1:]  # the first round warms up
-    one, two = (statistics.median(column) for column in zip(*times, strict=True))
-    return one, two, statistics.median(b / a for a, b in times)
+            times.append(time.perf_counter() - started)
+        rounds.append(times)
+    return [list(column) for column in zip(*rounds[1:], strict=True)]
+
+
+def report(name: str, wanted: int, ours: list[float], theirs: list[float], other: str) -> None:
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    print(
+        f"  {name}: {wanted / statistics.median(ours):,.0f} tokens/s, "
+        f"{other} {wanted / statistics.median(theirs):,.0f}: ratio {ratio:.2f}"
+    )
 
 
 def main() -> None:
     torch.set_num_threads(1)
     model = make_model(STUDENT, seed=0).eval()
     model.generation_config.eos_token_id = None
-    engine = TransformersEngine(model, [], batch_size=BATCH)
+    engines = {
+        "": TransformersEngine(model, [], batch_size=BATCH),
+        ", compiled": TransformersEngine(
+            make_model(STUDENT, seed=0).eval(), [], batch_size=BATCH, compiles=True
+        ),
+    }
     generator = np.random.default_rng(0)
     prompts = generator.integers(2, 24, size=(BATCH, PROMPT))
     rows, tensor = prompts.tolist(), torch.from_numpy(prompts)
@@ -63,23 +74,26 @@ def main() -> None:
         ("equal lengths (36)", [36] * BATCH),
         ("lengths 8 to 64", generator.integers(8, 65, size=BATCH).tolist()),
     ):
-        ours, theirs, ratio = side_by_side(
-            partial(engine.generate, rows, Sampling(), seeds=range(BATCH), max_tokens=limits),
+        *ours, theirs = in_turns(
+            *(
+                partial(engine.generate, rows, Sampling(), seeds=range(BATCH), max_tokens=limits)
+                for engine in engines.values()
+            ),
             partial(generate_all, model, tensor, max(limits)),
         )
-        wanted = sum(limits)
-        print(
-            f"  rollout, {name}: {wanted / ours:,.0f} tokens/s, generate() {wanted / theirs:,.0f}: ratio {ratio:.2f}"
-        )
+        for kind, times in zip(engines, ours, strict=True):
+            report(f"rollout, {name}{kind}", sum(limits), times, theirs, "generate()")
     sequences = generator.integers(2, 24, size=(BATCH, 46)).tolist()
     starts = [PROMPT] * BATCH
-    k1, top, ratio = side_by_side(
-        partial(engine.score, sequences, starts), partial(engine.score, sequences, starts, k=5)
+    plain, compiled = engines.values()
+    k1, top, faster = in_turns(
+        partial(plain.score, sequences, starts),
+        partial(plain.score, sequences, starts, k=5),
+        partial(compiled.score, sequences, starts),
     )
     scored = BATCH * 36
-    print(
-        f"  scoring: K1 alone {scored / k1:,.0f} tokens/s, top-5 everywhere {scored / top:,.0f}: ratio {ratio:.2f}"
-    )
+    report("scoring, K1 alone", scored, k1, top, "top-5 everywhere")
+    report("scoring, K1 alone, compiled", scored, faster, k1, "not compiled")
 
 
 if __name__ == "__main__":

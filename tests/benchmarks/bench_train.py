@@ -1,11 +1,12 @@
 """Training speed side by side with TRL's ``DistillationTrainer``: ``python tests/benchmarks/bench_train.py``.
 
 The same random student and teacher (Qwen3, 2 layers, hidden size 128, vocabulary 512, float32), the same prompts, 32
-responses of at most 64 tokens per step, on-policy reverse KL, one thread per process. TRL (in an environment of its own
-that is made in ``build/``) takes the KL over the whole vocabulary in the trainer's process; tropd takes K1 of the sampled
-tokens (``opd``), and its teacher is a service in a second process, as for any user. A second row has tropd prepare a
-step while the one before trains (``train.max_staleness = 1``); the parts of its steps then overlap. Prints tokens per
-second, the ratio, and where the time goes. Rounds are taken in turns.
+responses of at most 64 tokens per step, on-policy reverse KL, two cores. TRL (in an environment of its own that is made
+in ``build/``) takes the KL over the whole vocabulary in the trainer's process, once with one thread and once with two;
+ratios are to the faster. tropd takes K1 of the sampled tokens (``opd``), with one thread per process; its teacher is a
+service in a second process, as for any user. Further rows have it compile the models (``runtime.compile``) and prepare a
+step while the one before trains (``train.max_staleness = 1``), whose parts then overlap. Prints tokens per second, the
+ratio, and where the time goes. Rounds are taken in turns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ ROOT = Path(__file__).parents[2]
 VENV = ROOT / "build" / "bench-trl"
 REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "transformers>=5.10,<6")
 VOCAB, BATCH, TOKENS = 512, 32, 64
-WARM, MEASURED, ROUNDS = 2, 6, 3
+WARM, MEASURED, ROUNDS = 4, 6, 3
+OURS = {
+    "tropd": (0, False),
+    "compiled": (0, True),
+    "one ahead": (1, False),
+    "one ahead, compiled": (1, True),
+}
 CONFIG = f"""
 [teacher]
 dtype = "float32"
@@ -91,11 +98,13 @@ def make_inputs(folder: Path) -> None:
     (folder / "config.toml").write_text(CONFIG)
 
 
-def run_ours(folder: Path, staleness: int) -> dict[str, Any]:
+def run_ours(folder: Path, staleness: int, compiled: bool) -> dict[str, Any]:
     """Steps of ``tropd train`` after the warm-up, from its metrics."""
     tropd = Path(sys.executable).with_name("tropd")
     options = ["--force", "--set", f"train.max_staleness={staleness}"]
-    subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True)
+    options += ["--set", f"runtime.compile={str(compiled).lower()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True, env=environment)
     records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()][
         WARM:
     ]
@@ -110,10 +119,13 @@ def run_ours(folder: Path, staleness: int) -> dict[str, Any]:
     }
 
 
-def run_trl(folder: Path) -> dict[str, Any]:
+def run_trl(folder: Path, threads: int) -> dict[str, Any]:
     script = Path(__file__).with_name("trl_side.py")
     command = [trl_python(), script, folder / "models", WARM + MEASURED, BATCH, TOKENS]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
         raise SystemExit(f"TRL failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -128,8 +140,9 @@ def run_trl(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.pop(
+        "OMP_WAIT_POLICY", None
+    )  # PASSIVE, which the Makefile sets, would slow TRL's two threads down
     trl_python()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
@@ -137,22 +150,30 @@ def main() -> None:
             [Path(sys.executable).with_name("tropd"), "init", folder], check=True, capture_output=True
         )
         make_inputs(folder)
-        rounds = [(run_ours(folder, 0), run_ours(folder, 1), run_trl(folder)) for _ in range(ROUNDS)]
+        rounds = [
+            {name: run_ours(folder, *options) for name, options in OURS.items()}
+            | {f"TRL 1.16, threads: {n}": run_trl(folder, n) for n in (1, 2)}
+            for _ in range(ROUNDS)
+        ]
     print(
         f"{BATCH} responses of at most {TOKENS} tokens per step, {MEASURED} steps after {WARM}, {ROUNDS} rounds in turns"
     )
-    for name, column in zip(("tropd", "one ahead", "TRL 1.16"), zip(*rounds, strict=True), strict=True):
-        rate = statistics.median(found["rate"] for found in column)
+    for name in rounds[0]:
+        column = [found[name] for found in rounds]
         parts = ", ".join(
             f"{part} {statistics.median(found['parts'][part] for found in column):.0%}"
             for part in ("rollout", "teacher", "train")
         )
-        print(f"  {name:<9} {rate:8,.0f} tokens/s   ({parts})")
-    for name, place in (("tropd", 0), ("one ahead", 1)):
-        ratios = [found[place]["rate"] / found[2]["rate"] for found in rounds]
+        rate = statistics.median(found["rate"] for found in column)
+        ratios = [found[name]["rate"] / fastest_trl(found) for found in rounds]
         print(
-            f"  ratio, {name}: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
+            f"  {name:<20} {rate:8,.0f} tokens/s   ({parts})   ratio {statistics.median(ratios):.2f} "
+            f"(rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
         )
+
+
+def fastest_trl(found: dict[str, dict[str, Any]]) -> float:
+    return max(float(side["rate"]) for name, side in found.items() if name.startswith("TRL"))
 
 
 if __name__ == "__main__":
