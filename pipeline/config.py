@@ -312,7 +312,8 @@ class TrainConfig(Spec):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     region_gradients: bool = False
-    """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower."""
+    """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
+    with runtime.compile."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -159,6 +159,11 @@ def open_session(
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
+    if student.compiles and config.train.region_gradients:
+        # Compiled backward passes reuse memory of the forward pass, and can be gone through only once.
+        raise ConfigError(
+            "train.region_gradients and runtime.compile exclude each other", hint="set one of them to false"
+        )
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, world, student, whole_model, folder, precision)
     engine = rolling.engine

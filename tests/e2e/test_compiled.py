@@ -34,6 +34,14 @@ def test_a_compiled_run_takes_the_same_steps(
             assert one[name] == pytest.approx(other[name], abs=1e-4, rel=1e-3), (one["step"], name)
 
 
+def test_gradients_by_region_are_refused(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:
+    workspace = copy(prepared)
+    options = ["--set", f"teacher.url={teacher_url}", "--set", "train.region_gradients=true", *COMPILED]
+    result = tropd("train", "-w", workspace, *options)
+    assert result.code == 2
+    assert "train.region_gradients and runtime.compile exclude each other" in result.output
+
+
 def test_without_a_compiler_the_run_ends_before_it_begins(
     prepared: Path, copy: Any, teacher_url: str, tmp_path: Path
 ) -> None:
