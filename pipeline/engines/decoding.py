@@ -58,16 +58,17 @@ def decode(
 
     What a row draws depends on its seed and the number of its tokens only.
     """
-    left = np.array(limits, dtype=np.int64)
-    shape = (len(prompts), int(left.max()))
+    shape = (len(prompts), max(limits))
     draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :]))
-    drawn = _Drawn(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32), left)
+    drawn = _Drawn(
+        np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32), np.array(limits, dtype=np.int64)
+    )
     rows = np.arange(len(prompts))
     logits = decoder.start(prompts, shape[1])
     step = 0
     while True:
         segment = draws[rows, step : step + SEGMENT].T.to(logits.device)
-        tokens, logprobs = _segment(decoder, logits, sampling, segment, left[rows] - step, stop_ids)
+        tokens, logprobs = _segment(decoder, logits, sampling, segment, drawn.ends[rows] - step, stop_ids)
         going = drawn.add(rows, step, tokens, logprobs, stop_ids)
         if not len(going):
             return drawn.generations()
@@ -89,8 +90,8 @@ class _Drawn:
     """``[R, limit]``."""
     logprobs: npt.NDArray[np.float32]
     """``[R, limit]``."""
-    limits: Ints
-    """``[R]``; set to the length of the row where a stop token ends it."""
+    ends: Ints
+    """``[R]`` the row's limit, or its length once a stop token has ended it."""
     stopped: set[int] = field(default_factory=set)
 
     def add(self, rows: Ints, step: int, tokens: Tensor, logprobs: Tensor, stop_ids: Tensor) -> Ints:
@@ -99,17 +100,17 @@ class _Drawn:
         end = step + len(tokens)
         self.tokens[rows, step:end] = tokens.T.cpu().numpy()
         self.logprobs[rows, step:end] = logprobs.T.cpu().numpy()
-        first = np.where(is_stop.any(axis=1), step + is_stop.argmax(axis=1) + 1, self.limits[rows] + 1)
-        stops = first <= self.limits[rows]
-        self.limits[rows[stops]] = first[stops]
+        first = np.where(is_stop.any(axis=1), step + is_stop.argmax(axis=1) + 1, self.ends[rows] + 1)
+        stops = first <= self.ends[rows]
+        self.ends[rows[stops]] = first[stops]
         self.stopped.update(rows[stops].tolist())
-        return np.flatnonzero(self.limits[rows] > end)
+        return np.flatnonzero(self.ends[rows] > end)
 
     def generations(self) -> list[Generation]:
         return [
             Generation(t[:n], p[:n], "stop" if row in self.stopped else "length")
             for row, (t, p, n) in enumerate(
-                zip(self.tokens.tolist(), self.logprobs.tolist(), self.limits.tolist(), strict=True)
+                zip(self.tokens.tolist(), self.logprobs.tolist(), self.ends.tolist(), strict=True)
             )
         ]
 

@@ -1,8 +1,9 @@
 """What a training step costs on the demo: ``python tests/benchmarks/bench_steps.py``.
 
-Two questions. Ahead: with ``train.max_staleness = 1`` a step should take as long as the longer of its two halves,
-preparing (sampling and the teacher's answers) and training. Scaling: twice the prompts per step should take twice the
-time, no more. Runs are taken in turns; the models are the demo's, trained for a moment only.
+Three questions. Ahead: with ``train.max_staleness = 1`` a step should take as long as the longer of its two halves,
+preparing (sampling and the teacher's answers) and training. Compiled: what ``runtime.compile`` in trainer and teacher
+brings. Scaling: twice the prompts per step should take twice the time, no more. Runs are taken in turns; the models are
+the demo's, trained for a moment only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TROPD = Path(sys.executable).with_name("tropd")
-WARM, MEASURED, ROUNDS = 4, 20, 3
+WARM, MEASURED, ROUNDS = 8, 20, 3
 QUICK = ("demo.teacher_steps=60", "demo.student_steps=60", "demo.spoil_steps=5")
 
 
@@ -30,9 +31,9 @@ def tropd(*arguments: str | Path) -> None:
 
 
 @contextmanager
-def teacher(folder: Path) -> Iterator[str]:
+def teacher(folder: Path, compiled: str) -> Iterator[str]:
     """A service for all runs, as warm for the last as for the first."""
-    command = [TROPD, "serve-teacher", "-w", folder, "--json"]
+    command = [TROPD, "serve-teacher", "-w", folder, "--json", "--set", f"runtime.compile={compiled}"]
     process = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -44,10 +45,9 @@ def teacher(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def steps(folder: Path, url: str, **settings: object) -> list[dict[str, Any]]:
+def steps(folder: Path, **settings: object) -> list[dict[str, Any]]:
     """The metrics of a run's steps after the warm-up."""
     assignments = {
-        "teacher.url": url,
         "train.steps": WARM + MEASURED,
         "train.checkpoint_every": 1000,
         **settings,
@@ -62,21 +62,29 @@ def mean(records: list[dict[str, Any]], *names: str) -> float:
     return statistics.fmean(sum(record[name] for name in names) for record in records)
 
 
-def ahead(folder: Path, url: str) -> None:
-    rounds = [(steps(folder, url), steps(folder, url, **{"train.max_staleness": 1})) for _ in range(ROUNDS)]
-    print(f"one step ahead: {MEASURED} steps after {WARM}, {ROUNDS} rounds in turns, medians")
-    for name, column in zip(("in turns", "ahead"), zip(*rounds, strict=True), strict=True):
+def kinds(folder: Path, url: str, compiled_url: str) -> None:
+    plain = {"teacher.url": url}
+    compiled = {"teacher.url": compiled_url, "runtime.compile": "true"}
+    ahead = {"train.max_staleness": 1}
+    runs = {
+        "in turns": plain,
+        "compiled": compiled,
+        "ahead": plain | ahead,
+        "ahead, compiled": compiled | ahead,
+    }
+    rounds = [{name: steps(folder, **settings) for name, settings in runs.items()} for _ in range(ROUNDS)]
+    print(f"{MEASURED} steps after {WARM}, {ROUNDS} rounds in turns, medians")
+    for name in runs:
+        column = [found[name] for found in rounds]
         prepare = statistics.median(mean(r, "time_rollout", "time_score") for r in column)
         train = statistics.median(mean(r, "time_train", "time_optimizer") for r in column)
         total = statistics.median(mean(r, "time_total") for r in column)
+        ratios = [mean(found["in turns"], "time_total") / mean(found[name], "time_total") for found in rounds]
         print(
-            f"  {name:<9} step {1000 * total:6.1f} ms   (prepare {1000 * prepare:.1f}, train {1000 * train:.1f};"
+            f"  {name:<16} step {1000 * total:6.1f} ms   (prepare {1000 * prepare:.1f}, train {1000 * train:.1f};"
             f" step / longer half {total / max(prepare, train):.2f})"
+            f"   {statistics.median(ratios):.2f} times as fast ({', '.join(f'{r:.2f}' for r in ratios)})"
         )
-    ratios = [mean(one, "time_total") / mean(two, "time_total") for one, two in rounds]
-    print(
-        f"  ahead is {statistics.median(ratios):.2f} times as fast ({', '.join(f'{r:.2f}' for r in ratios)})"
-    )
 
 
 def scaling(folder: Path, url: str) -> None:
@@ -85,10 +93,11 @@ def scaling(folder: Path, url: str) -> None:
     for _ in range(ROUNDS):
         for factor, values in found.items():
             options = {
+                "teacher.url": url,
                 "rollout.prompts_per_step": 32 * factor,
                 "train.steps": WARM + max(4, MEASURED // factor),
             }
-            records = steps(folder, url, **options)
+            records = steps(folder, **options)
             values.append(sum(r["time_total"] for r in records) / sum(r["tokens_on_policy"] for r in records))
     base = statistics.median(found[1])
     for factor, values in found.items():
@@ -108,8 +117,8 @@ def main() -> None:
         quick = [part for assignment in QUICK for part in ("--set", assignment)]
         for stage in ("prepare", "generate-prefixes", "score-teacher"):
             tropd(stage, "-w", folder, *quick)
-        with teacher(folder) as url:
-            ahead(folder, url)
+        with teacher(folder, "false") as url, teacher(folder, "true") as compiled_url:
+            kinds(folder, url, compiled_url)
             scaling(folder, url)
 
 
