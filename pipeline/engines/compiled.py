@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,16 +86,9 @@ def prepare(model: lean.LeanModel) -> None:
     decoder.step(torch.zeros(ROWS, dtype=torch.long))
 
 
-def _traced(
-    model: lean.LeanModel,
-    ids: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cache: Sequence[tuple[Tensor, Tensor]],
-    allowed: Tensor | None,
-) -> Tensor:
+def _traced(model: lean.LeanModel, ids: Tensor, *arguments: Any) -> Tensor:
     """The first use, which says which sizes are symbols."""
-    assert allowed is not None
+    cos, sin, cache, allowed = arguments
     new = [1] if ids.shape[1] > 1 else []
     for tensor in (ids, cos, sin):
         torch._dynamo.mark_dynamic(tensor, [0, *new])
@@ -104,4 +96,4 @@ def _traced(
     for keys, values in cache:
         torch._dynamo.mark_dynamic(keys, [0, 2])
         torch._dynamo.mark_dynamic(values, [0, 2])
-    return next_logits(model, ids, cos, sin, cache, allowed)
+    return next_logits(model, ids, *arguments)

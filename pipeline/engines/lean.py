@@ -28,7 +28,6 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 TOLERANCE = 1e-4
 
-
 Forward = Callable[..., Tensor]
 
 
