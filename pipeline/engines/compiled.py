@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def check_compiler() -> None:
     Raises:
         ConfigError: it does not work.
     """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        logger.warning(
+            "runtime.compile does nothing in this process: TORCHDYNAMO_DISABLE is set, by you or for vLLM on a CPU"
+        )
     try:
         torch.compile(torch.nn.functional.silu)(torch.zeros(3))
     except Exception as error:  # its failures have no class in common

@@ -31,3 +31,13 @@ def test_compiled_models_are_those_they_were_made_from() -> None:
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_where_the_compiler_is_turned_off_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    check_compiler.cache_clear()
+    check_compiler()
+    check_compiler.cache_clear()
+    assert "runtime.compile does nothing in this process" in caplog.text
