@@ -36,10 +36,10 @@ def short_model(kind: str) -> Any:
 def test_a_row_that_is_done_early_never_leaves_the_models_positions(kind: str) -> None:
     engine = TransformersEngine(short_model(kind), [], batch_size=64)
     assert engine._is_lean == (kind == "lean")
-    # Too few are done for any to leave: they ride along while the others are written to the end.
-    prompts = [[5] * (LONGEST - 2)] + [[3 + n] for n in range(10)]
-    results = engine.generate(prompts, Sampling(0.0), seeds=[0] * 11, max_tokens=[100] * 11)
-    assert [len(r.tokens) for r in results] == [2] + [LONGEST - 1] * 10
+    # One of 21 is too few to leave: it rides along while the others are written to the end.
+    prompts = [[5] * (LONGEST - 2)] + [[3 + n] for n in range(20)]
+    results = engine.generate(prompts, Sampling(0.0), seeds=[0] * 21, max_tokens=[100] * 21)
+    assert [len(r.tokens) for r in results] == [2] + [LONGEST - 1] * 20
     alone = [engine.generate([p], Sampling(0.0), seeds=[0], max_tokens=[100])[0] for p in prompts]
     assert [r.tokens for r in results] == [r.tokens for r in alone]
 
