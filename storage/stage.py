@@ -37,9 +37,13 @@ LOCK_NAME = ".lock"
 class Stage:
     """The writer's view of a stage folder. Obtained from ``open_stage``, valid inside its block."""
 
-    def __init__(self, folder: Path, manifest: Manifest, timings: Path | None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, timings: Path | None, broken: Collection[str] = ()
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.broken = tuple(broken)
+        """Shards that the manifest on disk named, missing or of the wrong size; the next change strikes them."""
         self._timings = timings
         self._mark = time.monotonic()
 
@@ -114,9 +118,9 @@ def open_stage(
 ) -> Iterator[Stage]:
     """Lock a stage folder and load or start its manifest.
 
-    Shards that are listed but missing or of the wrong size are dropped from the manifest, so that the stage
-    makes them again. A stage that was started but holds nothing yet takes the new fingerprint. With
-    ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
+    Shards that are listed but missing or of the wrong size are left out of the stage's manifest, so that they are
+    made again; the manifest on disk follows with the stage's first change. A stage that was started but holds nothing
+    yet takes the new fingerprint. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
 
     Raises:
         StageLockedError: another process holds the stage.
@@ -132,8 +136,8 @@ def open_stage(
             write_manifest(folder, manifest)
         else:
             refuse_other_settings(name, folder, manifest, fingerprint)
-            manifest = _drop_broken(folder, manifest)
-        yield Stage(folder, manifest, timings)
+        broken = _broken(folder, manifest)
+        yield Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -150,22 +154,25 @@ def _move_aside(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def _drop_broken(folder: Path, manifest: Manifest) -> Manifest:
+def _broken(folder: Path, manifest: Manifest) -> list[str]:
     broken = [
         shard.name
         for shard in manifest.shards.values()
         if not (folder / shard.name).exists() or content_size(folder / shard.name) != shard.size
     ]
-    if not broken:
-        return manifest
-    logger.warning("%s: missing or truncated, made again: %s", manifest.stage, ", ".join(broken))
-    return drop_shards(folder, manifest, broken)
+    if broken:
+        logger.warning("%s: missing or truncated, made again: %s", manifest.stage, ", ".join(broken))
+    return broken
+
+
+def _without(manifest: Manifest, names: Collection[str]) -> Manifest:
+    kept = {k: v for k, v in manifest.shards.items() if k not in names}
+    return manifest.model_copy(update={"shards": kept, "complete": False})
 
 
 def drop_shards(folder: Path, manifest: Manifest, names: Collection[str]) -> Manifest:
     """Strike shards from the manifest on disk, so that the stage makes them again. Needs the stage's lock."""
-    kept = {k: v for k, v in manifest.shards.items() if k not in names}
-    manifest = manifest.model_copy(update={"shards": kept, "complete": False})
+    manifest = _without(manifest, names)
     write_manifest(folder, manifest)
     return manifest
 

@@ -2,13 +2,13 @@
 
 Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state; rows
 that older weights have rolled out for the next step are kept with it. A copy of the state is written in a thread,
-while training goes on.
-Tensors are stored whole, whatever the number of processes that train: a run may go on with another number.
+while training goes on. Each process writes its own part of what is sharded; a run may go on with another number.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,14 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tropd.pipeline.training.rollouts import Row, RowPlan
-from tropd.pipeline.training.student import fill, whole
+from tropd.pipeline.training.sharded import copied, load_tensors, save_tensors, stored_tensors
+from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.atomic import atomic_directory
 from tropd.storage.errors import DamagedShardError, InterruptedStageError
 from tropd.storage.manifest import check_shard
 from tropd.storage.stage import Stage
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
-WEIGHTS, MOMENTS, ROWS = "model.safetensors", "optimizer.safetensors", "rows.safetensors"
+TENSORS, ROWS, STATE = "tensors", "rows.safetensors", "state.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -40,13 +43,15 @@ class CheckpointWriter:
     """Writes checkpoints in the background, one at a time; the block's end waits for the last.
 
     Args:
-        stage: None in a process that only takes part, by gathering what is sharded.
+        stage: None in all processes but the first.
         keep: newest checkpoints that are not deleted.
+        world: the processes that train together; all must make a writer, and save at the same steps.
     """
 
-    def __init__(self, stage: Stage | None, keep: int) -> None:
+    def __init__(self, stage: Stage | None, keep: int, world: World = ALONE) -> None:
         self._stage = stage
         self._keep = keep
+        self._world = world.aside()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -68,16 +73,28 @@ class CheckpointWriter:
             DiskError: the checkpoint before this one could not be written.
         """
         self.wait()
-        leads = self._stage is not None
-        files = {
-            WEIGHTS: _gathered(_trained(model) | _saved_buffers(model), keep=leads),
-            MOMENTS: _gathered(_optimizer_tensors(optimizer), keep=leads),
-        }
-        if rows is not None:
-            files[ROWS] = _row_tensors(rows)
+        tensors = copied(_model_tensors(model) | _optimizer_tensors(model, optimizer))
         state = json.dumps({"step": step, "counters": counters}, sort_keys=True)
-        if self._stage is not None:
-            self._writing = self._pool.submit(_write, self._stage, step, files, state, self._keep)
+        own = None if rows is None else _row_tensors(rows)
+        self._writing = self._pool.submit(self._write, step, tensors, state, own)
+
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        state: str,
+        rows: dict[str, torch.Tensor] | None,
+    ) -> None:
+        if self._stage is None:
+            save_tensors(self._world.tell(Path()), tensors, self._world.group)
+            return
+        with atomic_directory(self._stage.folder / checkpoint_name(step)) as folder:
+            save_tensors(self._world.tell(folder / TENSORS), tensors, self._world.group)
+            if rows is not None:
+                save_file(rows, folder / ROWS)
+            (folder / STATE).write_text(state)
+        self._stage.commit(checkpoint_name(step), rows=step)
+        prune_checkpoints(self._stage, self._keep)
 
     def check(self) -> None:
         """Raise what has gone wrong since, if anything has."""
@@ -99,25 +116,6 @@ class CheckpointWriter:
         self._pool.shutdown()
         if error is None or isinstance(error, InterruptedStageError):
             self.wait()  # who is told that a checkpoint was saved must find one
-
-
-def _write(stage: Stage, step: int, files: dict[str, dict[str, torch.Tensor]], state: str, keep: int) -> None:
-    with atomic_directory(stage.folder / checkpoint_name(step)) as folder:
-        for name, tensors in files.items():
-            save_file(tensors, folder / name)
-        (folder / "state.json").write_text(state)
-    stage.commit(checkpoint_name(step), rows=step)
-    prune_checkpoints(stage, keep)
-
-
-def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of whole tensors in main memory, one gathered after the other."""
-    found = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if keep:
-            found[name] = value.to("cpu", copy=True).contiguous()
-    return found
 
 
 def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -150,14 +148,18 @@ def _trained(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _saved_buffers(model: Any) -> dict[str, torch.Tensor]:
-    names = {name for name, _ in model.named_buffers()}
-    return {name: value for name, value in model.state_dict().items() if name in names}
+def _model_tensors(model: Any) -> dict[str, torch.Tensor]:
+    buffers = {name for name, _ in model.named_buffers()}
+    saved = {name: value for name, value in model.state_dict().items() if name in buffers}
+    return {f"model.{name}": value for name, value in (_trained(model) | saved).items()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"optimizer.{name}.{kind}": value
+        for name, parameter in _trained(model).items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def prune_checkpoints(stage: Stage, keep: int) -> None:
@@ -168,14 +170,32 @@ def prune_checkpoints(stage: Stage, keep: int) -> None:
 
 
 def newest_checkpoint(stage: Stage) -> Path | None:
-    """The newest checkpoint that matches its checksum; others are forgotten. None without any."""
+    """The newest checkpoint that matches its checksum; damaged ones after it are forgotten. None without any.
+
+    Raises:
+        DamagedShardError: there are checkpoints, but none is whole: from the first step again is not what anybody
+            expects of a run that has some.
+    """
+    problems = {name: "missing or truncated" for name in stage.broken if name.startswith(f"{FOLDER}/")}
+    damaged = []
     for name in reversed(_checkpoints(stage)):
         try:
             check_shard(stage.folder, stage.manifest.shards[name])
-        except DamagedShardError:
-            stage.retire(name)
+        except DamagedShardError as error:
+            problems[name] = str(error)
+            damaged.append(name)
             continue
+        for lost in damaged:
+            stage.retire(lost)
+        if problems:
+            logger.warning("going on from %s; damaged: %s", name, "; ".join(problems))
         return stage.folder / name
+    if problems:
+        lines = "\n".join(f"    {name}: {problem}" for name, problem in sorted(problems.items()))
+        raise DamagedShardError(
+            f"{stage.folder} has no whole checkpoint to go on from:\n{lines}",
+            hint="put the files back, or start over with --force (the old output is moved aside, not deleted)",
+        )
     return None
 
 
@@ -185,26 +205,16 @@ def load_checkpoint(
     """Restore a checkpoint into model and optimiser; returns the steps done and the counters. Without one, step 0."""
     if folder is None:
         return 0, {}
-    tensors = _trained(model) | _saved_buffers(model)
-    with safe_open(folder / WEIGHTS, framework="pt") as stored:
-        for name, tensor in tensors.items():
-            fill(tensor, stored.get_tensor(name))
-    _load_optimizer(optimizer, folder / MOMENTS)
-    saved = json.loads((folder / "state.json").read_text())
+    tensors, parameters = _model_tensors(model), _trained(model)
+    for key, (shape, dtype) in stored_tensors(folder / TENSORS).items():
+        if key.startswith("optimizer."):
+            # AdamW makes its state in its first step: until then there is none to fill.
+            name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
+            like = torch.zeros_like(parameters[name]) if shape else torch.zeros((), dtype=dtype)
+            optimizer.state[parameters[name]][kind] = tensors[key] = like
+    load_tensors(folder / TENSORS, tensors)
+    saved = json.loads((folder / STATE).read_text())
     return int(saved["step"]), dict(saved["counters"])
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """AdamW has its moments from its first step on: each is made like its parameter, then filled."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with safe_open(path, framework="pt") as stored:
-        for key in stored.keys():  # noqa: SIM118  (it cannot be iterated over)
-            index, name = key.split(".", 1)
-            parameter, value = parameters[int(index)], stored.get_tensor(key)
-            state = optimizer.state[parameter]
-            state[name] = value if value.ndim == 0 else torch.zeros_like(parameter)
-            if value.ndim:
-                fill(state[name], value)
 
 
 def _checkpoints(stage: Stage) -> list[str]:

@@ -147,8 +147,8 @@ def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any],
     """Restore the newest checkpoint; returns the steps done, the counters, and the next rows if they are known."""
     newest = None
     if stage is not None:
-        remove_uncommitted(stage)
         newest = newest_checkpoint(stage)
+        remove_uncommitted(stage)
     newest = session.world.tell(newest)
     first, counters = load_checkpoint(newest, session.student.model, session.optimizer)
     rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
@@ -174,7 +174,7 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
         log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
         if stage is not None:
             drop_samples(stage.folder, first)
-        writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints))
+        writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
         trace = stage.folder / TRACE if stage is not None and config.trace else None
         timeline = stack.enter_context(Timeline(trace))
         preparation = stack.enter_context(open_preparation(session, timeline, stop))

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tropd.pipeline.training.sharded import stored_tensors
+
 BIN = Path(sys.executable).parent
 
 
@@ -56,7 +58,8 @@ def test_two_processes_are_as_good_as_one(
     assert process.returncode != 0
     steps = len(records(workspace))
     assert 3 <= steps < 8, output
-    assert (workspace / "train" / "checkpoints" / f"step-{steps:06d}").is_dir(), output
+    saved = workspace / "train" / "checkpoints" / f"step-{steps:06d}" / "tensors"
+    assert [path.name[:11] for path in sorted(saved.iterdir())] == ["shard-00001", "shard-00002"], output
     tropd.ok("train", "-w", workspace, "--set", f"teacher.url={teacher_url}")
     found, expected = records(workspace), records(finished)
     assert [r["step"] for r in found] == list(range(8))
@@ -106,8 +109,8 @@ def test_two_processes_train_adapters_as_one_does(
     assert process.returncode == 0, output
     for one, other in zip(records(both), records(alone), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
-    saved = load_file(both / "train" / "checkpoints" / "step-000008" / "model.safetensors")
-    assert saved
+    saved = stored_tensors(both / "train" / "checkpoints" / "step-000008" / "tensors")
+    assert {name.split(".")[0] for name in saved} == {"model", "optimizer"}
     assert all("lora_" in name for name in saved)
     mine, theirs = (load_file(w / "train" / "final" / "model.safetensors") for w in (both, alone))
     start = load_file(both / "models" / "student" / "model.safetensors")

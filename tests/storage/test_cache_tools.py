@@ -16,7 +16,7 @@ from tropd.storage.cache_tools import cache_stats, export_datasets, export_parqu
 from tropd.storage.errors import ConfigError, DamagedShardError, DataError, FingerprintMismatchError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import read_manifest
-from tropd.storage.stage import open_stage
+from tropd.storage.stage import drop_shards, open_stage
 from tropd.storage.topk_cache import read_topk
 from tropd.storage.trajectories import read_trajectories
 from tropd.storage.verify import verify_workspace
@@ -120,10 +120,10 @@ def test_export_needs_the_trajectories_it_was_made_from(workspace: Workspace, tm
 def remove(workspace: Workspace, parts: list[int]) -> None:
     manifest = read_manifest(workspace.stage("scores"))
     assert manifest is not None
-    for part in parts:
-        shutil.rmtree(workspace.stage("scores") / f"part-{part:05d}.zarr")
-    with open_stage(workspace.stage("scores"), "scores", Fingerprint(manifest.fields)):
-        pass
+    names = [f"part-{part:05d}.zarr" for part in parts]
+    for name in names:
+        shutil.rmtree(workspace.stage("scores") / name)
+    drop_shards(workspace.stage("scores"), manifest, names)
 
 
 def test_merge_of_two_halves_is_the_whole(workspace: Workspace, tmp_path: Path) -> None:

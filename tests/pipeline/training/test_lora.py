@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("peft", reason="the extra 'lora' is not installed")
 
 from tropd.pipeline.config import LoraSettings
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
+from tropd.pipeline.training.checkpoint import TENSORS, CheckpointWriter, load_checkpoint, newest_checkpoint
 from tropd.pipeline.training.lora import add_adapters, merged_state
+from tropd.pipeline.training.sharded import stored_tensors
 from tropd.pipeline.training.student import StudentPass
 from tropd.storage.errors import ConfigError
 from tropd.storage.fingerprint import Fingerprint
@@ -87,7 +87,9 @@ def test_a_checkpoint_holds_adapters_and_resumes_bit_for_bit(tiny_model: Any, tm
             writer.save(2, model, optimizer, {})
         folder = newest_checkpoint(stage)
         assert folder is not None
-        assert all("lora_" in name for name in load_file(folder / "model.safetensors"))
+        names = stored_tensors(folder / TENSORS)
+        assert {"model", "optimizer"} == {name.split(".")[0] for name in names}
+        assert all("lora_" in name for name in names)
         resumed = adapted(tiny_model, seed=9)
         resumed_optimizer = optimizer_of(resumed)
         assert load_checkpoint(folder, resumed, resumed_optimizer) == (2, {})
