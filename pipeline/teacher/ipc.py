@@ -134,9 +134,25 @@ def _required(place: int | None) -> int:
 
 def list_column(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
     """One list per row, of values of type ``kind``."""
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     flat = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+    return pa.ListArray.from_arrays(number_column(offsets, pa.int32()), number_column(flat, kind))
+
+
+def number_column(values: npt.ArrayLike, kind: pa.DataType) -> pa.Array:
+    """Numbers or booleans as a column. ``pa.array`` would import pandas where there is one: half a second, for nothing.
+
+    Raises:
+        OverflowError: a value does not fit into an integer of ``kind``.
+    """
+    flat = np.asarray(values)
+    if pa.types.is_boolean(kind):
+        data = np.packbits(flat.astype(bool), bitorder="little")
+    else:
+        data = np.ascontiguousarray(flat, dtype=kind.to_pandas_dtype())
+        if pa.types.is_integer(kind) and not np.array_equal(data, flat):
+            raise OverflowError(f"a value does not fit into {kind}")
+    return pa.Array.from_buffers(kind, len(flat), [None, pa.py_buffer(data)])
 
 
 def column_arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
@@ -145,9 +161,19 @@ def column_arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
     flat = column.flatten()
     if flat.null_count:
         raise ProtocolError(f"column {name!r} has a null in a list")
-    values = flat.to_numpy(zero_copy_only=False)
-    offsets = column.offsets.to_numpy() - (column.offsets[0].as_py() if len(column) else 0)
+    values = _numbers(flat)
+    offsets = _numbers(column.offsets)
+    offsets = offsets - offsets[0] if len(column) else offsets
     return [values[offsets[i] : offsets[i + 1]] for i in range(len(column))]
+
+
+def _numbers(column: pa.Array) -> npt.NDArray[Any]:
+    """A column without nulls; ``to_numpy`` imports pandas as well."""
+    data = column.buffers()[1] or b""  # may be longer than its values
+    first, end = column.offset, column.offset + len(column)
+    if pa.types.is_boolean(column.type):
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=end, bitorder="little")[first:].astype(bool)
+    return np.frombuffer(data, column.type.to_pandas_dtype(), count=end)[first:]
 
 
 def column_integers(batch: pa.RecordBatch, name: str) -> list[int]:

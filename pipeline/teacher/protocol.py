@@ -22,6 +22,7 @@ from tropd.pipeline.teacher.ipc import (
     column_arrays,
     column_integers,
     list_column,
+    number_column,
     read_stream,
     write_stream,
 )
@@ -160,9 +161,9 @@ def encode_request(request: ScoreRequest) -> bytes:
     items = request.sequences
     columns = [
         list_column([i.tokens for i in items], pa.int32()),
-        pa.array([i.start for i in items], pa.int32()),
+        number_column([i.start for i in items], pa.int32()),
         list_column([i.student_logprobs for i in items], pa.float32()),
-        pa.array([i.seed for i in items], pa.int64()),
+        number_column([i.seed for i in items], pa.int64()),
     ]
     return write_stream(columns, _REQUEST, options.model_dump_json())
 

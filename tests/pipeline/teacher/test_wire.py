@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tropd.pipeline.objectives.spec import RatioPartition, SampledPartition
+from tropd.pipeline.teacher.ipc import column_arrays, list_column, number_column
 from tropd.pipeline.teacher.protocol import (
     ProtocolError,
     ScoredItem,
@@ -220,3 +224,49 @@ def test_a_trusted_token_costs_five_bytes_and_an_outlier_only_its_alternatives()
     size = len(encode_response(ScoreResponse(items), k=0, entropy=False))
     assert size / (64 * 32) < 5.5
     assert decode_response(encode_response(ScoreResponse(items), k=0, entropy=False), asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.int32(), [1, -2, 2**31 - 1]),
+        (pa.float32(), [0.5, float("-inf"), -1e30]),
+        (pa.bool_(), [True, False, True, True, False, False, False, True, True]),
+        (pa.int32(), []),
+        (pa.bool_(), []),
+    ],
+)
+def test_columns_are_those_that_arrow_makes(kind: pa.DataType, values: list[Any]) -> None:
+    rows = [np.array(values, kind.to_pandas_dtype()), np.array([], kind.to_pandas_dtype())] * 2
+    column = list_column(rows, kind)
+    assert column.equals(pa.array([values, []] * 2, pa.list_(kind)))
+    column.validate(full=True)
+    batch = pa.record_batch([column], names=["x"])
+    for first in range(4):  # slices keep the buffers, and begin further on
+        found = column_arrays(batch.slice(first), "x")
+        assert [row.tolist() for row in found] == batch.slice(first).column(0).to_pylist()
+
+
+def test_numbers_that_do_not_fit_are_not_bent() -> None:
+    with pytest.raises(OverflowError, match="int32"):
+        number_column(np.array([2**31]), pa.int32())
+    with pytest.raises(OverflowError):
+        number_column([2**63], pa.int64())
+
+
+def test_neither_side_imports_pandas() -> None:
+    """Arrow's converters would, if it is there; it takes as long as ten steps of a small model."""
+    code = """
+import sys
+import numpy as np
+from tropd.pipeline.objectives.spec import SampledPartition
+from tropd.pipeline.teacher.protocol import *
+ones = np.full(2, -1.0, dtype=np.float32)
+asked = ScoreRequest([ScoreItem(np.array([1, 2, 3], dtype=np.int32), 1, ones, 0)], SampledPartition(), "all", 1, False, 9)
+got = decode_request(encode_request(asked), vocab_size=9, max_length=9)
+best = np.full((2, 1), -0.5, dtype=np.float32)
+answer = ScoredItem(ones, ones > 0, None, np.arange(2, dtype=np.int32), np.ones((2, 1), np.int32), best, log_tail(best))
+decode_response(encode_response(ScoreResponse([answer]), k=1, entropy=False), asked)
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
