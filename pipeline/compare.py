@@ -89,7 +89,7 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
         ):
             command = serve_command(run.workspace.root, run.assignments)
             log = run.workspace.logs / "teacher-service.log"
-            url = stack.enter_context(LocalTeacher(command, log)).url
+            url = stack.enter_context(LocalTeacher(command, log)).wait()
         jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
         with run.reporter.task("compare", len(jobs), unit="runs") as task:
             for done in _each(jobs, workers):

@@ -39,10 +39,23 @@ def teacher_fields(run: Run) -> dict[str, Scalar]:
     return fields_of_all(run, teachers_in_use(run), _fields)
 
 
+def start_teachers(run: Run, stack: ExitStack) -> dict[str, LocalTeacher]:
+    """Start a service for every teacher without an address; what was started is stopped when ``stack`` closes."""
+    started = {}
+    for name in teachers_in_use(run):
+        if not with_only(run, name).config.teacher.urls:
+            run.reporter.info(f"train: starting a local teacher service{name and f' for {name}'}")
+            command = serve_command(run.workspace.root, run.assignments, name)
+            log = run.workspace.logs / f"teacher-service{name and f'-{name}'}.log"
+            started[name] = stack.enter_context(LocalTeacher(command, log))
+    return started
+
+
 def connect_teachers(
     run: Run,
     stack: ExitStack,
     *,
+    started: Mapping[str, LocalTeacher],
     tokenizer: Any,
     needed_length: int,
     on_wait: Callable[[str], None],
@@ -52,7 +65,8 @@ def connect_teachers(
     """A client for every teacher in use, by the teacher's name; see ``connect_teacher``.
 
     Args:
-        known: addresses of local services that another process of the run has started.
+        started: the services of teachers without an address.
+        known: addresses of such services that another process of the run has started.
     """
     clients = {}
     for name in teachers_in_use(run):
@@ -62,11 +76,11 @@ def connect_teachers(
         clients[name] = connect_teacher(
             own,
             stack,
+            started=started.get(name),
             tokenizer=tokenizer,
             needed_length=needed_length,
             on_wait=on_wait,
             sleep=sleep,
-            domain=name,
         )
     return clients
 
@@ -88,17 +102,17 @@ def connect_teacher(
     run: Run,
     stack: ExitStack,
     *,
+    started: LocalTeacher | None,
     tokenizer: Any,
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
-    domain: str = "",
 ) -> TeacherClient:
-    """A client whose servers are known to fit; what was started is stopped when ``stack`` closes.
+    """A client whose servers are known to fit; it is closed with ``stack``.
 
     Args:
         run: with one teacher.
-        domain: whose teacher that is, where there are several.
+        started: its service, if it has no address.
         tokenizer: the student's.
         needed_length: tokens of the longest prompt and response together.
         on_wait: told why nothing happens while a server is away.
@@ -113,11 +127,8 @@ def connect_teacher(
     if folder is not None:
         response = run.config.rollout.max_tokens
         check_lengths(role_max_length(run, "teacher"), needed_length - response, response, who="the teacher")
-    if not urls:
-        run.reporter.info(f"train: starting a local teacher service{domain and f' for {domain}'}")
-        command = serve_command(run.workspace.root, run.assignments, domain)
-        log = run.workspace.logs / f"teacher-service{domain and f'-{domain}'}.log"
-        urls = (stack.enter_context(LocalTeacher(command, log)).url,)
+    if started is not None:
+        urls = (started.wait(),)
     client = stack.enter_context(_client(run, urls, on_wait, sleep))
     identity = tokenizer_identity(tokenizer)
     client.check_compatible(

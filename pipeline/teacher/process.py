@@ -21,7 +21,9 @@ LOG_LINES = 15
 
 
 class LocalTeacher:
-    """Context manager: starts ``command``, which prints ``{"url": …}`` on its first line, and stops it at the end.
+    """Context manager: starts ``command``, which prints ``{"url": …}`` on a line, and stops it at the end.
+
+    Loading a model takes a while, in which the caller may do something else: ``wait`` when the address is needed.
 
     The child's standard input is a pipe that closes with this process, however it ends: no orphan stays behind.
 
@@ -31,7 +33,7 @@ class LocalTeacher:
     """
 
     def __init__(self, command: Sequence[str], log: Path, *, start_seconds: float = START_SECONDS) -> None:
-        self.url = ""
+        self._url = ""
         self._command = list(command)
         self._log = log
         self._start_seconds = start_seconds
@@ -53,11 +55,6 @@ class LocalTeacher:
                 errors="replace",
                 start_new_session=True,
             )
-        try:
-            self.url = self._wait_for_url(self._process)
-        except BaseException:
-            self._stop()
-            raise
         return self
 
     def __exit__(
@@ -65,13 +62,24 @@ class LocalTeacher:
     ) -> None:
         self._stop()
 
-    def _wait_for_url(self, process: subprocess.Popen[str]) -> str:
+    def wait(self) -> str:
+        """The address, once the service answers there.
+
+        Raises:
+            TropdError: it ended, or took too long; the message has the end of its log.
+        """
+        self._url = self._url or self._wait_for_url()
+        return self._url
+
+    def _wait_for_url(self) -> str:
+        process = self._process
+        assert process is not None
         lines: Queue[str] = Queue()
 
         def read() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                if not self.url:  # what is printed later is read, lest the pipe fill, and dropped
+                if not self._url:  # what is printed later is read, lest the pipe fill, and dropped
                     lines.put(line)
 
         threading.Thread(target=read, daemon=True).start()
@@ -101,7 +109,8 @@ class LocalTeacher:
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        for stop in (lambda: None, process.terminate, process.kill):
+        # What is still loading a model does not look at its input yet, and has nothing to lose.
+        for stop in (lambda: None, process.terminate, process.kill)[not self._url :]:
             stop()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)

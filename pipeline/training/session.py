@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,8 @@ from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES
 from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.connection import connect_teachers, teacher_fields
+from tropd.pipeline.teacher.connection import connect_teachers, start_teachers, teacher_fields
+from tropd.pipeline.teacher.process import LocalTeacher
 from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
@@ -154,6 +155,9 @@ def open_session(
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
+    asks = needs.sampled and objective.rollouts != "stored"
+    # First, since it loads a model of its own meanwhile. One process starts it, and all ask it.
+    started = start_teachers(run, stack) if asks and world.leads else {}
     student = trainable_student(run, folder, device, world)
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
@@ -197,8 +201,8 @@ def open_session(
         problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorers = {}
-    if needs.sampled and stored is None:
-        scorers = _connect(run, stack, world, student.tokenizer, longest, on_wait, sleep)
+    if asks:
+        scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
     passes = StudentPass(student.model)
     if student.compiles:
         compile_layers(student.model)
@@ -238,16 +242,18 @@ def _connect(
     run: Run,
     stack: ExitStack,
     world: World,
+    started: Mapping[str, LocalTeacher],
     tokenizer: Any,
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
 ) -> dict[str, TeacherClient]:
-    """Every process is a client; local services are started by the first and shared."""
+    """Every process is a client; the first knows where the services are that it has started."""
     connect = partial(
         connect_teachers,
         run,
         stack,
+        started=started,
         tokenizer=tokenizer,
         needed_length=needed_length,
         on_wait=on_wait,

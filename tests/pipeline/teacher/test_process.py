@@ -28,7 +28,7 @@ def alive(pid: int) -> bool:
 
 def test_starts_and_stops(tmp_path: Path) -> None:
     with LocalTeacher([sys.executable, "-c", SERVER], tmp_path / "log") as teacher:
-        assert teacher.url == "http://x"
+        assert teacher.wait() == "http://x"
         process = teacher._process
         assert process is not None
         assert alive(process.pid)
@@ -38,8 +38,8 @@ def test_starts_and_stops(tmp_path: Path) -> None:
 def test_a_child_that_fails_is_explained_by_its_log(tmp_path: Path) -> None:
     code = "import sys; print('no such model', file=sys.stderr); sys.exit(3)"
     with pytest.raises(TropdError, match=r"exit code 3(.|\n)*no such model"):
-        with LocalTeacher([sys.executable, "-c", code], tmp_path / "log"):
-            pass
+        with LocalTeacher([sys.executable, "-c", code], tmp_path / "log") as teacher:
+            teacher.wait()
 
 
 def test_a_child_that_never_answers_is_given_up(tmp_path: Path) -> None:
@@ -48,14 +48,14 @@ def test_a_child_that_never_answers_is_given_up(tmp_path: Path) -> None:
     )
     with pytest.raises(TropdError, match="did not start within"):
         with teacher:
-            pass
+            teacher.wait()
 
 
 def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tropd.pipeline.teacher.process import LocalTeacher\n"
         f"with LocalTeacher([sys.executable, '-c', {SERVER!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
-        "    print(t._process.pid, flush=True); time.sleep(60)"
+        "    t.wait(); print(t._process.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -85,6 +85,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"with LocalTeacher([sys.executable, '-c', {server!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
         "    try:\n"
+        "        t.wait()\n"
         "        print('up', flush=True)\n"
         "        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
@@ -109,8 +110,8 @@ def test_only_the_child_s_own_part_of_the_log_explains_it(tmp_path: Path) -> Non
     lines = "".join(f"line {i}\n" for i in range(100))
     code = f"import sys; sys.stderr.write({lines!r}); sys.exit(1)"
     with pytest.raises(TropdError, match="exit code 1") as caught:
-        with LocalTeacher([sys.executable, "-c", code], log):
-            pass
+        with LocalTeacher([sys.executable, "-c", code], log) as teacher:
+            teacher.wait()
     assert "line 99" in str(caught.value)
     assert "line 84" not in str(caught.value)
     assert "an old failure" not in str(caught.value)
@@ -126,7 +127,7 @@ def test_whatever_else_the_child_prints_is_passed_over(tmp_path: Path) -> None:
         "print('done', file=sys.stderr, flush=True); sys.stdin.read()"
     )
     with LocalTeacher([sys.executable, "-c", code], tmp_path / "log", start_seconds=20) as teacher:
-        assert teacher.url == "http://x"
+        assert teacher.wait() == "http://x"
         deadline = time.monotonic() + 10
         while "done" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -140,6 +141,7 @@ def test_a_child_that_does_not_listen_is_ended(tmp_path: Path, monkeypatch: pyte
         "print(json.dumps({'url': 'http://x'}), flush=True); time.sleep(60)"
     )
     with LocalTeacher([sys.executable, "-c", deaf], tmp_path / "log") as teacher:
+        teacher.wait()
         process = teacher._process
     assert process is not None
     assert process.returncode == -signal.SIGKILL
@@ -150,9 +152,19 @@ def test_a_child_that_is_given_up_is_ended(tmp_path: Path) -> None:
         [sys.executable, "-c", "import sys; sys.stdin.read()"], tmp_path / "log", start_seconds=0.2
     )
     with pytest.raises(TropdError), teacher:
-        pass
+        teacher.wait()
     assert teacher._process is not None
-    assert teacher._process.returncode == 0
+    assert teacher._process.returncode == -signal.SIGTERM
+
+
+def test_a_child_that_is_still_loading_holds_nothing_up(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        with LocalTeacher([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log") as teacher:
+            raise ZeroDivisionError  # as when the run's own input is bad
+    assert time.monotonic() - started < process_module.STOP_SECONDS / 2
+    assert teacher._process is not None
+    assert teacher._process.returncode == -signal.SIGTERM
 
 
 def test_the_command_is_the_command_line_s_own() -> None:
