@@ -2,11 +2,14 @@
 
 The same random student and teacher (Qwen3, 2 layers, hidden size 128, vocabulary 512, float32), the same prompts, 32
 responses of at most 64 tokens per step, on-policy reverse KL, two cores. TRL (in an environment of its own that is made
-in ``build/``) takes the KL over the whole vocabulary in the trainer's process, once with one thread and once with two;
-ratios are to the faster. tropd takes K1 of the sampled tokens (``opd``), with one thread per process; its teacher is a
-service in a second process, as for any user. Further rows have it compile the models (``runtime.compile``) and prepare a
-step while the one before trains (``train.max_staleness = 1``), whose parts then overlap. Prints tokens per second, the
-ratio, and where the time goes. Rounds are taken in turns.
+in ``build/``) takes the KL over the whole vocabulary in the trainer's process, once with one thread and once with two; a
+third row is TRL as it comes, which is in bfloat16 and with gradient checkpointing. tropd takes K1 of the sampled tokens
+(``opd``), with one thread per process; its teacher is a service in a second process, as for any user. Further rows have
+it compile the models (``runtime.compile``) and prepare a step while the one before trains (``train.max_staleness = 1``),
+whose parts then overlap.
+
+Prints tokens per second, the ratio to the fastest of TRL's rows, and where the time goes, in steps 5 to 10; below it the
+same for the first six steps, with what is done once. Rounds are taken in turns.
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ OURS = {
     "compiled": (0, True),
     "one ahead": (1, False),
     "one ahead, compiled": (1, True),
+}
+TRL = {
+    "TRL 1.16, 1 thread": (1, "float32"),
+    "TRL 1.16, 2 threads": (2, "float32"),
+    "TRL as it comes": (2, "defaults"),
 }
 CONFIG = f"""
 [teacher]
@@ -105,11 +113,11 @@ def run_ours(folder: Path, staleness: int, compiled: bool) -> dict[str, Any]:
     options += ["--set", f"runtime.compile={str(compiled).lower()}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True, env=environment)
-    records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()][
-        WARM:
-    ]
+    everything = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    first, records = everything[:MEASURED], everything[WARM:]
     total = sum(r["time_total"] for r in records)
     return {
+        "first": sum(r["tokens_on_policy"] for r in first) / sum(r["time_total"] for r in first),
         "rate": sum(r["tokens_on_policy"] for r in records) / total,
         "parts": {
             "rollout": sum(r["time_rollout"] for r in records) / total,
@@ -119,9 +127,9 @@ def run_ours(folder: Path, staleness: int, compiled: bool) -> dict[str, Any]:
     }
 
 
-def run_trl(folder: Path, threads: int) -> dict[str, Any]:
+def run_trl(folder: Path, threads: int, how: str) -> dict[str, Any]:
     script = Path(__file__).with_name("trl_side.py")
-    command = [trl_python(), script, folder / "models", WARM + MEASURED, BATCH, TOKENS]
+    command = [trl_python(), script, folder / "models", WARM + MEASURED, BATCH, TOKENS, how]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env=environment
@@ -130,13 +138,17 @@ def run_trl(folder: Path, threads: int) -> dict[str, Any]:
         raise SystemExit(f"TRL failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     steps = found["steps"][WARM:]
-    tokens = found["tokens"][WARM:] or [BATCH * TOKENS] * len(steps)
+    tokens = found["tokens"] or [BATCH * TOKENS] * len(found["steps"])
     total = sum(steps)
     share = {
         "rollout": sum(found["generate"][WARM:]) / total,
         "teacher": sum(found["teacher"][WARM:]) / total,
     }
-    return {"rate": sum(tokens) / total, "parts": share | {"train": 1 - sum(share.values())}}
+    return {
+        "first": sum(tokens[:MEASURED]) / sum(found["steps"][:MEASURED]),
+        "rate": sum(tokens[WARM:]) / total,
+        "parts": share | {"train": 1 - sum(share.values())},
+    }
 
 
 def main() -> None:
@@ -152,7 +164,7 @@ def main() -> None:
         make_inputs(folder)
         rounds = [
             {name: run_ours(folder, *options) for name, options in OURS.items()}
-            | {f"TRL 1.16, threads: {n}": run_trl(folder, n) for n in (1, 2)}
+            | {name: run_trl(folder, *options) for name, options in TRL.items()}
             for _ in range(ROUNDS)
         ]
     print(
@@ -164,16 +176,16 @@ def main() -> None:
             f"{part} {statistics.median(found['parts'][part] for found in column):.0%}"
             for part in ("rollout", "teacher", "train")
         )
-        rate = statistics.median(found["rate"] for found in column)
-        ratios = [found[name]["rate"] / fastest_trl(found) for found in rounds]
-        print(
-            f"  {name:<20} {rate:8,.0f} tokens/s   ({parts})   ratio {statistics.median(ratios):.2f} "
-            f"(rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
-        )
+        print(f"  {name:<20} {compared(rounds, name, 'rate')}; {parts}")
+        print(f"  {'':<20} {compared(rounds, name, 'first')}: the first {MEASURED} steps")
 
 
-def fastest_trl(found: dict[str, dict[str, Any]]) -> float:
-    return max(float(side["rate"]) for name, side in found.items() if name.startswith("TRL"))
+def compared(rounds: list[dict[str, dict[str, Any]]], name: str, what: str) -> str:
+    """Median tokens per second, and the ratio to the fastest of TRL's settings in the same round."""
+    rate = statistics.median(found[name][what] for found in rounds)
+    ratios = [found[name][what] / max(found[other][what] for other in TRL) for found in rounds]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"{rate:8,.0f} tokens/s, ratio {statistics.median(ratios):.2f} ({each})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""TRL's side of ``bench_train.py``; runs in an environment of its own: ``python trl_side.py FOLDER STEPS BATCH TOKENS``.
+"""TRL's side of ``bench_train.py``: ``python trl_side.py FOLDER STEPS BATCH TOKENS HOW`` in an environment of its own.
 
+HOW is "defaults", or "float32": then bfloat16 and gradient checkpointing, which are among TRL's defaults, are off.
 Prints one JSON object: seconds and generated tokens of each step, and seconds within generation and teacher.
 """
 
@@ -47,7 +48,7 @@ def timed(owner: Any, name: str, spent: list[float]) -> None:
     setattr(owner, name, wrapped)
 
 
-def main(folder: Path, steps: int, batch: int, tokens: int) -> None:
+def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
@@ -62,8 +63,7 @@ def main(folder: Path, steps: int, batch: int, tokens: int) -> None:
         max_completion_length=tokens,
         beta=1.0,
         temperature=1.0,
-        bf16=False,
-        gradient_checkpointing=False,
+        **({"bf16": False, "gradient_checkpointing": False} if how == "float32" else {}),
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -94,11 +94,12 @@ def main(folder: Path, steps: int, batch: int, tokens: int) -> None:
                 "tokens": [length * batch for length in lengths],
                 "generate": generating,
                 "teacher": teaching,
-                "keys": sorted(trainer.state.log_history[0]),
+                "bf16": config.bf16,
+                "gradient_checkpointing": config.gradient_checkpointing,
             }
         )
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5])
