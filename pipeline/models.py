@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tropd.pipeline.allocator import keep_freed_memory
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError
@@ -29,14 +30,17 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def configure_runtime(runtime: RuntimeConfig) -> torch.device:
-    """Set the thread count and pick the device.
+    """Set the thread count, pick the device, and on a CPU keep freed memory.
 
     Raises:
         ConfigError: CUDA is asked for and there is none.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    return pick_device(runtime.device)
+    device = pick_device(runtime.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def pick_device(device: Device) -> torch.device:

@@ -8,7 +8,7 @@ third row is TRL as it comes, which is in bfloat16 and with gradient checkpointi
 it compile the models (``runtime.compile``) and prepare a step while the one before trains (``train.max_staleness = 1``),
 whose parts then overlap.
 
-Prints tokens per second, the ratio to the fastest of TRL's rows, and where the time goes, in steps 5 to 10; below it the
+Prints tokens per second, the ratio to the fastest of TRL's rows, and where the time goes, in steps 5 to 24; below it the
 same for the first six steps, with what is done once. Rounds are taken in turns.
 """
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 VENV = ROOT / "build" / "bench-trl"
 REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "transformers>=5.10,<6")
 VOCAB, BATCH, TOKENS = 512, 32, 64
-WARM, MEASURED, ROUNDS = 4, 6, 3
+WARM, MEASURED, FIRST, ROUNDS = 4, 20, 6, 3
 OURS = {
     "tropd": (0, False),
     "compiled": (0, True),
@@ -114,7 +114,7 @@ def run_ours(folder: Path, staleness: int, compiled: bool) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True, env=environment)
     everything = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
-    first, records = everything[:MEASURED], everything[WARM:]
+    first, records = everything[:FIRST], everything[WARM:]
     total = sum(r["time_total"] for r in records)
     return {
         "first": sum(r["tokens_on_policy"] for r in first) / sum(r["time_total"] for r in first),
@@ -145,7 +145,7 @@ def run_trl(folder: Path, threads: int, how: str) -> dict[str, Any]:
         "teacher": sum(found["teacher"][WARM:]) / total,
     }
     return {
-        "first": sum(tokens[:MEASURED]) / sum(found["steps"][:MEASURED]),
+        "first": sum(tokens[:FIRST]) / sum(found["steps"][:FIRST]),
         "rate": sum(tokens[WARM:]) / total,
         "parts": share | {"train": 1 - sum(share.values())},
     }
@@ -177,7 +177,7 @@ def main() -> None:
             for part in ("rollout", "teacher", "train")
         )
         print(f"  {name:<20} {compared(rounds, name, 'rate')}; {parts}")
-        print(f"  {'':<20} {compared(rounds, name, 'first')}: the first {MEASURED} steps")
+        print(f"  {'':<20} {compared(rounds, name, 'first')}: the first {FIRST} steps")
 
 
 def compared(rounds: list[dict[str, dict[str, Any]]], name: str, what: str) -> str:
