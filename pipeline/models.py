@@ -213,6 +213,20 @@ def evaluation_mode(model: Any) -> Iterator[Any]:
         model.train(was_training)
 
 
+@contextmanager
+def masked_attention(model: Any) -> Iterator[None]:
+    """Attention that takes any mask, as a cache and padded rows need; in training the model may have another."""
+    own = model.config._attn_implementation
+    if own in ("sdpa", "eager"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Matrix products in ``dtype`` over float32 weights; nothing where ``dtype`` is None."""
     if dtype is None:

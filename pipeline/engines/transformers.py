@@ -20,7 +20,7 @@ from tropd.pipeline.engines.base import (
 from tropd.pipeline.engines.decoding import Decoder, decode
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.model_decoder import ModelDecoder
-from tropd.pipeline.models import autocast, context_length, evaluation_mode, split_model
+from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention, split_model
 
 # Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
 LOGIT_ELEMENTS = 1 << 26
@@ -54,7 +54,8 @@ class TransformersEngine:
         self._autocast = autocast
         self._split = split_model(model)
         self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
-        self._is_lean = autocast is None and is_lean(model)
+        with masked_attention(model):
+            self._is_lean = autocast is None and is_lean(model)
         self._compiles = compiles
         self._has_scored = False
         if compiles and self._is_lean:
@@ -73,7 +74,8 @@ class TransformersEngine:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.inference_mode(), evaluation_mode(self.model), autocast(self.model.device, self._autocast):
+        plain = masked_attention(self.model), evaluation_mode(self.model)
+        with torch.inference_mode(), plain[0], plain[1], autocast(self.model.device, self._autocast):
             yield
 
     # ------------------------------------------------------------------------------------ generate

@@ -1,7 +1,7 @@
 """From rows to tensors: the flat numbering of a step's tokens, and micro-batches of it, packed or padded.
 
 Packed, several rows stand one after another in a line of the micro-batch, each with positions from 0: models that
-understand this (``student.packs``) attend within a row only, and little is padded. Otherwise each row has its line.
+understand this (``student.packing``) attend within a row only, and little is padded. Otherwise each row has its line.
 
 Legend: R rows · T student tokens of the step, in row order · G guidance (prefix) tokens · B lines, W width of a
 micro-batch · n its supervised positions, per row first guidance, then student tokens.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ import torch
 
 from tropd.pipeline.training.rollouts import Row
 
+Packing = Literal["padded", "lines", "one line"]
+"""One row per line; lines as long as the longest row, since a mask grows with its square; or all rows in one line."""
 Ints = npt.NDArray[np.int64]
 Floats32 = npt.NDArray[np.float32]
 
@@ -94,7 +97,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows, right-padded, and their supervised positions."""
+    """Some rows and their supervised positions."""
 
     inputs: dict[str, torch.Tensor]
     """What the model takes: ``input_ids`` ``[B, W]``, and ``attention_mask`` (padded) or ``position_ids`` (packed)."""
@@ -118,34 +121,35 @@ def micro_batches(
     device: torch.device,
     share: tuple[int, int] = (0, 1),
     *,
-    packed: bool = False,
+    packing: Packing = "padded",
 ) -> Iterator[MicroBatch]:
     """Rows with supervised tokens, longest first, in batches of at most ``budget`` tokens, padding included.
 
     Args:
         share: (r, n): of these rows, ordered by length, only every n-th from the r-th.
-        packed: put rows that are shorter than the longest one after another.
+        packing: how rows are put into lines.
     """
     students, guidance = layout.student_counts, layout.guidance_counts
     lengths = [len(r.sequence) for r in layout.rows]
     left = sorted((i for i in range(len(lengths)) if students[i] + guidance[i]), key=lambda i: -lengths[i])
     left = left[share[0] :: share[1]]
     while left:
-        lines, left = _fill_lines(left, lengths, budget, packed)
-        yield _micro_batch(layout, lines, device, packed)
+        lines, left = _fill_lines(left, lengths, budget, packing)
+        yield _micro_batch(layout, lines, device, packed=packing != "padded")
 
 
 def _fill_lines(
-    rows: Sequence[int], lengths: Sequence[int], budget: int, packed: bool
+    rows: Sequence[int], lengths: Sequence[int], budget: int, packing: Packing
 ) -> tuple[list[list[int]], list[int]]:
-    """Lines of one micro-batch, as wide as its longest row, and the rows that found no room (first fit)."""
-    width = lengths[rows[0]]
+    """Lines of one micro-batch, and the rows that found no room (first fit)."""
+    width = max(lengths[rows[0]], budget) if packing == "one line" else lengths[rows[0]]
     most = max(1, budget // width)
     lines: list[list[int]] = []
     room: list[int] = []
     left = []
     for i in rows:
-        place = next((n for n, free in enumerate(room) if free >= lengths[i]), None) if packed else None
+        fits = (n for n, free in enumerate(room) if free >= lengths[i])
+        place = None if packing == "padded" else next(fits, None)
         if place is not None:
             lines[place].append(i)
             room[place] -= lengths[i]
@@ -158,7 +162,7 @@ def _fill_lines(
 
 
 def _micro_batch(
-    layout: Layout, lines: Sequence[Sequence[int]], device: torch.device, packed: bool
+    layout: Layout, lines: Sequence[Sequence[int]], device: torch.device, *, packed: bool
 ) -> MicroBatch:
     students, guidance = layout.student_counts, layout.guidance_counts
     student_first = np.concatenate([[0], np.cumsum(students)])

@@ -75,6 +75,7 @@ def fingerprint(run: Run) -> Fingerprint:
     irrelevant = {
         "micro_batch_tokens",
         "gradient_checkpointing",
+        "attention",
         "region_gradients",
         "checkpoint_every",
         "keep_checkpoints",

@@ -203,7 +203,7 @@ def open_session(
     scorers = {}
     if asks:
         scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
-    passes = StudentPass(student.model)
+    passes = StudentPass(student.model, precision)
     if student.compiles:
         compile_layers(student.model)
     shard(passes, world, precision)

@@ -87,7 +87,7 @@ def backpropagate(
     guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
     layout = Layout(inputs.rows, guided)
     share = (world.rank, world.size)
-    batches = list(micro_batches(layout, micro_batch_tokens, device, share, packed=student.packs))
+    batches = list(micro_batches(layout, micro_batch_tokens, device, share, packing=student.packing))
     rounds = max(world.gather(len(batches)))
     statistics = _statistics(student, objective, inputs, layout, batches, rounds, precision, world)
     plan = plan_step(

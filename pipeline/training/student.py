@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from tropd.pipeline.config import Dtype
 from tropd.pipeline.context import LoadedModel, Run, load_role
 from tropd.pipeline.models import (
     SplitModel,
+    autocast,
     decoder_layers,
     evaluation_mode,
     load_model,
     load_tokenizer,
     split_model,
 )
-from tropd.pipeline.training.batch import MicroBatch
+from tropd.pipeline.training.batch import MicroBatch, Packing
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.training.lora import add_adapters
 from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
 from tropd.storage.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -38,11 +41,11 @@ logger = logging.getLogger(__name__)
 class StudentPass(torch.nn.Module):
     """A causal LM on micro-batches. The head is part of the forward pass, where FSDP can see its use."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self._split = [split_model(model)]  # in a list: its parts are the model's, not modules of their own
-        self.packs = _packs(model)
+        self.packing = _packing(model, precision)
 
     @property
     def split(self) -> SplitModel:
@@ -56,22 +59,29 @@ class StudentPass(torch.nn.Module):
         return found.targets, found.lookups, found.entropy, found.overlap
 
 
-def _packs(model: Any) -> bool:
-    """Whether the model takes rows one after another, told apart by their positions, for what they are."""
-    vocab = model.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(24, device=model.device) * 7 + 1).view(2, 12) % vocab
-    lines = [[*range(12)], [*range(5), *range(7)]]
-    positions = torch.tensor(lines, device=model.device)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[1:, 5:].float()
-            alone = model(input_ids=ids[1:, 5:], use_cache=False).logits.float()
-    except (TypeError, ValueError, RuntimeError):
-        packed = alone = torch.full((1,), torch.nan)
-    if torch.allclose(packed, alone, rtol=1e-3, atol=1e-3):
-        return True
+def _packing(model: Any, precision: torch.dtype | None) -> Packing:
+    """How a model takes rows one after another, told apart by their positions, for what they are; found by trying."""
+    for packing, lines in (("lines", 2), ("one line", 1)):
+        for dtype in dict.fromkeys((None, precision)):  # flash attention exists in half precision only
+            if _tells_rows_apart(model, lines, dtype):
+                return cast(Packing, packing)
     logger.info("%s does not take packed rows: they are padded", type(model).__name__)
-    return False
+    return "padded"
+
+
+def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> bool:
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = (torch.arange(12 * lines, device=model.device) * 7 + 1).view(lines, 12) % vocab
+    positions = torch.arange(12, device=model.device).repeat(lines, 1)
+    positions[-1] = torch.cat([torch.arange(5), torch.arange(7)])
+    try:
+        with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[-1:, 5:]
+            alone = model(input_ids=ids[-1:, 5:], use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    return torch.allclose(packed.float(), alone.float(), rtol=tolerance, atol=tolerance)
 
 
 def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> None:
@@ -88,16 +98,6 @@ def whole(tensor: Tensor) -> Tensor:
     """A parameter or a state of it, gathered from all processes if it is sharded."""
     gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return gathered.detach()
-
-
-def fill(tensor: Tensor, value: Tensor) -> None:
-    """Set a parameter or a state of it to a whole value, of which a sharded one keeps its part."""
-    with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(
-                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
-        tensor.copy_(value)
 
 
 def copy_weights(source: Any, target: Any) -> None:
@@ -123,8 +123,36 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     _adapt(run, model)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.config.train.attention != "auto":
+        _attend(model, run.config.train.attention, settings.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
+
+
+def _attend(model: Any, attention: str, dtype: Dtype) -> None:
+    if dtype == "float32" or not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.attention = {attention!r} needs a CUDA GPU, and a student in bfloat16 or float16",
+            hint='set train.attention = "auto", or student.dtype = "bfloat16"',
+        )
+    installed = (
+        is_flash_attn_2_available() if attention == "flash_attention_2" else is_flash_attn_3_available()
+    )
+    if not installed:  # transformers would look for a kernel on the Hugging Face hub
+        raise ConfigError(
+            f"train.attention = {attention!r} needs a package that is not installed, or not for this GPU",
+            hint='install flash-attn (flash_attn_3 for version 3), or set train.attention = "auto"',
+        )
+    reason = "it cannot be changed"
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error)
+    if model.config._attn_implementation != attention:
+        raise ConfigError(
+            f"train.attention = {attention!r} is not possible with {type(model).__name__}: {reason}",
+            hint='set train.attention = "auto"',
+        )
 
 
 def whole_student(run: Run, folder: Path) -> Any:

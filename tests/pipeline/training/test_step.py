@@ -18,7 +18,7 @@ from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
-from tropd.pipeline.training.batch import RaggedTopk, _fill_lines
+from tropd.pipeline.training.batch import Packing, RaggedTopk, _fill_lines
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import StudentPass
@@ -310,13 +310,13 @@ def test_alternatives_on_outliers_only_give_the_loss_of_asking_for_all(
 def test_packed_rows_teach_what_padded_ones_do(student: Any, teacher_model: Any, budget: int) -> None:
     objective = load_objective("tropd-cached", {"k": 6})
     inputs = make_inputs(objective, make_rows(student, count=12), teacher_model)
-    assert StudentPass(student).packs
+    assert StudentPass(student).packing == "lines"
     outcome, gradient = run(student, objective, inputs, budget=budget)
     original = StudentPass.__init__
 
     def without(self: StudentPass, model: Any) -> None:
         original(self, model)
-        self.packs = False
+        self.packing = "padded"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StudentPass, "__init__", without)
@@ -328,18 +328,26 @@ def test_packed_rows_teach_what_padded_ones_do(student: Any, teacher_model: Any,
 def test_a_model_that_does_not_tell_rows_apart_is_given_padded_ones(student: Any) -> None:
     forward = student.forward
     student.forward = lambda position_ids=None, **inputs: forward(**inputs)
-    assert not StudentPass(student).packs
+    assert StudentPass(student).packing == "padded"
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 200), st.booleans())
-def test_lines_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, packed: bool) -> None:
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    st.integers(1, 200),
+    st.sampled_from(["padded", "lines", "one line"]),
+)
+def test_lines_hold_every_row_once_within_the_budget(
+    lengths: list[int], budget: int, packing: Packing
+) -> None:
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     seen: list[int] = []
     while left:
-        width = lengths[left[0]]
-        lines, left = _fill_lines(left, lengths, budget, packed)
-        assert len(lines) * width <= max(budget, width)
-        assert all(sum(lengths[i] for i in line) <= width for line in lines)
-        assert packed or all(len(line) == 1 for line in lines)
+        longest = lengths[left[0]]
+        lines, left = _fill_lines(left, lengths, budget, packing)
+        widths = [sum(lengths[i] for i in line) for line in lines]
+        assert len(lines) * max(widths) <= max(budget, longest)
+        assert packing == "one line" or max(widths) == longest
+        assert packing != "one line" or len(lines) == 1
+        assert packing != "padded" or all(len(line) == 1 for line in lines)
         seen += [i for line in lines for i in line]
     assert sorted(seen) == list(range(len(lengths)))
