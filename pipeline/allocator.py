@@ -17,9 +17,9 @@ LARGEST_BYTES = 2**25
 
 
 def keep_freed_memory() -> None:
-    """Set the thresholds of glibc, unless the user has (``MALLOC_…_`` in the environment); nothing elsewhere."""
+    """Set the thresholds of glibc, unless the user sets something there (``MALLOC_…``, ``GLIBC_TUNABLES``)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     mallopt(_MMAP_THRESHOLD, LARGEST_BYTES)
     mallopt(_TRIM_THRESHOLD, KEPT_BYTES)

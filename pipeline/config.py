@@ -314,7 +314,7 @@ class TrainConfig(Spec):
     attention: Literal["auto", "flash_attention_2", "flash_attention_3"] = "auto"
     """How the student attends in training. auto: PyTorch's scaled dot product, where rows that share a line need a mask
     of its length squared. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
-    `flash_attn_3`) and `student.dtype = "bfloat16"` or `"float16"`."""
+    `flash_attn_3`), `student.dtype = "bfloat16"` and a single process."""
     region_gradients: bool = False
     """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
     with runtime.compile."""

@@ -295,7 +295,7 @@ def split_model(model: Any) -> SplitModel:
     split = SplitModel(backbone, head, softcap)
     vocab = head.weight.shape[0]
     ids = (torch.arange(8, device=model.device) * 7 % vocab).unsqueeze(0)
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), masked_attention(model), evaluation_mode(model):
         expected = model(input_ids=ids).logits.float()
         actual = split.logits(split.hidden(input_ids=ids))
     if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-3, atol=1e-3):

@@ -158,12 +158,14 @@ def number_column(values: npt.ArrayLike, kind: pa.DataType) -> pa.Array:
 def column_arrays(batch: pa.RecordBatch, name: str) -> list[npt.NDArray[Any]]:
     """One array per row of a list column. Nulls inside a list are refused: they would turn into NaN or zeros."""
     column = batch.column(batch.schema.get_field_index(name))
+    if not len(column):
+        return []  # such a column need not have offsets
     flat = column.flatten()
     if flat.null_count:
         raise ProtocolError(f"column {name!r} has a null in a list")
     values = _numbers(flat)
     offsets = _numbers(column.offsets)
-    offsets = offsets - offsets[0] if len(column) else offsets
+    offsets = offsets - offsets[0]
     return [values[offsets[i] : offsets[i + 1]] for i in range(len(column))]
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.sharded import copied, load_tensors, save_tensors, stored_tensors
 from tropd.pipeline.training.world import ALONE, World
-from tropd.storage.atomic import atomic_directory
-from tropd.storage.errors import DamagedShardError, InterruptedStageError
+from tropd.storage.atomic import atomic_directory, explain_disk_errors
+from tropd.storage.errors import DamagedShardError, InterruptedStageError, TropdError
 from tropd.storage.manifest import check_shard
 from tropd.storage.stage import Stage
 
@@ -86,7 +86,9 @@ class CheckpointWriter:
         rows: dict[str, torch.Tensor] | None,
     ) -> None:
         if self._stage is None:
-            save_tensors(self._world.tell(Path()), tensors, self._world.group)
+            folder = self._world.tell(Path())
+            with explain_disk_errors(folder):
+                save_tensors(folder, tensors, self._world.group)
             return
         with atomic_directory(self._stage.folder / checkpoint_name(step)) as folder:
             save_tensors(self._world.tell(folder / TENSORS), tensors, self._world.group)
@@ -177,15 +179,13 @@ def newest_checkpoint(stage: Stage) -> Path | None:
             expects of a run that has some.
     """
     problems = {name: "missing or truncated" for name in stage.broken if name.startswith(f"{FOLDER}/")}
-    damaged = []
     for name in reversed(_checkpoints(stage)):
         try:
             check_shard(stage.folder, stage.manifest.shards[name])
         except DamagedShardError as error:
             problems[name] = str(error)
-            damaged.append(name)
             continue
-        for lost in damaged:
+        for lost in problems:
             stage.retire(lost)
         if problems:
             logger.warning("going on from %s; damaged: %s", name, "; ".join(problems))
@@ -205,6 +205,11 @@ def load_checkpoint(
     """Restore a checkpoint into model and optimiser; returns the steps done and the counters. Without one, step 0."""
     if folder is None:
         return 0, {}
+    if not (folder / TENSORS).is_dir():
+        raise TropdError(
+            f"{folder} was written by an earlier version of tropd",
+            hint="finish the run with that version, or start over with --force (the old output is moved aside)",
+        )
     tensors, parameters = _model_tensors(model), _trained(model)
     for key, (shape, dtype) in stored_tensors(folder / TENSORS).items():
         if key.startswith("optimizer."):

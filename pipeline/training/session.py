@@ -156,8 +156,10 @@ def open_session(
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     asks = needs.sampled and objective.rollouts != "stored"
-    # First, since it loads a model of its own meanwhile. One process starts it, and all ask it.
-    started = start_teachers(run, stack) if asks and world.leads else {}
+    # First, since it loads a model of its own meanwhile; but vLLM measures how much memory is free while it loads.
+    # One process starts it, and all ask it.
+    first = "vllm" not in (config.teacher.engine, config.student.engine)
+    started = start_teachers(run, stack) if asks and first and world.leads else {}
     student = trainable_student(run, folder, device, world)
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
@@ -202,8 +204,15 @@ def open_session(
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorers = {}
     if asks:
+        started = started or (start_teachers(run, stack) if world.leads else {})
         scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision)
+    if config.train.attention != "auto" and passes.packing == "padded":
+        raise ConfigError(
+            f"with train.attention = {config.train.attention!r} {type(student.model).__name__} does not tell rows "
+            "in one line apart",
+            hint='set train.attention = "auto"',
+        )
     if student.compiles:
         compile_layers(student.model)
     shard(passes, world, precision)

@@ -33,6 +33,8 @@ from torch.futures import Future
 
 from tropd.storage.errors import DamagedShardError, DiskError
 
+INDEX = "files.json"
+"""Names of the other files."""
 FILE_BYTES = 2**30
 """A file ends with the tensor that takes it beyond this: some file systems, and copying tools, dislike huge ones."""
 
@@ -63,8 +65,8 @@ def save_tensors(
     Returns once everything is there, in every process.
 
     Raises:
-        DiskError: some process's files are not in process 0's folder.
-        OSError: what any process's writing has raised.
+        DiskError: some process does not see process 0's folder.
+        Exception: what any process's writing has raised.
     """
     with _plain_errors():
         save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
@@ -74,16 +76,22 @@ def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names, whole shapes and types of what is stored.
 
     Raises:
-        DamagedShardError: a tensor is there in part only.
+        DamagedShardError: a file is missing, or a tensor is there in part only.
     """
+    names = json.loads((folder / INDEX).read_text())
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise DamagedShardError(
+            f"{folder} lacks {', '.join(missing)}",
+            hint="put the files back, or use a checkpoint that is whole",
+        )
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     found = {}
     for name, entry in metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise DamagedShardError(
-                f"{folder} has only a part of {name}: files are missing",
-                hint="put them back, or use a checkpoint that is whole",
+                f"{folder} has only a part of {name}", hint="use a checkpoint that is whole"
             )
         found[name] = (entry.size, entry.properties.dtype)
     return found
@@ -123,7 +131,8 @@ class _Writer(StorageWriter):
         return False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if is_coordinator:
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -132,6 +141,8 @@ class _Writer(StorageWriter):
         return [replace(plan, storage_data=number) for number, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not self._folder.is_dir():
+            raise _apart(self._folder)
         results = []
         for number, items in enumerate(_by_file(plan.items), 1):
             name = f"shard-{plan.storage_data:05d}-{number:05d}.safetensors"
@@ -149,13 +160,19 @@ class _Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """In process 0: a file that another has written must be here too."""
-        for name, size in sorted({result.storage_data for part in results for result in part}):
+        files = sorted({result.storage_data for part in results for result in part})
+        for name, size in files:
             path = self._folder / name
             if not path.exists() or path.stat().st_size != size:
-                raise DiskError(
-                    f"{path} was written by another process, and is not here",
-                    hint="keep the workspace on a file system that all machines of a run share",
-                )
+                raise _apart(path)
+        (self._folder / INDEX).write_text(json.dumps([name for name, _ in files]))
+
+
+def _apart(path: Path) -> DiskError:
+    return DiskError(
+        f"{path} was written by another process, and is not here",
+        hint="keep the workspace on a file system that all machines of a run share",
+    )
 
 
 def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:

@@ -26,6 +26,7 @@ from tropd.pipeline.models import (
     evaluation_mode,
     load_model,
     load_tokenizer,
+    pick_device,
     split_model,
 )
 from tropd.pipeline.training.batch import MicroBatch, Packing
@@ -62,14 +63,17 @@ class StudentPass(torch.nn.Module):
 def _packing(model: Any, precision: torch.dtype | None) -> Packing:
     """How a model takes rows one after another, told apart by their positions, for what they are; found by trying."""
     for packing, lines in (("lines", 2), ("one line", 1)):
-        for dtype in dict.fromkeys((None, precision)):  # flash attention exists in half precision only
-            if _tells_rows_apart(model, lines, dtype):
-                return cast(Packing, packing)
+        tells = _tells_rows_apart(model, lines, None)
+        if tells is None:  # flash attention exists in half precision only
+            tells = _tells_rows_apart(model, lines, precision)
+        if tells:
+            return cast(Packing, packing)
     logger.info("%s does not take packed rows: they are padded", type(model).__name__)
     return "padded"
 
 
-def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> bool:
+def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> bool | None:
+    """None if the model cannot compute that."""
     vocab = model.get_output_embeddings().weight.shape[0]
     ids = (torch.arange(12 * lines, device=model.device) * 7 + 1).view(lines, 12) % vocab
     positions = torch.arange(12, device=model.device).repeat(lines, 1)
@@ -79,7 +83,7 @@ def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> 
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[-1:, 5:]
             alone = model(input_ids=ids[-1:, 5:], use_cache=False).logits
     except (TypeError, ValueError, RuntimeError):
-        return False
+        return None
     tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
     return torch.allclose(packed.float(), alone.float(), rtol=tolerance, atol=tolerance)
 
@@ -124,15 +128,17 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.config.train.attention != "auto":
-        _attend(model, run.config.train.attention, settings.dtype)
+        _attend(model, run, world)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 
 
-def _attend(model: Any, attention: str, dtype: Dtype) -> None:
-    if dtype == "float32" or not torch.cuda.is_available():
+def _attend(model: Any, run: Run, world: World) -> None:
+    attention = run.config.train.attention
+    on_gpu = pick_device(run.config.runtime.device).type == "cuda"
+    if run.config.student.dtype == "float32" or not on_gpu or world.size > 1:
         raise ConfigError(
-            f"train.attention = {attention!r} needs a CUDA GPU, and a student in bfloat16 or float16",
+            f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and so far a single process",
             hint='set train.attention = "auto", or student.dtype = "bfloat16"',
         )
     installed = (

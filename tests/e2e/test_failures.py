@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tropd: Any, finished: Path, copy: Any, teacher_url: str
 ) -> None:
     workspace = copy(finished, "eval")
-    (newest,) = (workspace / "train" / "checkpoints" / "step-000008" / "tensors").iterdir()
+    (newest,) = (workspace / "train" / "checkpoints" / "step-000008" / "tensors").glob("*.safetensors")
     content = bytearray(newest.read_bytes())
     content[-5] ^= 1
     newest.write_bytes(content)

@@ -247,6 +247,12 @@ def test_columns_are_those_that_arrow_makes(kind: pa.DataType, values: list[Any]
         assert [row.tolist() for row in found] == batch.slice(first).column(0).to_pylist()
 
 
+def test_a_column_of_no_rows_need_not_have_offsets() -> None:
+    child = pa.array([], pa.int32())
+    column = pa.Array.from_buffers(pa.list_(pa.int32()), 0, [None, pa.py_buffer(b"")], children=[child])
+    assert column_arrays(pa.record_batch([column], names=["x"]), "x") == []
+
+
 def test_numbers_that_do_not_fit_are_not_bent() -> None:
     with pytest.raises(OverflowError, match="int32"):
         number_column(np.array([2**31]), pa.int32())

@@ -5,13 +5,13 @@ Arguments: what to do, the rank, the number of processes, and a folder.
 
 from __future__ import annotations
 
-import errno
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -35,7 +35,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def fail(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
 def save(rank: int, folder: Path, sharded: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -51,7 +51,7 @@ def save(rank: int, folder: Path, sharded: dict[str, torch.Tensor], group: dist.
         sharded_module.save_file = fail
     try:
         save_tensors(folder / "full", copies, group)
-    except OSError as error:
+    except SafetensorError as error:
         print("full:", error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from tropd.pipeline.training.checkpoint import (
     newest_checkpoint,
     remove_uncommitted,
 )
-from tropd.storage.errors import DamagedShardError, DiskFullError
+from tropd.storage.errors import DamagedShardError, DiskFullError, TropdError
 from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import read_manifest
 from tropd.storage.stage import Stage, open_stage
 
 IDENTITY = Fingerprint({"a": 1})
@@ -59,7 +61,7 @@ def stage(folder: Path) -> Iterator[Stage]:
 
 
 def tensors_of(folder: Path, step: int) -> Path:
-    (path,) = (folder / checkpoint_name(step) / TENSORS).iterdir()
+    (path,) = (folder / checkpoint_name(step) / TENSORS).glob("*.safetensors")
     return path
 
 
@@ -77,6 +79,12 @@ def test_training_goes_on_bit_for_bit(stage: Stage) -> None:
     train(resumed, resumed_optimizer, range(3, 6))
     for (name, one), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(TropdError, match="earlier version"):
+        load_checkpoint(tmp_path, *model_and_optimizer())
 
 
 def test_without_a_checkpoint_training_begins(tmp_path: Path) -> None:
@@ -97,7 +105,7 @@ def test_the_one_before_stands_in_for_a_damaged_one(
     else:
         path.unlink()
         if damage == "folder gone":
-            path.parent.rmdir()
+            shutil.rmtree(path.parent)
     with caplog.at_level(logging.WARNING), open_stage(folder, "train", IDENTITY) as stage:
         newest = newest_checkpoint(stage)
         assert newest == folder / checkpoint_name(2)
@@ -105,6 +113,9 @@ def test_the_one_before_stands_in_for_a_damaged_one(
         remove_uncommitted(stage)
     assert "going on from checkpoints/step-000002; damaged: checkpoints/step-000003" in caplog.text
     assert not (folder / checkpoint_name(3)).exists()
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert list(manifest.shards) == [checkpoint_name(2)]
 
 
 @pytest.mark.parametrize("again", [1, 2])

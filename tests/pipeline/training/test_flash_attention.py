@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from tropd.pipeline.configuration import load_objective
+from tropd.pipeline.context import Run
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import masked_attention
@@ -25,6 +27,7 @@ from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import StudentPass, _attend
 from tropd.pipeline.training.teacher_data import TeacherData, draw_regions
+from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError
 
 NAME = "varlen_in_tests"  # transformers looks for a kernel behind every name with "flash" in it
@@ -41,7 +44,10 @@ def like_flash(
     position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
+    if not torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
     calls.append(tuple(query.shape[:3:2]))
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     assert attention_mask is None, "flash attention takes no mask of rows that are all there"
     width = query.shape[2]
     begins = [0]
@@ -97,21 +103,24 @@ def gradient(model: Any, budget: int) -> tuple[StepOutcome, torch.Tensor]:
     inputs = StepInputs(step, teacher, draw_regions(objective, step, teacher), None, None, 0.1)
     model.zero_grad(set_to_none=True)
     parameters = list(model.parameters())
-    passes = StudentPass(model)
+    passes = StudentPass(model, torch.bfloat16)
     calls.clear()  # without those by which it has found how to pack
-    outcome = backpropagate(passes, parameters, objective, inputs, micro_batch_tokens=budget, precision=None)
+    outcome = backpropagate(
+        passes, parameters, objective, inputs, micro_batch_tokens=budget, precision=torch.bfloat16
+    )
     return outcome, torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
 
 
 @pytest.mark.parametrize("budget", [25, 10_000])
 def test_rows_in_one_line_teach_what_padded_ones_do(student: Any, tiny_model: Any, budget: int) -> None:
-    assert StudentPass(student).packing == "one line"
+    assert StudentPass(student).packing == "padded"
+    assert StudentPass(student, torch.bfloat16).packing == "one line"
     outcome, found = gradient(student, budget)
     assert {lines for lines, _ in calls} == {1}
     assert max(width for _, width in calls) <= max(budget, 11)
     expected, reference = gradient(copy.deepcopy(tiny_model), 10_000)
-    assert torch.allclose(found, reference, atol=1e-6)
-    assert np.allclose(outcome.student_logprobs, expected.student_logprobs, atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(found, reference, dim=0) > 0.999
+    assert np.allclose(outcome.student_logprobs, expected.student_logprobs, atol=0.05)
 
 
 def test_one_line_has_no_padding() -> None:
@@ -140,10 +149,22 @@ def test_sampling_and_scoring_have_masks_all_the_same(student: Any, tiny_model: 
         assert student.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_a_gpu_flash_attention_is_refused(student: Any, dtype: Any) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="flash_attention_2") as caught:
-        _attend(student, "flash_attention_2", dtype)
+@pytest.mark.parametrize(
+    ("dtype", "device", "processes"),
+    [("float32", "cuda", 1), ("bfloat16", "cpu", 1), ("bfloat16", "cuda", 2)],
+)
+def test_flash_attention_is_refused_where_it_cannot_be(
+    student: Any, dtype: str, device: str, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = SimpleNamespace(
+        train=SimpleNamespace(attention="flash_attention_2"),
+        runtime=SimpleNamespace(device=device),
+        student=SimpleNamespace(dtype=dtype),
+    )
+    with pytest.raises(ConfigError, match=r"flash_attention_2.*needs a CUDA GPU") as caught:
+        _attend(student, cast(Run, SimpleNamespace(config=config)), World(size=processes))
     assert "train.attention" in str(caught.value.hint)
+    config.student.dtype, config.runtime.device = "bfloat16", "cuda"
+    with pytest.raises(ConfigError, match="needs a package that is not installed"):
+        _attend(student, cast(Run, SimpleNamespace(config=config)), World())
