@@ -228,15 +228,13 @@ def test_another_teacher_behind_the_address_is_refused(
     assert "http://host:port" in malformed.output
 
 
-def test_missing_problems_are_found_while_the_teacher_is_loading(
-    tropd: Any, prepared: Path, copy: Any
-) -> None:
+def test_missing_problems_are_found_before_the_first_step(tropd: Any, prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
     (workspace / "data" / "eval.jsonl").unlink()
     result = tropd("train", "-w", workspace, "--set", "train.evaluate_every=2")
     assert result.code == 1
     assert "eval.jsonl does not exist" in result.output
-    assert not (workspace / "logs" / "teacher-access.jsonl").exists()  # it never came to answer
+    assert not (workspace / "train" / "metrics.jsonl").exists()
 
 
 def test_places_where_no_workspace_can_be(tropd: Any, tmp_path: Path) -> None:
