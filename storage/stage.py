@@ -161,7 +161,7 @@ def _broken(folder: Path, manifest: Manifest) -> list[str]:
         if not (folder / shard.name).exists() or content_size(folder / shard.name) != shard.size
     ]
     if broken:
-        logger.warning("%s: missing or truncated, made again: %s", manifest.stage, ", ".join(broken))
+        logger.warning("%s: missing or truncated: %s", manifest.stage, ", ".join(broken))
     return broken
 
 

@@ -45,9 +45,8 @@ class SamplingProcess:
             initializer=_start,
             initargs=(build, self._shared),
         )
-        self._pool.schedule(
-            _nothing
-        )  # a process starts with its first task: now, while the trainer gets ready
+        # A process starts with its first task: with one that does nothing, while the trainer gets ready.
+        self._pool.schedule(int)
 
     @property
     def max_length(self) -> int:
@@ -99,10 +98,6 @@ def _start(build: Build, shared: Mapping[str, Tensor]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _engine, _weights = build(), shared
-
-
-def _nothing() -> None:
-    """Nothing."""
 
 
 def _end_with_parent() -> None:

@@ -74,8 +74,12 @@ class TransformersEngine:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        plain = masked_attention(self.model), evaluation_mode(self.model)
-        with torch.inference_mode(), plain[0], plain[1], autocast(self.model.device, self._autocast):
+        with (
+            torch.inference_mode(),
+            masked_attention(self.model),
+            evaluation_mode(self.model),
+            autocast(self.model.device, self._autocast),
+        ):
             yield
 
     # ------------------------------------------------------------------------------------ generate

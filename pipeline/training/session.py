@@ -156,10 +156,9 @@ def open_session(
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     asks = needs.sampled and objective.rollouts != "stored"
-    # First, since it loads a model of its own meanwhile; but vLLM measures how much memory is free while it loads.
-    # One process starts it, and all ask it.
-    first = "vllm" not in (config.teacher.engine, config.student.engine)
-    started = start_teachers(run, stack) if asks and first and world.leads else {}
+    # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
+    at_once = "vllm" not in (config.teacher.engine, config.student.engine)
+    started = start_teachers(run, stack) if asks and at_once and world.leads else {}
     student = trainable_student(run, folder, device, world)
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
@@ -204,7 +203,8 @@ def open_session(
     longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
     scorers = {}
     if asks:
-        started = started or (start_teachers(run, stack) if world.leads else {})
+        if world.leads and not at_once:
+            started = start_teachers(run, stack)
         scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision)
     if config.train.attention != "auto" and passes.packing == "padded":
