@@ -12,12 +12,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.pipeline.engines import lean
+from tropd.pipeline.engines.base import Sampling
+from tropd.pipeline.engines.decoding import Choice
 from tropd.pipeline.models import decoder_layers
 from tropd.storage.errors import ConfigError
 
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Sizes unlike each other, which the compiler would take for one, and unlike 0 and 1, which it takes for constants.
 ROWS, ROOM, LENGTH = 5, 12, 7
+# Of decoding. What is small is written rather than computed anew at each of its uses, such as queries for each column
+# of the cache; and the code that calls the kernels is machine code too.
+OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 3, "cpp_wrapper": True}
 # Kinds of use (training, scoring, packed or not, a single row) that one layer may be compiled for.
 MOST_VARIANTS = 32
 
@@ -66,39 +72,56 @@ def check_compiler() -> None:
         ) from error
 
 
-@functools.cache
-def _compiled_step() -> Any:
-    return torch.compile(lean.next_logits)
+def _is_checked(guards: Sequence[Any]) -> list[bool]:
+    """What of a call is compared with what the code was made for: its tensors, and ``key`` instead of each weight.
 
-
-def next_logits(model: lean.LeanModel, ids: Tensor, *arguments: Any) -> Tensor:
-    """``lean.next_logits``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
-    cache = arguments[2]
-    plain = len(ids) == 1 or cache[0][0].shape[2] == 1
-    logits: Tensor = (lean.next_logits if plain else _compiled_step())(model, ids, *arguments)
-    return logits
-
-
-def prepare(model: lean.LeanModel) -> None:
-    """Compile a model's passes over prompts and over single tokens, in the mode that they will be used in.
-
-    Raises:
-        ConfigError: there is no working compiler.
+    To compare all weights, and all functions that are called, took a tenth of a small model's step.
     """
-    check_compiler()
-    decoder = lean.LeanDecoder(model, LENGTH + ROOM, _traced)
-    decoder.start([[0] * LENGTH for _ in range(ROWS)], ROOM)
-    decoder.step(torch.zeros(ROWS, dtype=torch.long))
+    return [not (guard.is_global or guard.name.startswith("model.")) for guard in guards]
 
 
-def _traced(model: lean.LeanModel, ids: Tensor, *arguments: Any) -> Tensor:
+def _choose(key: str, sampling: Sampling, draws: Tensor, model: lean.LeanModel, *arguments: Any) -> Choice:
+    assert key
+    return lean.choose(sampling, draws, model, *arguments)
+
+
+@functools.cache
+def _compiled() -> Any:
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    return torch.compile(_choose, options={**OPTIONS, "guard_filter_fn": _is_checked})
+
+
+def choose(
+    sampling: Sampling, draws: Tensor, model: lean.LeanModel, angles: Tensor, ids: Tensor, *arguments: Any
+) -> Choice:
+    """``lean.choose``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
+    cache = arguments[1]
+    if len(ids) == 1 or cache[0].shape[3] == 1:
+        return lean.choose(sampling, draws, model, angles, ids, *arguments)
+    choice: Choice = _compiled()(model.key, sampling, draws, model, angles, ids, *arguments)
+    return choice
+
+
+def prepare(model: lean.LeanModel, sampling: Sampling) -> None:
+    """Compile a model's passes over prompts and over single tokens, in the mode that they will be used in."""
+    decoder = lean.LeanDecoder(model, LENGTH + ROOM, sampling, _traced)
+    draws = torch.zeros(ROWS + 1, dtype=torch.float64)
+    decoder.start([[0] * LENGTH for _ in draws], ROOM, draws)
+    decoder.select(torch.arange(ROWS))  # from now on rows are fewer than the cache has room for
+    decoder.step(draws[:ROWS])
+
+
+def _traced(
+    sampling: Sampling, draws: Tensor, model: lean.LeanModel, angles: Tensor, ids: Tensor, *arguments: Any
+) -> Choice:
     """The first use, which says which sizes are symbols."""
-    cos, sin, cache, allowed = arguments
+    positions, cache, allowed = arguments
     new = [1] if ids.shape[1] > 1 else []
-    for tensor in (ids, cos, sin):
+    for tensor in (draws, angles):
+        torch._dynamo.mark_dynamic(tensor, [0])
+    for tensor in (ids, positions):
         torch._dynamo.mark_dynamic(tensor, [0, *new])
     torch._dynamo.mark_dynamic(allowed, [0, 3] + [2] * len(new))
-    for keys, values in cache:
-        torch._dynamo.mark_dynamic(keys, [0, 2])
-        torch._dynamo.mark_dynamic(values, [0, 2])
-    return next_logits(model, ids, *arguments)
+    for layer in cache:
+        torch._dynamo.mark_dynamic(layer, [1, 3])
+    return choose(sampling, draws, model, angles, ids, *arguments)

@@ -8,7 +8,9 @@ Legend: R rows in all · B rows of the batch · V vocabulary · n steps of a seg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,29 +19,31 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.engines.base import Generation, Sampling
-from tropd.pipeline.engines.sampling import sample_tokens
+from tropd.pipeline.engines.base import Generation
 from tropd.storage.seeds import uniforms
 
 Ints = npt.NDArray[np.int64]
 # A segment ends once so much of its batch is done: later wastes steps, sooner moves the cache too often.
-DONE_SHARE = 0.125
+DONE_SHARE = 0.25
 # Steps of a segment at most.
 SEGMENT = 128
 
 
+Choice = tuple[Tensor, Tensor]
+"""Tokens and their log-probs, ``[B]`` each."""
+
+
 class Decoder(Protocol):
-    """A model with a cache of the tokens so far of a batch of rows."""
+    """A model with a cache of the tokens so far of a batch of rows, which chooses their next ones.
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
-        """Begin with these rows, which will get at most ``room`` more tokens each.
+    ``draws``, ``[B]`` float64 in [0, 1), are the chance in it (see ``sample_tokens``).
+    """
 
-        Returns:
-            Float32 logits ``[B, V]`` of the rows' next tokens.
-        """
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+        """Begin with these rows, which will get at most ``room`` tokens each, and choose the first."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each row: ``[B]`` token ids to float32 logits ``[B, V]``."""
+    def step(self, draws: Tensor) -> Choice:
+        """Append to each row what was chosen last, and choose the next."""
 
     def select(self, keep: Tensor) -> None:
         """Go on with these rows of the batch only."""
@@ -48,38 +52,41 @@ class Decoder(Protocol):
 def decode(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
     *,
     seeds: Sequence[int],
     limits: Sequence[int],
-    stop_ids: Tensor,
+    stop_ids: Sequence[int],
+    device: torch.device,
 ) -> list[Generation]:
     """Continue each prompt until a stop token or its limit (≥ 1).
 
     What a row draws depends on its seed and the number of its tokens only.
     """
     shape = (len(prompts), max(limits))
-    draws = torch.from_numpy(uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :]))
+    draws = uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :])
     drawn = _Drawn(
         np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32), np.array(limits, dtype=np.int64)
     )
     rows = np.arange(len(prompts))
-    logits = decoder.start(prompts, shape[1])
+    steps: Iterator[Callable[[Tensor], Choice]] = itertools.chain(
+        [functools.partial(decoder.start, prompts, shape[1])], itertools.repeat(decoder.step)
+    )
     step = 0
     while True:
-        segment = draws[rows, step : step + SEGMENT].T.to(logits.device)
-        tokens, logprobs = _segment(decoder, logits, sampling, segment, drawn.ends[rows] - step, stop_ids)
+        segment = np.ascontiguousarray(draws[rows, step : step + SEGMENT].T)
+        choices = zip(torch.from_numpy(segment).to(device), steps, strict=False)
+        tokens, logprobs = _segment(
+            (choose(draw) for draw, choose in choices), drawn.ends[rows] - step, stop_ids
+        )
         going = drawn.add(rows, step, tokens, logprobs, stop_ids)
         if not len(going):
             return drawn.generations()
         step += len(tokens)
-        last = tokens[-1]
-        if len(going) < len(rows):
+        # The last row keeps company: alone it would be no faster, and need other compiled code.
+        if 1 < len(going) < len(rows):
             keep = few_moved(going)
-            index = torch.from_numpy(keep).to(last.device)
-            decoder.select(index)
-            rows, last = rows[keep], last[index]
-        logits = decoder.step(last)
+            decoder.select(torch.from_numpy(keep).to(device))
+            rows = rows[keep]
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,14 @@ class _Drawn:
     """``[R]`` the row's limit, or its length once a stop token has ended it."""
     stopped: set[int] = field(default_factory=set)
 
-    def add(self, rows: Ints, step: int, tokens: Tensor, logprobs: Tensor, stop_ids: Tensor) -> Ints:
+    def add(
+        self, rows: Ints, step: int, tokens: Ints, logprobs: npt.NDArray[np.float32], stop_ids: Sequence[int]
+    ) -> Ints:
         """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that go on."""
-        is_stop = torch.isin(tokens, stop_ids).T.cpu().numpy()
+        is_stop = np.isin(tokens, stop_ids).T
         end = step + len(tokens)
-        self.tokens[rows, step:end] = tokens.T.cpu().numpy()
-        self.logprobs[rows, step:end] = logprobs.T.cpu().numpy()
+        self.tokens[rows, step:end] = tokens.T
+        self.logprobs[rows, step:end] = logprobs.T
         first = np.where(is_stop.any(axis=1), step + is_stop.argmax(axis=1) + 1, self.ends[rows] + 1)
         stops = first <= self.ends[rows]
         self.ends[rows[stops]] = first[stops]
@@ -125,31 +134,26 @@ def few_moved(going: Ints) -> Ints:
 
 
 def _segment(
-    decoder: Decoder,
-    logits: Tensor,
-    sampling: Sampling,
-    draws: Tensor,
-    left: Ints,
-    stop_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
+    choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]
+) -> tuple[Ints, npt.NDArray[np.float32]]:
     """Tokens and log-probs ``[n, B]`` of as many steps as it takes for a share of the rows to be done.
 
-    The last tokens are not yet part of the decoder's cache.
+    Args:
+        choices: of one step after the other, each made when it is asked for.
+        left: ``[B]`` tokens until a row's limit.
     """
-    device = logits.device
-    limits = torch.from_numpy(left).to(device)
-    going = torch.ones(len(left), dtype=torch.bool, device=device)
-    enough = len(left) - max(1, int(DONE_SHARE * len(left)))
-    tokens = torch.empty(draws.shape, dtype=torch.long, device=device)
-    logprobs = torch.empty(draws.shape, dtype=torch.float32, device=device)
-    for n, draw in enumerate(draws):
-        if n > 0:
-            logits = decoder.step(tokens[n - 1])
-        tokens[n], logprobs[n] = sample_tokens(
-            logits, draw, temperature=sampling.temperature, top_p=sampling.top_p
-        )
-        going &= (tokens[n].unsqueeze(-1) != stop_ids).all(dim=-1)
-        going &= limits > n + 1
-        if int(going.sum()) <= enough:
+    going = left > 0
+    count = np.count_nonzero(going)
+    enough = count - max(1, int(DONE_SHARE * count))
+    segment: list[Choice] = []
+    for choice in choices:
+        segment.append(choice)
+        # On the host: these are few numbers, and the next step waits for what they say.
+        tokens = choice[0].cpu().numpy()
+        for stop in stop_ids:
+            going &= tokens != stop
+        going &= left > len(segment)
+        if np.count_nonzero(going) <= enough:
             break
-    return tokens[: n + 1], logprobs[: n + 1]
+    tokens, logprobs = (torch.stack(parts).cpu().numpy() for parts in zip(*segment, strict=True))
+    return tokens, logprobs

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tropd.pipeline.engines.base import Sampling
+from tropd.pipeline.engines.decoding import Choice
 from tropd.pipeline.engines.model_decoder import FIRST_STEPS, left_pad
+from tropd.pipeline.engines.sampling import sample_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 TOLERANCE = 1e-4
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Choice]
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,17 @@ class LeanModel:
         self.head = model.lm_head.weight * inner.norm.weight
         self.rotary = inner.rotary_emb
         self.layers = [self._layer(layer) for layer in inner.layers]
+        weights = [self.embedding, self.head, *(w for layer in self.layers for w in vars(layer).values())]
+        kinds = [w if w is None else (w.shape, w.stride(), w.dtype) for w in weights]
+        self.key = str((self.heads, self.kv_heads, self.head_dim, self.eps, kinds))
+        """Equal for models that differ in the values of their weights only."""
 
-    def angles(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[length, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""
+    def angles(self, length: int) -> Tensor:
+        """Cosines and sines ``[length, 2, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""
         positions = torch.arange(length, device=self.embedding.device).unsqueeze(0)
         cos, sin = self.rotary(self.embedding, positions)
         half = self.head_dim // 2
-        return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)], dim=1)
 
     def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -93,110 +100,118 @@ class LeanDecoder:
 
     Args:
         longest: tokens that a row may have, prompt included.
-        forward: ``next_logits``, or what a compiler has made of it, which is always given a mask.
+        sampling: how tokens are chosen.
+        forward: ``choose``, or what a compiler has made of it, which is always given a mask.
     """
 
-    def __init__(self, model: LeanModel, longest: int, forward: Forward | None = None) -> None:
+    def __init__(
+        self, model: LeanModel, longest: int, sampling: Sampling, forward: Forward | None = None
+    ) -> None:
         self._model = model
+        self._sampling = sampling
         self._is_compiled = forward is not None
-        self._forward = forward or next_logits
-        self._cos, self._sin = model.angles(longest)
-        self._cache: list[tuple[Tensor, Tensor]] = []
-        """Keys and values ``[B, kv_heads, capacity, D]`` of each layer."""
+        self._forward = forward or choose
+        self._angles = model.angles(longest)
+        self._cache: list[Tensor] = []
+        """Keys and values ``[2, B, kv_heads, capacity, D]`` of each layer."""
         self._allowed: Tensor | None = None
         """``[B, 1, 1, width + room]`` what is no padding; None where nothing is."""
         self._next = torch.zeros(0, dtype=torch.long, device=model.embedding.device)
         """``[B]`` positions of the next tokens."""
+        self._tokens = self._next
+        """``[B]`` what was chosen last."""
         self._length = 0
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
         """See ``Decoder.start``."""
         model = self._model
         ids, mask = left_pad(prompts, self._next.device)
         rows, width = mask.shape
         # One column is never used: full buffers lie in memory otherwise, and would need other compiled code.
-        shape = (rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
-        self._cache = [
-            (model.embedding.new_empty(shape), model.embedding.new_empty(shape)) for _ in model.layers
-        ]
+        shape = (2, rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
+        self._cache = [model.embedding.new_empty(shape) for _ in model.layers]
         self._length, self._next = width, mask.sum(dim=-1)
         self._allowed = None
         if self._is_compiled or not bool(mask.all()):
             self._allowed = functional.pad(mask.bool(), (0, room), value=True)[:, None, None, :]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        return self._forward(
-            model, ids, self._cos[positions], self._sin[positions], self._views(), _causal(mask)
-        )
+        return self._choose(ids, positions, _causal(mask), draws)
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, draws: Tensor) -> Choice:
         """See ``Decoder.step``."""
         self._length += 1
-        if self._length == self._cache[0][0].shape[2]:
-            self._cache = [(_doubled(keys), _doubled(values)) for keys, values in self._cache]
+        if self._length == self._cache[0].shape[3]:
+            self._cache = [_doubled(layer) for layer in self._cache]
         # Rows that are done ride along for a while, and may get ahead of the table.
-        positions = self._next.clamp(max=len(self._cos) - 1).unsqueeze(-1)
+        positions = self._next.clamp(max=len(self._angles) - 1).unsqueeze(-1)
         self._next = self._next + 1
         allowed = None if self._allowed is None else self._allowed[..., : self._length]
-        return self._forward(
-            self._model,
-            tokens.unsqueeze(-1),
-            self._cos[positions],
-            self._sin[positions],
-            self._views(),
-            allowed,
-        )
+        return self._choose(self._tokens.unsqueeze(-1), positions, allowed, draws)
 
     def select(self, keep: Tensor) -> None:
         """See ``Decoder.select``."""
         # Most rows stay where they are (see ``decode``): only the others are copied.
         moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero().squeeze(-1)
-        source = keep[moved]
-        for keys, values in self._views():
-            keys[moved], values[moved] = keys[source], values[source]
-        self._cache = [(keys[: len(keep)], values[: len(keep)]) for keys, values in self._cache]
+        if len(moved):
+            source = keep[moved]
+            for layer in self._columns():
+                layer[:, moved] = layer[:, source]
+        self._cache = [layer[:, : len(keep)] for layer in self._cache]
         self._allowed = None if self._allowed is None else self._allowed[keep]
-        self._next = self._next[keep]
+        self._next, self._tokens = self._next[keep], self._tokens[keep]
 
-    def _views(self) -> list[tuple[Tensor, Tensor]]:
+    def _choose(self, ids: Tensor, positions: Tensor, allowed: Tensor | None, draws: Tensor) -> Choice:
+        self._tokens, logprobs = self._forward(
+            self._sampling, draws, self._model, self._angles, ids, positions, self._columns(), allowed
+        )
+        return self._tokens, logprobs
+
+    def _columns(self) -> list[Tensor]:
         """The columns in use."""
-        return [(keys[:, :, : self._length], values[:, :, : self._length]) for keys, values in self._cache]
+        return [layer[..., : self._length, :] for layer in self._cache]
 
 
 def _doubled(cache: Tensor) -> Tensor:
-    larger = cache.new_empty((*cache.shape[:2], 2 * cache.shape[2], cache.shape[3]))
-    larger[:, :, : cache.shape[2]] = cache
+    capacity = cache.shape[3]
+    larger = cache.new_empty((*cache.shape[:3], 2 * capacity, cache.shape[4]))
+    larger[..., :capacity, :] = cache
     return larger
+
+
+def choose(sampling: Sampling, draws: Tensor, *arguments: Any) -> Choice:
+    """The rows' next tokens, drawn from ``next_logits`` of the other arguments."""
+    return sample_tokens(next_logits(*arguments), draws, sampling)
 
 
 def next_logits(
     model: LeanModel,
+    angles: Tensor,
     ids: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cache: Sequence[tuple[Tensor, Tensor]],
+    positions: Tensor,
+    cache: Sequence[Tensor],
     allowed: Tensor | None,
 ) -> Tensor:
     """Float32 logits ``[B, V]`` of the last of the new tokens.
 
     Args:
-        ids: ``[B, T]`` new tokens; ``cos`` and ``sin`` ``[B, T, D]`` are the angles of their positions.
-        cache: keys and values ``[B, kv_heads, S, D]`` of each layer. The last T columns are those of the new tokens,
+        angles: ``[·, 2, D]``, see ``LeanModel.angles``.
+        ids: ``[B, T]`` new tokens, at ``positions`` ``[B, T]`` of their rows.
+        cache: ``[2, B, kv_heads, S, D]`` keys and values of each layer. The last T columns are those of the new tokens,
             and are written here.
         allowed: ``[B, 1, T, S]`` (or with 1 for T) what may be looked at; everything where it is None.
     """
     rows, new = ids.shape
     x = functional.embedding(ids, model.embedding)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    for layer, (keys, values) in zip(model.layers, cache, strict=True):
+    cos, sin = angles[positions].unsqueeze(1).unbind(dim=3)
+    for layer, columns in zip(model.layers, cache, strict=True):
         h = _normed(x, model.eps)
         qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
         qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
         if layer.qk_norm is not None:
             qk = _normed(qk, model.eps) * layer.qk_norm
         q, k = _rotated(qk, cos, sin).split((model.heads, model.kv_heads), dim=1)
-        keys[:, :, -new:] = k
-        values[:, :, -new:] = v
-        attended = _attended(q, keys, values, allowed)
+        columns[..., -new:, :] = torch.stack([k, v])
+        attended = _attended(q, columns[0], columns[1], allowed)
         x = x + functional.linear(attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias)
         gate, up = functional.linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
         x = x + functional.linear(functional.silu(gate) * up, layer.down)
@@ -259,17 +274,24 @@ def is_lean(model: Any) -> bool:
     ids = (torch.arange(12).view(2, 6) * 7 + 1) % config.vocab_size
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+    found: list[Tensor] = []
+
+    def given(_sampling: Sampling, draws: Tensor, *arguments: Any) -> Choice:
+        found.append(next_logits(*arguments))
+        return ids[:, min(3 + len(found), 5)], draws
+
     try:
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
-            decoder = LeanDecoder(LeanModel(model), 6)
-            decoder.start([ids[0, 2:4].tolist(), ids[1, :4].tolist()], room=2)
-            decoder.step(ids[:, 4])
-            found = decoder.step(ids[:, 5])
+            decoder = LeanDecoder(LeanModel(model), 6, Sampling(), given)
+            draws = torch.zeros(2)
+            decoder.start([ids[0, 2:4].tolist(), ids[1, :4].tolist()], 2, draws)
+            for _ in range(2):
+                decoder.step(draws)
     except (AttributeError, RuntimeError) as error:
         logger.info("%s decodes with transformers: %s", type(model).__name__, error)
         return False
-    same = bool((found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
+    same = bool((found[-1] - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
     if not same:
         logger.info("%s decodes with transformers: the lean path differs", type(model).__name__)
     return same

@@ -13,6 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tropd.pipeline.engines.base import Sampling
+from tropd.pipeline.engines.decoding import Choice
+from tropd.pipeline.engines.sampling import sample_tokens
+
 # The cache has room for so many new tokens at first: most responses end long before the limit.
 FIRST_STEPS = 256
 
@@ -22,40 +26,44 @@ class ModelDecoder:
 
     Args:
         longest: tokens that a row may have, prompt included.
+        sampling: how tokens are chosen.
     """
 
-    def __init__(self, model: Any, longest: int) -> None:
+    def __init__(self, model: Any, longest: int, sampling: Sampling) -> None:
         self._model = model
+        self._sampling = sampling
         self._last_position = longest - 1
         self._cache = DynamicCache(config=model.config)
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=model.device)
         self._next = torch.zeros(0, dtype=torch.long, device=model.device)
         """``[B]`` positions of the next tokens."""
         self._length = 0
+        self._tokens = self._next
+        """``[B]`` what was chosen last."""
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
         """See ``Decoder.start``."""
         ids, mask = left_pad(prompts, self._mask.device)
         self._length = mask.shape[1]
         self._cache = _allocated(self._model.config, self._length + min(room, FIRST_STEPS))
         self._mask = torch.nn.functional.pad(mask, (0, room), value=1)
         self._next = mask.sum(dim=-1)
-        return self._forward(ids, (mask.cumsum(-1) - 1).clamp_(min=0))
+        return self._choose(ids, (mask.cumsum(-1) - 1).clamp_(min=0), draws)
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, draws: Tensor) -> Choice:
         """See ``Decoder.step``."""
         self._length += 1
         # Rows that are done ride along for a while, and may get ahead of what the model has positions for.
         positions = self._next.clamp(max=self._last_position).unsqueeze(-1)
         self._next = self._next + 1
-        return self._forward(tokens.unsqueeze(-1), positions)
+        return self._choose(self._tokens.unsqueeze(-1), positions, draws)
 
     def select(self, keep: Tensor) -> None:
         """See ``Decoder.select``."""
         self._cache.batch_select_indices(keep)
-        self._mask, self._next = self._mask[keep], self._next[keep]
+        self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
         output = self._model(
             input_ids=ids,
             attention_mask=self._mask[:, : self._length],
@@ -64,8 +72,8 @@ class ModelDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        self._tokens, logprobs = sample_tokens(output.logits[:, -1].float(), draws, self._sampling)
+        return self._tokens, logprobs
 
 
 class _AllocatedLayer(DynamicLayer):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from tropd.pipeline.engines.base import Sampling
+
 
 def sample_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float
+    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per row by inverting the cumulative distribution.
 
     Args:
         logits: ``[B, V]`` float32.
-        uniforms: ``[B]`` float64 in [0, 1); unused when ``temperature`` is 0 (greedy).
-        temperature: divides the logits for sampling only.
-        top_p: keep the smallest set of likeliest tokens whose mass reaches this.
+        uniforms: ``[B]`` float64 in [0, 1); unused when the temperature is 0 (greedy).
+        sampling: ``temperature`` divides the logits for sampling only; ``top_p`` keeps the smallest set of likeliest
+            tokens whose mass reaches this.
 
     Returns:
         Token ids ``[B]`` and their log-probs ``[B]`` (float32, full softmax at temperature 1).
     """
+    temperature, top_p = sampling.temperature, sampling.top_p
     logprobs = torch.log_softmax(logits, dim=-1)
     if temperature == 0.0:
         tokens = logits.argmax(dim=-1)

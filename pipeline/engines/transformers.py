@@ -53,14 +53,14 @@ class TransformersEngine:
         self.model = model
         self._autocast = autocast
         self._split = split_model(model)
-        self._stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        self._stop_ids = sorted(stop_ids)
         with masked_attention(model):
             self._is_lean = autocast is None and is_lean(model)
         self._compiles = compiles
         self._has_scored = False
-        if compiles and self._is_lean:
-            with self._inference():
-                compiled.prepare(LeanModel(model))
+        self._prepared: set[Sampling] = set()
+        if compiles:
+            compiled.check_compiler()
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
 
@@ -84,6 +84,13 @@ class TransformersEngine:
 
     # ------------------------------------------------------------------------------------ generate
 
+    def prepare(self, sampling: Sampling) -> None:
+        """Compile now what ``generate`` will use, where it is to be compiled."""
+        if self._compiles and self._is_lean and sampling not in self._prepared:
+            with self._inference():
+                compiled.prepare(LeanModel(self.model), sampling)
+            self._prepared.add(sampling)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -94,8 +101,10 @@ class TransformersEngine:
     ) -> list[Generation]:
         """See ``Engine.generate``. Rows are sorted by length, so that little is padded."""
         self._check_sequences(prompts, [1] * len(prompts))
-        limits = [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
-        order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), limits[i]))
+        self.prepare(sampling)
+        longest_row = self.max_length
+        limits = [min(m, longest_row - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
+        order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
         # What is not in the order has no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
         with self._inference(), self._stance():
@@ -104,12 +113,12 @@ class TransformersEngine:
                 rows = order[low : low + self._batch_size]
                 longest = max(len(prompts[i]) + limits[i] for i in rows)
                 generations = decode(
-                    self._decoder(weights, longest),
+                    self._decoder(weights, longest, sampling),
                     [prompts[i] for i in rows],
-                    sampling,
                     seeds=[seeds[i] for i in rows],
                     limits=[limits[i] for i in rows],
                     stop_ids=self._stop_ids,
+                    device=self.model.device,
                 )
                 for i, generation in zip(rows, generations, strict=True):
                     results[i] = generation
@@ -122,10 +131,10 @@ class TransformersEngine:
             return stance
         return nullcontext()
 
-    def _decoder(self, weights: LeanModel | None, longest: int) -> Decoder:
+    def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
-            return ModelDecoder(self.model, longest)
-        return LeanDecoder(weights, longest, compiled.next_logits if self._compiles else None)
+            return ModelDecoder(self.model, longest, sampling)
+        return LeanDecoder(weights, longest, sampling, compiled.choose if self._compiles else None)
 
     # --------------------------------------------------------------------------------------- score
 
@@ -238,15 +247,14 @@ class TransformersEngine:
         return torch.cat(ids), torch.cat(logprobs)
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        longest, vocab_size = self.max_length, self.vocab_size
         for number, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
             if not 1 <= start <= len(sequence):
                 raise ValueError(f"sequence {number}: start {start} is outside 1 … {len(sequence)}")
-            if len(sequence) > self.max_length:
-                raise ValueError(
-                    f"sequence {number}: {len(sequence)} tokens, the model takes {self.max_length}"
-                )
-            if min(sequence) < 0 or max(sequence) >= self.vocab_size:
-                raise ValueError(f"sequence {number}: a token id is outside 0 … {self.vocab_size - 1}")
+            if len(sequence) > longest:
+                raise ValueError(f"sequence {number}: {len(sequence)} tokens, the model takes {longest}")
+            if min(sequence) < 0 or max(sequence) >= vocab_size:
+                raise ValueError(f"sequence {number}: a token id is outside 0 … {vocab_size - 1}")
 
 
 def _right_pad(

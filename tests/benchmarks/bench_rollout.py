@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from tropd.pipeline.allocator import keep_freed_memory
 from tropd.pipeline.demo.tiny_models import STUDENT, make_model
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -58,6 +59,7 @@ def report(name: str, wanted: int, ours: list[float], theirs: list[float], other
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in every process of tropd that loads a model; both sides have it
     model = make_model(STUDENT, seed=0).eval()
     model.generation_config.eos_token_id = None
     engines = {

@@ -11,6 +11,7 @@ import transformers
 
 from tropd.pipeline.config import Config, LoraSettings
 from tropd.pipeline.configuration import parse_config
+from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel
 from tropd.pipeline.models import num_parameters
 from tropd.pipeline.plan import (
@@ -58,10 +59,10 @@ def test_parameters_are_counted_without_making_the_model(kind: str, tied: bool) 
 
 def test_the_cache_is_as_large_as_it_is() -> None:
     model = make("Qwen3", head_dim=16)
-    decoder = LeanDecoder(LeanModel(model), longest=7)
-    decoder.start([[1, 2, 3]] * 5, room=3)
+    decoder = LeanDecoder(LeanModel(model), 7, Sampling())
+    decoder.start([[1, 2, 3]] * 5, 3, torch.zeros(5))
     # One column is spare.
-    size = sum(buffer.nbytes for layer in decoder._cache for buffer in layer)
+    size = sum(layer.nbytes for layer in decoder._cache)
     assert size == 5 * 7 * kv_bytes_per_token(ModelShape.of(model.config), 4)
 
 

@@ -15,7 +15,8 @@ import transformers
 
 from tropd.pipeline.engines import lean
 from tropd.pipeline.engines.base import Generation, Sampling
-from tropd.pipeline.engines.compiled import check_compiler, compile_layers
+from tropd.pipeline.engines.compiled import OPTIONS, check_compiler, compile_layers
+from tropd.pipeline.engines.sampling import sample_tokens
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.storage.errors import ConfigError
 
@@ -37,12 +38,11 @@ def compilations() -> Callable[[], int]:
     return lambda: int(counters["unique_graphs"] - before)
 
 
-def make(kind: str) -> Any:
+def make(kind: str, **changed: Any) -> Any:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=40, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, **sizes
-    )
+    sizes |= {"vocab_size": 40, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = getattr(transformers, f"{kind}Config")(initializer_range=0.3, **(sizes | changed))
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
@@ -58,7 +58,9 @@ def test_sampling_is_the_same_and_compiled_once(
     monkeypatch.setattr(lean, "FIRST_STEPS", 4)  # the cache has to grow
     model = make("Llama")
     plain, fast = (TransformersEngine(model, [3], batch_size=9, compiles=c) for c in (False, True))
-    assert compilations() == 2  # prompts, and single tokens
+    for sampling in (Sampling(), Sampling(0.0)):
+        fast.prepare(sampling)
+    assert compilations() == 4  # prompts and single tokens, drawn and greedy
     for rows in (1, 2, 9, 14):  # alone, with as many rows as other sizes of the model, and in two batches
         prompts = [[5 + n % 30] * (1 + n % 4) for n in range(rows)]
         limits = [2 + 3 * n for n in range(rows)]
@@ -76,7 +78,28 @@ def test_sampling_is_the_same_and_compiled_once(
         for engine in (fast, plain)
     )
     same(found, expected)
-    assert compilations() == 2
+    assert compilations() == 4
+
+
+def test_models_of_other_numbers_have_code_of_their_own() -> None:
+    prompts, seeds, limits = [[4, 5], [6, 7]], [1, 2], [9, 9]
+    found: list[list[Generation]] = []
+    for changed in ({}, {"intermediate_size": 56}, {}):
+        model = make("Llama", num_hidden_layers=1, **changed)
+        engines = [TransformersEngine(model, [3], compiles=compiles) for compiles in (True, False)]
+        fast, plain = (e.generate(prompts, Sampling(), seeds=seeds, max_tokens=limits) for e in engines)
+        same(fast, plain)
+        found.append(fast)
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_extreme_uniform_numbers_never_draw_an_impossible_token(uniform: float) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    draw = torch.compile(sample_tokens, options=OPTIONS)
+    tokens, _ = draw(logits, torch.full((2,), uniform, dtype=torch.float64), Sampling())
+    assert set(tokens.tolist()) <= {1, 2}
 
 
 def test_scores_and_gradients_are_the_same(compilations: Callable[[], int]) -> None:

@@ -11,7 +11,7 @@ import transformers
 
 from tropd.pipeline.engines import lean as lean_module
 from tropd.pipeline.engines.base import Generation, Sampling
-from tropd.pipeline.engines.lean import is_lean
+from tropd.pipeline.engines.lean import LeanModel, is_lean
 from tropd.pipeline.engines.transformers import TransformersEngine
 
 SIZES: dict[str, Any] = {
@@ -101,3 +101,24 @@ def test_what_is_not_known_is_left_to_transformers() -> None:
     hooked = make("Llama")
     hooked.model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
     assert not is_lean(hooked)
+
+
+def test_compiled_code_is_shared_by_models_of_the_same_numbers_only() -> None:
+    """A compiled step compares this key, and not each weight."""
+    model = make("Llama")
+    key = LeanModel(model).key
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert LeanModel(model).key == key
+    others = [
+        make("Llama", **changed)
+        for changed in (
+            {"rms_norm_eps": 0.1},
+            {"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4},
+            {"vocab_size": 41},
+            {"intermediate_size": 49},
+            {"num_hidden_layers": 3},
+            {"attention_bias": True},
+        )
+    ] + [make("Qwen3", head_dim=8)]
+    assert len({key, *(LeanModel(other).key for other in others)}) == 1 + len(others)

@@ -97,21 +97,19 @@ def test_sampling_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
     draws = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(draws))
-    tokens, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, temperature=1.0, top_p=1.0)
+    tokens, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling())
     counts = torch.bincount(tokens, minlength=5).double()
     expected = probabilities[:4].double() * draws
     assert counts[4] == 0
     assert float(((counts[:4] - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees, p = 0.001
-    nucleus, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, temperature=1.0, top_p=0.6)
+    nucleus, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling(top_p=0.6))
     assert set(nucleus.tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_extreme_uniform_numbers_never_draw_an_impossible_token(uniform: float) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    tokens, _ = sample_tokens(
-        logits, torch.tensor([uniform], dtype=torch.float64), temperature=1.0, top_p=1.0
-    )
+    tokens, _ = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
     assert int(tokens) in (1, 2)
 
 
