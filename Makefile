@@ -12,7 +12,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
+.PHONY: help install demo demo-mismatch test test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,10 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-thorough: $(STAMP)  ## Interruptions at every point instead of some (a quarter of an hour)
+	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
+		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py
 
 # DRY_RUN=1 shows what it would take; SEEDS and WORKERS as in tropd reproduce --help.
 reproduce-%: $(STAMP)  ## A table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
@@ -36,9 +37,18 @@ INTERRUPTED = 130
 INTERRUPTED_MESSAGE = "interrupted; the same command goes on where it stopped"
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tropd {version('tropd')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global_options(
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks and debug logs."),
+    _version: bool = typer.Option(
+        False, "--version", help="Show the version.", callback=_show_version, is_eager=True
+    ),
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
     if debug:

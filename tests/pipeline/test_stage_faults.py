@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("stage_faults.py")
-STRIDE = 4
+# One operation in so many.
+STRIDE = 4 if os.environ.get("TROPD_THOROUGH") else 8
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_a_rerun_after_a_kill_gives_the_undisturbed_bytes(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -26,7 +27,7 @@ def test_a_rerun_after_a_kill_gives_the_undisturbed_bytes(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     header, *points = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(points) == len(range(1, header["operations"] + 1, STRIDE)) > 50
+    assert len(points) == len(range(1, header["operations"] + 1, STRIDE)) > 200 // STRIDE
     assert [p for p in points if p["rerun"] != "done" or not p["same"] or p["findings"]] == []
     # Zarr's concurrent mkdirs make the count vary by a few: the last points may come after the end.
     assert sum(p["first"] == "killed" for p in points) >= len(points) - 3
