@@ -28,7 +28,6 @@ DONE_SHARE = 0.25
 # Steps of a segment at most.
 SEGMENT = 128
 
-
 Choice = tuple[Tensor, Tensor]
 """Tokens and their log-probs, ``[B]`` each."""
 
@@ -82,8 +81,9 @@ def decode(
         if not len(going):
             return drawn.generations()
         step += len(tokens)
-        # The last row keeps company: alone it would be no faster, and need other compiled code.
-        if 1 < len(going) < len(rows):
+        if len(going) == 1 < len(rows):  # alone it would be no faster, and need other compiled code
+            going = np.union1d(going, 0 if going[0] else 1)
+        if len(going) < len(rows):
             keep = few_moved(going)
             decoder.select(torch.from_numpy(keep).to(device))
             rows = rows[keep]

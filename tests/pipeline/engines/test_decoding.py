@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tropd.pipeline.engines import decoding
 from tropd.pipeline.engines.base import Sampling
-from tropd.pipeline.engines.decoding import few_moved
+from tropd.pipeline.engines.decoding import Choice, decode, few_moved
 from tropd.pipeline.engines.transformers import TransformersEngine
 
 LONGEST = 24
@@ -71,6 +72,45 @@ def test_responses_do_not_depend_on_when_rows_leave(monkeypatch: pytest.MonkeyPa
         for one, other in zip(generate(), expected, strict=True):
             assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+class Counting:
+    """A decoder of nothing: the token that it chooses is the number of the row's prompt."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._rows = torch.zeros(0, dtype=torch.long)
+
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: torch.Tensor) -> Choice:
+        self._rows = torch.tensor([prompt[0] for prompt in prompts])
+        return self.step(draws)
+
+    def step(self, draws: torch.Tensor) -> Choice:
+        assert draws.shape == self._rows.shape
+        self.sizes.append(len(draws))
+        return self._rows, draws.float()
+
+    def select(self, keep: torch.Tensor) -> None:
+        self._rows = self._rows[keep]
+
+
+@pytest.mark.parametrize("longest", [0, 1, 7])
+def test_the_last_row_goes_on_with_one_other(longest: int) -> None:
+    limits = [2] * 8
+    limits[longest] = 300  # more than two segments
+    decoder = Counting()
+    found = decode(
+        decoder,
+        [[10 + n] for n in range(8)],
+        seeds=range(8),
+        limits=limits,
+        stop_ids=[],
+        device=torch.device("cpu"),
+    )
+    assert [g.tokens for g in found] == [[10 + n] * limit for n, limit in enumerate(limits)]
+    assert decoder.sizes == [8] * 2 + [2] * 298
+    (alone,) = decode(decoder, [[5]], seeds=[longest], limits=[300], stop_ids=[], device=torch.device("cpu"))
+    assert alone.logprobs == found[longest].logprobs
 
 
 @given(st.sets(st.integers(0, 30), min_size=1))
