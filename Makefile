@@ -33,7 +33,7 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-thorough: $(STAMP)  ## Interruptions at every point instead of some (a quarter of an hour)
+test-thorough: $(STAMP)  ## Interruptions at many more points (a quarter of an hour)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py
 

@@ -31,7 +31,7 @@ ROWS, ROOM, LENGTH = 5, 12, 7
 # Of decoding. What is small is written rather than computed anew at each of its uses, such as queries for each column
 # of the cache; and the code that calls the kernels is machine code too.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 3, "cpp_wrapper": True}
-# Kinds of use (training, scoring, packed or not, a single row) that one layer may be compiled for.
+# Kinds of use (training, scoring, packed or not, a single row) that one layer, or decoding, may be compiled for.
 MOST_VARIANTS = 32
 
 
@@ -63,7 +63,7 @@ def check_compiler() -> None:
             "runtime.compile does nothing in this process: TORCHDYNAMO_DISABLE is set, by you or for vLLM on a CPU"
         )
     try:
-        torch.compile(torch.nn.functional.silu)(torch.zeros(3))
+        torch.compile(torch.nn.functional.silu, options=OPTIONS)(torch.zeros(3))
     except Exception as error:  # its failures have no class in common
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
@@ -81,7 +81,8 @@ def _is_checked(guards: Sequence[Any]) -> list[bool]:
 
 
 def _choose(key: str, sampling: Sampling, draws: Tensor, model: lean.LeanModel, *arguments: Any) -> Choice:
-    assert key
+    if not key:  # what is used is compared at each call; an assertion would not be under `python -O`
+        raise ValueError("a model without a key")
     return lean.choose(sampling, draws, model, *arguments)
 
 

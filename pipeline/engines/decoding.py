@@ -3,7 +3,7 @@
 This goes in segments. Within one, the batch stays as it is and rows that are done ride along, so that a step needs
 little bookkeeping; it ends once a share of the batch is done, and these rows leave.
 
-Legend: R rows in all · B rows of the batch · V vocabulary · n steps of a segment.
+Legend: R rows in all · B rows of the batch · n steps of a segment.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def decode(
         if not len(going):
             return drawn.generations()
         step += len(tokens)
-        if len(going) == 1 < len(rows):  # alone it would be no faster, and need other compiled code
+        if len(going) == 1 < len(rows):  # alone it would be no faster, and run uncompiled
             going = np.union1d(going, 0 if going[0] else 1)
         if len(going) < len(rows):
             keep = few_moved(going)

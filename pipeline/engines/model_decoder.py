@@ -60,7 +60,8 @@ class ModelDecoder:
 
     def select(self, keep: Tensor) -> None:
         """See ``Decoder.select``."""
-        self._cache.batch_select_indices(keep)
+        # As batch_select_indices, which layers of linear attention do not have.
+        self._cache.reorder_cache(keep)
         self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
 
     def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
@@ -101,8 +102,8 @@ class _AllocatedLayer(DynamicLayer):
         self._expose(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._buffers = [buffer[indices] for buffer in self._buffers]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._buffers = [buffer[beam_idx] for buffer in self._buffers]
         self._expose(self._length)
 
     def _expose(self, length: int) -> None:

@@ -98,7 +98,6 @@ def _start(build: Build, shared: Mapping[str, Tensor]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _engine, _weights = build(), shared
-    _engine.prepare(Sampling())
 
 
 def _end_with_parent() -> None:

@@ -101,10 +101,11 @@ class TransformersEngine:
     ) -> list[Generation]:
         """See ``Engine.generate``. Rows are sorted by length, so that little is padded."""
         self._check_sequences(prompts, [1] * len(prompts))
-        self.prepare(sampling)
         longest_row = self.max_length
         limits = [min(m, longest_row - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
+        if len(order) > 1 and self._batch_size > 1:
+            self.prepare(sampling)
         # What is not in the order has no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
         with self._inference(), self._stance():

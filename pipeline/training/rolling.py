@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from tropd.pipeline.config import Dtype, RuntimeConfig, StudentConfig
+from tropd.pipeline.config import Dtype, RolloutConfig, RuntimeConfig, StudentConfig
 from tropd.pipeline.context import LoadedModel, Run, open_vllm
-from tropd.pipeline.engines.base import Engine, Sampler
+from tropd.pipeline.engines.base import Engine, Sampler, Sampling
 from tropd.pipeline.engines.process import SamplingProcess
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import configure_runtime, context_length, load_model, load_tokenizer
@@ -93,7 +93,7 @@ def _process_engine(
         run.config.student,
         run.config.runtime,
         dtype=dtype,
-        batch_size=run.config.rollout.batch_size,
+        rollout=run.config.rollout,
         autocast=autocast,
     )
     engine = SamplingProcess(build, state, context_length(whole_model.config))
@@ -112,7 +112,7 @@ def _sampling_engine(
     runtime: RuntimeConfig,
     *,
     dtype: Dtype,
-    batch_size: int,
+    rollout: RolloutConfig,
     autocast: torch.dtype | None,
 ) -> TransformersEngine:
     """The student as it is on disk; its weights are replaced before it samples."""
@@ -123,4 +123,6 @@ def _sampling_engine(
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     loaded = LoadedModel(folder, model, tokenizer, compiles=runtime.compile)
-    return loaded.engine(batch_size=batch_size, autocast=autocast)
+    engine = loaded.engine(batch_size=rollout.batch_size, autocast=autocast)
+    engine.prepare(Sampling(rollout.temperature, rollout.top_p))
+    return engine

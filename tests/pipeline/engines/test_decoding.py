@@ -74,6 +74,33 @@ def test_responses_do_not_depend_on_when_rows_leave(monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_rows_leave_caches_of_linear_attention_too() -> None:
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    heads = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_key_value_heads": 2}
+    dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "max_position_embeddings": 64}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    torch.manual_seed(0)
+    config = transformers.Qwen3NextConfig(**sizes, **heads, **dims, **experts)
+    engine = TransformersEngine(transformers.Qwen3NextForCausalLM(config).eval(), [3], batch_size=9)
+    prompts, limits = [[4 + n] * (1 + n % 4) for n in range(9)], [2 + 3 * n for n in range(9)]
+    together = engine.generate(prompts, Sampling(), seeds=range(9), max_tokens=limits)
+    for n, found in enumerate(together):
+        (alone,) = engine.generate([prompts[n]], Sampling(), seeds=[n], max_tokens=[limits[n]])
+        assert found.tokens == alone.tokens
+        np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=1e-5)
+
+
 class Counting:
     """A decoder of nothing: the token that it chooses is the number of the row's prompt."""
 
