@@ -10,6 +10,7 @@ Legend: B rows · T new tokens · S tokens so far · H hidden size · D head siz
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,13 @@ class LeanModel:
         self.head = model.lm_head.weight * inner.norm.weight
         self.rotary = inner.rotary_emb
         self.layers = [self._layer(layer) for layer in inner.layers]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal for models that differ in the values of their weights only."""
         weights = [self.embedding, self.head, *(w for layer in self.layers for w in vars(layer).values())]
         kinds = [w if w is None else (w.shape, w.stride(), w.dtype) for w in weights]
-        self.key = str((self.heads, self.kv_heads, self.head_dim, self.eps, kinds))
-        """Equal for models that differ in the values of their weights only."""
+        return str((self.heads, self.kv_heads, self.head_dim, self.eps, kinds))
 
     def angles(self, length: int) -> Tensor:
         """Cosines and sines ``[length, 2, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""

@@ -14,11 +14,12 @@ import torch
 
 from tropd.pipeline.config import Dtype, RolloutConfig, RuntimeConfig, StudentConfig
 from tropd.pipeline.context import LoadedModel, Run, open_vllm
-from tropd.pipeline.engines.base import Engine, Sampler, Sampling
+from tropd.pipeline.engines.base import Engine, Sampler
 from tropd.pipeline.engines.process import SamplingProcess
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.models import configure_runtime, context_length, load_model, load_tokenizer
 from tropd.pipeline.training.lora import merged_state
+from tropd.pipeline.training.rollouts import sampling_of
 from tropd.pipeline.training.student import copy_weights
 from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError
@@ -124,5 +125,5 @@ def _sampling_engine(
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     loaded = LoadedModel(folder, model, tokenizer, compiles=runtime.compile)
     engine = loaded.engine(batch_size=rollout.batch_size, autocast=autocast)
-    engine.prepare(Sampling(rollout.temperature, rollout.top_p))
+    engine.prepare(sampling_of(rollout))
     return engine

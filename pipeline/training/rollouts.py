@@ -163,6 +163,11 @@ def plan_rows(
     return rows
 
 
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """How the student samples in training."""
+    return Sampling(rollout.temperature, rollout.top_p)
+
+
 def roll_out(
     plans: Sequence[RowPlan], engine: Sampler, rollout: RolloutConfig, world: World = ALONE
 ) -> list[Row]:
@@ -171,7 +176,7 @@ def roll_out(
     def generate(share: list[RowPlan]) -> list[Generation]:
         return engine.generate(
             [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
-            Sampling(rollout.temperature, rollout.top_p),
+            sampling_of(rollout),
             seeds=[p.seed for p in share],
             max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
         )
