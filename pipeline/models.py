@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tropd.pipeline.allocator import keep_freed_memory
+from tropd.pipeline.attention import FLOAT32_SDPA
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError
@@ -217,7 +217,7 @@ def evaluation_mode(model: Any) -> Iterator[Any]:
 def masked_attention(model: Any) -> Iterator[None]:
     """Attention that takes any mask, as a cache and padded rows need; in training the model may have another."""
     own = model.config._attn_implementation
-    if own in ("sdpa", "eager"):
+    if own in ("sdpa", "eager", FLOAT32_SDPA):
         yield
         return
     model.set_attn_implementation("sdpa")
@@ -239,66 +239,7 @@ def num_parameters(model: Any) -> int:
     return sum(math.prod(p.shape) for p in {id(p): p for p in model.parameters()}.values())
 
 
-@dataclass(frozen=True)
-class SplitModel:
-    """A causal LM as backbone (token ids to hidden states) and head (hidden states to logits).
-
-    Lets logits be computed for chosen positions only. ``softcap`` bounds logits as c·tanh(logit/c).
-    """
-
-    backbone: Any
-    head: Any
-    softcap: float | None
-
-    def hidden(self, **inputs: Any) -> torch.Tensor:
-        """Last hidden states ``[B, T, H]``."""
-        hidden: torch.Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
-        return hidden
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
-        logits: torch.Tensor = self.head(hidden).float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
     """The decoder layers: modules of the classes that transformers says must not be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-class _WholeModel:
-    """Stands in for a backbone where the head cannot be taken apart: its 'hidden states' are the logits."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self._model(**inputs)
-        output.last_hidden_state = output.logits
-        return output
-
-
-def split_model(model: Any) -> SplitModel:
-    """Take a causal LM apart, and check on a few tokens that the parts give the model's own logits.
-
-    Where they do not (unusual heads, scaled logits), the whole model is used, with more memory.
-    """
-    backbone, head = model.base_model, model.get_output_embeddings()
-    whole = SplitModel(_WholeModel(model), torch.nn.Identity(), None)
-    if backbone is model or head is None:
-        logger.info("%s has no separable head: logits of all positions are computed", type(model).__name__)
-        return whole
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    split = SplitModel(backbone, head, softcap)
-    vocab = head.weight.shape[0]
-    ids = (torch.arange(8, device=model.device) * 7 % vocab).unsqueeze(0)
-    with torch.no_grad(), masked_attention(model), evaluation_mode(model):
-        expected = model(input_ids=ids).logits.float()
-        actual = split.logits(split.hidden(input_ids=ids))
-    if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-3, atol=1e-3):
-        return split
-    logger.info("%s has an unusual head: logits of all positions are computed", type(model).__name__)
-    return whole

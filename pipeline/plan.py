@@ -77,6 +77,7 @@ def memory_parts(
         processes: those that torchrun starts; weights, gradients and moments are shared out.
     """
     compute = BYTES[config.student.dtype]
+    cached = BYTES["float32"] if config.runtime.device == "cpu" else compute  # see engines.lean
     adapters = config.student.lora
     trained = trained_parameters(config, student)
     # Frozen weights of a single process keep their own precision; what is sharded is float32.
@@ -99,7 +100,7 @@ def memory_parts(
         Part("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
         Part(
             "KV cache of rollouts",
-            config.rollout.batch_size * longest * kv_bytes_per_token(student, compute),
+            config.rollout.batch_size * longest * kv_bytes_per_token(student, cached),
             "rollout.batch_size, rollout.max_tokens",
         ),
     ]

@@ -3,7 +3,8 @@
 A step of a tiny model costs its framework, not its arithmetic: transformers runs some 40 Python calls per layer. Llama,
 Mistral, Qwen2 and Qwen3 (RMS norm, rotary positions, grouped queries, gated SiLU) are a dozen operations per layer, done
 here on the model's own weights. ``is_lean`` compares with the model itself before it is trusted; whatever differs is
-left to transformers.
+left to transformers. The products within layers are in the precision of the weights or in a lower one; norms,
+attention, the output layer and what is added up from layer to layer are float32.
 
 Legend: B rows · T new tokens · S tokens so far · H hidden size · D head size.
 """
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary positions whose angles do not depend on how long the sequence is.
 ROTARY = ("default", "linear", "llama3", "yarn")
-TOLERANCE = 1e-4
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Differences to the model itself, as shares of its largest logit, that rounding explains."""
 
 Forward = Callable[..., Choice]
 
@@ -51,16 +53,22 @@ class _Layer:
 
 
 class LeanModel:
-    """The weights of a model as they are now, ready for decoding. Made anew after each update of the weights."""
+    """The weights of a model as they are now, ready for decoding. Made anew after each update of the weights.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: a causal LM of transformers.
+        dtype: of the products within layers; that of the weights where it is None.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         config, inner = model.config, model.model
+        self._dtype = dtype or model.dtype
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.eps = config.rms_norm_eps
         self.embedding = inner.embed_tokens.weight
-        self.head = model.lm_head.weight * inner.norm.weight
+        self.head = model.lm_head.weight.float() * inner.norm.weight
         self.rotary = inner.rotary_emb
         self.layers = [self._layer(layer) for layer in inner.layers]
 
@@ -74,28 +82,32 @@ class LeanModel:
     def angles(self, length: int) -> Tensor:
         """Cosines and sines ``[length, 2, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""
         positions = torch.arange(length, device=self.embedding.device).unsqueeze(0)
-        cos, sin = self.rotary(self.embedding, positions)
+        cos, sin = self.rotary(self.embedding.new_empty(0, dtype=torch.float32), positions)
         half = self.head_dim // 2
         return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)], dim=1)
 
     def _layer(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp, dtype = layer.self_attn, layer.mlp, self._dtype
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [p.bias for p in projections]
         norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
         qk_norm = None
         if norms[0] is not None and norms[1] is not None:
             q_norm, k_norm = norms[0].expand(self.heads, -1), norms[1].expand(self.kv_heads, -1)
-            qk_norm = torch.cat([q_norm, k_norm]).unsqueeze(1)
+            qk_norm = torch.cat([q_norm, k_norm]).unsqueeze(1).float()
+        qkv = torch.cat([p.weight for p in projections]) * layer.input_layernorm.weight
+        gate_up = (
+            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
+        )
+        out_bias = attention.o_proj.bias
         return _Layer(
-            qkv=torch.cat([p.weight for p in projections]) * layer.input_layernorm.weight,
-            qkv_bias=None if biases[0] is None else torch.cat(biases),
+            qkv=qkv.to(dtype),
+            qkv_bias=None if biases[0] is None else torch.cat(biases).to(dtype),
             qk_norm=qk_norm,
-            out=attention.o_proj.weight,
-            out_bias=attention.o_proj.bias,
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-            * layer.post_attention_layernorm.weight,
-            down=mlp.down_proj.weight,
+            out=attention.o_proj.weight.to(dtype),
+            out_bias=None if out_bias is None else out_bias.to(dtype),
+            gate_up=gate_up.to(dtype),
+            down=mlp.down_proj.weight.to(dtype),
         )
 
 
@@ -133,7 +145,7 @@ class LeanDecoder:
         rows, width = mask.shape
         # One column is never used: full buffers lie in memory otherwise, and would need other compiled code.
         shape = (2, rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
-        self._cache = [model.embedding.new_empty(shape) for _ in model.layers]
+        self._cache = [model.embedding.new_empty(shape, dtype=torch.float32) for _ in model.layers]
         self._length, self._next = width, mask.sum(dim=-1)
         self._allowed = None
         if self._is_compiled or not bool(mask.all()):
@@ -205,21 +217,26 @@ def next_logits(
         allowed: ``[B, 1, T, S]`` (or with 1 for T) what may be looked at; everything where it is None.
     """
     rows, new = ids.shape
-    x = functional.embedding(ids, model.embedding)
+    x = functional.embedding(ids, model.embedding).float()
     cos, sin = angles[positions].unsqueeze(1).unbind(dim=3)
     for layer, columns in zip(model.layers, cache, strict=True):
         h = _normed(x, model.eps)
-        qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
+        qkv = _linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
         qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
         if layer.qk_norm is not None:
             qk = _normed(qk, model.eps) * layer.qk_norm
         q, k = _rotated(qk, cos, sin).split((model.heads, model.kv_heads), dim=1)
         columns[..., -new:, :] = torch.stack([k, v])
         attended = _attended(q, columns[0], columns[1], allowed)
-        x = x + functional.linear(attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias)
-        gate, up = functional.linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
-        x = x + functional.linear(functional.silu(gate) * up, layer.down)
-    return functional.linear(_normed(x[:, -1], model.eps), model.head).float()
+        x = x + _linear(attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias)
+        gate, up = _linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
+        x = x + _linear(functional.silu(gate) * up, layer.down)
+    return _linear(_normed(x[:, -1], model.eps), model.head)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Float32, from a product in the precision of the weights."""
+    return functional.linear(x.to(weight.dtype), weight, bias).float()
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -264,12 +281,15 @@ def _all_plain(model: Any) -> bool:
 
 
 def is_lean(model: Any) -> bool:
-    """Whether a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens."""
+    """Whether a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens.
+
+    These are compared in the precision of its weights.
+    """
     config = model.config
     if (
         config.model_type not in ARCHITECTURES
         or model.device.type != "cpu"
-        or model.dtype != torch.float32
+        or model.dtype not in TOLERANCES
         or getattr(config, "sliding_window", None)
         or getattr(getattr(model.model, "rotary_emb", None), "rope_type", "") not in ROTARY
         or not _all_plain(model)
@@ -295,7 +315,8 @@ def is_lean(model: Any) -> bool:
     except (AttributeError, RuntimeError) as error:
         logger.info("%s decodes with transformers: %s", type(model).__name__, error)
         return False
-    same = bool((found[-1] - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
+    allowed = TOLERANCES[model.dtype] * max(1.0, float(expected.abs().max()))
+    same = bool((found[-1] - expected).abs().max() <= allowed)
     if not same:
         logger.info("%s decodes with transformers: the lean path differs", type(model).__name__)
     return same

@@ -20,7 +20,8 @@ from tropd.pipeline.engines.base import (
 from tropd.pipeline.engines.decoding import Decoder, decode
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.model_decoder import ModelDecoder
-from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention, split_model
+from tropd.pipeline.head import split_model
+from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention
 
 # Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
 LOGIT_ELEMENTS = 1 << 26
@@ -55,7 +56,7 @@ class TransformersEngine:
         self._split = split_model(model)
         self._stop_ids = sorted(stop_ids)
         with masked_attention(model):
-            self._is_lean = autocast is None and is_lean(model)
+            self._is_lean = is_lean(model)
         self._compiles = compiles
         self._has_scored = False
         self._prepared: set[Sampling] = set()
@@ -73,12 +74,12 @@ class TransformersEngine:
         return context_length(self.model.config)
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def _inference(self, precision: torch.dtype | None) -> Iterator[None]:
         with (
             torch.inference_mode(),
             masked_attention(self.model),
             evaluation_mode(self.model),
-            autocast(self.model.device, self._autocast),
+            autocast(self.model.device, precision),
         ):
             yield
 
@@ -87,8 +88,8 @@ class TransformersEngine:
     def prepare(self, sampling: Sampling) -> None:
         """Compile now what ``generate`` will use, where it is to be compiled."""
         if self._compiles and self._is_lean and sampling not in self._prepared:
-            with self._inference():
-                compiled.prepare(LeanModel(self.model), sampling)
+            with self._inference(None):
+                compiled.prepare(LeanModel(self.model, self._autocast), sampling)
             self._prepared.add(sampling)
 
     def generate(
@@ -108,8 +109,8 @@ class TransformersEngine:
             self.prepare(sampling)
         # What is not in the order has no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
-        with self._inference(), self._stance():
-            weights = LeanModel(self.model) if self._is_lean else None
+        with self._inference(None if self._is_lean else self._autocast), self._stance():
+            weights = LeanModel(self.model, self._autocast) if self._is_lean else None
             for low in range(0, len(order), self._batch_size):
                 rows = order[low : low + self._batch_size]
                 longest = max(len(prompts[i]) + limits[i] for i in rows)
@@ -156,7 +157,7 @@ class TransformersEngine:
         self._has_scored = True
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         results: list[SequenceScores | None] = [None] * len(sequences)
-        with self._inference():
+        with self._inference(self._autocast):
             for rows in _token_budget_batches([len(sequences[i]) for i in order], self._batch_tokens):
                 batch = [order[r] for r in rows]
                 scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)

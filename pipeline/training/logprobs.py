@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tropd.pipeline.models import SplitModel
+from tropd.pipeline.head import SplitModel, is_plain, operand_dtype, plain_logits, product_dtype
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
@@ -71,7 +71,7 @@ def token_logprobs(
         return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids))
     if is_plain(split.head):
         head = split.head
-        dtype = _autocast_dtype(states.device) or states.dtype
+        dtype = product_dtype(states)
         return TokenLogprobs(
             *ChunkedLogprobs.apply(
                 states,
@@ -98,15 +98,6 @@ def token_logprobs(
         for rows, entries in _chunks(lookups.counts, size)
     ]
     return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def is_plain(head: Any) -> bool:
-    """Whether a head is a linear layer and nothing else, so that its gradient can be written down."""
-    return type(head) is torch.nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _chunks(counts: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
@@ -141,9 +132,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = []
-        low_weight = weight.to(dtype)
+        operand = weight.to(operand_dtype(dtype, weight.device))
         for rows, entries in _chunks(counts, size):
-            logits = _logits(states[rows], low_weight, bias, softcap, dtype)
+            logits = _logits(states[rows], operand, bias, softcap)
             norms = logits.logsumexp(dim=-1)
             logits -= norms.unsqueeze(-1)
             parts.append((norms, *_pick(logits, targets[rows], counts[rows], ids[entries])))
@@ -162,9 +153,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        low_weight = weight.to(dtype)
+        low_weight, operand = weight.to(dtype), weight.to(operand_dtype(dtype, weight.device))
         for rows, entries in _chunks(counts, ctx.size):
-            logits = _logits(states[rows], low_weight, bias, softcap, dtype)
+            logits = _logits(states[rows], operand, bias, softcap)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
@@ -191,16 +182,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         )
 
 
-def _logits(
-    states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
-) -> Tensor:
-    """``[c, V]`` float32; the product itself in ``dtype``, as the head would do it under autocast."""
-    with torch.autocast(states.device.type, enabled=False):
-        low_bias = None if bias is None else bias.to(dtype)
-        logits = torch.nn.functional.linear(states.to(dtype), weight, low_bias).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """``[c, V]`` float32."""
+    logits = plain_logits(states.to(weight.dtype), weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def vocabulary(split: SplitModel, states: Tensor) -> int:

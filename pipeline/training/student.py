@@ -17,17 +17,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from tropd.pipeline.attention import attend_in_float32
 from tropd.pipeline.config import Dtype
 from tropd.pipeline.context import LoadedModel, Run, load_role
+from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.models import (
-    SplitModel,
     autocast,
     decoder_layers,
     evaluation_mode,
     load_model,
     load_tokenizer,
     pick_device,
-    split_model,
 )
 from tropd.pipeline.training.batch import MicroBatch, Packing
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
@@ -129,6 +129,8 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.config.train.attention != "auto":
         _attend(model, run, world)
+    elif settings.dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
+        attend_in_float32(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 

@@ -34,7 +34,7 @@ def child(kind: str, tokens: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from tropd.pipeline.models import split_model
+    from tropd.pipeline.head import split_model
     from tropd.pipeline.training import logprobs
     from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 

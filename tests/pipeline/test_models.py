@@ -20,13 +20,13 @@ from transformers import (
 
 from tropd.pipeline.config import ModelConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.head import split_model
 from tropd.pipeline.models import (
     check_lengths,
     load_model,
     load_tokenizer,
     model_directory,
     pick_device,
-    split_model,
     weights_digest,
 )
 from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity

@@ -138,6 +138,20 @@ def test_known_sizes_and_what_more_processes_save() -> None:
     assert disk_bytes(config, shape)["checkpoints"] == 12 * shape.parameters * 3
 
 
+def test_a_cpu_keeps_keys_and_values_in_float32() -> None:
+    model = make("Qwen3", head_dim=16).to(torch.bfloat16)
+    decoder = LeanDecoder(LeanModel(model), 7, Sampling())
+    decoder.start([[1, 2, 3]] * 5, 3, torch.zeros(5))
+    shape = ModelShape.of(model.config)
+    text = "[rollout]\nbatch_size = 5\nmax_tokens = 7\n[runtime]\ndevice = 'cpu'"
+    (planned,) = (
+        part.bytes
+        for part in memory_parts(parse_config(text).config, shape, None, 1)
+        if part.name == "KV cache of rollouts"
+    )
+    assert planned == sum(layer.nbytes for layer in decoder._cache)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
 def test_adapters_are_counted_as_peft_makes_them(kind: str) -> None:
     pytest.importorskip("peft", reason="the extra 'lora' is not installed")

@@ -81,6 +81,19 @@ def test_sampling_is_the_same_and_compiled_once(
     assert compilations() == 4
 
 
+def test_lower_precision_has_code_of_its_own_and_rounds_no_more() -> None:
+    prompts, limits = [[4, 5], [6, 7, 8], [9]], [9, 9, 9]
+    model = make("Llama", num_hidden_layers=1)
+    exact = TransformersEngine(model, [3])
+    for autocast in (torch.bfloat16, None):
+        fast = TransformersEngine(model, [3], compiles=True, autocast=autocast)
+        drawn = fast.generate(prompts, Sampling(), seeds=range(3), max_tokens=limits)
+        rows = [[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)]
+        scores = exact.score(rows, [len(p) for p in prompts])
+        off = max(float(np.abs(g.logprobs - s.sampled).max()) for g, s in zip(drawn, scores, strict=True))
+        assert off < 1e-5 if autocast is None else 1e-4 < off < 0.1
+
+
 def test_models_of_other_numbers_have_code_of_their_own() -> None:
     prompts, seeds, limits = [[4, 5], [6, 7]], [1, 2], [9, 9]
     found: list[list[Generation]] = []

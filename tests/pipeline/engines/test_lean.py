@@ -90,17 +90,44 @@ def test_what_is_not_known_is_left_to_transformers() -> None:
     assert not is_lean(make("Mistral", sliding_window=8))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert not is_lean(make("Llama", rope_parameters=dynamic))
-    assert not is_lean(make("Qwen3").to(torch.bfloat16))
+    assert not is_lean(make("Qwen3").to(torch.float64))
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2)
     )
     assert not is_lean(gpt2.eval())
-    patched = make("Llama")
-    patched.model.layers[0].mlp.act_fn = torch.nn.ReLU()
-    assert not is_lean(patched)
-    hooked = make("Llama")
-    hooked.model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
-    assert not is_lean(hooked)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert is_lean(make("Llama").to(dtype))
+        patched = make("Llama").to(dtype)
+        patched.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+        assert not is_lean(patched)
+        hooked = make("Llama").to(dtype)
+        hooked.model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
+        assert not is_lean(hooked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("Llama", {"attention_bias": True}), ("Qwen2", {}), ("Qwen3", {"head_dim": 16})]
+)
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16 weights"])
+def test_products_in_bfloat16_are_as_exact_as_the_models_own(
+    kind: str, options: dict[str, Any], kept_in: torch.dtype
+) -> None:
+    """Log-probs of what was drawn, against the same weights in float32."""
+    model = make(kind, **options).to(kept_in)
+    exact = TransformersEngine(make(kind, **options).to(kept_in).float(), [3])
+    autocast = torch.bfloat16 if kept_in == torch.float32 else None
+    prompts = [np.random.default_rng(n).integers(4, 40, size=1 + n).tolist() for n in range(8)]
+    errors = []
+    for lean in (True, False):
+        engine = TransformersEngine(model, [3], batch_size=5, autocast=autocast)
+        assert engine._is_lean
+        engine._is_lean = lean
+        drawn = engine.generate(prompts, Sampling(), seeds=list(range(8)), max_tokens=[20] * 8)
+        rows = [[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)]
+        scores = exact.score(rows, [len(p) for p in prompts])
+        off = np.concatenate([g.logprobs - s.sampled for g, s in zip(drawn, scores, strict=True)])
+        errors.append(float(np.sqrt(np.mean(off**2))))
+    assert 1e-4 < errors[0] < 1.1 * errors[1] < 0.1
 
 
 def test_compiled_code_is_shared_by_models_of_the_same_numbers_only() -> None:

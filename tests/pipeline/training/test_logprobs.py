@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.models import SplitModel, split_model
+from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 

@@ -1,0 +1,153 @@
+"""The output layer: logits in float32, whatever the precision of weights and hidden states.
+
+A product in bfloat16 is added up in float32, but what comes out is rounded to 8 bits: logits of 20 to 30 are then off
+by up to 0.06, and so is each log-prob. Here the sums come out as they are. On a CPU operands are float32 as well, which
+costs little for a single layer; the gradient's products are in the lower precision.
+
+Legend: n positions · H hidden size · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tropd.pipeline.models import evaluation_mode, masked_attention
+
+logger = logging.getLogger(__name__)
+
+
+def is_plain(head: Any) -> bool:
+    """Whether a head is a linear layer and nothing else, so that its gradient can be written down."""
+    return type(head) is torch.nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
+def product_dtype(states: Tensor) -> torch.dtype:
+    """The precision that a linear layer would have here: that of autocast where it is on, or of the states."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the operands of a product are, whose precision is ``dtype``."""
+    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
+
+
+def plain_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 logits ``[n, V]`` of states ``[n, H]``; operands have one dtype, see ``operand_dtype``."""
+    with torch.autocast(states.device.type, enabled=False):
+        bias = None if bias is None else bias.to(states.dtype)
+        if states.dtype.itemsize >= 4 or not _keeps_sums(states.device, states.dtype):
+            return functional.linear(states, weight, bias).float()
+        logits = torch.mm(states, weight.T, out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+
+
+@functools.cache
+def _keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product can come out in float32 (CUDA, since PyTorch 2.8). 267 would be rounded."""
+    operand = torch.ones(16, 264, device=device, dtype=dtype)
+    operand[:, 0] = 2
+    try:
+        sums = torch.mm(operand, operand.T, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((sums == 267).all())
+
+
+class PlainHead(torch.autograd.Function):
+    """``plain_logits`` with its gradient. Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, and the
+    precision of products."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(states, weight, bias)
+        ctx.dtype = dtype
+        operands = operand_dtype(dtype, states.device)
+        return plain_logits(states.to(operands), weight.to(operands), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias = ctx.saved_tensors
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        low = grad.to(ctx.dtype)
+        return (
+            (low @ weight.to(ctx.dtype)).to(states.dtype) if wants_states else None,
+            (low.T @ states.to(ctx.dtype)).to(weight.dtype) if wants_weight else None,
+            grad.sum(dim=0).to(bias.dtype) if wants_bias else None,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A causal LM as backbone (token ids to hidden states) and head (hidden states to logits).
+
+    Lets logits be computed for chosen positions only. ``softcap`` bounds logits as c·tanh(logit/c).
+    """
+
+    backbone: Any
+    head: Any
+    softcap: float | None
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Last hidden states ``[B, T, H]``."""
+        hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
+        dtype = product_dtype(hidden)
+        if dtype.itemsize < 4 and is_plain(self.head):
+            states = hidden.reshape(-1, hidden.shape[-1])
+            logits = PlainHead.apply(states, self.head.weight, self.head.bias, dtype)
+            logits = logits.view(*hidden.shape[:-1], -1)
+        else:
+            logits = self.head(hidden).float()
+        return self.capped(logits)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class _WholeModel:
+    """Stands in for a backbone where the head cannot be taken apart: its 'hidden states' are the logits."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self._model(**inputs)
+        output.last_hidden_state = output.logits
+        return output
+
+
+def split_model(model: Any) -> SplitModel:
+    """Take a causal LM apart, and check on a few tokens that the parts give the model's own logits.
+
+    Where they do not (unusual heads, scaled logits), the whole model is used, with more memory.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    whole = SplitModel(_WholeModel(model), torch.nn.Identity(), None)
+    if backbone is model or head is None:
+        logger.info("%s has no separable head: logits of all positions are computed", type(model).__name__)
+        return whole
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    split = SplitModel(backbone, head, softcap)
+    vocab = head.weight.shape[0]
+    ids = (torch.arange(8, device=model.device) * 7 % vocab).unsqueeze(0)
+    with torch.no_grad(), masked_attention(model), evaluation_mode(model):
+        expected = model(input_ids=ids).logits.float()
+        # Through the head itself, which rounds as the model does.
+        actual = split.capped(head(split.hidden(input_ids=ids))).float()
+    if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-3, atol=1e-3):
+        return split
+    logger.info("%s has an unusual head: logits of all positions are computed", type(model).__name__)
+    return whole

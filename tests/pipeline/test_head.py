@@ -1,0 +1,102 @@
+"""Logits are not rounded to the precision of the weights; the gradient is that of the product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
+
+from tropd.pipeline import head as head_module
+from tropd.pipeline.head import PlainHead, operand_dtype, plain_logits, split_model
+from tropd.pipeline.training import logprobs
+from tropd.pipeline.training.logprobs import token_logprobs
+
+SIZE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=["plain", "soft cap"])
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    config: Any = Qwen3Config(**SIZE, **HEADS, tie_word_embeddings=False)
+    if request.param == "soft cap":
+        config = Gemma2Config(**SIZE, **HEADS, final_logit_softcapping=30.0)
+    found = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        found.lm_head.weight.mul_(100.0)  # logits of up to 30, as large models have
+    return found
+
+
+@pytest.mark.parametrize("kept_in", [torch.float32, BF16], ids=["autocast", "bfloat16 weights"])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_logits_are_those_of_the_hidden_states(
+    model: Any, kept_in: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * 40)
+    split = split_model(model.to(kept_in))
+    assert split.head is model.lm_head  # compared with the model, which rounds
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=kept_in == torch.float32):
+        hidden = split.hidden(input_ids=ids)
+        found = split.logits(hidden)
+        rounded = split.capped(split.head(hidden).float())
+        states = hidden.flatten(0, 1)
+        chosen = token_logprobs(split, states, torch.arange(12)).targets
+    exact = split.capped(hidden.float() @ model.lm_head.weight.float().T)
+    assert found.dtype == torch.float32
+    assert exact.abs().max() > 5
+    assert (found - exact).abs().max() < 1e-4 < 0.01 < (rounded - exact).abs().max()
+    expected = exact.flatten(0, 1).log_softmax(dim=-1)[torch.arange(12), torch.arange(12)]
+    torch.testing.assert_close(chosen, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("wants_bias", [True, False])
+@pytest.mark.parametrize("kept_in", [torch.float32, BF16])
+def test_its_gradient_is_that_of_the_product(wants_bias: bool, kept_in: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(shape, generator=generator).to(kept_in).requires_grad_()
+        for shape in ((7, 16), (5, 16), (5,))
+    ]
+    states, weight, bias = inputs
+    wanted = inputs if wants_bias else inputs[:2]
+    slope = torch.randn(7, 5, generator=generator)
+    found = torch.autograd.grad(
+        (PlainHead.apply(states, weight, bias if wants_bias else None, BF16) * slope).sum(), wanted
+    )
+    product = states.float() @ weight.float().T + (bias.float() if wants_bias else 0)
+    expected = torch.autograd.grad((product * slope).sum(), wanted)
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == kept_in
+        torch.testing.assert_close(one, two, atol=0.05, rtol=0.02)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    states = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(5, 8)
+    PlainHead.apply(states, weight, torch.zeros(5), BF16).sum().backward()
+    assert states.grad is not None
+    assert weight.grad is None
+
+
+def test_a_device_that_gives_sums_out_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU cannot; what a GPU does is played here."""
+    states, weight, bias = (torch.randn(shape).to(BF16) * 4 for shape in ((6, 16), (5, 16), (5,)))
+    rounded = torch.nn.functional.linear(states, weight, bias).float()
+    assert operand_dtype(BF16, states.device) == torch.float32
+    assert operand_dtype(BF16, torch.device("cuda")) == BF16
+    assert torch.equal(plain_logits(states, weight, bias), rounded)
+
+    def keeping(one: torch.Tensor, two: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        return one.to(out_dtype) @ two.to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", keeping)
+    head_module._keeps_sums.cache_clear()
+    found = plain_logits(states, weight, bias)
+    torch.testing.assert_close(found, states.float() @ weight.float().T + bias.float())
+    assert not torch.equal(found, rounded)
+    monkeypatch.undo()
+    head_module._keeps_sums.cache_clear()
