@@ -119,7 +119,8 @@ class ModelConfig(Spec):
     model: str
     """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
     dtype: Dtype = "bfloat16"
-    """Precision of the weights in memory."""
+    """Precision of the weights in memory; of a student in training, whose weights are float32, that of matrix
+    products. Logits and log-probs are float32 in any case."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
     engine: EngineName = "transformers"
@@ -213,6 +214,10 @@ class VllmConfig(Spec):
     """In training, steps between two checks (the first is after the first update) that engine and trainer agree."""
     max_mean_difference: float = Field(default=0.1, gt=0.0)
     """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
+
+    def room(self, longest: int) -> int:
+        """Most tokens of a sequence, of a model that takes ``longest``: scoring generates one more."""
+        return min(self.max_model_len or longest, longest) - 1
 
 
 class PrefixesConfig(Spec):

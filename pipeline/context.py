@@ -161,9 +161,11 @@ def role_tokenizer(run: Run, role: str) -> Any:
     return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
 
 
-def role_max_length(run: Run, role: str) -> int:
-    """Most tokens that a role's model takes, from its configuration file."""
-    return context_length(_role_config(run, role))
+def role_room(run: Run, role: str) -> int:
+    """Most tokens that a role's engine takes, from the configurations of model and run."""
+    longest = context_length(_role_config(run, role))
+    settings: ModelConfig = getattr(run.config, role)
+    return longest if settings.engine == "transformers" else run.config.vllm.room(longest)
 
 
 def role_vocab_size(run: Run, role: str) -> int:

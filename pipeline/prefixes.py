@@ -18,7 +18,7 @@ from tropd.pipeline.context import (
     data_fields,
     engine_fields,
     model_fields,
-    role_max_length,
+    role_room,
     role_tokenizer,
     training_prompts,
 )
@@ -156,7 +156,7 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
         nonlocal num_prompts
         tokenizer = role_tokenizer(run, "student")
         authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
-        room = min(role_max_length(with_only(run, name), source.author) for name in authors)
+        room = min(role_room(with_only(run, name), source.author) for name in authors)
         prompts, encoded = training_prompts(run, tokenizer, room)
         prompts, encoded = prompts[: source.limit], encoded[: source.limit]
         num_prompts = len(prompts)

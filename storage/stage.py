@@ -120,15 +120,15 @@ def open_stage(
 
     Shards that are listed but missing or of the wrong size are left out of the stage's manifest, so that they are
     made again; the manifest on disk follows with the stage's first change. A stage that was started but holds nothing
-    yet takes the new fingerprint. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``.
+    yet takes the new fingerprint. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved
+    back where the block fails before it has made anything, as on bad input.
 
     Raises:
         StageLockedError: another process holds the stage.
         FingerprintMismatchError: the existing output was made with other settings or inputs.
     """
     with lock_stage(folder):
-        if force:
-            _move_aside(folder)
+        aside = _move_aside(folder) if force else None
         manifest = read_manifest(folder)
         remove_temporaries(folder, skip=[folder / shard for shard in manifest.shards] if manifest else ())
         if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
@@ -137,21 +137,36 @@ def open_stage(
         else:
             refuse_other_settings(name, folder, manifest, fingerprint)
         broken = _broken(folder, manifest)
-        yield Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
+        try:
+            yield Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
+        except BaseException:
+            if aside is not None and _is_empty(folder):
+                _move_back(aside, folder)
+            raise
 
 
 def _is_empty(folder: Path) -> bool:
     return all(path.name == FILE_NAME for path in folder.iterdir())
 
 
-def _move_aside(folder: Path) -> None:
-    if any(folder.iterdir()):
-        number = 1
-        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        os.rename(folder, target)
-        logger.info("moved the old output of %s to %s", folder.name, target.name)
-    folder.mkdir(exist_ok=True)
+def _move_aside(folder: Path) -> Path | None:
+    """Returns where the old output is, if there was one."""
+    if not any(folder.iterdir()):
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    logger.info("moved the old output of %s to %s", folder.name, target.name)
+    folder.mkdir()
+    return target
+
+
+def _move_back(aside: Path, folder: Path) -> None:
+    (folder / FILE_NAME).unlink()
+    folder.rmdir()
+    os.rename(aside, folder)
+    logger.info("moved the old output of %s back: nothing new was made", folder.name)
 
 
 def _broken(folder: Path, manifest: Manifest) -> list[str]:

@@ -81,8 +81,7 @@ class VllmEngine:
         self._stop_ids = sorted(stop_ids)
         self._vocab_size = vocab_size
         self._parallel = settings.tensor_parallel_size
-        # Scoring generates one token, which must have room.
-        self._max_length = min(settings.max_model_len or max_length, max_length) - 1
+        self._max_length = settings.room(max_length)
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
         if in_training:
             options["hf_overrides"] = {"tie_word_embeddings": False}

@@ -26,7 +26,7 @@ from tropd.pipeline.context import (
     finished,
     model_fields,
     open_engine,
-    role_max_length,
+    role_room,
     role_tokenizer,
     section_fields,
 )
@@ -212,7 +212,7 @@ def _drop_pieces(stage: Stage) -> None:
 
 def _batches(run: Run, name: str, role: str) -> list[_Batch]:
     settings = run.config.evaluation_sets[name]
-    tokenizer, longest = role_tokenizer(run, role), role_max_length(run, role)
+    tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
     problems, encoded = evaluation_problems(run, tokenizer, longest, settings.limit, name)
     modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
     if not name:

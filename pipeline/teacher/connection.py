@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.context import Run, model_fields, role_max_length, with_teacher
+from tropd.pipeline.context import Run, model_fields, role_room, with_teacher
 from tropd.pipeline.models import (
     check_lengths,
     model_directory,
@@ -126,7 +126,7 @@ def connect_teacher(
     urls = teacher.urls
     if folder is not None:
         response = run.config.rollout.max_tokens
-        check_lengths(role_max_length(run, "teacher"), needed_length - response, response, who="the teacher")
+        check_lengths(role_room(run, "teacher"), needed_length - response, response, who="the teacher")
     if started is not None:
         urls = (started.wait(),)
     client = stack.enter_context(_client(run, urls, on_wait, sleep))

@@ -15,10 +15,7 @@ import torch
 from tropd.pipeline.context import (
     LoadedModel,
     Run,
-    evaluation_problems,
-    finished,
     load_role,
-    training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
 from tropd.pipeline.engines.compiled import compile_layers
@@ -29,19 +26,18 @@ from tropd.pipeline.models import (
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.prompts import Prompt
-from tropd.pipeline.scoring import STAGES
 from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.connection import connect_teachers, start_teachers, teacher_fields
+from tropd.pipeline.teacher.connection import connect_teachers, start_teachers
 from tropd.pipeline.teacher.process import LocalTeacher
 from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
+from tropd.pipeline.training.inputs import read_inputs
 from tropd.pipeline.training.rolling import rollout_engine
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
 from tropd.pipeline.training.student import StudentPass, shard, trainable_student, whole_student
 from tropd.pipeline.training.world import World
-from tropd.storage.errors import ConfigError, DataError
-from tropd.storage.manifest import read_manifest
+from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -155,52 +151,16 @@ def open_session(
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
+    _check_settings(run, world)
+    inputs = read_inputs(run, needs)  # before anything is loaded or started
     asks = needs.sampled and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.engine, config.student.engine)
     started = start_teachers(run, stack) if asks and at_once and world.leads else {}
     student = trainable_student(run, folder, device, world)
-    if world.size > 1 and config.train.region_gradients:
-        raise ConfigError(
-            "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
-        )
-    if student.compiles and config.train.region_gradients:
-        # Compiled backward passes reuse memory of the forward pass, and can be gone through only once.
-        raise ConfigError(
-            "train.region_gradients and runtime.compile exclude each other", hint="set one of them to false"
-        )
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, world, student, whole_model, folder, precision)
-    engine = rolling.engine
-    prompts, encoded = training_prompts(run, student.tokenizer, engine.max_length)
-    store = None
-    if objective.schedule.kind != "none":
-        manifest = finished(run, "prefixes", "generate-prefixes")
-        store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
-        _check_prompts(run, store, prompts, encoded, "generate-prefixes")
-        if objective.rollouts == "teacher":
-            # A prompt whose trajectories were all filtered out has nothing to be learned from.
-            covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
-            prompts, encoded = [prompts[i] for i in covered], [encoded[i] for i in covered]
-            if not prompts:
-                raise DataError(
-                    "no training prompt has a teacher trajectory",
-                    hint=f"tropd generate-prefixes -w {run.workspace.root} --force makes them for these prompts",
-                )
-    stored, cached = None, None
-    if needs.cached_topk:
-        cached = _cache(run, "prefixes", "score-teacher")
-    if objective.rollouts == "stored":
-        stored = TrajectoryStore(
-            run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
-        )
-        _check_prompts(run, stored, prompts, encoded, "generate-rollouts", complete=True)
-        cached = _cache(run, "rollouts", "score-teacher --source rollouts")
-    problems = None
-    if config.train.evaluate_every:
-        limit = config.train.evaluate_problems
-        problems = evaluation_problems(run, student.tokenizer, engine.max_length, limit)
-    longest = max(len(tokens) for tokens in encoded) + config.rollout.max_tokens
+    longest = max(len(tokens) for tokens in inputs.encoded) + config.rollout.max_tokens
     scorers = {}
     if asks:
         if world.leads and not at_once:
@@ -220,13 +180,13 @@ def open_session(
     return Session(
         run=run,
         needs=needs,
-        prompts=prompts,
-        encoded=encoded,
+        prompts=inputs.prompts,
+        encoded=inputs.encoded,
         world=world,
         aside=world.aside() if config.train.max_staleness else world,
         student=student,
         passes=passes,
-        engine=engine,
+        engine=rolling.engine,
         refresh_engine=rolling.refresh,
         checked=rolling.checked,
         close_engine=rolling.close,
@@ -238,13 +198,25 @@ def open_session(
             weight_decay=config.train.weight_decay,
         ),
         precision=precision,
-        store=store,
-        stored=stored,
+        store=inputs.store,
+        stored=inputs.stored,
         scorers=scorers,
-        cached=cached,
+        cached=inputs.cached,
         reference=_reference(run, folder),
-        problems=problems,
+        problems=inputs.problems,
     )
+
+
+def _check_settings(run: Run, world: World) -> None:
+    if world.size > 1 and run.config.train.region_gradients:
+        raise ConfigError(
+            "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
+        )
+    if run.config.runtime.compile and run.config.train.region_gradients:
+        # Compiled backward passes reuse memory of the forward pass, and can be gone through only once.
+        raise ConfigError(
+            "train.region_gradients and runtime.compile exclude each other", hint="set one of them to false"
+        )
 
 
 def _connect(
@@ -271,57 +243,6 @@ def _connect(
     clients = connect() if world.leads else {}
     known = world.tell({name: client.url for name, client in clients.items()})
     return clients or connect(known=known)
-
-
-def _check_prompts(
-    run: Run,
-    store: TrajectoryStore,
-    prompts: list[Prompt],
-    encoded: list[list[int]],
-    command: str,
-    *,
-    complete: bool = False,
-) -> None:
-    """Stored trajectories are found by the prompt's id; they must also be answers to the prompt that has it now.
-
-    Raises:
-        DataError: an id has meant another prompt, or (with ``complete``) has no trajectory.
-    """
-    hint = f"tropd {command} -w {run.workspace.root} --force makes them for these prompts"
-    for prompt, tokens in zip(prompts, encoded, strict=True):
-        rows = store.rows_of(prompt.id)
-        if complete and not rows:
-            raise DataError(f"prompt {prompt.id!r} has no stored trajectory", hint=hint)
-        if any(store.prompt_tokens(row) != tokens for row in rows):
-            raise DataError(
-                f"the trajectories stored for prompt {prompt.id!r} are answers to another text: data.prompts, its "
-                "chat template or the tokenizer has changed since they were made",
-                hint=hint,
-            )
-
-
-def _cache(run: Run, source: str, command: str) -> CachedScores:
-    """The scores of the trajectories in stage ``source``: of those that are there now, by the teacher that is named.
-
-    Raises:
-        ConfigError: the trajectories were made anew since, or the scores are another teacher's.
-    """
-    stage = STAGES[source]
-    manifest = finished(run, stage, command)
-    trajectories = read_manifest(run.workspace.stage(source))
-    if trajectories is None or manifest.fields.get(f"upstream.{source}") != trajectories.fingerprint:
-        raise ConfigError(
-            f"the {stage} stage holds scores of other trajectories than those that are in {source} now",
-            hint=f"score these: tropd {command} -w {run.workspace.root} --force",
-        )
-    for field, value in teacher_fields(run).items():
-        if manifest.fields.get(field) != value:
-            raise ConfigError(
-                f"the {stage} stage was scored by another teacher than the one named: {field} is "
-                f"{manifest.fields.get(field)!r} there and {value!r} now",
-                hint=f"name that teacher, or score again: tropd {command} -w {run.workspace.root} --force",
-            )
-    return CachedScores(run.workspace.stage(stage), manifest)
 
 
 def _reference(run: Run, folder: Path) -> Engine | None:

@@ -297,3 +297,26 @@ def test_evaluation_does_not_depend_on_its_batch_size(tropd: Any, finished: Path
     workspace = copy(finished, "eval")
     tropd.ok("evaluate", "-w", workspace, "--set", "evaluation.batch_size=5")
     assert content_digest(workspace / "eval") == content_digest(finished / "eval")
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "folder"),
+    [
+        ("train", "data/train.jsonl", "train"),
+        ("generate-prefixes", "data/train.jsonl", "prefixes"),
+        ("evaluate", "data/eval.jsonl", "eval"),
+    ],
+)
+def test_force_on_bad_input_leaves_what_was_there(
+    tropd: Any, finished: Path, copy: Any, stage: str, file: str, folder: str
+) -> None:
+    workspace = copy(finished)
+    (workspace / file).write_text("")
+    before = content_digest(workspace / folder)
+    result = tropd(stage, "-w", workspace, "--force")
+    assert result.code == 1, result.output
+    assert f"{file} has no prompts" in result.output
+    assert content_digest(workspace / folder) == before
+    assert not list(workspace.glob("*.old-*"))
+    # Nothing was started for it either.
+    assert not (workspace / "logs" / "teacher-service.log").exists()

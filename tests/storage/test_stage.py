@@ -90,6 +90,35 @@ def test_force_moves_the_old_output_aside(tmp_path: Path) -> None:
         assert (tmp_path / f"s.old-{number}" / "part-0").read_text() == "content 0"
 
 
+def fail(folder: Path, error: BaseException, *, make: bool = False, commit: bool = False) -> None:
+    with open_stage(folder, "texts", Fingerprint({"seed": 2}), force=True) as stage:
+        assert not stage.complete
+        if make:
+            write_text_atomic(folder / "new", "x")
+        if commit:
+            stage.commit("new", rows=1)
+        raise error
+
+
+def test_force_that_makes_nothing_leaves_the_old_output_where_it_was(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    before = tree(tmp_path)
+    for error in (DiskFullError("bad input"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(tmp_path / "s", error)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_force_that_made_something_keeps_both(tmp_path: Path, committed: bool) -> None:
+    """Also where that is no shard: a saved batch, or metrics."""
+    fill(tmp_path / "s", parts=1)
+    with pytest.raises(DiskFullError):
+        fail(tmp_path / "s", DiskFullError("disk full"), make=True, commit=committed)
+    assert (tmp_path / "s" / "new").read_text() == "x"
+    assert (tmp_path / "s.old-1" / "part-0").read_text() == "content 0"
+
+
 def test_failed_write_is_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_stage(tmp_path / "s", "texts", ONE) as stage:
         write_text_atomic(stage.folder / "part-0", "x")

@@ -1,0 +1,127 @@
+"""What a training run reads from its workspace, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tropd.pipeline.context import (
+    Run,
+    evaluation_problems,
+    finished,
+    role_room,
+    role_tokenizer,
+    training_prompts,
+)
+from tropd.pipeline.objectives.spec import TeacherNeeds
+from tropd.pipeline.prompts import Prompt
+from tropd.pipeline.scoring import STAGES
+from tropd.pipeline.teacher.connection import teacher_fields
+from tropd.pipeline.training.cached import CachedScores
+from tropd.pipeline.training.rollouts import TrajectoryStore
+from tropd.storage.errors import ConfigError, DataError
+from tropd.storage.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts with their token ids, and what the stages before have made."""
+
+    prompts: list[Prompt]
+    encoded: list[list[int]]
+    store: TrajectoryStore | None
+    """Teacher trajectories, for prefixes."""
+    stored: TrajectoryStore | None
+    """Stored student rollouts, for objectives that train on them."""
+    cached: CachedScores | None
+    problems: tuple[list[Prompt], list[list[int]]] | None
+    """To evaluate on along the way."""
+
+
+def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
+    """Read and check them.
+
+    Raises:
+        ConfigError, DataError: naming file or stage, and what makes it.
+    """
+    config, objective = run.config, run.config.objective
+    tokenizer, longest = role_tokenizer(run, "student"), role_room(run, "student")
+    prompts, encoded = training_prompts(run, tokenizer, longest)
+    store = None
+    if objective.schedule.kind != "none":
+        manifest = finished(run, "prefixes", "generate-prefixes")
+        store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
+        _check_prompts(run, store, prompts, encoded, "generate-prefixes")
+        if objective.rollouts == "teacher":
+            # A prompt whose trajectories were all filtered out has nothing to be learned from.
+            covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
+            prompts, encoded = [prompts[i] for i in covered], [encoded[i] for i in covered]
+            if not prompts:
+                raise DataError(
+                    "no training prompt has a teacher trajectory",
+                    hint=f"tropd generate-prefixes -w {run.workspace.root} --force makes them for these prompts",
+                )
+    stored, cached = None, None
+    if needs.cached_topk:
+        cached = _cache(run, "prefixes", "score-teacher")
+    if objective.rollouts == "stored":
+        stored = TrajectoryStore(
+            run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
+        )
+        _check_prompts(run, stored, prompts, encoded, "generate-rollouts", complete=True)
+        cached = _cache(run, "rollouts", "score-teacher --source rollouts")
+    problems = None
+    if config.train.evaluate_every:
+        limit = config.train.evaluate_problems
+        problems = evaluation_problems(run, tokenizer, longest, limit)
+    return Inputs(prompts, encoded, store, stored, cached, problems)
+
+
+def _check_prompts(
+    run: Run,
+    store: TrajectoryStore,
+    prompts: list[Prompt],
+    encoded: list[list[int]],
+    command: str,
+    *,
+    complete: bool = False,
+) -> None:
+    """Stored trajectories are found by the prompt's id; they must also be answers to the prompt that has it now.
+
+    Raises:
+        DataError: an id has meant another prompt, or (with ``complete``) has no trajectory.
+    """
+    hint = f"tropd {command} -w {run.workspace.root} --force makes them for these prompts"
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        rows = store.rows_of(prompt.id)
+        if complete and not rows:
+            raise DataError(f"prompt {prompt.id!r} has no stored trajectory", hint=hint)
+        if any(store.prompt_tokens(row) != tokens for row in rows):
+            raise DataError(
+                f"the trajectories stored for prompt {prompt.id!r} are answers to another text: data.prompts, its "
+                "chat template or the tokenizer has changed since they were made",
+                hint=hint,
+            )
+
+
+def _cache(run: Run, source: str, command: str) -> CachedScores:
+    """The scores of the trajectories in stage ``source``: of those that are there now, by the teacher that is named.
+
+    Raises:
+        ConfigError: the trajectories were made anew since, or the scores are another teacher's.
+    """
+    stage = STAGES[source]
+    manifest = finished(run, stage, command)
+    trajectories = read_manifest(run.workspace.stage(source))
+    if trajectories is None or manifest.fields.get(f"upstream.{source}") != trajectories.fingerprint:
+        raise ConfigError(
+            f"the {stage} stage holds scores of other trajectories than those that are in {source} now",
+            hint=f"score these: tropd {command} -w {run.workspace.root} --force",
+        )
+    for field, value in teacher_fields(run).items():
+        if manifest.fields.get(field) != value:
+            raise ConfigError(
+                f"the {stage} stage was scored by another teacher than the one named: {field} is "
+                f"{manifest.fields.get(field)!r} there and {value!r} now",
+                hint=f"name that teacher, or score again: tropd {command} -w {run.workspace.root} --force",
+            )
+    return CachedScores(run.workspace.stage(stage), manifest)
