@@ -1,12 +1,12 @@
 """Training speed side by side with TRL's ``DistillationTrainer``: ``python tests/benchmarks/bench_train.py``.
 
-The same random student and teacher (Qwen3, 2 layers, hidden size 128, vocabulary 512, float32), the same prompts, 32
-responses of at most 64 tokens per step, on-policy reverse KL, two cores. TRL (in an environment of its own that is made
-in ``build/``) takes the KL over the whole vocabulary in the trainer's process, once with one thread and once with two; a
-third row is TRL as it comes, which is in bfloat16 and with gradient checkpointing. tropd takes K1 of the sampled tokens
-(``opd``), with one thread per process; its teacher is a service in a second process, as for any user. Further rows have
-it compile the models (``runtime.compile``) and prepare a step while the one before trains (``train.max_staleness = 1``),
-whose parts then overlap.
+The same random student and teacher (Qwen3, 2 layers, hidden size 128, vocabulary 512), the same prompts, 32 responses
+of at most 64 tokens per step, on-policy reverse KL, two cores, each in float32 and in bfloat16 (weights of the student
+in float32, as both have it). TRL (in an environment of its own that is made in ``build/``) takes the KL over the whole
+vocabulary in the trainer's process, with one thread and with two; a last row is TRL as it comes, which is in bfloat16
+and with gradient checkpointing. tropd takes K1 of the sampled tokens (``opd``), with one thread per process; its teacher
+is a service in a second process, as for any user. Further rows have it compile the models (``runtime.compile``) and
+prepare a step while the one before trains (``train.max_staleness = 1``), whose parts then overlap.
 
 Prints tokens per second, the ratios to the fastest of TRL's rows and to TRL as it comes, and where the time goes, in
 steps 5 to 24; below it the same for the first six steps, with what is done once. Rounds are taken in turns.
@@ -34,22 +34,22 @@ REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "transformers>=5.10,<6")
 VOCAB, BATCH, TOKENS = 512, 32, 64
 WARM, MEASURED, FIRST, ROUNDS = 4, 20, 6, 3
 OURS = {
-    "tropd": (0, False),
-    "compiled": (0, True),
-    "one ahead": (1, False),
-    "one ahead, compiled": (1, True),
+    "tropd": (0, False, "float32"),
+    "compiled": (0, True, "float32"),
+    "one ahead": (1, False, "float32"),
+    "one ahead, compiled": (1, True, "float32"),
+    "bfloat16": (0, False, "bfloat16"),
+    "bfloat16, compiled": (0, True, "bfloat16"),
+    "bfloat16, both": (1, True, "bfloat16"),
 }
 AS_IT_COMES = "TRL as it comes"
 TRL = {
     "TRL 1.16, 1 thread": (1, "float32"),
     "TRL 1.16, 2 threads": (2, "float32"),
+    "TRL 1.16, bfloat16": (2, "bfloat16"),
     AS_IT_COMES: (2, "defaults"),
 }
 CONFIG = f"""
-[teacher]
-dtype = "float32"
-[student]
-dtype = "float32"
 [rollout]
 prompts_per_step = {BATCH}
 samples_per_prompt = 1
@@ -107,11 +107,12 @@ def make_inputs(folder: Path) -> None:
     (folder / "config.toml").write_text(CONFIG)
 
 
-def run_ours(folder: Path, staleness: int, compiled: bool) -> dict[str, Any]:
+def run_ours(folder: Path, staleness: int, compiled: bool, dtype: str) -> dict[str, Any]:
     """Steps of ``tropd train`` after the warm-up, from its metrics."""
     tropd = Path(sys.executable).with_name("tropd")
     options = ["--force", "--set", f"train.max_staleness={staleness}"]
     options += ["--set", f"runtime.compile={str(compiled).lower()}"]
+    options += ["--set", f"teacher.dtype={dtype}", "--set", f"student.dtype={dtype}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True, env=environment)
     everything = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
 """TRL's side of ``bench_train.py``: ``python trl_side.py FOLDER STEPS BATCH TOKENS HOW`` in an environment of its own.
 
-HOW is "defaults", or "float32": then bfloat16 and gradient checkpointing, which are among TRL's defaults, are off.
+HOW is "defaults", or "float32" or "bfloat16", without the gradient checkpointing that is among TRL's defaults.
 Prints one JSON object: seconds and generated tokens of each step, and seconds within generation and teacher.
 """
 
@@ -53,7 +53,8 @@ def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
     student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+    frozen = torch.bfloat16 if how == "bfloat16" else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=frozen)
     config = DistillationConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch,
@@ -63,7 +64,7 @@ def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
         max_completion_length=tokens,
         beta=1.0,
         temperature=1.0,
-        **({"bf16": False, "gradient_checkpointing": False} if how == "float32" else {}),
+        **({} if how == "defaults" else {"bf16": how == "bfloat16", "gradient_checkpointing": False}),
         logging_steps=1,
         save_strategy="no",
         report_to=[],
