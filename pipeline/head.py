@@ -1,8 +1,8 @@
 """The output layer: logits in float32, whatever the precision of weights and hidden states.
 
 A product in bfloat16 is added up in float32, but what comes out is rounded to 8 bits: logits of 20 to 30 are then off
-by up to 0.06, and so is each log-prob. Here the sums come out as they are. On a CPU operands are float32 as well, which
-costs little for a single layer; the gradient's products are in the lower precision.
+by up to 0.06, and so is each log-prob. Here the sums come out as they are. A CPU cannot do that: there this product is in
+float32, and up to three times as slow as it would be. The gradient's products are in the lower precision.
 
 Legend: n positions · H hidden size · V vocabulary.
 """
@@ -21,6 +21,8 @@ from torch.nn import functional
 from tropd.pipeline.models import evaluation_mode, masked_attention
 
 logger = logging.getLogger(__name__)
+# Rows of a weight in lower precision that are float32 at once, on a CPU.
+BLOCK = 8192
 
 
 def is_plain(head: Any) -> bool:
@@ -34,19 +36,31 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the operands of a product are, whose precision is ``dtype``."""
-    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as ``plain_logits`` wants it, where it is used more than once."""
+    return weight if weight.device.type == "cpu" else weight.to(dtype)
 
 
-def plain_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Float32 logits ``[n, V]`` of states ``[n, H]``; operands have one dtype, see ``operand_dtype``."""
+def plain_logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Float32 logits ``[n, V]`` of states ``[n, H]``, from a product whose precision would be ``dtype``."""
     with torch.autocast(states.device.type, enabled=False):
-        bias = None if bias is None else bias.to(states.dtype)
-        if states.dtype.itemsize >= 4 or not _keeps_sums(states.device, states.dtype):
-            return functional.linear(states, weight, bias).float()
-        logits = torch.mm(states, weight.T, out_dtype=torch.float32)
+        if states.device.type == "cpu" and dtype.itemsize <= 4:
+            logits = _on_cpu(states.float(), weight)
+        elif dtype.itemsize < 4 and _keeps_sums(states.device, dtype):
+            logits = torch.mm(states.to(dtype), weight.to(dtype).T, out_dtype=torch.float32)
+        else:
+            logits = functional.linear(states.to(dtype), weight.to(dtype)).float()
         return logits if bias is None else logits.add_(bias)
+
+
+def _on_cpu(states: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype == torch.float32:
+        return functional.linear(states, weight)
+    logits = states.new_empty(len(states), len(weight))
+    for low in range(0, len(weight), BLOCK):
+        block = slice(low, low + BLOCK)
+        logits[:, block] = functional.linear(states, weight[block].float())
+    return logits
 
 
 @functools.cache
@@ -69,8 +83,7 @@ class PlainHead(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(states, weight, bias)
         ctx.dtype = dtype
-        operands = operand_dtype(dtype, states.device)
-        return plain_logits(states.to(operands), weight.to(operands), bias)
+        return plain_logits(states, weight, bias, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -108,10 +121,16 @@ class SplitModel:
         if dtype.itemsize < 4 and is_plain(self.head):
             states = hidden.reshape(-1, hidden.shape[-1])
             logits = PlainHead.apply(states, self.head.weight, self.head.bias, dtype)
-            logits = logits.view(*hidden.shape[:-1], -1)
+            logits = logits.view(*hidden.shape[:-1], logits.shape[-1])
         else:
             logits = self.head(hidden).float()
         return self.capped(logits)
+
+    def next_logits(self, **inputs: Any) -> Tensor:
+        """Float32 logits ``[B, V]`` after the last token; the cache among the inputs is written to."""
+        if isinstance(self.backbone, _WholeModel):
+            inputs["logits_to_keep"] = 1
+        return self.logits(self.backbone(**inputs, use_cache=True).last_hidden_state[:, -1])
 
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

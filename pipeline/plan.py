@@ -104,6 +104,8 @@ def memory_parts(
             "rollout.batch_size, rollout.max_tokens",
         ),
     ]
+    if config.runtime.device == "cpu" and config.student.engine == "transformers":
+        parts.append(Part("weights arranged for sampling", compute * student.parameters, ""))
     if config.train.max_staleness and config.student.engine == "transformers":
         whole = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
         parts.append(Part("student that samples", whole * student.parameters, "train.max_staleness = 0"))

@@ -124,6 +124,7 @@ def run_stage(
             if missing and execution.ray_workers is not None:
                 from tropd.pipeline.ray_workers import make_with_ray
 
+                stage.shared = True
                 for spec, rows in make_with_ray(run, work, missing, stage.folder, execution.ray_workers):
                     _commit(stage, spec, rows)
                     task.advance(spec.size)

@@ -44,6 +44,8 @@ class Stage:
         self.manifest = manifest
         self.broken = tuple(broken)
         """Shards that the manifest on disk named, missing or of the wrong size; the next change strikes them."""
+        self.shared = False
+        """Whether others write into the folder, as workers do that may outlive an error here."""
         self._timings = timings
         self._mark = time.monotonic()
 
@@ -129,20 +131,26 @@ def open_stage(
     """
     with lock_stage(folder):
         aside = _move_aside(folder) if force else None
-        manifest = read_manifest(folder)
-        remove_temporaries(folder, skip=[folder / shard for shard in manifest.shards] if manifest else ())
-        if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
-            manifest = Manifest.start(name, fingerprint)
-            write_manifest(folder, manifest)
-        else:
-            refuse_other_settings(name, folder, manifest, fingerprint)
-        broken = _broken(folder, manifest)
+        stage = None
         try:
-            yield Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
+            stage = _load(folder, name, fingerprint, timings)
+            yield stage
         except BaseException:
-            if aside is not None and _is_empty(folder):
+            if aside is not None and _is_empty(folder) and not (stage and stage.shared):
                 _move_back(aside, folder)
             raise
+
+
+def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | None) -> Stage:
+    manifest = read_manifest(folder)
+    remove_temporaries(folder, skip=[folder / shard for shard in manifest.shards] if manifest else ())
+    if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
+        manifest = Manifest.start(name, fingerprint)
+        write_manifest(folder, manifest)
+    else:
+        refuse_other_settings(name, folder, manifest, fingerprint)
+    broken = _broken(folder, manifest)
+    return Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -163,9 +171,14 @@ def _move_aside(folder: Path) -> Path | None:
 
 
 def _move_back(aside: Path, folder: Path) -> None:
-    (folder / FILE_NAME).unlink()
-    folder.rmdir()
-    os.rename(aside, folder)
+    """Never in the way of the error that is the reason for it."""
+    try:
+        (folder / FILE_NAME).unlink(missing_ok=True)
+        folder.rmdir()
+        os.rename(aside, folder)
+    except OSError as error:
+        logger.warning("the old output of %s stays in %s: %s", folder.name, aside.name, error)
+        return
     logger.info("moved the old output of %s back: nothing new was made", folder.name)
 
 

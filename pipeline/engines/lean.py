@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.decoding import Choice
@@ -271,13 +272,21 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _all_plain(model: Any) -> bool:
-    """Whether every projection is a linear layer and nothing else: no adapters, no quantisation."""
+    """Whether every projection is a linear layer and nothing else (no adapters, no quantisation), and the MLPs are SiLU
+    without bias."""
     try:
         layers = [getattr(layer, part) for layer in model.model.layers for part in ("self_attn", "mlp")]
     except AttributeError:
         return False
     projections = [m for part in layers for name, m in part.named_children() if name.endswith("_proj")]
-    return all(type(m) is torch.nn.Linear for m in [*projections, model.get_output_embeddings()])
+    mlps = [layer.mlp for layer in model.model.layers]
+    unbiased = [m for mlp in mlps for m in mlp.children() if isinstance(m, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    return (
+        all(type(m) is torch.nn.Linear for m in [*projections, head])
+        and all(m.bias is None for m in [*unbiased, head])
+        and all(isinstance(getattr(mlp, "act_fn", None), (torch.nn.SiLU, SiLUActivation)) for mlp in mlps)
+    )
 
 
 def is_lean(model: Any) -> bool:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.decoding import Choice
 from tropd.pipeline.engines.sampling import sample_tokens
+from tropd.pipeline.head import SplitModel
 
 # The cache has room for so many new tokens at first: most responses end long before the limit.
 FIRST_STEPS = 256
@@ -25,12 +26,14 @@ class ModelDecoder:
     """A ``Decoder`` for any causal LM: rows are left-padded, and all stand at the same column.
 
     Args:
+        split: the same, for its output layer.
         longest: tokens that a row may have, prompt included.
         sampling: how tokens are chosen.
     """
 
-    def __init__(self, model: Any, longest: int, sampling: Sampling) -> None:
+    def __init__(self, model: Any, split: SplitModel, longest: int, sampling: Sampling) -> None:
         self._model = model
+        self._split = split
         self._sampling = sampling
         self._last_position = longest - 1
         self._cache = DynamicCache(config=model.config)
@@ -65,15 +68,13 @@ class ModelDecoder:
         self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
 
     def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
-        output = self._model(
+        logits = self._split.next_logits(
             input_ids=ids,
             attention_mask=self._mask[:, : self._length],
             position_ids=positions,
             past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
         )
-        self._tokens, logprobs = sample_tokens(output.logits[:, -1].float(), draws, self._sampling)
+        self._tokens, logprobs = sample_tokens(logits, draws, self._sampling)
         return self._tokens, logprobs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -55,8 +56,6 @@ class TransformersEngine:
         self._autocast = autocast
         self._split = split_model(model)
         self._stop_ids = sorted(stop_ids)
-        with masked_attention(model):
-            self._is_lean = is_lean(model)
         self._compiles = compiles
         self._has_scored = False
         self._prepared: set[Sampling] = set()
@@ -64,6 +63,12 @@ class TransformersEngine:
             compiled.check_compiler()
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
+
+    @functools.cached_property
+    def _is_lean(self) -> bool:
+        """Found out when it samples first: it takes a copy of the weights to know."""
+        with masked_attention(self.model):
+            return is_lean(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -135,7 +140,7 @@ class TransformersEngine:
 
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
-            return ModelDecoder(self.model, longest, sampling)
+            return ModelDecoder(self.model, self._split, longest, sampling)
         return LeanDecoder(weights, longest, sampling, compiled.choose if self._compiles else None)
 
     # --------------------------------------------------------------------------------------- score

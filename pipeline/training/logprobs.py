@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tropd.pipeline.head import SplitModel, is_plain, operand_dtype, plain_logits, product_dtype
+from tropd.pipeline.head import SplitModel, is_plain, operand, plain_logits, product_dtype
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
@@ -132,9 +132,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = []
-        operand = weight.to(operand_dtype(dtype, weight.device))
+        kept = operand(weight, dtype)
         for rows, entries in _chunks(counts, size):
-            logits = _logits(states[rows], operand, bias, softcap)
+            logits = _logits(states[rows], kept, bias, softcap, dtype)
             norms = logits.logsumexp(dim=-1)
             logits -= norms.unsqueeze(-1)
             parts.append((norms, *_pick(logits, targets[rows], counts[rows], ids[entries])))
@@ -153,9 +153,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        low_weight, operand = weight.to(dtype), weight.to(operand_dtype(dtype, weight.device))
+        low_weight, kept = weight.to(dtype), operand(weight, dtype)
         for rows, entries in _chunks(counts, ctx.size):
-            logits = _logits(states[rows], operand, bias, softcap)
+            logits = _logits(states[rows], kept, bias, softcap, dtype)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
@@ -182,9 +182,11 @@ class ChunkedLogprobs(torch.autograd.Function):
         )
 
 
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+def _logits(
+    states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
     """``[c, V]`` float32."""
-    logits = plain_logits(states.to(weight.dtype), weight, bias)
+    logits = plain_logits(states, weight, bias, dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -92,6 +92,25 @@ def test_the_cache_can_be_measured_exported_merged_and_cleaned_up(
     assert not (workspace / "scores.old-1").exists()
 
 
+def test_every_stage_works_in_bfloat16(tropd: Any, prepared: Path, copy: Any) -> None:
+    """Which is what models are in unless something else is set; the other tests set float32."""
+    workspace = copy(prepared, "prefixes", "scores")
+    config = workspace / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace('"float32"', '"bfloat16"').replace("steps = 8", "steps = 3"))
+    for stage in ("generate-prefixes", "score-teacher", "train", "evaluate"):
+        tropd.ok(stage, "-w", workspace)
+    records = [json.loads(line) for line in (workspace / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    for record in records:
+        assert record["teacher_topk_tokens"] > 0
+        # Sampler and trainer round, but no more than that.
+        assert 1e-5 < record["sampler_logprob_difference_max"] < 0.1
+        assert record["importance_mean"] == pytest.approx(1.0, abs=0.01)
+    tensors = load_file(workspace / "train" / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
 def test_array_jobs_make_the_same_cache(tropd: Any, prepared: Path, copy: Any, tmp_path: Path) -> None:
     workspace = copy(prepared, "prefixes", "scores")
     for stage in ("generate-prefixes", "score-teacher"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import transformers
 
 from tropd.pipeline.attention import FLOAT32_SDPA, attend_in_float32
 from tropd.pipeline.models import masked_attention
-from tropd.pipeline.training.student import StudentPass
+from tropd.pipeline.training.student import StudentPass, trainable_student
+from tropd.pipeline.training.world import ALONE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -70,6 +72,18 @@ def test_packed_rows_are_told_apart() -> None:
     expected = StudentPass(model, BF16).packing
     attend_in_float32(model)
     assert StudentPass(model, BF16).packing == expected == "lines"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "sdpa"), ("bfloat16", FLOAT32_SDPA)])
+def test_a_student_that_trains_in_bfloat16_on_a_cpu_attends_so(
+    tiny_run: Any, tiny_models: Path, dtype: str, expected: str
+) -> None:
+    student = tiny_run.config.student.model_copy(update={"dtype": dtype})
+    config = tiny_run.config.model_copy(update={"student": student})
+    run = replace(tiny_run, resolved=replace(tiny_run.resolved, config=config))
+    made = trainable_student(run, tiny_models, torch.device("cpu"), ALONE).model
+    assert made.config._attn_implementation == expected
+    assert made.dtype == torch.float32
 
 
 def test_other_attention_is_left_alone() -> None:

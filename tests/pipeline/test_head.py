@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Qwen3Config
 
 from tropd.pipeline import head as head_module
-from tropd.pipeline.head import PlainHead, operand_dtype, plain_logits, split_model
+from tropd.pipeline.engines.base import Sampling
+from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.head import PlainHead, plain_logits, split_model
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.logprobs import token_logprobs
 
@@ -85,18 +88,58 @@ def test_frozen_parts_get_no_gradient() -> None:
 def test_a_device_that_gives_sums_out_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU cannot; what a GPU does is played here."""
     states, weight, bias = (torch.randn(shape).to(BF16) * 4 for shape in ((6, 16), (5, 16), (5,)))
-    rounded = torch.nn.functional.linear(states, weight, bias).float()
-    assert operand_dtype(BF16, states.device) == torch.float32
-    assert operand_dtype(BF16, torch.device("cuda")) == BF16
-    assert torch.equal(plain_logits(states, weight, bias), rounded)
+    assert not head_module._keeps_sums(states.device, BF16)
 
     def keeping(one: torch.Tensor, two: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
         return one.to(out_dtype) @ two.to(out_dtype)
 
     monkeypatch.setattr(torch, "mm", keeping)
     head_module._keeps_sums.cache_clear()
-    found = plain_logits(states, weight, bias)
-    torch.testing.assert_close(found, states.float() @ weight.float().T + bias.float())
-    assert not torch.equal(found, rounded)
+    assert head_module._keeps_sums(states.device, BF16)
+    expected = states.float() @ weight.float().T + bias.float()
+    torch.testing.assert_close(plain_logits(states, weight, bias, BF16), expected)
     monkeypatch.undo()
     head_module._keeps_sums.cache_clear()
+
+
+def test_a_weight_is_float32_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "BLOCK", 3)
+    states, weight = torch.randn(6, 16).to(BF16), torch.randn(8, 16).to(BF16)
+    found = plain_logits(states, weight, None, BF16)
+    torch.testing.assert_close(found, states.float() @ weight.float().T)
+
+
+@pytest.mark.parametrize("kept_in", [torch.float32, BF16], ids=["autocast", "bfloat16 weights"])
+def test_nothing_may_be_asked_for(model: Any, kept_in: torch.dtype) -> None:
+    """No token is an outlier, or a sequence has no token to score."""
+    autocast = BF16 if kept_in == torch.float32 else None
+    engine = TransformersEngine(model.to(kept_in), [3], autocast=autocast)
+    (found,) = engine.score([[4, 5, 6]], [1], k=2, topk_where=lambda row, sampled, entropy: sampled > 0)
+    assert found.topk_ids.shape == (0, 2)
+    (none,) = engine.score([[4, 5, 6]], [3], k=2)
+    assert none.sampled.shape == (0,)
+
+
+@pytest.mark.parametrize("kept_in", [torch.float32, BF16], ids=["autocast", "bfloat16 weights"])
+def test_what_is_sampled_from_is_not_rounded_either(model: Any, kept_in: torch.dtype) -> None:
+    """Log-probs of the sampler, against those of the same hidden states: only these are rounded."""
+    autocast = BF16 if kept_in == torch.float32 else None
+    engine = TransformersEngine(model.to(kept_in), [3], autocast=autocast)
+    engine._is_lean = False
+    prompts = [[4 + n, 5, 6] for n in range(4)]
+    drawn = engine.generate(prompts, Sampling(), seeds=range(4), max_tokens=[12] * 4)
+    scores = engine.score([[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)], [3] * 4)
+    off = np.concatenate([g.logprobs - s.sampled for g, s in zip(drawn, scores, strict=True)])
+    assert np.abs(off).max() < 1e-3
+
+
+def test_a_models_own_head_gives_its_last_position_only() -> None:
+    config = GraniteConfig(**SIZE, num_attention_heads=2, num_key_value_heads=2, logits_scaling=3.0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    split = split_model(model)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        found = split.next_logits(input_ids=ids)
+        expected = model(input_ids=ids).logits[:, -1]
+    assert split.head is not model.lm_head
+    torch.testing.assert_close(found, expected)

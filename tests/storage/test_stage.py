@@ -90,9 +90,12 @@ def test_force_moves_the_old_output_aside(tmp_path: Path) -> None:
         assert (tmp_path / f"s.old-{number}" / "part-0").read_text() == "content 0"
 
 
-def fail(folder: Path, error: BaseException, *, make: bool = False, commit: bool = False) -> None:
+def fail(
+    folder: Path, error: BaseException, *, make: bool = False, commit: bool = False, shared: bool = False
+) -> None:
     with open_stage(folder, "texts", Fingerprint({"seed": 2}), force=True) as stage:
         assert not stage.complete
+        stage.shared = shared
         if make:
             write_text_atomic(folder / "new", "x")
         if commit:
@@ -107,6 +110,29 @@ def test_force_that_makes_nothing_leaves_the_old_output_where_it_was(tmp_path: P
         with pytest.raises(type(error)):
             fail(tmp_path / "s", error)
         assert tree(tmp_path) == before
+
+
+def test_force_that_cannot_even_begin_leaves_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "s")
+    before = tree(tmp_path)
+
+    def full(folder: Path, manifest: object) -> None:
+        raise DiskFullError("disk full")
+
+    monkeypatch.setattr("tropd.storage.stage.write_manifest", full)
+    with pytest.raises(DiskFullError):
+        fail(tmp_path / "s", KeyboardInterrupt())
+    assert tree(tmp_path) == before
+
+
+def test_what_others_may_still_write_does_not_meet_the_old_output(tmp_path: Path) -> None:
+    fill(tmp_path / "s", parts=1)
+    with pytest.raises(DiskFullError):
+        fail(tmp_path / "s", DiskFullError("a worker failed"), shared=True)
+    (tmp_path / "s" / "part-0").write_text("of another worker, late")
+    assert (tmp_path / "s.old-1" / "part-0").read_text() == "content 0"
 
 
 @pytest.mark.parametrize("committed", [True, False])

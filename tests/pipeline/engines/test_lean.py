@@ -100,6 +100,12 @@ def test_what_is_not_known_is_left_to_transformers() -> None:
         patched = make("Llama").to(dtype)
         patched.model.layers[0].mlp.act_fn = torch.nn.ReLU()
         assert not is_lean(patched)
+        for other in ({"mlp_bias": True}, {"hidden_act": "gelu"}):
+            unlike = make("Llama", **other, initializer_range=0.02).to(dtype)
+            with torch.no_grad():  # rounding could explain what these differ by
+                for name, parameter in unlike.named_parameters():
+                    parameter.mul_(1e-3 if name.endswith("bias") else 1.0)
+            assert not is_lean(unlike)
         hooked = make("Llama").to(dtype)
         hooked.model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
         assert not is_lean(hooked)
