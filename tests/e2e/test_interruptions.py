@@ -17,7 +17,7 @@ import pytest
 
 from tropd.storage.atomic import content_digest
 
-KILLS = 5 if os.environ.get("TROPD_THOROUGH") else 3
+KILLS = 5 if os.environ.get("TROPD_THOROUGH") else 2
 # Stage, command, folder it writes, stages that must not be there yet.
 STAGES = {
     "prepare": ("models", ("models", "prefixes", "scores", "train", "eval")),
