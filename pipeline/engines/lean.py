@@ -63,7 +63,6 @@ class LeanModel:
 
     def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         config, inner = model.config, model.model
-        self._dtype = dtype or model.dtype
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
@@ -71,7 +70,7 @@ class LeanModel:
         self.embedding = inner.embed_tokens.weight
         self.head = model.lm_head.weight.float() * inner.norm.weight
         self.rotary = inner.rotary_emb
-        self.layers = [self._layer(layer) for layer in inner.layers]
+        self.layers = [self._layer(layer, dtype or model.dtype) for layer in inner.layers]
 
     @functools.cached_property
     def key(self) -> str:
@@ -87,8 +86,8 @@ class LeanModel:
         half = self.head_dim // 2
         return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)], dim=1)
 
-    def _layer(self, layer: Any) -> _Layer:
-        attention, mlp, dtype = layer.self_attn, layer.mlp, self._dtype
+    def _layer(self, layer: Any, dtype: torch.dtype) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [p.bias for p in projections]
         norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]

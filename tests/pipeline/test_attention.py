@@ -11,21 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_runs import TINY
 
 from tropd.pipeline.attention import FLOAT32_SDPA, attend_in_float32
 from tropd.pipeline.models import masked_attention
 from tropd.pipeline.training.student import StudentPass, trainable_student
 from tropd.pipeline.training.world import ALONE
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
 BF16 = torch.bfloat16
 IDS = torch.arange(24).view(2, 12) * 7 % 40
 PACKED = torch.cat([torch.arange(12), torch.arange(5), torch.arange(7)]).view(2, 12)
@@ -38,7 +30,7 @@ LAYOUTS: dict[str, dict[str, torch.Tensor]] = {
 
 def make(kind: str = "Qwen3") -> Any:
     torch.manual_seed(1)
-    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    config = getattr(transformers, f"{kind}Config")(**TINY)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,18 @@ from tropd.pipeline.context import Run
 from tropd.pipeline.demo.tokenizer import make_tokenizer, vocabulary
 from tropd.pipeline.progress import SILENT
 from tropd.storage.workspace import Workspace
+
+TINY: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+"""Of models in memory, with weights large enough for tokens to differ."""
 
 CONFIG = """
 [data]

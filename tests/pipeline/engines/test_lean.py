@@ -8,26 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_runs import TINY
 
 from tropd.pipeline.engines import lean as lean_module
 from tropd.pipeline.engines.base import Generation, Sampling
 from tropd.pipeline.engines.lean import LeanModel, is_lean
 from tropd.pipeline.engines.transformers import TransformersEngine
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
-
 
 def make(kind: str, **options: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | options))
+    config = getattr(transformers, f"{kind}Config")(**(TINY | options))
     torch.manual_seed(1)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
