@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tropd.pipeline.head import SplitModel, is_plain, operand, plain_logits, product_dtype
+from tropd.pipeline.head import SplitModel, is_plain, operand, plain_logits, product_dtype, workspace
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
+# Of these, what sums over the vocabulary make temporaries for at once on a CPU: 4 MiB, which its caches hold.
+BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,18 @@ class ChunkedLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parts = []
-        kept = operand(weight, dtype)
+        # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
+        norms, chosen, entropy, overlap = (
+            states.new_empty(len(targets), dtype=torch.float32) for _ in range(4)
+        )
+        found = states.new_empty(len(ids), dtype=torch.float32)
+        kept, space = operand(weight, dtype), workspace(size, weight)
         for rows, entries in _chunks(counts, size):
-            logits = _logits(states[rows], kept, bias, softcap, dtype)
-            norms = logits.logsumexp(dim=-1)
-            logits -= norms.unsqueeze(-1)
-            parts.append((norms, *_pick(logits, targets[rows], counts[rows], ids[entries])))
-        norms, chosen, found, entropy, overlap = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            logits = _logits(states[rows], kept, bias, softcap, dtype, space)
+            _log_softmax(logits, norms[rows])
+            picked = _pick(logits, targets[rows], counts[rows], ids[entries])
+            chosen[rows], found[entries], entropy[rows], overlap[rows] = picked
+            del logits  # where there is no workspace, they would be there until the next are made
         ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms)
         ctx.softcap, ctx.dtype, ctx.size = softcap, dtype, size
         ctx.mark_non_differentiable(entropy, overlap)
@@ -153,9 +159,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        low_weight, kept = weight.to(dtype), operand(weight, dtype)
+        low_weight, kept, space = weight.to(dtype), operand(weight, dtype), workspace(ctx.size, weight)
         for rows, entries in _chunks(counts, ctx.size):
-            logits = _logits(states[rows], kept, bias, softcap, dtype)
+            logits = _logits(states[rows], kept, bias, softcap, dtype, space)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
@@ -174,6 +180,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(low_grad.T, states[rows].to(dtype))
             elif grad_weight is not None:
                 grad_weight += low_grad.T @ states[rows].to(dtype)
+            del logits, grad, low_grad
         return (
             grad_states,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -183,11 +190,16 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 def _logits(
-    states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    space: Tensor | None,
 ) -> Tensor:
-    """``[c, V]`` float32."""
-    logits = plain_logits(states, weight, bias, dtype)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    """``[c, V]`` float32, in ``space`` where there is one."""
+    logits = plain_logits(states, weight, bias, dtype, space)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def vocabulary(split: SplitModel, states: Tensor) -> int:
@@ -211,9 +223,31 @@ def _pick(
     found = logprobs[position, ids]
     with torch.no_grad():
         overlap = _overlap(logprobs, found, position, counts)
-        finite = logprobs.clamp(min=torch.finfo(torch.float32).min)
-        entropy = -finite.mul_(logprobs.exp()).sum(dim=-1)
+        entropy = _entropy(logprobs)
     return chosen, found, entropy, overlap
+
+
+def _log_softmax(logits: Tensor, norms: Tensor) -> None:
+    """Turns ``[c, V]`` logits into log-probs, where they lie; ``[c]`` log-sum-exps are written to ``norms``."""
+    size = _block(logits)
+    for block, into in zip(logits.split(size), norms.split(size), strict=True):
+        torch.logsumexp(block, dim=-1, out=into)
+        block -= into.unsqueeze(-1)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """``[c]`` nats of ``[c, V]`` log-probs; an id that is never drawn (-inf) adds nothing."""
+    entropy = logprobs.new_empty(len(logprobs))
+    size = _block(logprobs)
+    for block, into in zip(logprobs.split(size), entropy.split(size), strict=True):
+        finite = block.clamp(min=torch.finfo(block.dtype).min)
+        torch.sum(finite.mul_(block.exp()), dim=-1, out=into)
+    return entropy.neg_()
+
+
+def _block(logits: Tensor) -> int:
+    """Positions whose logits are summed at once."""
+    return max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
 
 
 def _positions(counts: Tensor, ids: Tensor) -> Tensor:

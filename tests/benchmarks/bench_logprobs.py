@@ -3,34 +3,42 @@
 A student of 2 layers, hidden size 256, vocabulary 151,936 with tied embeddings, and 4,096 supervised tokens with
 top-64 alternatives for a twentieth of them. One forward and backward pass with the logits held whole (autograd) and
 in chunks (ours), each in a process of its own: peak resident memory above the model with its gradients and AdamW
-state, and time; then ours for four times the tokens, which gives bytes per token, with and without the layers below
-(whose activations ``train.micro_batch_tokens`` bounds, and ``train.gradient_checkpointing`` makes smaller).
+state, and time; then ours for more and more tokens, and the line through their peaks, which gives bytes per token, with
+and without the layers below (whose activations ``train.micro_batch_tokens`` bounds, and
+``train.gradient_checkpointing`` makes smaller). Linux only: the peak is the kernel's, reset after AdamW's step, whose
+own is higher than what follows.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
+import numpy as np
 
 VOCAB, HIDDEN, WIDTH = 151_936, 256, 512
 TOKENS = 4096
+GROWTH = (2048, 4096, 8192, 12_288, 16_384)
 
 
-def measure(kind: str, tokens: int) -> dict[str, float]:
-    """In a fresh process: peak MB above the model, and seconds of the fastest of two passes."""
-    command = [sys.executable, str(Path(__file__)), "--child", kind, str(tokens)]
+def measure(kind: str, tokens: int, passes: int = 1) -> dict[str, float]:
+    """In a fresh process: peak MB above the model, and seconds of the fastest pass."""
+    command = [sys.executable, str(Path(__file__)), "--child", kind, str(tokens), str(passes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def child(kind: str, tokens: int) -> None:
+def resident(field: str) -> int:
+    """Bytes of this process: ``VmRSS``, or ``VmHWM``, the most it has had since the last reset."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def child(kind: str, tokens: int, passes: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -72,28 +80,29 @@ def child(kind: str, tokens: int) -> None:
         (result.targets.mean() + result.lookups.mean()).backward()
         return time.perf_counter() - started
 
-    before = psutil.Process().memory_info().rss
-    seconds = min(once() for _ in range(2))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"mb": (peak - before) / 1e6, "seconds": seconds}))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = resident("VmRSS")
+    seconds = min(once() for _ in range(passes))
+    print(json.dumps({"mb": (resident("VmHWM") - before) / 1e6, "seconds": seconds}))
 
 
 def main() -> None:
-    whole, ours = measure("whole", TOKENS), measure("chunks", TOKENS)
+    whole, ours = measure("whole", TOKENS, passes=2), measure("chunks", TOKENS, passes=2)
     print(f"{TOKENS:,} supervised tokens, vocabulary {VOCAB:,}, forward and backward")
     for name, found in (("logits held whole, autograd", whole), ("tropd, chunks", ours)):
         print(f"  {name:<28} {found['mb']:8.0f} MB above the model   {found['seconds']:6.2f} s")
     print(
         f"  memory {whole['mb'] / ours['mb']:.1f} times less; time {ours['seconds'] / whole['seconds']:.2f} times"
     )
-    for kind, name in (("chunks", "with the layers' activations"), ("head", "log-probs alone")):
-        few, many = measure(kind, TOKENS), measure(kind, 4 * TOKENS)
-        per_token = (many["mb"] - few["mb"]) * 1e3 / (3 * TOKENS)
-        print(f"  growth up to {4 * TOKENS:,} tokens: {per_token:6.1f} kB per token, {name}")
+    for kind, name in (("head", "log-probs alone"), ("chunks", "with the layers' activations")):
+        peaks = [measure(kind, tokens)["mb"] for tokens in GROWTH]
+        per_token = np.polyfit(GROWTH, peaks, deg=1)[0] * 1e3
+        found = ", ".join(f"{mb:.0f} MB at {tokens:,}" for tokens, mb in zip(GROWTH, peaks, strict=True))
+        print(f"  growth: {per_token:6.1f} kB per token, {name} ({found})")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], int(sys.argv[3]))
+        child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         main()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
 from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.training import logprobs
@@ -30,15 +34,17 @@ def problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, Lookups]:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("chunk", [1, 5, N, 10 * N])
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (5, 2), (5, 5), (5, 100), (N, 4), (10 * N, 100)])
 def test_values_and_gradients_do_not_depend_on_chunks(
     problem: tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, Lookups],
     monkeypatch: pytest.MonkeyPatch,
     chunk: int,
+    block: int,
     softcap: float | None,
 ) -> None:
     head, states, targets, lookups = problem
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", block * V)
     result = token_logprobs(SplitModel(None, head, softcap), states, targets, lookups)
     weights = torch.linspace(-1, 1, N)
     alternative_weights = torch.linspace(0, 2, len(lookups.ids))
@@ -73,6 +79,46 @@ def test_overlap_counts_shared_ids(
         else:
             best = set(exact[i].topk(count).indices.tolist())
             assert float(result.overlap[i]) == pytest.approx(sum(x in best for x in ids) / count)
+
+
+@pytest.mark.parametrize("chunk", [4, N])
+def test_an_id_that_is_never_drawn_adds_no_entropy(
+    problem: tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, Lookups],
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+) -> None:
+    head, states, targets, lookups = problem
+    with torch.no_grad():
+        head.bias[V - 10 :] = -torch.inf
+    short = torch.log_softmax(head(states)[:, : V - 10], dim=-1)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * V)
+    result = token_logprobs(SplitModel(None, head, None), states, targets % (V - 10), lookups)
+    assert torch.allclose(result.entropy, -(short.exp() * short).sum(-1), atol=1e-5)
+
+
+def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every allocation is counted, those inside PyTorch's functions, too."""
+    vocab, hidden, chunk, few, many = 20_000, 16, 64, 640, 2_560
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * vocab)
+    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 2 * vocab)
+    head = torch.nn.Linear(hidden, vocab, bias=False)
+
+    def peak(n: int) -> int:
+        states = torch.randn(n, hidden, requires_grad=True)
+        targets, counts = torch.randint(vocab, (n,)), torch.where(torch.arange(n) % 20 == 0, 8, 0)
+        lookups = Lookups(counts, torch.randint(vocab, (int(counts.sum()),)))
+        head.weight.grad = None
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = token_logprobs(SplitModel(None, head, None), states, targets, lookups)
+            (result.targets.mean() + result.lookups.mean()).backward()
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        sizes = [int(event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+        return max(itertools.accumulate(sizes))
+
+    least = 4 * vocab * (chunk + hidden)  # a chunk's logits, and the head's gradient
+    assert least < peak(few) < 1.3 * least
+    assert peak(many) - peak(few) < 512 * (many - few)
 
 
 def test_nothing_to_score_is_not_an_error() -> None:
