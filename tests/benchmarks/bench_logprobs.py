@@ -71,11 +71,12 @@ def child(kind: str, tokens: int, passes: int) -> None:
     counts = torch.where(torch.arange(tokens) % 20 == 0, 64, 0)
     lookups = Lookups(counts, torch.randint(VOCAB, (int(counts.sum()),), generator=generator))
 
-    fixed = torch.zeros(tokens if kind == "head" else 0, HIDDEN, requires_grad=True)
-
     def once() -> float:
         started = time.perf_counter()
-        states = fixed if kind == "head" else split.hidden(input_ids=ids[:, :-1]).reshape(tokens, HIDDEN)
+        if kind == "head":
+            states = torch.randn(tokens, HIDDEN, requires_grad=True)
+        else:
+            states = split.hidden(input_ids=ids[:, :-1]).reshape(tokens, HIDDEN)
         result = token_logprobs(split, states, targets, lookups)
         (result.targets.mean() + result.lookups.mean()).backward()
         return time.perf_counter() - started
