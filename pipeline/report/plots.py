@@ -94,9 +94,8 @@ def _draw_outcome(evaluation: Evaluation) -> Plot:
 
 
 def _plot(name: str, title: str, caption: str, healthy: str, group: str, figure: Figure) -> Plot:
-    svg = drawing.to_svg(figure)
-    inline = drawing.inline_svg(svg, name, title)
-    return Plot(name, title, caption, healthy, group, inline, svg, drawing.to_png(figure))
+    svg, png = drawing.to_files(figure)
+    return Plot(name, title, caption, healthy, group, drawing.inline_svg(svg, name, title), svg, png)
 
 
 def _limits(steps: Numbers) -> tuple[float, float]:

@@ -114,4 +114,4 @@ def _plot(name: str, title: str, figure: Figure, *, legend: bool = True) -> Plot
     inline = drawing.inline_svg(drawing.to_svg(figure), name, title)
     if legend:
         figure.legend(loc="outside upper left", ncols=2, fontsize=8.5)
-    return Plot(name, title, "", "", "runs", inline, drawing.to_svg(figure), drawing.to_png(figure))
+    return Plot(name, title, "", "", "runs", inline, *drawing.to_files(figure))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 CONFIG = """
 [run]
@@ -118,15 +120,29 @@ def teacher_url(prepared: Path) -> Iterator[str]:
     assert process.wait(20) == 0
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A workspace of this process's own, copied from one that the first of all test processes makes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    original = folder / f"{name}-original"
+    with FileLock(folder / f".{name}.lock"):
+        if not original.exists():
+            make(folder / f"{name}-unfinished")
+            (folder / f"{name}-unfinished").rename(original)
+    return Path(shutil.copytree(original, tmp_path_factory.mktemp(name) / "run"))
+
+
 @pytest.fixture(scope="session")
 def prepared(tropd: Tropd, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with models, prefixes and scores."""
-    workspace = tmp_path_factory.mktemp("prepared") / "run"
-    tropd.ok("init", workspace)
-    (workspace / "config.toml").write_text(CONFIG)
-    for stage in ("prepare", "generate-prefixes", "score-teacher"):
-        tropd.ok(stage, "-w", workspace)
-    return workspace
+
+    def make(workspace: Path) -> None:
+        tropd.ok("init", workspace)
+        (workspace / "config.toml").write_text(CONFIG)
+        for stage in ("prepare", "generate-prefixes", "score-teacher"):
+            tropd.ok(stage, "-w", workspace)
+
+    return made_once(tmp_path_factory, "prepared", make)
 
 
 @pytest.fixture(scope="session")
@@ -134,11 +150,13 @@ def finished(
     tropd: Tropd, prepared: Path, teacher_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A workspace with every stage done."""
-    workspace = tmp_path_factory.mktemp("finished") / "run"
-    shutil.copytree(prepared, workspace)
-    tropd.ok("train", "-w", workspace, "--set", f"teacher.url={teacher_url}")
-    tropd.ok("evaluate", "-w", workspace)
-    return workspace
+
+    def make(workspace: Path) -> None:
+        shutil.copytree(prepared, workspace)
+        tropd.ok("train", "-w", workspace, "--set", f"teacher.url={teacher_url}")
+        tropd.ok("evaluate", "-w", workspace)
+
+    return made_once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tropd.pipeline.configuration import load_objective, parse_config, recipe_text
 from tropd.pipeline.reproduce.tables import load_table, table_names
 
+KILLS = 3 if os.environ.get("TROPD_THOROUGH") else 1
 TINY = {
     "demo.train_problems": 24,
     "demo.eval_problems": 16,
@@ -52,7 +54,7 @@ def test_a_rehearsal_that_is_killed_ends_with_the_same_table(tropd: Any, tmp_pat
     ]
     assert "| TrOPD |" in first.output
     assert (tmp_path / "undisturbed" / "qwen3" / "sft" / "train" / "final").is_dir()
-    for moment in np.random.default_rng(4).uniform(0.15, 0.35, size=2):
+    for moment in np.random.default_rng(4).uniform(0.15, 0.35, size=KILLS):
         killed = tropd(*command(tmp_path / "killed"), after=float(moment) * first.seconds)
         assert killed.code == -signal.SIGKILL, killed.output
     tropd.ok(*command(tmp_path / "killed"))
