@@ -139,6 +139,16 @@ class SplitModel:
             logits = self.head(hidden).float()
         return self.capped(logits)
 
+    def own_logits(self, states: Tensor, space: Tensor | None) -> Tensor:
+        """Float32 logits ``[n, V]`` of states ``[n, H]``, without gradient, that the caller may write over.
+
+        They lie in ``space`` where there is one; see ``workspace``.
+        """
+        if not is_plain(self.head):
+            return self.capped(self.head(states).float().clone())
+        logits = plain_logits(states, self.head.weight, self.head.bias, product_dtype(states), space)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def next_logits(self, **inputs: Any) -> Tensor:
         """Float32 logits ``[B, V]`` after the last token; the cache among the inputs is written to."""
         if isinstance(self.backbone, _WholeModel):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tropd.pipeline.config import Config, ModelConfig
 from tropd.pipeline.context import Run
-from tropd.pipeline.engines.transformers import LOGIT_ELEMENTS
+from tropd.pipeline.engines.head_scores import LOGIT_ELEMENTS
 from tropd.pipeline.models import load_model_config, model_directory, num_parameters
 from tropd.pipeline.training.logprobs import CHUNK_ELEMENTS
 
@@ -115,7 +115,7 @@ def memory_parts(
         size = BYTES[config.teacher.dtype]
         parts.append(Part("teacher", size * teacher.parameters, "teacher.url on another GPU"))
         logits = min(LOGIT_ELEMENTS, config.service.batch_tokens * teacher.vocab)
-        scoring = 4.0 * logits + config.service.batch_tokens * size * 4 * (
+        scoring = 3.0 * 4 * logits + config.service.batch_tokens * size * 4 * (
             teacher.hidden + teacher.intermediate
         )
         parts.append(Part("teacher: a scoring pass", scoring, "service.batch_tokens"))

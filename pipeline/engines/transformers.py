@@ -19,13 +19,11 @@ from tropd.pipeline.engines.base import (
     everywhere,
 )
 from tropd.pipeline.engines.decoding import Decoder, decode
+from tropd.pipeline.engines.head_scores import score_states, topk_of
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.model_decoder import ModelDecoder
 from tropd.pipeline.head import split_model
 from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention
-
-# Logits held at once while scoring: 2^26 float32 numbers, 256 MiB.
-LOGIT_ELEMENTS = 1 << 26
 
 
 class TransformersEngine:
@@ -189,15 +187,13 @@ class TransformersEngine:
         states = torch.cat([hidden[r, starts[i] - 1 : len(sequences[i]) - 1] for r, i in enumerate(batch)])
         k = min(k, self.vocab_size if vocab_limit is None else vocab_limit)
         at_once = k if topk_where is everywhere else 0
-        flat = [
-            self._head_pass(s, t, entropy, at_once, vocab_limit) for s, t in self._chunks(states, targets)
-        ]
-        sampled, norms, entropies, top_ids, top_logprobs = (
-            torch.cat(parts) for parts in zip(*flat, strict=True)
+        found = score_states(
+            self._split, states, targets, self.vocab_size, k=at_once, entropy=entropy, limit=vocab_limit
         )
         counts = [len(sequences[i]) - starts[i] for i in batch]
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        sampled_np, entropy_np = _numpy(sampled), _numpy(entropies) if entropy else None
+        sampled_np = _numpy(found.sampled)
+        entropy_np = None if found.entropies is None else _numpy(found.entropies)
         chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         for r, i in enumerate(batch):
             low, high = bounds[r], bounds[r + 1]
@@ -206,10 +202,12 @@ class TransformersEngine:
                 continue
             part = None if entropy_np is None else entropy_np[low:high]
             chosen.append(np.flatnonzero(topk_where(i, sampled_np[low:high], part)))
+        top_ids, top_logprobs = found.top_ids, found.top_logprobs
         if k and not at_once:
-            picks = np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])
-            top_ids, top_logprobs = self._topk_of(
-                states, norms, torch.from_numpy(picks).to(device), k, vocab_limit
+            # The output layer runs again, but only for these.
+            picks = torch.from_numpy(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])).to(device)
+            top_ids, top_logprobs = topk_of(
+                self._split, states[picks], found.norms[picks], self.vocab_size, k=k, limit=vocab_limit
             )
         ids_np, logprobs_np = top_ids.cpu().numpy().astype(np.int32), _numpy(top_logprobs)
         first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
@@ -223,35 +221,6 @@ class TransformersEngine:
             )
             for r in range(len(batch))
         ]
-
-    def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, LOGIT_ELEMENTS // self.vocab_size)
-        return list(zip(states.split(size), targets.split(size), strict=True))
-
-    def _head_pass(
-        self, states: torch.Tensor, targets: torch.Tensor, entropy: bool, k: int, vocab_limit: int | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Sampled log-probs, log-normalisers, entropies and top-k of ``[n, H]`` states, in one pass."""
-        logits = self._split.logits(states)
-        norms = logits.logsumexp(dim=-1)
-        sampled = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - norms
-        entropies = sampled.new_empty(0)
-        if entropy:
-            logprobs = logits - norms.unsqueeze(-1)
-            entropies = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
-        values, ids = logits[:, :vocab_limit].topk(k, dim=-1)
-        return sampled.clamp_(max=0.0), norms, entropies, ids, (values - norms.unsqueeze(-1)).clamp_(max=0.0)
-
-    def _topk_of(
-        self, states: torch.Tensor, norms: torch.Tensor, picks: torch.Tensor, k: int, vocab_limit: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top-k at chosen rows of ``states``; the output layer runs again, but only for these."""
-        ids, logprobs = [states.new_empty((0, k), dtype=torch.long)], [norms.new_empty((0, k))]
-        for part in picks.split(max(1, LOGIT_ELEMENTS // self.vocab_size)):
-            values, index = self._split.logits(states[part])[:, :vocab_limit].topk(k, dim=-1)
-            ids.append(index)
-            logprobs.append((values - norms[part].unsqueeze(-1)).clamp_(max=0.0))
-        return torch.cat(ids), torch.cat(logprobs)
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         longest, vocab_size = self.max_length, self.vocab_size

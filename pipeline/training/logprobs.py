@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tropd.pipeline.head import SplitModel, is_plain, operand, plain_logits, product_dtype, workspace
+from tropd.pipeline.sums import entropy, log_softmax_
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
-# Of these, what sums over the vocabulary make temporaries for at once on a CPU: 4 MiB, which its caches hold.
-BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -134,21 +133,20 @@ class ChunkedLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
-        norms, chosen, entropy, overlap = (
+        norms, chosen, entropies, overlap = (
             states.new_empty(len(targets), dtype=torch.float32) for _ in range(4)
         )
         found = states.new_empty(len(ids), dtype=torch.float32)
         kept, space = operand(weight, dtype), workspace(size, weight)
         for rows, entries in _chunks(counts, size):
             logits = _logits(states[rows], kept, bias, softcap, dtype, space)
-            _log_softmax(logits, norms[rows])
-            picked = _pick(logits, targets[rows], counts[rows], ids[entries])
-            chosen[rows], found[entries], entropy[rows], overlap[rows] = picked
+            picked = _pick(log_softmax_(logits, norms[rows]), targets[rows], counts[rows], ids[entries])
+            chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
             del logits  # where there is no workspace, they would be there until the next are made
         ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms)
         ctx.softcap, ctx.dtype, ctx.size = softcap, dtype, size
-        ctx.mark_non_differentiable(entropy, overlap)
-        return chosen, found, entropy, overlap
+        ctx.mark_non_differentiable(entropies, overlap)
+        return chosen, found, entropies, overlap
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -223,31 +221,7 @@ def _pick(
     found = logprobs[position, ids]
     with torch.no_grad():
         overlap = _overlap(logprobs, found, position, counts)
-        entropy = _entropy(logprobs)
-    return chosen, found, entropy, overlap
-
-
-def _log_softmax(logits: Tensor, norms: Tensor) -> None:
-    """Turns ``[c, V]`` logits into log-probs, where they lie; ``[c]`` log-sum-exps are written to ``norms``."""
-    size = _block(logits)
-    for block, into in zip(logits.split(size), norms.split(size), strict=True):
-        torch.logsumexp(block, dim=-1, out=into)
-        block -= into.unsqueeze(-1)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    """``[c]`` nats of ``[c, V]`` log-probs; an id that is never drawn (-inf) adds nothing."""
-    entropy = logprobs.new_empty(len(logprobs))
-    size = _block(logprobs)
-    for block, into in zip(logprobs.split(size), entropy.split(size), strict=True):
-        finite = block.clamp(min=torch.finfo(block.dtype).min)
-        torch.sum(finite.mul_(block.exp()), dim=-1, out=into)
-    return entropy.neg_()
-
-
-def _block(logits: Tensor) -> int:
-    """Positions whose logits are summed at once."""
-    return max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return chosen, found, entropy(logprobs), overlap
 
 
 def _positions(counts: Tensor, ids: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ top-64 alternatives for a twentieth of them. One forward and backward pass with 
 in chunks (ours), each in a process of its own: peak resident memory above the model with its gradients and AdamW
 state, and time; then ours for more and more tokens, and the line through their peaks, which gives bytes per token, with
 and without the layers below (whose activations ``train.micro_batch_tokens`` bounds, and
-``train.gradient_checkpointing`` makes smaller). Linux only: the peak is the kernel's, reset after AdamW's step, whose
-own is higher than what follows.
+``train.gradient_checkpointing`` makes smaller). Last, a model of the same shape scores a quarter of the tokens, with
+top-64 and entropies, its logits held whole and in chunks. Linux only: the peak is the kernel's, reset after AdamW's step,
+whose own is higher than what follows.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ def child(kind: str, tokens: int, passes: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from tropd.pipeline.allocator import keep_freed_memory
+    from tropd.pipeline.engines.transformers import TransformersEngine
     from tropd.pipeline.head import split_model
     from tropd.pipeline.training import logprobs
     from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 
+    keep_freed_memory()  # as wherever tropd loads a model
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -71,8 +75,23 @@ def child(kind: str, tokens: int, passes: int) -> None:
     counts = torch.where(torch.arange(tokens) % 20 == 0, 64, 0)
     lookups = Lookups(counts, torch.randint(VOCAB, (int(counts.sum()),), generator=generator))
 
+    engine = TransformersEngine(model, [0])
+
+    def score_whole() -> None:
+        logprobs = model(input_ids=ids[:, :-1]).logits.log_softmax(dim=-1)
+        logprobs.gather(-1, ids[:, 1:, None])
+        logprobs.topk(64, dim=-1)
+        -(logprobs.exp() * logprobs).sum(dim=-1)
+
     def once() -> float:
         started = time.perf_counter()
+        if kind == "score":
+            engine.score(ids.tolist(), [1] * len(ids), k=64, entropy=True)
+            return time.perf_counter() - started
+        if kind == "score whole":
+            with torch.inference_mode():
+                score_whole()
+            return time.perf_counter() - started
         if kind == "head":
             states = torch.randn(tokens, HIDDEN, requires_grad=True)
         else:
@@ -87,19 +106,24 @@ def child(kind: str, tokens: int, passes: int) -> None:
     print(json.dumps({"mb": (resident("VmHWM") - before) / 1e6, "seconds": seconds}))
 
 
-def main() -> None:
-    whole, ours = measure("whole", TOKENS, passes=2), measure("chunks", TOKENS, passes=2)
-    print(f"{TOKENS:,} supervised tokens, vocabulary {VOCAB:,}, forward and backward")
-    for name, found in (("logits held whole, autograd", whole), ("tropd, chunks", ours)):
-        print(f"  {name:<28} {found['mb']:8.0f} MB above the model   {found['seconds']:6.2f} s")
+def compare(title: str, first: str, second: str, tokens: int) -> None:
+    whole, ours = (measure(kind, tokens, passes=2) for kind in (first, second))
+    print(f"{title}, vocabulary {VOCAB:,}")
+    for name, found in (("logits held whole", whole), ("tropd, in chunks", ours)):
+        print(f"  {name:<20} {found['mb']:8.0f} MB above the model   {found['seconds']:6.2f} s")
     print(
         f"  memory {whole['mb'] / ours['mb']:.1f} times less; time {ours['seconds'] / whole['seconds']:.2f} times"
     )
+
+
+def main() -> None:
+    compare(f"{TOKENS:,} supervised tokens, forward and backward", "whole", "chunks", TOKENS)
     for kind, name in (("head", "log-probs alone"), ("chunks", "with the layers' activations")):
         peaks = [measure(kind, tokens)["mb"] for tokens in GROWTH]
         per_token = np.polyfit(GROWTH, peaks, deg=1)[0] * 1e3
-        found = ", ".join(f"{mb:.0f} MB at {tokens:,}" for tokens, mb in zip(GROWTH, peaks, strict=True))
-        print(f"  growth: {per_token:6.1f} kB per token, {name} ({found})")
+        shown = ", ".join(f"{mb:.0f} MB at {tokens:,}" for tokens, mb in zip(GROWTH, peaks, strict=True))
+        print(f"  growth: {per_token:6.1f} kB per token, {name} ({shown})")
+    compare(f"{TOKENS // 4:,} tokens scored, with top-64 and entropies", "score whole", "score", TOKENS // 4)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tropd.pipeline.engines import head_scores
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.sampling import sample_tokens
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -113,7 +114,11 @@ def test_extreme_uniform_numbers_never_draw_an_impossible_token(uniform: float) 
     assert int(tokens) in (1, 2)
 
 
-def test_scores_equal_a_plain_forward(tiny_model: Any, engine: TransformersEngine) -> None:
+@pytest.mark.parametrize("positions", [1, 7, 1000])
+def test_scores_equal_a_plain_forward(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    monkeypatch.setattr(head_scores, "LOGIT_ELEMENTS_ON_CPU", positions * 24)
     sequences = [p + p[::-1] for p in prompts(25)]
     starts = [1 + i % (len(s) - 1) for i, s in enumerate(sequences)]
     small = TransformersEngine(tiny_model, [STOP], batch_tokens=40)
@@ -130,10 +135,14 @@ def test_scores_equal_a_plain_forward(tiny_model: Any, engine: TransformersEngin
         assert np.array_equal(scores.topk_ids, ids)
 
 
-def test_topk_only_where_asked_for(engine: TransformersEngine) -> None:
+@pytest.mark.parametrize("positions", [1, 7, 1000])
+def test_topk_only_where_asked_for(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
     sequences = [p + p for p in prompts(9)]
     starts = [1] * 9
     full = engine.score(sequences, starts, k=4)
+    monkeypatch.setattr(head_scores, "LOGIT_ELEMENTS_ON_CPU", positions * 24)
     some = engine.score(sequences, starts, k=4, topk_where=lambda i, sampled, _: sampled < -3.0)
     assert 0 < sum(len(s.topk_positions) for s in some) < sum(len(s.sampled) for s in some)
     for all_of_it, part in zip(full, some, strict=True):

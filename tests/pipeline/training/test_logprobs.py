@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
+from tropd.pipeline import sums
 from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
@@ -44,7 +45,7 @@ def test_values_and_gradients_do_not_depend_on_chunks(
 ) -> None:
     head, states, targets, lookups = problem
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * V)
-    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", block * V)
+    monkeypatch.setattr(sums, "BLOCK_ELEMENTS", block * V)
     result = token_logprobs(SplitModel(None, head, softcap), states, targets, lookups)
     weights = torch.linspace(-1, 1, N)
     alternative_weights = torch.linspace(0, 2, len(lookups.ids))
@@ -100,7 +101,7 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """Every allocation is counted, those inside PyTorch's functions, too."""
     vocab, hidden, chunk, few, many = 20_000, 16, 64, 640, 2_560
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * vocab)
-    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 2 * vocab)
+    monkeypatch.setattr(sums, "BLOCK_ELEMENTS", 2 * vocab)
     head = torch.nn.Linear(hidden, vocab, bias=False)
 
     def peak(n: int) -> int:
