@@ -17,7 +17,7 @@ import pytest
 from tropd.pipeline.training.metrics import read_metrics
 
 # Kills of a run of sixty steps, strict and one step ahead.
-KILLS = ((0, 12), (1, 8)) if os.environ.get("TROPD_THOROUGH") else ((0, 2), (1, 2))
+KILLS = ((0, 12), (1, 8)) if os.environ.get("TROPD_THOROUGH") else ((0, 1), (1, 2))
 AHEAD = ("--set", "train.max_staleness=1")
 # What the rows and the teacher decide, whatever the weights in training.
 OF_ROWS = ("tokens_on_policy", "teacher_topk_tokens", "k1_mean", "response_length_mean", "acceptance_mean")

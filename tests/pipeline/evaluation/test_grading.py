@@ -127,7 +127,7 @@ def test_pattern_and_exact() -> None:
     ],
 )
 def test_real_answers_equal_themselves_and_not_their_neighbours(file: str, field: str) -> None:
-    records = [json.loads(line) for line in (DATA / file).read_text().splitlines()][:120]
+    records = [json.loads(line) for line in (DATA / file).read_text().splitlines()][:60]
     gold = [str(record[field]) for record in records]
     plain = [expected_answer(text) for text in gold]
     assert all(marks([f"We find $\\boxed{{{answer}}}$." for answer in plain], list(gold)))
