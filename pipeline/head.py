@@ -48,7 +48,13 @@ def workspace(rows: int, weight: Tensor) -> Tensor | None:
 
 
 def plain_logits(
-    states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, space: Tensor | None = None
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    softcap: float | None = None,
+    space: Tensor | None = None,
 ) -> Tensor:
     """Float32 logits ``[n, V]`` of states ``[n, H]``, from a product whose precision would be ``dtype``.
 
@@ -56,20 +62,20 @@ def plain_logits(
     """
     with torch.autocast(states.device.type, enabled=False):
         if states.device.type == "cpu" and dtype.itemsize <= 4:
-            space = (
-                states.new_empty(len(states), len(weight), dtype=torch.float32) if space is None else space
-            )
-            logits = _on_cpu(states.float(), weight, space[: len(states)])
+            logits = _on_cpu(states.float(), weight, None if space is None else space[: len(states)])
         elif dtype.itemsize < 4 and _keeps_sums(states.device, dtype):
             logits = torch.mm(states.to(dtype), weight.to(dtype).T, out_dtype=torch.float32)
         else:
             logits = functional.linear(states.to(dtype), weight.to(dtype)).float()
-        return logits if bias is None else logits.add_(bias)
+        if bias is not None:
+            logits.add_(bias)
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _on_cpu(states: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def _on_cpu(states: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     if weight.dtype == torch.float32:
         return torch.mm(states, weight.T, out=out)
+    out = states.new_empty(len(states), len(weight)) if out is None else out
     for low in range(0, len(weight), BLOCK):
         block = slice(low, low + BLOCK)
         out[:, block] = functional.linear(states, weight[block].float())
@@ -128,6 +134,11 @@ class SplitModel:
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden
 
+    def vocabulary(self, states: Tensor) -> int:
+        """Size of the output layer (of the states themselves where the head is not separable)."""
+        weight = getattr(self.head, "weight", None)
+        return int(states.shape[-1] if weight is None else weight.shape[0])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
         dtype = product_dtype(hidden)
@@ -146,8 +157,8 @@ class SplitModel:
         """
         if not is_plain(self.head):
             return self.capped(self.head(states).float().clone())
-        logits = plain_logits(states, self.head.weight, self.head.bias, product_dtype(states), space)
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        head, dtype = self.head, product_dtype(states)
+        return plain_logits(states, head.weight, head.bias, dtype, softcap=self.softcap, space=space)
 
     def next_logits(self, **inputs: Any) -> Tensor:
         """Float32 logits ``[B, V]`` after the last token; the cache among the inputs is written to."""

@@ -40,7 +40,6 @@ def score_states(
     split: SplitModel,
     states: Tensor,
     targets: Tensor,
-    vocab_size: int,
     *,
     k: int,
     entropy: bool,
@@ -57,10 +56,9 @@ def score_states(
     sampled, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(norms) if entropy else None
     top_ids, top_logprobs = targets.new_empty(n, k), norms.new_empty(n, k)
-    for rows, logits in _logits(split, states, vocab_size):
+    for rows, logits in _logits(split, states):
         if k:
-            values, ids = logits[:, :limit].topk(k, dim=-1)
-            top_ids[rows], top_logprobs[rows] = ids, values
+            torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
         logprobs = sums.log_softmax_(logits, norms[rows])
         sampled[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         if entropies is not None:
@@ -71,21 +69,20 @@ def score_states(
 
 
 def topk_of(
-    split: SplitModel, states: Tensor, norms: Tensor, vocab_size: int, *, k: int, limit: int | None
+    split: SplitModel, states: Tensor, norms: Tensor, *, k: int, limit: int | None
 ) -> tuple[Tensor, Tensor]:
     """Ids and log-probs ``[n, k]`` of the likeliest tokens, where the log-sum-exps ``[n]`` are known."""
     top_ids = torch.empty(len(states), k, dtype=torch.long, device=states.device)
     top_logprobs = norms.new_empty(len(states), k)
-    for rows, logits in _logits(split, states, vocab_size):
-        values, ids = logits[:, :limit].topk(k, dim=-1)
-        top_ids[rows], top_logprobs[rows] = ids, values
+    for rows, logits in _logits(split, states):
+        torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
     return top_ids, top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
 
 
-def _logits(split: SplitModel, states: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+def _logits(split: SplitModel, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Logits ``[·, V]`` of slices of the positions, to be written over."""
     elements = LOGIT_ELEMENTS_ON_CPU if states.device.type == "cpu" else LOGIT_ELEMENTS
-    size = min(len(states), max(1, elements // vocab_size))
+    size = min(len(states), max(1, elements // split.vocabulary(states)))
     space = workspace(size, split.head.weight) if is_plain(split.head) else None
     for low in range(0, len(states), size or 1):
         rows = slice(low, low + size)

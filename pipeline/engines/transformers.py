@@ -187,9 +187,7 @@ class TransformersEngine:
         states = torch.cat([hidden[r, starts[i] - 1 : len(sequences[i]) - 1] for r, i in enumerate(batch)])
         k = min(k, self.vocab_size if vocab_limit is None else vocab_limit)
         at_once = k if topk_where is everywhere else 0
-        found = score_states(
-            self._split, states, targets, self.vocab_size, k=at_once, entropy=entropy, limit=vocab_limit
-        )
+        found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
         counts = [len(sequences[i]) - starts[i] for i in batch]
         bounds = np.concatenate([[0], np.cumsum(counts)])
         sampled_np = _numpy(found.sampled)
@@ -207,7 +205,7 @@ class TransformersEngine:
             # The output layer runs again, but only for these.
             picks = torch.from_numpy(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])).to(device)
             top_ids, top_logprobs = topk_of(
-                self._split, states[picks], found.norms[picks], self.vocab_size, k=k, limit=vocab_limit
+                self._split, states[picks], found.norms[picks], k=k, limit=vocab_limit
             )
         ids_np, logprobs_np = top_ids.cpu().numpy().astype(np.int32), _numpy(top_logprobs)
         first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])

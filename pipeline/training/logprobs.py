@@ -64,7 +64,7 @@ def token_logprobs(
     """
     if lookups is None:
         lookups = Lookups(targets.new_zeros(len(targets)), targets.new_zeros(0))
-    size = max(1, CHUNK_ELEMENTS // vocabulary(split, states))
+    size = max(1, CHUNK_ELEMENTS // split.vocabulary(states))
     if not len(targets):
         empty = states.sum(dim=-1).float()
         return TokenLogprobs(empty, empty, empty.detach(), empty.detach())
@@ -139,7 +139,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         found = states.new_empty(len(ids), dtype=torch.float32)
         kept, space = operand(weight, dtype), workspace(size, weight)
         for rows, entries in _chunks(counts, size):
-            logits = _logits(states[rows], kept, bias, softcap, dtype, space)
+            logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             picked = _pick(log_softmax_(logits, norms[rows]), targets[rows], counts[rows], ids[entries])
             chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
             del logits  # where there is no workspace, they would be there until the next are made
@@ -159,7 +159,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         low_weight, kept, space = weight.to(dtype), operand(weight, dtype), workspace(ctx.size, weight)
         for rows, entries in _chunks(counts, ctx.size):
-            logits = _logits(states[rows], kept, bias, softcap, dtype, space)
+            logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
@@ -185,25 +185,6 @@ class ChunkedLogprobs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 6,
         )
-
-
-def _logits(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    dtype: torch.dtype,
-    space: Tensor | None,
-) -> Tensor:
-    """``[c, V]`` float32, in ``space`` where there is one."""
-    logits = plain_logits(states, weight, bias, dtype, space)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def vocabulary(split: SplitModel, states: Tensor) -> int:
-    """Size of the output layer (of the states themselves where the head is not separable)."""
-    weight = getattr(split.head, "weight", None)
-    return int(states.shape[-1] if weight is None else weight.shape[0])
 
 
 def _chunk(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
+from tensor_memory import peak_bytes
 
 from tropd.pipeline import sums
 from tropd.pipeline.engines import head_scores
@@ -36,8 +34,8 @@ def test_scores_are_those_of_a_log_softmax(
     split, before = SplitModel(None, head, softcap), states.clone()
     targets = torch.randint(V, (N,))
     with torch.inference_mode():
-        found = score_states(split, states, targets, V, k=K, entropy=True, limit=limit)
-        again = topk_of(split, states[3:9], found.norms[3:9], V, k=K, limit=limit)
+        found = score_states(split, states, targets, k=K, entropy=True, limit=limit)
+        again = topk_of(split, states[3:9], found.norms[3:9], k=K, limit=limit)
         exact = split.capped(head(states)).double().log_softmax(dim=-1)
     assert torch.equal(states, before)
     assert torch.allclose(found.sampled.double(), exact[torch.arange(N), targets], atol=1e-5)
@@ -54,7 +52,7 @@ def test_nothing_to_score() -> None:
     split = SplitModel(None, torch.nn.Linear(H, V), None)
     with torch.inference_mode():
         found = score_states(
-            split, torch.zeros(0, H), torch.zeros(0, dtype=torch.long), V, k=K, entropy=True, limit=None
+            split, torch.zeros(0, H), torch.zeros(0, dtype=torch.long), k=K, entropy=True, limit=None
         )
     assert found.sampled.shape == (0,)
     assert found.top_ids.shape == (0, K)
@@ -66,13 +64,9 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(sums, "BLOCK_ELEMENTS", 2 * vocab)
     split = SplitModel(None, torch.nn.Linear(H, vocab), None)
     states, targets = torch.randn(n, H), torch.randint(vocab, (n,))
-    with (
-        torch.inference_mode(),
-        torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile,
-    ):
-        score_states(split, states, targets, vocab, k=K, entropy=True, limit=None)
-    profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    sizes = [int(event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    with torch.inference_mode():
+        peak = peak_bytes(
+            lambda: score_states(split, states, targets, k=K, entropy=True, limit=None), tmp_path
+        )
     logits = 4 * vocab * chunk
-    assert logits < max(itertools.accumulate(sizes)) < 1.2 * logits
+    assert logits < peak < 1.2 * logits

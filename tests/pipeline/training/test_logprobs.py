@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
+from tensor_memory import peak_bytes
 
 from tropd.pipeline import sums
 from tropd.pipeline.head import SplitModel, split_model
@@ -98,7 +96,6 @@ def test_an_id_that_is_never_drawn_adds_no_entropy(
 
 
 def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every allocation is counted, those inside PyTorch's functions, too."""
     vocab, hidden, chunk, few, many = 20_000, 16, 64, 640, 2_560
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * vocab)
     monkeypatch.setattr(sums, "BLOCK_ELEMENTS", 2 * vocab)
@@ -109,13 +106,12 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         targets, counts = torch.randint(vocab, (n,)), torch.where(torch.arange(n) % 20 == 0, 8, 0)
         lookups = Lookups(counts, torch.randint(vocab, (int(counts.sum()),)))
         head.weight.grad = None
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+
+        def work() -> None:
             result = token_logprobs(SplitModel(None, head, None), states, targets, lookups)
             (result.targets.mean() + result.lookups.mean()).backward()
-        profile.export_chrome_trace(str(tmp_path / "trace.json"))
-        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        sizes = [int(event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-        return max(itertools.accumulate(sizes))
+
+        return peak_bytes(work, tmp_path)
 
     least = 4 * vocab * (chunk + hidden)  # a chunk's logits, and the head's gradient
     assert least < peak(few) < 1.3 * least
