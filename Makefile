@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
+ALL_TESTS := $(VENV)/.installed-all-tests
 TYPECHECK := build/typecheck
 # What a program that uses tropd as a library would call.
 API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline.demo !tropd.pipeline.report
@@ -12,7 +13,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
+.PHONY: help install demo demo-mismatch test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +33,18 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 
 test: $(STAMP)  ## All tests (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The libraries that only some tests need. A program from Debian's packages: where there are none, bring a Chromium.
+$(ALL_TESTS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all-tests]'
+	touch $@
+
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update && apt-get install --yes --no-install-recommends chromium; }
+
+test-all: $(STAMP) $(ALL_TESTS) browser  ## All tests and none skipped: with Ray Serve, lm-eval and a browser
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/vllm --no-skips
 
 test-thorough: $(STAMP)  ## Interruptions at many more points (a quarter of an hour)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process, and a tiny random model in Hugging Face format."""
+"""Shared by all tests: one thread per process, a tiny random model in Hugging Face format, and a run without skips."""
 
 from __future__ import annotations
 
@@ -12,6 +12,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from typing import Any
 
 import pytest
+
+# What no installation can mend: problem files that may not be copied, and what the machine does not permit.
+NOT_OURS_TO_MEND = ("beside the project", "not permitted here", "hands out huge pages")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="fail where a test is skipped for want of a library or a program",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With ``--no-skips``, a test that was left out is a failure."""
+    if session.exitstatus == pytest.ExitCode.OK and _wrongly_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if missed := _wrongly_skipped(config):
+        terminalreporter.write_line(
+            f"--no-skips: {len(missed)} skipped, see above; make test-all installs it all"
+        )
+
+
+def _wrongly_skipped(config: pytest.Config) -> list[Any]:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or not config.getoption("--no-skips"):
+        return []
+    return [report for report in terminal.stats.get("skipped", []) if _can_be_mended(report)]
+
+
+def _can_be_mended(report: Any) -> bool:
+    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return not any(words in reason for words in NOT_OURS_TO_MEND)
 
 
 @pytest.fixture(scope="session")
