@@ -83,16 +83,17 @@ class Source(Spec):
 
 
 class DataConfig(Spec):
-    """Prompts to train on and problems to evaluate on: JSONL files, one object per line."""
+    """Prompts to train on and problems to evaluate on: files of records (JSON lines, a JSON array, Parquet or CSV)."""
 
     prompts: str = "data/train.jsonl"
     """Training prompts. A relative path is inside the workspace."""
     evaluation: str = "data/eval.jsonl"
     """Evaluation problems; each needs an answer."""
     id_field: str = "id"
-    """Field with a unique name of the prompt; where absent, the line number is used."""
+    """Field with a unique name of the prompt; where absent or null, the line number is used."""
     prompt_field: str = "prompt"
-    """Field with the prompt's text."""
+    """Field with the prompt: a text, or with chat = true a list of messages. As with the other fields, dots lead into
+    lists and objects: `messages.1.content`."""
     answer_field: str = "answer"
     """Field with the expected answer."""
     domain_field: str = "domain"
@@ -105,7 +106,8 @@ class DataConfig(Spec):
     template: Template = "{prompt}"
     """Text around each prompt, with {prompt} in its place, such as an instruction to box the answer."""
     chat: bool = False
-    """Wrap prompts as a user turn in the tokenizer's chat template; otherwise the text is used as it is."""
+    """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
+    used as it is."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first this many training prompts."""
     skip_bad: bool = False

@@ -46,11 +46,11 @@ def overlaps(training: Iterable[Prompt], problems: Iterable[tuple[str, Prompt]],
     """The training prompts that share ``n`` words with a problem, each with the first stretch that it shares."""
     index: dict[str, tuple[str, str]] = {}
     for benchmark, problem in problems:
-        for stretch in stretches(problem.text, n):
+        for stretch in stretches(problem.asked, n):
             index.setdefault(stretch, (benchmark, problem.id))
     found = []
     for prompt in training:
-        shared = next((stretch for stretch in stretches(prompt.text, n) if stretch in index), None)
+        shared = next((stretch for stretch in stretches(prompt.asked, n) if stretch in index), None)
         if shared is not None:
             found.append(Overlap(prompt.id, prompt.line, *index[shared], shared))
     return found

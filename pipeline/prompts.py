@@ -1,40 +1,64 @@
-"""Reading prompts: JSONL files, checked line by line before any model is loaded.
+"""Reading prompts: files of records, checked one by one before any model is loaded.
 
-A line that cannot be used is a ``Reject`` with its number and a reason. Whoever reads decides what that means:
+A record that cannot be used is a ``Reject`` with its number and a reason. Whoever reads decides what that means:
 ``refuse`` stops with all of them named, ``write_rejects`` puts them into a file of their own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from tropd.pipeline.config import DataConfig
+from tropd.pipeline.problems.messages import (
+    Message,
+    as_text,
+    in_template,
+    is_messages,
+    last_user_turn,
+    read_messages,
+)
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import DataError
+from tropd.storage.fields import field_names, field_text, value_at
+from tropd.storage.records import read_records, record_unit
 
 MAX_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. ``answer`` is None where the file gives none."""
+    """One problem. ``answer`` is None where the file gives none, or none that a grader could use."""
 
     id: str
     text: str
+    """What is asked; of a conversation, all of it as text, to be shown and compared."""
     answer: str | None
     domain: str = ""
     """What it is about, where the file says so."""
     line: int = field(default=0, compare=False)
     """Where it is in its file, counted from 1."""
+    messages: tuple[Message, ...] = ()
+    """A conversation for the chat template; none where the text is the user's only turn."""
+
+    @property
+    def turns(self) -> Sequence[Message]:
+        """The messages that a chat template takes."""
+        return self.messages or ({"role": "user", "content": self.text},)
+
+    @property
+    def asked(self) -> str:
+        """What the problem says: all turns but the system's, without their roles."""
+        return "\n\n".join(turn["content"] for turn in self.turns if turn["role"] != "system")
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A line that cannot be used."""
+    """A record that cannot be used."""
 
     line: int
     reason: str
@@ -43,10 +67,10 @@ class Reject:
 def scan_prompts(
     path: Path, config: DataConfig, *, need_answer: bool = False
 ) -> tuple[list[Prompt], list[Reject]]:
-    """The usable prompts of a JSONL file, and its bad lines.
+    """The usable prompts of a file (JSON lines, one JSON array, Parquet or CSV), and its bad records.
 
     Raises:
-        DataError: the file is missing or has no lines.
+        DataError: the file is missing, cannot be read, or has no records.
     """
     if not path.is_file():
         raise DataError(
@@ -56,80 +80,122 @@ def scan_prompts(
     prompts: list[Prompt] = []
     rejects: list[Reject] = []
     seen: dict[str, int] = {}
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                prompt = _parse(line, number, config, need_answer)
-            except ValueError as error:
-                rejects.append(Reject(number, str(error)))
-                continue
+    for record in read_records(path):
+        try:
+            if record.fields is None:
+                raise ValueError(record.problem)
+            prompt = _prompt(record.fields, record.number, config, need_answer)
             if prompt.id in seen:
-                rejects.append(Reject(number, f"id {prompt.id!r} is also on line {seen[prompt.id]}"))
-                continue
-            seen[prompt.id] = number
-            prompts.append(prompt)
+                unit = record_unit(path)
+                raise ValueError(f"id {short(prompt.id)} is also on {unit} {seen[prompt.id]}")
+        except ValueError as error:
+            rejects.append(Reject(record.number, str(error)))
+            continue
+        seen[prompt.id] = record.number
+        prompts.append(prompt)
     if not prompts and not rejects:
         raise DataError(f"{path} has no prompts")
     return prompts, rejects
 
 
 def refuse(path: Path, rejects: Sequence[Reject]) -> None:
-    """Stop if any line was rejected.
+    """Stop if any record was rejected.
 
     Raises:
-        DataError: naming the lines, the first few with their reasons.
+        DataError: naming the records, the first few with their reasons.
     """
     if not rejects:
         return
-    shown = "\n    ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN])
+    unit = record_unit(path)
+    shown = "\n    ".join(f"{unit} {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN])
     more = f"\n    and {len(rejects) - MAX_SHOWN} more" if len(rejects) > MAX_SHOWN else ""
     raise DataError(
-        f"{path} has {len(rejects)} bad line(s):\n    {shown}{more}",
-        hint="fix or delete these lines, or leave them out with --skip-bad (data.skip_bad = true)",
+        f"{path} has {len(rejects)} bad {unit}(s):\n    {shown}{more}",
+        hint="mend or delete them, or leave them out with --skip-bad (data.skip_bad = true)",
     )
 
 
 def write_rejects(source: Path, rejects: Sequence[Reject], target: Path) -> None:
-    """Write the rejected lines of ``source`` as JSON lines: ``line``, ``reason`` and the ``text`` as it was."""
+    """Write the rejected records of ``source`` as JSON lines: ``line``, ``reason`` and the ``text`` as it was.
+
+    Of a long one, the text is the beginning. ``line`` is its number, where records are no lines.
+    """
     wanted = {reject.line: reject.reason for reject in rejects}
-    records = []
-    with source.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number in wanted:
-                text = line.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-                records.append({"line": number, "reason": wanted[number], "text": text})
-    write_text_atomic(target, "".join(json.dumps(record) + "\n" for record in records))
+    lines = [
+        json.dumps({"line": record.number, "reason": wanted[record.number], "text": record.shown}) + "\n"
+        for record in read_records(source)
+        if record.number in wanted
+    ]
+    write_text_atomic(target, "".join(lines))
 
 
-def _parse(line: bytes, number: int, config: DataConfig, need_answer: bool) -> Prompt:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {type(record).__name__}")
-    text = record.get(config.prompt_field)
-    if not isinstance(text, str):
-        names = ", ".join(sorted(record)) or "none"
-        raise ValueError(f"no text in field {config.prompt_field!r} (fields: {names}; see data.prompt_field)")
+def prompt_text(
+    record: Mapping[str, Any], path: str, setting: str, *, chat: bool
+) -> tuple[str, tuple[Message, ...]]:
+    """The prompt of a record: its text, or the messages of a conversation.
+
+    A list with one turn of the user is a text.
+
+    Args:
+        path: the field, by name or by path.
+        setting: what names it, for the error: ``data.prompt_field``.
+        chat: whether prompts are written with a chat template, which a conversation needs.
+
+    Raises:
+        ValueError: there is none, or something else.
+    """
+    value = value_at(record, path)
+    if is_messages(value):
+        if not chat:
+            example = f"{path}.{last_user_turn(value)}.content"
+            raise ValueError(
+                f"field {path!r} is a list of messages, which only a chat template can write: "
+                f'set data.chat = true, or name one text: {setting} = "{example}"'
+            )
+        try:
+            messages = read_messages(value)
+        except ValueError as error:
+            raise ValueError(f"field {path!r} {error}") from None
+        return ("", messages) if len(messages) > 1 else (messages[0]["content"], ())
+    if value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool)):
+        raise ValueError(f"no text in field {path!r} (fields: {field_names(record)}; see {setting})")
+    text = field_text(record, path, setting) or ""
     if not text.strip():
-        raise ValueError(f"field {config.prompt_field!r} is empty")
-    if any(0xD800 <= ord(character) < 0xE000 for character in text):
-        raise ValueError(f"field {config.prompt_field!r} holds half of a surrogate pair")
-    answer = record.get(config.answer_field)
-    if need_answer and answer is None:
-        raise ValueError(f"no field {config.answer_field!r} (see data.answer_field)")
+        raise ValueError(f"field {path!r} is empty")
+    return text, ()
+
+
+def short(text: str) -> str:
+    """A name as it is quoted in messages."""
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}…"
+
+
+def _prompt(record: Mapping[str, Any], number: int, config: DataConfig, need_answer: bool) -> Prompt:
+    text, messages = prompt_text(record, config.prompt_field, "data.prompt_field", chat=config.chat)
+    messages = in_template(messages, config.template) if messages else ()
+    name = field_text(record, config.id_field, "data.id_field")
     return Prompt(
-        id=str(record.get(config.id_field, number)),
-        text=config.template.replace("{prompt}", text),
-        answer=None if answer is None else str(answer),
-        domain=str(record.get(config.domain_field, "")),
+        id=str(number) if name is None else name,
+        text=as_text(messages) if messages else config.template.replace("{prompt}", text),
+        answer=_answer(record, config.answer_field, need_answer),
+        domain=field_text(record, config.domain_field, "data.domain_field") or "",
         line=number,
+        messages=messages,
     )
+
+
+def _answer(record: Mapping[str, Any], path: str, needed: bool) -> str | None:
+    try:
+        answer = field_text(record, path, "data.answer_field")
+        if answer is not None and not answer.strip():
+            raise ValueError(f"field {path!r} is empty, and an answer is needed")
+        if answer is None and needed:
+            raise ValueError(f"no field {path!r} (fields: {field_names(record)}; see data.answer_field)")
+    except ValueError:
+        if needed:
+            raise
+        return None  # nobody will ask for it
+    return answer
 
 
 def encode_prompts(
@@ -151,8 +217,9 @@ def encode_prompts(
         if limit is not None and len(kept) == limit:
             break
         if chat:
-            messages = [{"role": "user", "content": prompt.text}]
-            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            tokens = tokenizer.apply_chat_template(
+                list(prompt.turns), add_generation_prompt=True, return_dict=False
+            )
         else:
             tokens = tokenizer(prompt.text)["input_ids"]
         if not tokens:

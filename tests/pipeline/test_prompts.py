@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tropd.pipeline.config import DataConfig
@@ -40,6 +42,20 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
         ('{"prompt": "  "}', "line 2: field 'prompt' is empty"),
         ('{"prompt": "x", "id": "a", "answer": "2"}', "line 2: id 'a' is also on line 1"),
         ('{"prompt": "x"}', "line 2: no field 'answer'"),
+        ('{"prompt": "x", "answer": null}', "line 2: no field 'answer'"),
+        ('{"prompt": "x", "answer": " "}', "line 2: field 'answer' is empty, and an answer is needed"),
+        (
+            '{"prompt": "x", "answer": ["6"]}',
+            "line 2: field 'answer' is a list .*answer_field = \"answer.0\"",
+        ),
+        ('{"prompt": "x", "answer": {}}', "line 2: field 'answer' is an object"),
+        ('{"prompt": "x", "answer": true}', "line 2: field 'answer' is true"),
+        ('{"prompt": "x", "answer": NaN}', "line 2: field 'answer' is nan"),
+        ('{"prompt": "x", "answer": "1", "id": NaN}', "line 2: field 'id' is nan"),
+        ('{"prompt": "x", "answer": "1", "id": ["b"]}', "line 2: field 'id' is a list"),
+        ('{"prompt": "x", "answer": "1", "domain": "\\ud800"}', "line 2: field 'domain' holds half"),
+        ('{"prompt": null}', "line 2: no text in field 'prompt'"),
+        ('{"prompt": ["x"]}', "line 2: field 'prompt' is a list .*prompt_field = \"prompt.0\""),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
@@ -92,7 +108,7 @@ def test_rejects_keep_what_the_line_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"prompt": "1+\xff="}', r"line 2: not UTF-8 text \(byte 15 of the line\)"),
+        (b'{"prompt": "1+\xff="}', r"line 2: not UTF-8 text \(byte 15 of it\)"),
         (b'{"prompt": "1+\\ud800="}', "line 2: field 'prompt' holds half of a surrogate pair"),
     ],
 )
@@ -106,3 +122,60 @@ def test_what_is_not_text_is_refused_rather_than_replaced(tmp_path: Path, line: 
 def test_text_of_any_script_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", '{"prompt": "größer? 漢字 \\ud83d\\ude00"}')
     assert read_prompts(path, DataConfig())[0].text == "größer? 漢字 😀"
+
+
+def test_fields_may_be_paths_and_nulls_are_absent(tmp_path: Path) -> None:
+    lines = [
+        '{"m": [{"content": "1+1="}], "a": {"b": 2.0}, "id": null, "domain": null}',
+        '{"m": [{"content": "x"}]}',
+    ]
+    config = DataConfig(prompt_field="m.0.content", answer_field="a.b")
+    assert read_prompts(write(tmp_path / "p.jsonl", *lines), config) == [
+        Prompt("1", "1+1=", "2"),
+        Prompt("2", "x", None),
+    ]
+
+
+def test_an_answer_that_nobody_needs_may_be_anything(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "x", "answer": ["6"]}')
+    assert read_prompts(path, DataConfig()) == [Prompt("1", "x", None)]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "1+1="}
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+
+
+def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
+    (path := tmp_path / "p.json").write_text(
+        json.dumps([{"q": [USER]}, {"q": [SYSTEM | {"content": "7"}, USER]}])
+    )
+    config = DataConfig(prompt_field="q", chat=True, template="{prompt}2")
+    prompts = read_prompts(path, config)
+    assert prompts[0] == Prompt("1", "1+1=2", None)
+    assert (prompts[1].text, prompts[1].asked) == ("system: 7\n\nuser: 1+1=2", "1+1=2")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    _, encoded, _ = encode_prompts(prompts, tokenizer, chat=True, max_length=20)
+    assert encoded == [tokenizer("1+1=2=")["input_ids"], tokenizer("71+1=2=")["input_ids"]]
+
+
+def test_messages_without_a_chat_template_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps({"messages": [SYSTEM, USER]}))
+    with pytest.raises(
+        DataError, match=r'line 1: .*data.chat = true.*data.prompt_field = "messages.1.content"'
+    ):
+        read_prompts(path, DataConfig(prompt_field="messages"))
+    assert read_prompts(path, DataConfig(prompt_field="messages.1.content"))[0].text == "1+1="
+
+
+def test_rejects_of_files_that_have_no_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "größer"}, {"prompt": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    (tmp_path / "p.json").write_text(json.dumps(rows), encoding="utf-16")
+    for name, unit in [("p.parquet", "row"), ("p.json", "record")]:
+        _, rejects = scan_prompts(tmp_path / name, DataConfig())
+        with pytest.raises(DataError, match=rf"1 bad {unit}\(s\):\n    {unit} 2: no text"):
+            refuse(tmp_path / name, rejects)
+        write_rejects(tmp_path / name, rejects, target := tmp_path / "rejects.jsonl")
+        assert json.loads(target.read_text())["text"] == '{"prompt": null}'
