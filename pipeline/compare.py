@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tropd.pipeline.config import Config
-from tropd.pipeline.configuration import dump_config, load_objective, parse_config
+from tropd.pipeline.configuration import dump_config, load_config, load_objective, parse_config
 from tropd.pipeline.context import Run, finished
 from tropd.pipeline.evaluation.evaluate import Who, evaluate
 from tropd.pipeline.objectives.spec import teacher_needs
@@ -147,7 +147,7 @@ def _run_cell(root: Path, url: str | None) -> Path:
     """Train and evaluate one cell (in a worker process where there are several)."""
     workspace = Workspace.open(root)
     overrides = (f'teacher.url="{url}"',) if url else ()
-    resolved = parse_config(workspace.config_path.read_text(encoding="utf-8"), overrides)
+    resolved = load_config(workspace.config_path, overrides)
     cell = Run(workspace, resolved, SILENT, overrides)
     train(cell)
     evaluate(cell, whom=("after",))

@@ -20,6 +20,21 @@ EngineName = Literal["transformers", "vllm"]
 GraderName = Literal["pattern", "math", "choice", "exact"]
 Device = Literal["auto", "cpu", "cuda"]
 
+# Every number has bounds: what is beyond them is a slip of the pen, and would fail late or never end.
+MOST = 1_000_000_000
+"""Most of anything that is counted: steps, prompts, problems."""
+MOST_TOKENS = 1 << 30
+"""Most tokens of a sequence, a batch or a queue."""
+MOST_ROWS = 1 << 20
+"""Most rows that are handled together, and most samples of one prompt."""
+WEEK = 7 * 86_400.0
+"""Longest time that anything waits, in seconds."""
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1, le=MOST_ROWS)]
+Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Number = Annotated[float, Field(ge=-1e308, le=1e308)]
+
 
 def _has_a_place(template: str) -> str:
     if template.count("{prompt}") != 1:
@@ -44,7 +59,7 @@ class RuntimeConfig(Spec):
 
     device: Device = "auto"
     """Where models run: auto takes CUDA if there is one."""
-    threads: int = Field(default=1, ge=0)
+    threads: int = Field(default=1, ge=0, le=4096)
     """Intra-op CPU threads per process; 0 leaves PyTorch's choice. Tiny models are fastest with 1: waiting
     threads spin, and slow each other down on a busy machine."""
     compile: bool = False
@@ -75,9 +90,9 @@ class Source(Spec):
     """Column with the answer, if there is one."""
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Only records whose column has one of these values: `{ domain = ["math"] }`."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many."""
-    weight: float | None = Field(default=None, gt=0.0)
+    weight: float | None = Field(default=None, gt=0.0, le=MOST)
     """Share of the file, relative to the weights of its other sources: as many prompts are used as keep the shares. If no
     source has a weight, all prompts are."""
 
@@ -100,7 +115,7 @@ class DataConfig(Spec):
     """Field with the domain of the prompt, where there are several."""
     sources: tuple[Source, ...] = ()
     """Where `tropd fetch` takes the files from."""
-    decontaminate: int | None = Field(default=None, ge=1)
+    decontaminate: int | None = Field(default=None, ge=1, le=10_000)
     """Leave out training prompts that share this many consecutive words with an evaluation problem (13 is usual); they
     are listed in rejects/. `tropd contamination` shows what it would do."""
     template: Template = "{prompt}"
@@ -108,7 +123,7 @@ class DataConfig(Spec):
     chat: bool = False
     """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
     used as it is."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many training prompts."""
     skip_bad: bool = False
     """Leave out lines that cannot be used (malformed, without text, a repeated id, too long) and list them in
@@ -137,7 +152,7 @@ class ServedTeacher(ModelConfig):
     with the same teacher; if not set, `tropd train` starts one on a free loopback port."""
     token_env: str = "TROPD_TEACHER_TOKEN"
     """Environment variable with the bearer token of that service."""
-    timeout_seconds: float = Field(default=300.0, gt=0)
+    timeout_seconds: float = Field(default=300.0, gt=0, le=WEEK)
     """How long the trainer keeps trying to get an answer before it stops, with everything saved."""
 
     @field_validator("url")
@@ -184,9 +199,9 @@ class TeacherConfig(ServedTeacher):
 class LoraSettings(Spec):
     """Low-rank adapters instead of all weights: less memory for gradients and optimiser, smaller checkpoints."""
 
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=MOST_ROWS)
     """Rank of the adapters of every linear layer."""
-    alpha: float = Field(default=64.0, gt=0.0)
+    alpha: float = Field(default=64.0, gt=0.0, le=1e6)
     """The adapters' product is scaled by alpha / rank."""
 
 
@@ -202,19 +217,19 @@ class StudentConfig(ModelConfig):
 class VllmConfig(Spec):
     """How vLLM runs a model whose `engine` is `vllm`."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     """GPUs that a model is spread over."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     """Share of a GPU's memory that vLLM takes; lower it where the student trains on the same GPU."""
-    max_model_len: int | None = Field(default=None, ge=2)
+    max_model_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)
     """Longest sequence, prompt included; the model's own limit if not set. Shorter takes less memory."""
     enforce_eager: bool = False
     """No CUDA graphs: slower, starts faster."""
     quantization: str | None = None
     """Quantisation method of the weights (`fp8`, `awq`, …); what the model says if not set."""
-    check_every: int = Field(default=10, ge=1)
+    check_every: int = Field(default=10, ge=1, le=MOST)
     """In training, steps between two checks (the first is after the first update) that engine and trainer agree."""
-    max_mean_difference: float = Field(default=0.1, gt=0.0)
+    max_mean_difference: float = Field(default=0.1, gt=0.0, le=100.0)
     """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
 
     def room(self, longest: int) -> int:
@@ -225,21 +240,21 @@ class VllmConfig(Spec):
 class PrefixesConfig(Spec):
     """Stage 1: trajectories of the teacher, from whose beginnings the student continues."""
 
-    samples_per_prompt: int = Field(default=1, ge=1)
+    samples_per_prompt: int = Field(default=1, ge=1, le=MOST_ROWS)
     """Trajectories per prompt."""
-    temperature: float = Field(default=1.0, ge=0.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Only the first this many training prompts get trajectories; on the others the student starts from the prompt."""
     keep: Literal["all", "correct"] = "all"
     """Keep all trajectories, or only those whose answer is right."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest trajectory; rollout.max_tokens if not set."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
-    shard_prompts: int = Field(default=512, ge=1)
+    shard_prompts: int = Field(default=512, ge=1, le=MOST_ROWS)
     """Prompts per shard: what a crash can cost."""
 
 
@@ -253,7 +268,7 @@ class ScoresConfig(Spec):
     precision: Precision = "float16"
     """How log-probs are stored: `float16` (exact to 11 bits), or `q8` (about two thirds of the bytes, log-probs
     exact to about 2 %; docs/cache.md has the bounds)."""
-    batch_tokens: int = Field(default=16384, ge=1)
+    batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward pass."""
 
 
@@ -264,57 +279,57 @@ class ServiceConfig(Spec):
     """Address to listen on. Anything but loopback needs a bearer token in the environment."""
     port: int = Field(default=0, ge=0, le=65535)
     """Port; 0 takes a free one."""
-    batch_tokens: int = Field(default=16384, ge=1)
+    batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward pass; small requests are scored together up to this."""
-    queue_tokens: int = Field(default=1 << 20, ge=1)
+    queue_tokens: int = Field(default=1 << 20, ge=1, le=MOST_TOKENS)
     """Tokens that may wait; beyond this a request is answered 429 with Retry-After."""
-    max_request_tokens: int = Field(default=1 << 18, ge=1)
+    max_request_tokens: int = Field(default=1 << 18, ge=1, le=MOST_TOKENS)
     """Largest request, in tokens."""
-    max_request_bytes: int = Field(default=64 << 20, ge=4096)
+    max_request_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 36)
     """Largest request body."""
 
 
 class RolloutConfig(Spec):
     """The student's responses during training."""
 
-    prompts_per_step: int = Field(default=128, ge=1)
+    prompts_per_step: int = Field(default=128, ge=1, le=MOST_ROWS)
     """Prompts per step."""
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=1, le=MOST_ROWS)
     """Responses per prompt."""
-    max_tokens: int = Field(default=8096, ge=1)
+    max_tokens: int = Field(default=8096, ge=1, le=MOST_TOKENS)
     """Longest response, teacher prefix included (the paper's number is 8,096)."""
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Sampling temperature. All log-probs and losses are at temperature 1."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
 
 
 class TrainConfig(Spec):
     """Optimisation."""
 
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=200, ge=1, le=MOST)
     """Optimiser steps."""
-    learning_rate: float = Field(default=5e-6, gt=0.0)
+    learning_rate: float = Field(default=5e-6, gt=0.0, le=1000.0)
     """Peak learning rate (AdamW)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST)
     """Steps over which the learning rate rises from 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1000.0)
     """AdamW's weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e12)
     """Gradients are scaled down to this norm."""
     max_staleness: int = Field(default=0, ge=0, le=1)
     """1: the student's responses for the next step are sampled and scored while this step trains, so by weights that are
     one update older. 0: strictly on-policy."""
-    importance_clip: float = Field(default=2.0, gt=0.0)
+    importance_clip: float = Field(default=2.0, gt=0.0, le=1e9)
     """c of the weight min(π_θ/μ, c) that corrects for responses μ of older weights or of another engine, where the
     objective does not set its own."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -325,30 +340,30 @@ class TrainConfig(Spec):
     region_gradients: bool = False
     """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
     with runtime.compile."""
-    checkpoint_every: int = Field(default=50, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1, le=MOST)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST)
     """Newest checkpoints that are kept."""
     wandb_project: str | None = Field(default=None, min_length=1)
     """Log metrics to this project of Weights & Biases too (pip install "tropd[wandb]")."""
     trace: bool = False
     """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
-    evaluate_every: int = Field(default=0, ge=0)
+    evaluate_every: int = Field(default=0, ge=0, le=MOST)
     """Steps between evaluations during training; 0 is never."""
-    evaluate_problems: int = Field(default=100, ge=1)
+    evaluate_problems: int = Field(default=100, ge=1, le=MOST)
     """Problems per such evaluation."""
 
 
 class SftConfig(Spec):
     """`tropd sft`: supervised fine-tuning on the teacher's trajectories (the paper's settings, but for the steps)."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=MOST)
     """Optimiser steps (the paper trains on 14 million samples, about 27,000 steps)."""
-    prompts_per_step: int = Field(default=512, ge=1)
+    prompts_per_step: int = Field(default=512, ge=1, le=MOST_ROWS)
     """Trajectories per step."""
-    learning_rate: float = Field(default=5e-5, gt=0.0)
+    learning_rate: float = Field(default=5e-5, gt=0.0, le=1000.0)
     """Peak learning rate; it falls to 0 as a cosine."""
-    weight_decay: float = Field(default=0.1, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0, le=1000.0)
     """AdamW's weight decay."""
     warmup_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises."""
@@ -363,17 +378,17 @@ class Benchmark(Spec):
     """JSONL file; a relative path is inside the workspace."""
     grader: GraderName | None = None
     """See evaluation.grader."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=MOST_ROWS)
     """Responses per problem: the n of avg@n."""
-    temperature: float | None = Field(default=None, gt=0.0)
+    temperature: float | None = Field(default=None, gt=0.0, le=100.0)
     """Sampling temperature."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Nucleus sampling."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest response."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
-    pass_at: tuple[int, ...] | None = None
+    pass_at: tuple[Count, ...] | None = None
     """The k of pass@k."""
     id_field: str | None = None
     """Field with a unique name of the problem."""
@@ -394,13 +409,13 @@ class HarnessTask(Spec):
     """Its name in lm-eval, such as `gpqa_diamond_cot_zeroshot`, `mmlu_redux_generative` or `ifeval`."""
     folder: str | None = None
     """Folder with task files of your own; a relative path is inside the workspace."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
-    fewshot: int | None = Field(default=None, ge=0)
+    fewshot: int | None = Field(default=None, ge=0, le=1000)
     """Examples in the prompt; what the task says if not set."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=MOST_ROWS)
     """Problems at once, where vLLM does not decide that itself."""
-    generation: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    generation: dict[str, bool | Whole | Number | str] = Field(default_factory=dict)
     """Settings of generation: `{ do_sample = true, temperature = 0.6, max_gen_toks = 8096 }`."""
     runs_code: bool = False
     """The task runs code that the model wrote. It then runs without network; where that is not possible, not at all."""
@@ -409,27 +424,27 @@ class HarnessTask(Spec):
 class EvaluationConfig(Spec):
     """Accuracy on held-out problems: before, after, and the teacher's."""
 
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=MOST_ROWS)
     """Sampled responses per problem (greedy decoding is always evaluated too)."""
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Temperature of sampled responses."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest response; rollout.max_tokens if not set."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=128, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     grader: GraderName = "pattern"
     """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
     after ####, stated, or the last number; equal as mathematics), `choice` (a letter A to J), `exact` (all of the
     response)."""
-    grading_seconds: float = Field(default=5.0, gt=0.0)
+    grading_seconds: float = Field(default=5.0, gt=0.0, le=3600.0)
     """Longest time that the comparison of one mathematical answer may take; then it is wrong."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"
     """Regular expression whose first group is the answer in a response, for the grader `pattern`."""
-    pass_at: tuple[int, ...] = ()
+    pass_at: tuple[Count, ...] = ()
     """The k of pass@k that are reported; each at most `samples`."""
     benchmarks: tuple[Benchmark, ...] = ()
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
@@ -453,25 +468,25 @@ class DemoConfig(Spec):
 
     enabled: bool = False
     """Whether `tropd prepare` makes the models and problems of this run."""
-    train_problems: int = Field(default=2000, ge=1)
+    train_problems: int = Field(default=2000, ge=1, le=MOST)
     """Training problems written to data.prompts."""
-    eval_problems: int = Field(default=500, ge=1)
+    eval_problems: int = Field(default=500, ge=1, le=MOST)
     """Held-out problems written to data.evaluation, disjoint from all others."""
-    min_operations: int = Field(default=3, ge=1)
+    min_operations: int = Field(default=3, ge=1, le=1000)
     """Fewest operations of a problem, and of those that the student was taught."""
-    max_operations: int = Field(default=5, ge=1)
+    max_operations: int = Field(default=5, ge=1, le=1000)
     """Most operations of a problem, and of those that the student was taught."""
-    train_max_operations: int | None = Field(default=None, ge=1)
+    train_max_operations: int | None = Field(default=None, ge=1, le=1000)
     """Most operations of a training prompt; max_operations (which the student was taught) if not set."""
-    eval_min_operations: int | None = Field(default=None, ge=1)
+    eval_min_operations: int | None = Field(default=None, ge=1, le=1000)
     """Fewest operations of a held-out problem; min_operations if not set."""
-    eval_max_operations: int | None = Field(default=None, ge=1)
+    eval_max_operations: int | None = Field(default=None, ge=1, le=1000)
     """Most operations of a held-out problem; max_operations if not set."""
-    teacher_steps: int = Field(default=800, ge=1)
+    teacher_steps: int = Field(default=800, ge=1, le=MOST)
     """Supervised steps of the teacher."""
-    student_steps: int = Field(default=1000, ge=1)
+    student_steps: int = Field(default=1000, ge=1, le=MOST)
     """Supervised steps of the student on clean chains."""
-    spoil_steps: int = Field(default=120, ge=0)
+    spoil_steps: int = Field(default=120, ge=0, le=MOST)
     """Steps that spoil the student afterwards, so that there is something to distil."""
     spoil: Literal["noisy", "terse"] = "noisy"
     """`noisy`: wrong intermediate results and some terse answers (mild); `terse`: another format (mismatch)."""

@@ -11,12 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_FACTOR = 1e9
+"""Bound of factors, and of advantages and entropies in nats."""
+
 
 class Spec(BaseModel):
-    """Base of all configuration: unknown fields are refused, instances are immutable."""
+    """Base of all configuration: unknown fields, infinities and NaN are refused, instances are immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -67,7 +74,7 @@ class TeacherEntropyPartition(Spec):
     """Every token is trusted; where the teacher's entropy reaches the threshold, the outlier estimator is added."""
 
     rule: Literal["teacher_entropy"] = "teacher_entropy"
-    threshold: float = Field(default=0.8, ge=0.0)
+    threshold: float = Field(default=0.8, ge=0.0, le=MOST_FACTOR)
     """Full-vocabulary teacher entropy in nats from which a token counts (EOPD: 0.8)."""
 
 
@@ -97,7 +104,7 @@ class K1(Spec):
     """Policy gradient on the sampled token: -sg[A]·log π_S, with A = log π_T - log π_S unless changed below."""
 
     estimator: Literal["k1"] = "k1"
-    floor: float | None = Field(default=None, lt=0.0)
+    floor: float | None = Field(default=None, ge=-MOST_FACTOR, lt=0.0)
     """Advantages below this are raised to it (REOPOLD, 'clip'); none by default."""
     proximal: float | None = Field(default=None, gt=0.0, le=1.0)
     """α of the proximal teacher α·π_T + (1-α)·π_S: A becomes log(α·e^A + 1-α) (TOP-D)."""
@@ -107,7 +114,7 @@ class K1(Spec):
     """Subtract the mean and divide by the standard deviation of the rollouts of the same prompt (TOP-D)."""
     baseline: Literal["none", "kl"] = "none"
     """`kl` adds KL(π_S‖π_T), a state's expected advantage with the sign turned: a control variate (vOPD)."""
-    reward_scale: float = Field(default=1.0, gt=0.0)
+    reward_scale: float = Field(default=1.0, gt=0.0, le=MOST_FACTOR)
     """λ: A = λ(log π_T - log π_ref) - (log π_S - log π_ref); 1 is plain K1 (ExOPD: 1.25)."""
 
 
@@ -151,7 +158,7 @@ class Region(Spec):
 
     loss: Estimator = Zero()
     """The estimator."""
-    weight: float = Field(default=1.0, ge=0.0)
+    weight: float = Field(default=1.0, ge=0.0, le=MOST_FACTOR)
     """Factor on the region's loss."""
 
 
@@ -183,7 +190,7 @@ class AdvantageFloorMask(_Phase):
     """Only tokens whose log π_T - log π_S is at least the floor (REOPOLD phase I)."""
 
     kind: Literal["advantage_floor"] = "advantage_floor"
-    floor: float = Field(default=-2.558427881104495, lt=0.0)
+    floor: float = Field(default=-2.558427881104495, ge=-MOST_FACTOR, lt=0.0)
     """Smallest log-ratio that is kept; the default is log(λ)/(1-λ) at λ = 0.1."""
 
 
@@ -199,7 +206,7 @@ class PrefixImportance(_Phase):
     """1 + γ(1 - share of Σ|A| that lies before the token): early tokens weigh more (IW-OPD)."""
 
     kind: Literal["prefix_importance"] = "prefix_importance"
-    gamma: float = Field(default=0.5, ge=0.0)
+    gamma: float = Field(default=0.5, ge=0.0, le=MOST_FACTOR)
     """γ."""
 
 
@@ -209,9 +216,9 @@ class OverlapDrift(_Phase):
     kind: Literal["overlap_drift"] = "overlap_drift"
     threshold: float = Field(default=0.7, ge=0.0, le=1.0)
     """Overlap of student's and teacher's top k below which a token counts as drift."""
-    drop: float = Field(default=0.01, ge=0.0)
+    drop: float = Field(default=0.01, ge=0.0, le=MOST_FACTOR)
     """Weight lost per drifted token."""
-    base: float = Field(default=0.5, ge=0.0)
+    base: float = Field(default=0.5, ge=0.0, le=MOST_FACTOR)
     """Weight that remains."""
 
 
@@ -242,7 +249,7 @@ class Schedule(Spec):
 class Importance(Spec):
     """Correction where the rollout engine's probabilities differ from the trainer's."""
 
-    clip: float | None = Field(default=None, gt=0.0)
+    clip: float | None = Field(default=None, gt=0.0, le=MOST_FACTOR)
     """c of the detached weight min(π_θ/μ, c) on K1 terms; no correction by default."""
 
 

@@ -30,6 +30,7 @@ from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
 from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import Manifest, read_manifest
+from tropd.storage.toml_text import read_text
 from tropd.storage.workspace import Workspace
 
 
@@ -76,7 +77,7 @@ def _build_report(workspace: Workspace) -> Report:
         samples=samples,
         acceptance=summarize_samples(acceptance_map),
         acceptance_map=acceptance_map,
-        config=_finite(to_plain(resolved.config)) if resolved else None,
+        config=to_plain(resolved.config) if resolved else None,
         config_sources=_given_values(resolved) if resolved else {},
         provenance=describe_provenance(manifests),
         missing=missing,
@@ -86,8 +87,8 @@ def _build_report(workspace: Workspace) -> Report:
 def _read_config(workspace: Workspace, missing: list[str]) -> ResolvedConfig | None:
     path = workspace.config_path
     try:
-        return parse_config(path.read_text(encoding="utf-8"), where=path.name)
-    except FileNotFoundError:
+        if path.exists():
+            return parse_config(read_text(path, path.name), where=path.name)
         missing.append(f"config: there is no {path.name}")
     except (TropdError, OSError, ValueError) as error:
         missing.append(f"config: {error}")

@@ -1,0 +1,205 @@
+"""What is wrong with given settings, in words: refusals of the schema, each with where its value came from, and warnings
+about values that are possible but hardly meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tropd.pipeline.config import Config
+from tropd.storage.errors import ConfigError
+from tropd.storage.toml_text import Plain, line_of
+
+Location = tuple[str | int, ...]
+Checked = TypeVar("Checked", bound=BaseModel)
+
+DISCRIMINATORS = ("rule", "estimator", "kind")
+_HIGH_RATE = (
+    "updates of AdamW are about as large as the learning rate; 1e-6 to 1e-4 are usual, 1e-3 for tiny models"
+)
+_HIGH_TEMPERATURE = "above 2 nearly every token is noise"
+
+UNUSUAL: Sequence[tuple[str, Callable[[Any], bool], str]] = (
+    ("train.learning_rate", lambda rate: rate >= 1e-2, _HIGH_RATE),
+    ("sft.learning_rate", lambda rate: rate >= 1e-2, _HIGH_RATE),
+    (
+        "train.betas",
+        lambda betas: min(betas) < 0.5,
+        "below 0.5 a moment is little more than the last gradient",
+    ),
+    ("train.weight_decay", lambda decay: decay > 1, "0 to 0.1 is usual"),
+    ("sft.weight_decay", lambda decay: decay > 1, "0 to 0.1 is usual"),
+    ("train.max_grad_norm", lambda norm: norm < 1e-3, "nearly every step is scaled down"),
+    (
+        "train.importance_clip",
+        lambda clip: clip < 1,
+        "below 1 it lowers the weight of tokens that need no correction",
+    ),
+    ("prefixes.temperature", lambda temperature: temperature > 2, _HIGH_TEMPERATURE),
+    ("rollout.temperature", lambda temperature: temperature > 2, _HIGH_TEMPERATURE),
+    ("evaluation.temperature", lambda temperature: temperature > 2, _HIGH_TEMPERATURE),
+    ("prefixes.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
+    ("rollout.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
+    ("evaluation.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
+    ("scores.mass", lambda mass: mass < 0.5, "most of what the teacher says is then not cached"),
+    ("objective.trust.weight", lambda weight: weight > 100, "0 to 1 is usual"),
+    ("objective.outlier.weight", lambda weight: weight > 100, "0 to 1 is usual"),
+    ("objective.guidance.weight", lambda weight: weight > 100, "0 to 1 is usual"),
+    (
+        "evaluation.grading_seconds",
+        lambda seconds: seconds > 600,
+        "one answer may hold up everything for so long",
+    ),
+    ("teacher.timeout_seconds", lambda seconds: seconds < 1, "a service under load takes longer to answer"),
+)
+"""Fields, when a value is unusual, and what is to be said about it."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where values come from."""
+
+    where: str
+    """What is read: a file, or what stands for one."""
+    text: str
+    """Its text."""
+    sources: Mapping[str, str]
+    """Dotted path of each leaf that is given → ``where``, the override, or the recipe that it comes from."""
+
+    def given(self, path: Location) -> str | None:
+        """Where the value of a path, or what is around it, comes from; None if it is not given."""
+        for length in range(len(path), 0, -1):
+            source = self.sources.get(_dotted(path[:length]))
+            if source is not None:
+                return self._with_line(path) if source == self.where else source
+        return None
+
+    def of(self, path: Location) -> str:
+        """As ``given``; of a table, where all that is in it comes from, or else what is read."""
+        below = {source for leaf, source in self.sources.items() if leaf.startswith(f"{_dotted(path)}.")}
+        alone = below.pop() if len(below) == 1 else self.where
+        return self.given(path) or (self._with_line(path) if alone == self.where else alone)
+
+    def _with_line(self, path: Location) -> str:
+        for length in range(len(path), 0, -1):
+            line = line_of(self.text, path[:length])
+            if line is not None:
+                return f"{self.where} line {line}"
+        return self.where
+
+
+def unusual(config: Config, origins: Origins) -> list[str]:
+    """A sentence for each value that is possible, but hardly meant."""
+    found = []
+    for path, is_unusual, reason in UNUSUAL:
+        value = attrgetter(path)(config)
+        if is_unusual(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            found.append(f"{path} = {shown} is unusual: {reason} ({origins.of(tuple(path.split('.')))})")
+    return found
+
+
+def checked(model: type[Checked], data: Plain, origins: Origins, prefix: Location = ()) -> Checked:
+    """Data of TOML as a specification. Types are taken at their word: 1 is no boolean, true no number, "1" neither.
+
+    Raises:
+        ConfigError: a line for every problem: where the value comes from, the field, and what it takes.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        lines = [_sentence(model, problem, origins, prefix) for problem in error.errors()]
+        raise ConfigError(
+            "\n  ".join(dict.fromkeys(lines)), hint="tropd config explain FIELD shows what a field takes"
+        ) from error
+
+
+def _sentence(model: type[BaseModel], problem: Any, origins: Origins, prefix: Location) -> str:
+    path = (*prefix, *(part for part in problem["loc"] if part not in _TAGS))
+    message = _explained(model, problem)
+    named = f"{_dotted(path)}: " if path else ""
+    if problem["type"] != "value_error" or not isinstance(problem.get("input"), dict):
+        return f"{origins.of(path)}: {named}{message}"
+    # Several fields do not go together; the message names them.
+    words = dict.fromkeys(re.findall(r"\w+(?:\.\w+)*", message))
+    places = {word: origins.given((*path, *word.split("."))) for word in words}
+    given = [f"{word}: {place}" for word, place in places.items() if place is not None]
+    return f"{named}{message} ({'; '.join(given)})" if given else f"{origins.of(path)}: {named}{message}"
+
+
+def _dotted(path: Location) -> str:
+    return ".".join(str(part) for part in path)
+
+
+# What pydantic puts into locations for the members of unions.
+# fmt: off
+_TAGS = frozenset({
+    "all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy",
+    "zero", "k1", "nll", "topk_fkl", "topk_rkl", "topk_jsd",
+    "student_entropy_top", "advantage_floor", "soft_or_top", "prefix_importance", "overlap_drift",
+})
+# fmt: on
+
+
+def _explained(model: type[BaseModel], problem: Any) -> str:
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        name = str(problem["loc"][-1])
+        valid = _siblings(model, problem["loc"])
+        return f"unknown field; {closest(name, valid)}valid: {', '.join(valid)}" if valid else "unknown field"
+    if kind == "missing":
+        return "required, but not given"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    shown = problem.get("input")
+    return message if isinstance(shown, dict | list) else f"{message} (got {_SHORT.repr(shown)})"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlong = 50
+
+
+def closest(name: str, candidates: Sequence[str]) -> str:
+    """``did you mean …? ``, if one of the candidates is like the name; else nothing."""
+    close = difflib.get_close_matches(name[:100], candidates, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names that are valid where an unknown one was given."""
+    current: Any = model
+    for part in location[:-1]:
+        fields = getattr(current, "model_fields", {})
+        if part in fields:
+            current = fields[part].annotation
+            continue
+        members = getattr(current, "__args__", ())
+        tagged = [
+            m
+            for m in _flatten_union(members)
+            if any(m.model_fields.get(d) and m.model_fields[d].default == part for d in DISCRIMINATORS)
+        ]
+        if tagged:
+            current = tagged[0]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def _flatten_union(members: Sequence[Any]) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = []
+    for member in members:
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            found.append(member)
+        else:
+            found.extend(_flatten_union(getattr(member, "__args__", ())))
+    return found
