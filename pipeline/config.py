@@ -73,7 +73,7 @@ class Source(Spec):
 
     dataset: str = Field(min_length=1)
     """A name on the Hugging Face hub, a directory (a dataset's files, or what the `datasets` library has saved), or a
-    .jsonl, .json, .csv or .parquet file; a relative path is inside the workspace."""
+    file (JSON lines, a JSON array, Parquet or .csv); a relative path is inside the workspace."""
     file: str | None = None
     """File of the workspace that it is written to; data.prompts if not set."""
     domain: str = ""
@@ -85,9 +85,10 @@ class Source(Spec):
     split: str = "train"
     """Split of the dataset."""
     prompt: str = "prompt"
-    """Column with the prompt; dots lead into lists and objects: `conversations.0.value`."""
+    """Column with the prompt: a text, or with data.chat = true a list of messages. Dots lead into lists and objects, here
+    and in the other columns: `conversations.0.value`."""
     answer: str | None = None
-    """Column with the answer, if there is one."""
+    """Column with the answer, if there is one; each record then needs it."""
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Only records whose column has one of these values: `{ domain = ["math"] }`."""
     limit: int | None = Field(default=None, ge=1, le=MOST)

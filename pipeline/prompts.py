@@ -107,12 +107,18 @@ def refuse(path: Path, rejects: Sequence[Reject]) -> None:
     if not rejects:
         return
     unit = record_unit(path)
-    shown = "\n    ".join(f"{unit} {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN])
-    more = f"\n    and {len(rejects) - MAX_SHOWN} more" if len(rejects) > MAX_SHOWN else ""
     raise DataError(
-        f"{path} has {len(rejects)} bad {unit}(s):\n    {shown}{more}",
+        f"{path} has {len(rejects)} bad {unit}(s):\n    {listed(rejects, unit)}",
         hint="mend or delete them, or leave them out with --skip-bad (data.skip_bad = true)",
     )
+
+
+def listed(rejects: Sequence[Reject], unit: str) -> str:
+    """The first few with their reasons, one a line; ``unit`` is what their numbers count."""
+    shown = [f"{unit} {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN]]
+    if len(rejects) > MAX_SHOWN:
+        shown.append(f"and {len(rejects) - MAX_SHOWN} more")
+    return "\n    ".join(shown)
 
 
 def write_rejects(source: Path, rejects: Sequence[Reject], target: Path) -> None:
@@ -165,6 +171,20 @@ def prompt_text(
     return text, ()
 
 
+def answer_text(record: Mapping[str, Any], path: str, setting: str) -> str:
+    """The answer of a record, where one is needed; arguments as of ``prompt_text``.
+
+    Raises:
+        ValueError: there is none, or it is no text.
+    """
+    answer = field_text(record, path, setting)
+    if answer is None:
+        raise ValueError(f"no field {path!r} (fields: {field_names(record)}; see {setting})")
+    if not answer.strip():
+        raise ValueError(f"field {path!r} is empty, and an answer is needed")
+    return answer
+
+
 def short(text: str) -> str:
     """A name as it is quoted in messages."""
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}…"
@@ -174,28 +194,20 @@ def _prompt(record: Mapping[str, Any], number: int, config: DataConfig, need_ans
     text, messages = prompt_text(record, config.prompt_field, "data.prompt_field", chat=config.chat)
     messages = in_template(messages, config.template) if messages else ()
     name = field_text(record, config.id_field, "data.id_field")
+    try:
+        answer: str | None = answer_text(record, config.answer_field, "data.answer_field")
+    except ValueError:
+        if need_answer:
+            raise
+        answer = None  # nobody will ask for it
     return Prompt(
         id=str(number) if name is None else name,
         text=as_text(messages) if messages else config.template.replace("{prompt}", text),
-        answer=_answer(record, config.answer_field, need_answer),
+        answer=answer,
         domain=field_text(record, config.domain_field, "data.domain_field") or "",
         line=number,
         messages=messages,
     )
-
-
-def _answer(record: Mapping[str, Any], path: str, needed: bool) -> str | None:
-    try:
-        answer = field_text(record, path, "data.answer_field")
-        if answer is not None and not answer.strip():
-            raise ValueError(f"field {path!r} is empty, and an answer is needed")
-        if answer is None and needed:
-            raise ValueError(f"no field {path!r} (fields: {field_names(record)}; see data.answer_field)")
-    except ValueError:
-        if needed:
-            raise
-        return None  # nobody will ask for it
-    return answer
 
 
 def encode_prompts(

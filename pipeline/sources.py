@@ -10,16 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tropd.pipeline.config import DataConfig, Source, to_plain
 from tropd.pipeline.context import Run
+from tropd.pipeline.problems.messages import Message
+from tropd.pipeline.prompts import MAX_SHOWN, Reject, answer_text, listed, prompt_text
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
+from tropd.storage.fields import field_names, field_text, value_at
+from tropd.storage.records import Record, read_records
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+Ask = str | list[Message]
+"""A prompt as it is written into the file: a text, or a conversation."""
+
 # A workspace whose files were put there by hand has no such record; the files are left alone.
 RECORD_SUFFIX = ".sources.json"
 
@@ -29,7 +37,7 @@ def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -
 
     Raises:
         ConfigError: the ``datasets`` library is missing, data cannot be reached, or a file was made of other sources.
-        DataError: a column is missing, or nothing is left.
+        DataError: records cannot be used (``data.skip_bad`` leaves them out), or nothing is left.
     """
     data = run.config.data
     files: dict[str, list[Source]] = defaultdict(list)
@@ -55,8 +63,15 @@ def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -
 def _earlier(file: str, record_path: Path, wanted: list[dict[str, Any]]) -> dict[str, Any]:
     if not record_path.exists():
         return {}
-    record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
-    if record.get("sources") != wanted:
+    try:
+        record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+        sources = record["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{record_path}, which says what {file} was made of, cannot be read",
+            hint=f"delete it to keep {file} as it is, or make both anew with tropd fetch --force",
+        ) from None
+    if sources != wanted:
         raise ConfigError(
             f"{file} was made of other sources than data.sources names now ({record_path.name} has them)",
             hint="tropd fetch --force makes it anew; stages made with the old file then refuse to go on",
@@ -68,7 +83,12 @@ def _mixed(
     run: Run, file: str, sources: Sequence[Source], data: DataConfig
 ) -> tuple[list[str], dict[str, Any]]:
     seen: set[str] = set()
-    found = [list(_records(run, file, source, seen)) for source in sources]
+    bad: list[list[Reject]] = [[] for _ in sources]
+    found = [
+        list(_records(run, source, _stream(run, file, source), seen, rejects))
+        for source, rejects in zip(sources, bad, strict=True)
+    ]
+    _report_bad(run, file, sources, bad)
     for source, records in zip(sources, found, strict=True):
         if not records:
             raise DataError(f"{source.dataset} ({source.split}) has no record with {dict(source.where)}")
@@ -77,7 +97,10 @@ def _mixed(
     for index, number in interleaved(counts):
         source, (prompt, answer) = sources[index], found[index][number]
         name = source.domain or (str(index) if len(sources) > 1 else "")
-        line = {data.id_field: f"{name}-{number}" if name else str(number), data.prompt_field: prompt}
+        line: dict[str, Any] = {
+            data.id_field: f"{name}-{number}" if name else str(number),
+            data.prompt_field: prompt,
+        }
         if answer is not None:
             line[data.answer_field] = answer
         if source.domain:
@@ -88,6 +111,20 @@ def _mixed(
         for s, f, n in zip(sources, found, counts, strict=True)
     ]
     return lines, {"prompts": len(lines), "parts": shares}
+
+
+def _report_bad(run: Run, file: str, sources: Sequence[Source], bad: Sequence[Sequence[Reject]]) -> None:
+    """List the records that were left out."""
+    if not (count := sum(map(len, bad))):
+        return
+    target = run.workspace.root / "rejects" / f"fetch-{Path(file).stem}.jsonl"
+    lines = [
+        json.dumps({"dataset": source.dataset, "line": reject.line, "reason": reject.reason}) + "\n"
+        for source, rejects in zip(sources, bad, strict=True)
+        for reject in rejects
+    ]
+    write_text_atomic(target, "".join(lines))
+    run.reporter.warning(f"{file}: {count} bad record(s) of its sources left out, listed in {target}")
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
@@ -114,39 +151,73 @@ def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
     return [(index, number) for _, index, number in sorted(places)]
 
 
-def _records(run: Run, file: str, source: Source, seen: set[str]) -> Iterator[tuple[str, str | None]]:
-    """Prompt and answer of the records that are wanted; a prompt counts once."""
+def _records(
+    run: Run, source: Source, records: Iterable[Record], seen: set[str], rejects: list[Reject]
+) -> Iterator[tuple[Ask, str | None]]:
+    """Prompt and answer of the records that are wanted; a prompt counts once. Others are added to ``rejects``.
+
+    Raises:
+        DataError: some are bad, and ``data.skip_bad`` is off.
+    """
     taken = 0
-    for record in _stream(run, file, source):
-        if any(str(_column(record, name)) not in wanted for name, wanted in source.where.items()):
+    for record in records:
+        try:
+            if record.fields is None:
+                raise ValueError(record.problem)
+            if not _wanted(record.fields, source.where):
+                continue
+            text, messages = prompt_text(record.fields, source.prompt, "prompt", chat=run.config.data.chat)
+            answer = None if source.answer is None else answer_text(record.fields, source.answer, "answer")
+        except ValueError as error:
+            rejects.append(Reject(record.number, str(error)))
+            if len(rejects) == MAX_SHOWN and not run.config.data.skip_bad:
+                break
             continue
-        prompt = str(_column(record, source.prompt))
-        if prompt in seen or not prompt.strip():
+        prompt: Ask = list(messages) if messages else text
+        key = json.dumps(prompt)
+        if key in seen:
             continue
-        seen.add(prompt)
-        yield prompt, None if source.answer is None else str(_column(record, source.answer))
+        seen.add(key)
+        yield prompt, answer
         taken += 1
         if taken == source.limit:
-            return
+            break
+    if rejects and not run.config.data.skip_bad:
+        raise DataError(
+            f"{source.dataset} ({source.split}) has records that cannot be used:\n    {listed(rejects, 'record')}",
+            hint="name other columns in data.sources, mend them, or leave them out with --set data.skip_bad=true",
+        )
 
 
-def _stream(run: Run, file: str, source: Source) -> Iterator[Mapping[str, Any]]:
+def _wanted(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> bool:
+    for path, wanted in where.items():
+        value = value_at(record, path)
+        if value is None and path.split(".")[0] not in record:
+            raise ValueError(f"no field {path!r} for where (fields: {field_names(record)})")
+        text = str(value).lower() if isinstance(value, bool) else field_text(record, path, "where")
+        if text not in wanted and not (isinstance(value, bool) and str(value) in wanted):
+            return False
+    return True
+
+
+def _stream(run: Run, file: str, source: Source) -> Iterator[Record]:
+    path = run.workspace.resolve(source.dataset)
+    if path.is_file():
+        yield from read_records(path)
+        return
+    for number, fields in enumerate(_from_library(path, file, source), start=1):
+        yield Record(number, fields)
+
+
+def _from_library(path: Path, file: str, source: Source) -> Iterator[Mapping[str, Any]]:
     try:
         import datasets
     except ImportError:
         raise ConfigError(
             "fetching prompts needs the Hugging Face datasets library", hint='pip install "tropd[datasets]"'
         ) from None
-    path = run.workspace.resolve(source.dataset)
     try:
-        if path.is_file():
-            reader = READERS.get(path.suffix)
-            if reader is None:
-                raise ConfigError(
-                    f"{path}: what kind of file is it?", hint=f"its name has to end with {', '.join(READERS)}"
-                )
-            yield from datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
-        elif (path / "dataset_dict.json").is_file():
+        if (path / "dataset_dict.json").is_file():
             yield from datasets.load_from_disk(str(path))[source.split]
         elif (path / "state.json").is_file():
             yield from datasets.load_from_disk(str(path))
@@ -155,18 +226,8 @@ def _stream(run: Run, file: str, source: Source) -> Iterator[Mapping[str, Any]]:
             yield from datasets.load_dataset(
                 name, source.subset, split=source.split, revision=source.revision, streaming=True
             )
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"{source.dataset} ({source.split}) cannot be read: {error}",
             hint=f"check the name and the network, or put the prompts into {file} yourself, one JSON object per line",
         ) from error
-
-
-def _column(record: Mapping[str, Any], path: str) -> Any:
-    value: Any = record
-    for step in path.split("."):
-        try:
-            value = value[int(step)] if step.isdigit() else value[step]
-        except (KeyError, IndexError, TypeError):
-            raise DataError(f"no column {path!r}; there are {', '.join(sorted(record))}") from None
-    return value

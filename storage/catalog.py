@@ -3,7 +3,7 @@
 ============= ==================================================================== =======================
 view          columns                                                              from
 ============= ==================================================================== =======================
-prompts       file, line, prompt_id, record (the line's JSON: record->>'prompt')   data/\\*.jsonl
+prompts       file, line, prompt_id, record (its JSON: record->>'prompt')          data/\\*, prompt files
 trajectories  as in ``trajectories.SCHEMA``                                        prefixes/\\*.parquet
 tokens        prompt_id, sample_index, position, token, sampled_logprob (of the    prefixes/\\*.parquet,
               model that sampled), teacher_logprob, num_alternatives,              scores/\\*.zarr
@@ -33,7 +33,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tropd.storage.errors import DamagedShardError, DataError, TropdError
+from tropd.storage.fields import field_text
 from tropd.storage.manifest import read_manifest
+from tropd.storage.records import read_records
 from tropd.storage.topk_cache import read_topk
 from tropd.storage.trajectories import SCHEMA as TRAJECTORIES
 from tropd.storage.workspace import Workspace
@@ -68,6 +70,9 @@ EVALUATIONS = pa.schema(
     ]
 )
 _LINES_PER_BATCH = 4096
+_PROMPT_FILES = {".jsonl", ".json", ".parquet", ".csv"}
+_ABOUT = ".sources.json"
+"""How names of files end that say what a prompt file was made of."""
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _LOCK_DOWN = """
     SET autoinstall_known_extensions = false;
@@ -195,22 +200,27 @@ def _dataset(folder: Path, schema: pa.Schema) -> Any:
 
 
 def _prompts(folder: Path) -> Iterator[pa.RecordBatch]:
-    for path in sorted(folder.glob("*.jsonl")):
+    files = [p for p in sorted(folder.glob("*")) if p.suffix in _PROMPT_FILES and not p.name.endswith(_ABOUT)]
+    for path in files:
         rows: list[dict[str, Any]] = []
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict):
-                    name = str(record.get("id", number))
-                    rows.append(
-                        {"file": path.name, "line": number, "prompt_id": name, "record": line.strip()}
-                    )
-                if len(rows) == _LINES_PER_BATCH:
-                    yield pa.RecordBatch.from_pylist(rows, schema=PROMPTS)
-                    rows = []
+        for record in read_records(path):
+            if record.fields is None:
+                continue
+            try:
+                name = field_text(record.fields, "id", "")
+            except ValueError:
+                name = None
+            rows.append(
+                {
+                    "file": path.name,
+                    "line": record.number,
+                    "prompt_id": str(record.number) if name is None else name,
+                    "record": record.whole,
+                }
+            )
+            if len(rows) == _LINES_PER_BATCH:
+                yield pa.RecordBatch.from_pylist(rows, schema=PROMPTS)
+                rows = []
         yield pa.RecordBatch.from_pylist(rows, schema=PROMPTS)
 
 

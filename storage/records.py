@@ -58,9 +58,14 @@ class Record:
     """The record as it is in the file, its beginning if it is long; what is no text is escaped. Empty for Parquet."""
 
     @property
-    def shown(self) -> str:
+    def whole(self) -> str:
         """The record as text, whatever the file was."""
-        text = self.text or json.dumps(self.fields, ensure_ascii=False, default=str)
+        return self.text or json.dumps(self.fields, ensure_ascii=False, default=str)
+
+    @property
+    def shown(self) -> str:
+        """The beginning of it."""
+        text = self.whole
         return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 

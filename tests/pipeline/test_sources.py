@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     else:
         datasets.Dataset.from_list(records).save_to_disk(str(path))
     return path
+
+
+def changed(run: Run, **data: Any) -> Run:
+    config = run.config.model_copy(update={"data": run.config.data.model_copy(update=data)})
+    return replace(run, resolved=replace(run.resolved, config=config))
 
 
 def numbered(name: str, count: int) -> list[dict[str, Any]]:
@@ -135,10 +141,16 @@ def test_files_that_a_person_put_there_are_left_alone(run: Run) -> None:
         (
             {"dataset": "raw.jsonl", "prompt": "question"},
             DataError,
-            "no column 'question'; there are answer, prompt",
+            r"record 1: no text in field 'question' \(fields: answer, prompt; see prompt\)",
         ),
         ({"dataset": "raw.jsonl", "where": {"answer": ("x",)}}, DataError, "has no record with"),
-        ({"dataset": "raw.txt"}, ConfigError, "what kind of file is it"),
+        ({"dataset": "raw.jsonl", "answer": "key"}, DataError, "record 1: no field 'key'"),
+        (
+            {"dataset": "raw.jsonl", "where": {"kind": ("x",)}},
+            DataError,
+            "record 1: no field 'kind' for where",
+        ),
+        ({"dataset": "raw.txt"}, DataError, "record 1: not valid JSON"),
         ({"dataset": "/nowhere/at/all"}, ConfigError, r"put the prompts into data/train\.jsonl"),
     ],
 )
@@ -182,3 +194,68 @@ def test_interleaving_has_every_line_once_and_evenly(counts: list[int]) -> None:
         for end in range(1, len(order) + 1):
             so_far = sum(1 for i, _ in order[:end] if i == index)
             assert abs(so_far - count * end / len(order)) <= len(counts)
+
+
+MIXED = [
+    {"prompt": "p1", "answer": 42, "kind": True},
+    {"prompt": "p2", "answer": 42.0},
+    {"prompt": "p3", "answer": True},
+    {"prompt": "p4", "answer": ["1", "2"]},
+    {"prompt": "p5", "answer": ""},
+    {"prompt": "p6", "answer": 1e16},
+    {"prompt": [{"role": "user", "content": "p7"}], "answer": "7"},
+    {"prompt": None, "answer": "8"},
+]
+
+
+def test_values_are_read_as_a_run_reads_them_or_refused(run: Run) -> None:
+    write(run.workspace.root / "raw.jsonl", MIXED)
+    source = Source(dataset="raw.jsonl", answer="answer")
+    with pytest.raises(DataError) as caught:
+        fetch_sources(run, [source])
+    for words in (
+        "record 3: field 'answer' is true",
+        "record 4: field 'answer' is a list of 2 values, not text; name one of its values: answer = \"answer.0\"",
+        "record 5: field 'answer' is empty",
+        'record 7: .*set data.chat = true, or name one text: prompt = "prompt.0.content"',
+        "record 8: no text in field 'prompt'",
+        "data.skip_bad=true",
+    ):
+        assert re.search(words, str(caught.value)), words
+    assert not (run.workspace.root / "data" / "train.jsonl").exists()
+    fetch_sources(changed(run, skip_bad=True), [source])
+    assert [(line["prompt"], line["answer"]) for line in lines(run)] == [
+        ("p1", "42"),
+        ("p2", "42"),
+        ("p6", "1" + "0" * 16),
+    ]
+    rejects = lines(run, "rejects/fetch-train.jsonl")
+    assert [(r["dataset"], r["line"]) for r in rejects] == [("raw.jsonl", n) for n in (3, 4, 5, 7, 8)]
+
+
+def test_conversations_are_written_as_they_are_read(run: Run) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
+    reply = {"role": "assistant", "content": "2"}
+    write(
+        run.workspace.root / "raw.jsonl",
+        [{"messages": [*talk, reply]}, {"messages": talk}, {"messages": talk[1:]}],
+    )
+    fetch_sources(chatting := changed(run, chat=True), [Source(dataset="raw.jsonl", prompt="messages")])
+    assert [line["prompt"] for line in lines(run)] == [talk, "1+1="]
+    prompts, rejects = scan_prompts(run.workspace.resolve("data/train.jsonl"), chatting.config.data)
+    assert ([list(p.turns) for p in prompts], rejects) == ([talk, talk[1:]], [])
+
+
+def test_integers_with_gaps_keep_their_form_whatever_the_library_makes_of_them(run: Run) -> None:
+    (folder := run.workspace.root / "raw").mkdir()
+    (folder / "train.csv").write_text("prompt,answer,n\np1,42,1\np2,43,\n")
+    fetch_sources(run, [Source(dataset="raw", answer="answer", where={"n": ("1",)})])
+    assert [line["answer"] for line in lines(run)] == ["42"]
+
+
+def test_a_record_of_sources_that_cannot_be_read_is_named(run: Run) -> None:
+    write(run.workspace.root / "raw.jsonl", numbered("q", 1))
+    fetch_sources(run, [Source(dataset="raw.jsonl")])
+    (run.workspace.root / "data" / "train.jsonl.sources.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"train.jsonl.sources.json.* cannot be read(.|\n)*--force"):
+        fetch_sources(run, [Source(dataset="raw.jsonl")])

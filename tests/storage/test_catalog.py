@@ -136,8 +136,16 @@ def test_evaluations_and_prompts(workspace: Workspace) -> None:
     (workspace.root / "data" / "train.jsonl").write_text(
         '{"id": "a", "prompt": "1+1="}\nbad\n\n{"prompt": "x"}\n'
     )
+    (workspace.root / "data" / "eval.json").write_text('[{"id": null, "prompt": "é"}]', encoding="utf-16")
+    (workspace.root / "data" / "train.jsonl.sources.json").write_text("[{}]")
+    pq.write_table(pa.table({"id": [7.0], "prompt": ["y"]}), workspace.root / "data" / "more.parquet")
     found = run_query(workspace, "select file, line, prompt_id, record->>'prompt' from prompts").rows
-    assert found == [("train.jsonl", 1, "a", "1+1="), ("train.jsonl", 4, "4", "x")]
+    assert found == [
+        ("eval.json", 1, "1", "é"),
+        ("more.parquet", 1, "7", "y"),
+        ("train.jsonl", 1, "a", "1+1="),
+        ("train.jsonl", 4, "4", "x"),
+    ]
 
 
 @pytest.mark.parametrize(
