@@ -15,7 +15,9 @@ from tropd.pipeline.configuration import ResolvedConfig
 from tropd.pipeline.decontamination import find_overlaps
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.model_files import check_for_vllm
 from tropd.pipeline.models import (
+    check_model,
     configure_runtime,
     context_length,
     load_generation_config,
@@ -96,10 +98,11 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     settings: ModelConfig = getattr(run.config, role)
     device = configure_runtime(run.config.runtime)
     folder = folder or model_directory(run.workspace, settings, role)
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     model = load_model(
         folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
     )
-    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 
 
@@ -130,6 +133,9 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
     folder = folder or model_directory(run.workspace, settings, role)
     config = load_model_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
+    if not in_training:
+        check_for_vllm(folder)
     return VllmEngine(
         folder,
         stop_token_ids(load_generation_config(folder), tokenizer),
@@ -253,10 +259,15 @@ def _usable_prompts(
 
 
 def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
-    """Fingerprint fields of a model: weights, tokenizer, precision."""
+    """Fingerprint fields of a model: weights, tokenizer, precision. A model that is not whole has none.
+
+    Raises:
+        ConfigError, DataError: see ``check_model``.
+    """
     settings: ModelConfig = getattr(run.config, role)
     folder = folder or model_directory(run.workspace, settings, role)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     return {
         f"{role}.weights": weights_digest(folder),
         f"{role}.tokenizer": tokenizer_identity(tokenizer).digest,

@@ -1,4 +1,4 @@
-"""Loading causal LMs and tokenizers, their identity (hashes), and whether two of them fit together."""
+"""Loading causal LMs and tokenizers, whole or not at all, and their identity (hashes). There is no other door to them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tropd.pipeline.allocator import keep_freed_memory
 from tropd.pipeline.attention import FLOAT32_SDPA
 from tropd.pipeline.config import Device, Dtype, ModelConfig, RuntimeConfig
+from tropd.pipeline.model_files import CONFIG, COPY_AGAIN, GENERATION_CONFIG, check_files, unreadable
+from tropd.pipeline.tokenizers import num_tokens
+from tropd.pipeline.whole_models import check_headers, check_report
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.workspace import Workspace
@@ -58,23 +61,21 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     """The local folder of a model; a hub name is downloaded (safetensors and tokenizer files only).
 
     Raises:
-        ConfigError: nothing there, no weights, or weights only in a pickle format.
+        ConfigError, DataError: nothing there, no weights or weights only in a pickle format, or files that cannot be
+            read (see ``check_files``).
     """
     folder = workspace.resolve(config.model)
     if not folder.exists():
-        if _is_hub_name(config.model):
-            return _download(config.model, role)
-        raise ConfigError(
-            f"{role}.model = {config.model!r}: {folder} does not exist",
-            hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
-        )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{role}.model: {folder} has no config.json, so it is not a Hugging Face model")
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"{role}.model: {folder} has no *.safetensors weights",
-            hint="convert the model: model.save_pretrained(path) of transformers writes safetensors",
-        )
+        if not _is_hub_name(config.model):
+            raise ConfigError(
+                f"{role}.model = {config.model!r}: {folder} does not exist",
+                hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
+            )
+        folder = _download(config.model, role)
+    try:
+        check_files(folder)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{role}.model: {error.message}", hint=error.hint) from error
     return folder
 
 
@@ -112,29 +113,102 @@ def _download(name: str, role: str) -> Path:
 
 
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model directory, without its weights."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    """The configuration of a model directory, without its weights.
+
+    Raises:
+        ConfigError: of a kind of model that is not known here, or with values that it cannot have.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what the many kinds of models raise has no class in common
+        raise _unusable(folder, error) from error
+
+
+def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """A causal LM whose parameters have shapes and no storage (on the device ``meta``)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_model(folder: Path, tokenizer: Any, *, trust_remote_code: bool = False) -> None:
+    """Refuse a model that is not whole or whose parts do not belong together, before its weights are read.
+
+    Raises:
+        ConfigError, DataError: unreadable files, weights that are not those of the configuration, a tokenizer with more
+            tokens than the model has rows for, or stop tokens that the tokenizer does not have.
+    """
+    check_files(folder)
+    rows = _check_weights(folder, trust_remote_code, _stamp(folder))
+    tokens = num_tokens(tokenizer)
+    if tokens > rows:
+        raise ConfigError(
+            f"the tokenizer in {folder} has token ids up to {tokens - 1}, its model only rows for ids up to {rows - 1}",
+            hint="give the model the tokenizer that it was made with (often a token was added: remove it from "
+            "tokenizer.json), or enlarge it: model.resize_token_embeddings",
+        )
+    stop_token_ids(load_generation_config(folder), tokenizer)
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes if a file of a model does."""
+    found = [
+        (path.name, path.stat()) for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern)
+    ]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
+@functools.cache
+def _check_weights(folder: Path, trust_remote_code: bool, stamp: tuple[tuple[str, int, int], ...]) -> int:
+    """Compare weight files and configuration; returns the rows that input and output embeddings both have.
+
+    Not of quantized models and those with code of their own: what their tensors become is known only once loaded.
+    """
+    config = load_model_config(folder, trust_remote_code=trust_remote_code)
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or getattr(config, "quantization_config", None):
+        return int(config.get_text_config().vocab_size)
+    try:
+        empty = model_without_weights(config)
+    except Exception as error:  # as above
+        raise _unusable(folder, error) from error
+    check_headers(folder, empty)
+    embeddings = (empty.get_input_embeddings(), empty.get_output_embeddings())
+    weights = [getattr(layer, "weight", None) for layer in embeddings]
+    rows = [int(weight.shape[0]) for weight in weights if weight is not None]
+    return min(rows, default=int(config.get_text_config().vocab_size))
+
+
+def _unusable(folder: Path, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()).split(". ")[0]  # transformers goes on about updates
+    return ConfigError(
+        f"{folder / CONFIG} describes no causal language model that can be used here: {reason}",
+        hint=f"{COPY_AGAIN}; a new kind of model needs a newer transformers (pip install -U transformers), one with "
+        "code of its own needs trust_remote_code = true",
+    )
 
 
 def load_model(folder: Path, *, dtype: Dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
     """A causal LM in evaluation mode. Weights are read from safetensors only, never from pickle.
 
     Raises:
-        DataError: a weight file is truncated or otherwise not one.
+        ConfigError: its configuration is not that of a causal LM.
+        DataError: a weight file is truncated, or the weights are not all those of the model (see ``whole_models``).
     """
+    check_files(folder)
+    _check_weights(folder, trust_remote_code, _stamp(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is checked
         )
     except SafetensorError as error:
-        raise DataError(
-            f"the weights in {folder} cannot be read: {error}",
-            hint="copy or download the model again; rerunning a stage makes its own output again",
-        ) from error
+        raise unreadable(folder, error) from error
+    check_report(folder, model, report)
     return model.to(device).eval()
 
 
@@ -148,29 +222,45 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} has no readable tokenizer: {error}") from error
+    except Exception as error:  # the library in Rust raises Exception itself
+        if (folder / CONFIG).is_file():  # which is read, too, and may be what is wrong
+            load_model_config(folder, trust_remote_code=trust_remote_code)
+        raise ConfigError(f"{folder} has no readable tokenizer: {error}", hint=COPY_AGAIN) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token")
     return tokenizer
 
 
 def load_generation_config(folder: Path) -> Any:
-    """The generation configuration of a model directory; None where there is none."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    """The generation configuration of a model directory; where there is none, what its ``config.json`` says of it.
+
+    Raises:
+        ConfigError: it has values that it cannot have.
+    """
+    name = GENERATION_CONFIG if (folder / GENERATION_CONFIG).is_file() else CONFIG
+    try:
+        return GenerationConfig.from_pretrained(folder, name, local_files_only=True)
+    except Exception as error:  # depends on which value is wrong
+        raise ConfigError(f"{folder / name} cannot be used: {error}", hint=COPY_AGAIN) from error
 
 
 def stop_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a response: the tokenizer's, and those of the model's generation config."""
-    ids: set[int] = {int(tokenizer.eos_token_id)}
+    """Ids that end a response: the tokenizer's, and those of the model's generation config.
+
+    Raises:
+        ConfigError: one that is no id of the tokenizer.
+    """
     configured = getattr(generation_config, "eos_token_id", None)
-    if isinstance(configured, int):
-        ids.add(configured)
-    elif configured:
-        ids.update(int(i) for i in configured)
-    return frozenset(ids)
+    ids = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    tokens = num_tokens(tokenizer)
+    bad = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < tokens]
+    if bad:
+        raise ConfigError(
+            f"eos_token_id in the {GENERATION_CONFIG} (or {CONFIG}) of {tokenizer.name_or_path} names {bad[0]!r}, which "
+            f"is no token: the tokenizer has ids 0 … {tokens - 1}",
+            hint=f"correct it there; the tokenizer's own end-of-sequence token is {tokenizer.eos_token_id}",
+        )
+    return frozenset({int(tokenizer.eos_token_id), *ids})
 
 
 def context_length(model_config: Any) -> int:

@@ -10,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from tropd.pipeline.config import Config, ModelConfig
 from tropd.pipeline.context import Run
 from tropd.pipeline.engines.head_scores import LOGIT_ELEMENTS
-from tropd.pipeline.models import load_model_config, model_directory, num_parameters
+from tropd.pipeline.models import load_model_config, model_directory, model_without_weights, num_parameters
 from tropd.pipeline.training.logprobs import CHUNK_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -43,8 +40,7 @@ class ModelShape:
     def of(config: Any) -> ModelShape:
         """From a transformers configuration; the parameters are counted on a model without storage."""
         text = config.get_text_config()
-        with torch.device("meta"):
-            parameters = num_parameters(AutoModelForCausalLM.from_config(config))
+        parameters = num_parameters(model_without_weights(config))
         heads = text.num_attention_heads
         return ModelShape(
             parameters=parameters,

@@ -26,6 +26,11 @@ class TokenizerIdentity:
     """SHA-256 of each of these, and of the chat template, by name."""
 
 
+def num_tokens(tokenizer: Any) -> int:
+    """How many ids a tokenizer has: every token's id is below this. A model may have rows for more."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
     """Hash vocabulary, merges, normalisation, and the added tokens with the one that ends a sequence.
 

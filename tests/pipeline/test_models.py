@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,19 @@ from transformers import (
     Qwen3Config,
 )
 
+from tropd.pipeline import models as models_module
 from tropd.pipeline.config import ModelConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.head import split_model
 from tropd.pipeline.models import (
     check_lengths,
+    check_model,
+    load_generation_config,
     load_model,
     load_tokenizer,
     model_directory,
     pick_device,
+    stop_token_ids,
     weights_digest,
 )
 from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity
@@ -79,7 +85,7 @@ def test_models_are_read_from_safetensors_only(tiny_model: Any, tmp_path: Path) 
     torch.save(tiny_model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"student\.model.*no \*\.safetensors"):
         model_directory(workspace, ModelConfig(model="m"), "student")
-    with pytest.raises(OSError):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         load_model(folder, dtype="float32", device=torch.device("cpu"))
     assert len(digest) == 64
 
@@ -103,6 +109,69 @@ def test_missing_models_and_tokenizers_are_named(tmp_path: Path) -> None:
         model_directory(workspace, ModelConfig(model="empty"), "teacher")
     with pytest.raises(ConfigError, match="no readable tokenizer"):
         load_tokenizer(workspace.root / "empty")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "nosuch"}, "model type `nosuch`"),
+        ({"model_type": None}, "model type `None`"),
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"model_type": "vit"}, "ViTConfig"),
+    ],
+)
+def test_configurations_of_no_known_model_are_refused(
+    values: dict[str, Any], words: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    folder = save(tiny_model, tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | values))
+    for load in (
+        lambda: check_model(folder, load_tokenizer(folder)),
+        lambda: load_model(folder, dtype="float32", device=torch.device("cpu")),
+    ):
+        with pytest.raises(ConfigError, match=rf"config\.json describes no causal .*{words}"):
+            load()
+
+
+def test_a_tokenizer_has_no_more_tokens_than_the_model_rows(tiny_model: Any, tmp_path: Path) -> None:
+    folder = save(tiny_model, tmp_path)
+    tokenizer = load_tokenizer(folder)
+    check_model(folder, tokenizer)
+    tokenizer.add_tokens(["[NEW]"])
+    with pytest.raises(ConfigError, match="has token ids up to 24, its model only rows for ids up to 23"):
+        check_model(folder, tokenizer)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("eos", [24, -1, True, "1", 1.5, [1, 24], [1, None], {"a": 1}])
+def test_stop_ids_are_tokens(eos: Any, file: str, tiny_model: Any, tmp_path: Path) -> None:
+    folder = save(tiny_model, tmp_path)
+    (folder / "generation_config.json").unlink()
+    content = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps(content | {"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match=r"eos_token_id|config\.json"):
+        check_model(folder, load_tokenizer(folder))
+    (folder / file).write_text(json.dumps(content | {"eos_token_id": [1, 5]}))
+    check_model(folder, load_tokenizer(folder))
+    assert stop_token_ids(load_generation_config(folder), load_tokenizer(folder)) == {1, 5}
+
+
+def test_broken_tokenizers_are_refused(tiny_model: Any, tmp_path: Path) -> None:
+    folder = save(tiny_model, tmp_path)
+    for text in ("{", '{"model": {"type": "BPE"}}', "[]"):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(ConfigError, match="no readable tokenizer"):
+            load_tokenizer(folder)
+
+
+def test_models_are_loaded_in_one_place() -> None:
+    """What loads models elsewhere would not see what is missing of them."""
+    root = Path(models_module.__file__).parents[1]
+    files = [path for name in ("pipeline", "cli", "storage") for path in (root / name).rglob("*.py")]
+    assert len(files) > 100
+    loading = {path.name for path in files if re.search(r"\.from_(pretrained|config)\(", path.read_text())}
+    assert loading == {"models.py", "whole_models.py"}
 
 
 def other_tokenizer(vocab: dict[str, int]) -> Any:
