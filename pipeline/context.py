@@ -30,7 +30,7 @@ from tropd.pipeline.models import (
 )
 from tropd.pipeline.progress import Reporter
 from tropd.pipeline.prompts import Prompt, encode_prompts, refuse, scan_prompts, write_rejects
-from tropd.pipeline.tokenizers import check_tokenizers, tokenizer_identity
+from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
 from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
@@ -88,6 +88,7 @@ class LoadedModel:
             stop_ids,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
+            num_tokens=num_tokens(self.tokenizer),
             autocast=autocast,
             compiles=self.compiles,
         )
@@ -141,7 +142,7 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
         stop_token_ids(load_generation_config(folder), tokenizer),
         run.config.vllm,
         dtype=settings.dtype,
-        vocab_size=int(config.get_text_config().vocab_size),
+        num_tokens=num_tokens(tokenizer),
         max_length=context_length(config),
         most_topk=max(run.config.scores.k, run.config.objective.k),
         trust_remote_code=settings.trust_remote_code,
@@ -174,9 +175,9 @@ def role_room(run: Run, role: str) -> int:
     return longest if settings.engine == "transformers" else run.config.vllm.room(longest)
 
 
-def role_vocab_size(run: Run, role: str) -> int:
-    """Rows of a role's output layer, from its configuration file."""
-    return int(_role_config(run, role).get_text_config().vocab_size)
+def role_num_tokens(run: Run, role: str) -> int:
+    """Ids that a role samples and scores: those of its tokenizer (see ``check_model``)."""
+    return num_tokens(role_tokenizer(run, role))
 
 
 def _role_config(run: Run, role: str) -> Any:

@@ -4,14 +4,17 @@ A product in bfloat16 is added up in float32, but what comes out is rounded to 8
 by up to 0.06, and so is each log-prob. Here the sums come out as they are. A CPU cannot do that: there this product is in
 float32, and up to three times as slow as it would be. The gradient's products are in the lower precision.
 
-Legend: n positions · H hidden size · V vocabulary.
+Rows of the output layer beyond the tokenizer's ids are no tokens (layers are padded to sizes that hardware likes). They
+get no probability: the softmax is over tokens, in sampling, scoring and training alike.
+
+Legend: n positions · H hidden size · V rows of the output layer.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +97,14 @@ def _keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((sums == 267).all())
 
 
+def mask_rows_(logits: Tensor, limit: int | None) -> Tensor:
+    """Logits ``[n, V]`` with -inf, where they lie, from the column ``limit`` on; the columns stay, since products of odd
+    sizes are slow on a GPU."""
+    if limit is not None:
+        logits[:, limit:] = -torch.inf
+    return logits
+
+
 class PlainHead(torch.autograd.Function):
     """``plain_logits`` with its gradient. Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, and the
     precision of products."""
@@ -122,12 +133,14 @@ class PlainHead(torch.autograd.Function):
 class SplitModel:
     """A causal LM as backbone (token ids to hidden states) and head (hidden states to logits).
 
-    Lets logits be computed for chosen positions only. ``softcap`` bounds logits as c·tanh(logit/c).
+    Lets logits be computed for chosen positions only. ``softcap`` bounds logits as c·tanh(logit/c). Rows of the head from
+    ``limit`` on are no tokens; None where all are.
     """
 
     backbone: Any
     head: Any
     softcap: float | None
+    limit: int | None = None
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Last hidden states ``[B, T, H]``."""
@@ -140,7 +153,7 @@ class SplitModel:
         return int(states.shape[-1] if weight is None else weight.shape[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
+        """Float32 logits ``[..., tokens]`` of hidden states ``[..., H]``."""
         dtype = product_dtype(hidden)
         if dtype.itemsize < 4 and is_plain(self.head):
             states = hidden.reshape(-1, hidden.shape[-1])
@@ -148,20 +161,24 @@ class SplitModel:
             logits = logits.view(*hidden.shape[:-1], logits.shape[-1])
         else:
             logits = self.head(hidden).float()
-        return self.capped(logits)
+        logits = self.capped(logits)
+        return logits if self.limit is None else logits[..., : self.limit]
 
     def own_logits(self, states: Tensor, space: Tensor | None) -> Tensor:
-        """Float32 logits ``[n, V]`` of states ``[n, H]``, without gradient, that the caller may write over.
+        """Float32 logits ``[n, V]`` of states ``[n, H]``, without gradient, that the caller may write over; -inf for what
+        is no token.
 
         They lie in ``space`` where there is one; see ``workspace``.
         """
-        if not is_plain(self.head):
-            return self.capped(self.head(states).float().clone())
         head, dtype = self.head, product_dtype(states)
-        return plain_logits(states, head.weight, head.bias, dtype, softcap=self.softcap, space=space)
+        if is_plain(head):
+            logits = plain_logits(states, head.weight, head.bias, dtype, softcap=self.softcap, space=space)
+        else:
+            logits = self.capped(head(states).float().clone())
+        return mask_rows_(logits, self.limit)
 
     def next_logits(self, **inputs: Any) -> Tensor:
-        """Float32 logits ``[B, V]`` after the last token; the cache among the inputs is written to."""
+        """Float32 logits ``[B, tokens]`` after the last token; the cache among the inputs is written to."""
         if isinstance(self.backbone, _WholeModel):
             inputs["logits_to_keep"] = 1
         return self.logits(self.backbone(**inputs, use_cache=True).last_hidden_state[:, -1])
@@ -182,11 +199,21 @@ class _WholeModel:
         return output
 
 
-def split_model(model: Any) -> SplitModel:
+def split_model(model: Any, num_tokens: int | None = None) -> SplitModel:
     """Take a causal LM apart, and check on a few tokens that the parts give the model's own logits.
 
     Where they do not (unusual heads, scaled logits), the whole model is used, with more memory.
+
+    Args:
+        num_tokens: ids that the tokenizer has; all rows of the output layer if None.
     """
+    split = _split(model)
+    if num_tokens is None or num_tokens >= model.get_output_embeddings().weight.shape[0]:
+        return split
+    return replace(split, limit=num_tokens)
+
+
+def _split(model: Any) -> SplitModel:
     backbone, head = model.base_model, model.get_output_embeddings()
     whole = SplitModel(_WholeModel(model), torch.nn.Identity(), None)
     if backbone is model or head is None:

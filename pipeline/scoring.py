@@ -21,14 +21,14 @@ from tropd.pipeline.context import (
     engine_fields,
     finished,
     model_fields,
-    role_vocab_size,
+    role_num_tokens,
     section_fields,
 )
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
 from tropd.storage.atomic import atomic_file
-from tropd.storage.errors import TropdError
+from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage
@@ -55,7 +55,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
 
     def of(run: Run) -> dict[str, Scalar]:
         fields = model_fields(run, "teacher") | engine_fields(run, "teacher")
-        return fields | {"teacher.vocab_size": role_vocab_size(run, "teacher")}
+        return fields | {"teacher.vocab_size": role_num_tokens(run, "teacher")}
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
@@ -107,6 +107,8 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
                     hint=f"tropd {COMMANDS[source_stage]} -w {run.workspace.root} --force",
                 )
             engine, _ = teachers.open(*names)
+            largest = max((token for row in rows for token in row.tokens), default=-1)
+            check_token_ids(run, largest, engine.vocab_size, COMMANDS[source_stage])
             keys += [(row.prompt_id, row.sample_index) for row in rows]
             parts.append(_score(engine, rows, config.k, config.mass))
             advance(len(rows))
@@ -116,6 +118,24 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
         return {_cache_name(shard.name): len(keys), shard.name: len(keys)}
 
     return make
+
+
+def check_token_ids(run: Run, largest: int, num_tokens: int, command: str) -> None:
+    """Refuse stored trajectories with ids that the tokenizer does not have.
+
+    Args:
+        largest: of all their ids.
+        command: makes them.
+
+    Raises:
+        DataError: naming the id and the command.
+    """
+    if largest >= num_tokens:
+        raise DataError(
+            f"stored trajectories hold token id {largest}, and the tokenizer has ids 0 … {num_tokens - 1}: earlier "
+            "versions sampled rows of the output layer that are no tokens",
+            hint=f"make them again: tropd {command} -w {run.workspace.root} --force",
+        )
 
 
 def _cache_name(shard_name: str) -> str:

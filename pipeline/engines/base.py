@@ -27,7 +27,7 @@ class Sampling:
 class Generation:
     """One sampled continuation.
 
-    ``logprobs`` are natural log-probs of ``tokens`` under the full softmax at temperature 1, whatever the
+    ``logprobs`` are natural log-probs of ``tokens`` under the softmax over all tokens at temperature 1, whatever the
     sampling temperature. ``tokens`` ends with an end-of-sequence token iff ``finish_reason`` is ``stop``.
     """
 
@@ -40,7 +40,7 @@ class Generation:
 class SequenceScores:
     """Scores of one sequence's n scored tokens: those from its start index to its end.
 
-    All log-probs are natural, float32, from the full softmax at temperature 1.
+    All log-probs are natural, float32, from the softmax over all tokens at temperature 1.
     """
 
     sampled: npt.NDArray[np.float32]
@@ -83,7 +83,8 @@ class Sampler(Protocol):
     ) -> list[Generation]:
         """Continue each prompt by at most its ``max_tokens`` (≥ 1) tokens.
 
-        A continuation depends on its own prompt and seed, not on the other rows.
+        A continuation depends on its own prompt and seed, not on the other rows. It holds tokens only: no ids that the
+        tokenizer does not have.
         """
 
 
@@ -92,7 +93,7 @@ class Engine(Sampler, Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output layer (may exceed the tokenizer's vocabulary by padding)."""
+        """Ids below this are tokens: those that the tokenizer has, of the rows of the output layer."""
 
     def score(
         self,

@@ -59,16 +59,17 @@ class LeanModel:
     Args:
         model: a causal LM of transformers.
         dtype: of the products within layers; that of the weights where it is None.
+        limit: rows of the output layer from this one on are no tokens; None where all are.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
         config, inner = model.config, model.model
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.eps = config.rms_norm_eps
         self.embedding = inner.embed_tokens.weight
-        self.head = model.lm_head.weight.float() * inner.norm.weight
+        self.head = model.lm_head.weight[:limit].float() * inner.norm.weight
         self.rotary = inner.rotary_emb
         self.layers = [self._layer(layer, dtype or model.dtype) for layer in inner.layers]
 

@@ -36,6 +36,7 @@ class TransformersEngine:
         stop_ids: tokens that end a response.
         batch_size: rows decoded together.
         batch_tokens: tokens, padding included, per scoring pass.
+        num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean`` knows, its decoding step.
     """
@@ -47,12 +48,13 @@ class TransformersEngine:
         *,
         batch_size: int = 64,
         batch_tokens: int = 16384,
+        num_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         compiles: bool = False,
     ) -> None:
         self.model = model
         self._autocast = autocast
-        self._split = split_model(model)
+        self._split = split_model(model, num_tokens)
         self._stop_ids = sorted(stop_ids)
         self._compiles = compiles
         self._has_scored = False
@@ -70,7 +72,7 @@ class TransformersEngine:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return self._split.limit or int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def max_length(self) -> int:
@@ -92,7 +94,7 @@ class TransformersEngine:
         """Compile now what ``generate`` will use, where it is to be compiled."""
         if self._compiles and self._is_lean and sampling not in self._prepared:
             with self._inference(None):
-                compiled.prepare(LeanModel(self.model, self._autocast), sampling)
+                compiled.prepare(self._lean_model(), sampling)
             self._prepared.add(sampling)
 
     def generate(
@@ -113,7 +115,7 @@ class TransformersEngine:
         # What is not in the order has no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
         with self._inference(None if self._is_lean else self._autocast), self._stance():
-            weights = LeanModel(self.model, self._autocast) if self._is_lean else None
+            weights = self._lean_model() if self._is_lean else None
             for low in range(0, len(order), self._batch_size):
                 rows = order[low : low + self._batch_size]
                 longest = max(len(prompts[i]) + limits[i] for i in rows)
@@ -135,6 +137,9 @@ class TransformersEngine:
             stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
         return nullcontext()
+
+    def _lean_model(self) -> LeanModel:
+        return LeanModel(self.model, self._autocast, self._split.limit)
 
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
@@ -185,7 +190,7 @@ class TransformersEngine:
         # The hidden state at position t predicts token t + 1.
         targets = torch.cat([ids[r, starts[i] : len(sequences[i])] for r, i in enumerate(batch)])
         states = torch.cat([hidden[r, starts[i] - 1 : len(sequences[i]) - 1] for r, i in enumerate(batch)])
-        k = min(k, self.vocab_size if vocab_limit is None else vocab_limit)
+        k = min(k, self.vocab_size, self.vocab_size if vocab_limit is None else vocab_limit)
         at_once = k if topk_where is everywhere else 0
         found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
         counts = [len(sequences[i]) - starts[i] for i in batch]

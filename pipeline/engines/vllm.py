@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,7 @@ from tropd.pipeline.engines.base import (
 from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.trajectories import FinishReason
 
-# Alternatives beyond k that are asked for where the output layer has rows that are no tokens, which may be among them.
+# Alternatives beyond k that are asked for where fewer ids are wanted than the engine has, since others may be among them.
 SPARE = 8
 LOGPROB_SLACK = 1e-3
 # In this process, where weights can be given to it; and standard output is ours.
@@ -55,7 +56,7 @@ class VllmEngine:
     Args:
         folder: the model's directory; its tokenizer is not read.
         stop_ids: tokens that end a response.
-        vocab_size: rows of the output layer.
+        num_tokens: ids that the tokenizer has; rows of the output layer beyond are no tokens.
         max_length: most tokens of a sequence that the model takes.
         most_topk: largest k that will be asked for.
         in_training: the weights come from ``set_weights``, which is called first; those in ``folder`` are not read.
@@ -71,7 +72,7 @@ class VllmEngine:
         settings: VllmConfig,
         *,
         dtype: Dtype,
-        vocab_size: int,
+        num_tokens: int,
         max_length: int,
         most_topk: int,
         trust_remote_code: bool = False,
@@ -79,7 +80,7 @@ class VllmEngine:
     ) -> None:
         self._vllm = _import_vllm()
         self._stop_ids = sorted(stop_ids)
-        self._vocab_size = vocab_size
+        self._vocab_size = num_tokens
         self._parallel = settings.tensor_parallel_size
         self._max_length = settings.room(max_length)
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
@@ -101,10 +102,15 @@ class VllmEngine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_model_len=self._max_length + 1,
             enforce_eager=settings.enforce_eager or _on_cpu(),
-            max_logprobs=max(1, min(most_topk + SPARE, vocab_size)),
+            max_logprobs=max(1, min(most_topk + SPARE, num_tokens)),
             enable_prefix_caching=True,
             **options,
         )
+        if not all(self._call(self._llm.apply_model, partial(keep_rows, num_tokens))):
+            raise ConfigError(
+                f"vLLM's implementation of the model in {folder} cannot be kept from ids that are no tokens",
+                hint='set engine = "transformers"',
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -246,6 +252,22 @@ class VllmEngine:
                 )
             if min(sequence) < 0 or max(sequence) >= self._vocab_size:
                 raise ValueError(f"sequence {number}: a token id is outside 0 … {self._vocab_size - 1}")
+
+
+def keep_rows(number: int, model: torch.nn.Module) -> bool:
+    """Have a model of vLLM compute no more logits than these: the softmax is over tokens, for samples and for scores.
+
+    vLLM cuts off in this way what it has padded itself. (``allowed_token_ids`` would leave the log-probs those of all
+    rows.) Returns whether the model has the layer that does so.
+    """
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if hasattr(layer, "org_vocab_size") and hasattr(layer, "_get_logits")
+    ]
+    for layer in layers:
+        layer.org_vocab_size = min(layer.org_vocab_size, number)
+    return bool(layers)
 
 
 class _Answer:

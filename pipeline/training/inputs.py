@@ -14,8 +14,9 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.objectives.spec import TeacherNeeds
 from tropd.pipeline.prompts import Prompt
-from tropd.pipeline.scoring import STAGES
+from tropd.pipeline.scoring import STAGES, check_token_ids
 from tropd.pipeline.teacher.connection import teacher_fields
+from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.rollouts import TrajectoryStore
 from tropd.storage.errors import ConfigError, DataError
@@ -45,12 +46,14 @@ def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
     """
     config, objective = run.config, run.config.objective
     tokenizer, longest = role_tokenizer(run, "student"), role_room(run, "student")
+    tokens = num_tokens(tokenizer)
     prompts, encoded = training_prompts(run, tokenizer, longest)
     store = None
     if objective.schedule.kind != "none":
         manifest = finished(run, "prefixes", "generate-prefixes")
         store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
         _check_prompts(run, store, prompts, encoded, "generate-prefixes")
+        check_token_ids(run, store.largest_id(), tokens, "generate-prefixes")
         if objective.rollouts == "teacher":
             # A prompt whose trajectories were all filtered out has nothing to be learned from.
             covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
@@ -62,13 +65,14 @@ def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
                 )
     stored, cached = None, None
     if needs.cached_topk:
-        cached = _cache(run, "prefixes", "score-teacher")
+        cached = _cache(run, "prefixes", "score-teacher", tokens)
     if objective.rollouts == "stored":
         stored = TrajectoryStore(
             run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
         )
         _check_prompts(run, stored, prompts, encoded, "generate-rollouts", complete=True)
-        cached = _cache(run, "rollouts", "score-teacher --source rollouts")
+        check_token_ids(run, stored.largest_id(), tokens, "generate-rollouts")
+        cached = _cache(run, "rollouts", "score-teacher --source rollouts", tokens)
     problems = None
     if config.train.evaluate_every:
         limit = config.train.evaluate_problems
@@ -103,7 +107,7 @@ def _check_prompts(
             )
 
 
-def _cache(run: Run, source: str, command: str) -> CachedScores:
+def _cache(run: Run, source: str, command: str, tokens: int) -> CachedScores:
     """The scores of the trajectories in stage ``source``: of those that are there now, by the teacher that is named.
 
     Raises:
@@ -124,4 +128,4 @@ def _cache(run: Run, source: str, command: str) -> CachedScores:
                 f"{manifest.fields.get(field)!r} there and {value!r} now",
                 hint=f"name that teacher, or score again: tropd {command} -w {run.workspace.root} --force",
             )
-    return CachedScores(run.workspace.stage(stage), manifest)
+    return CachedScores(run.workspace.stage(stage), manifest, tokens)

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tropd.pipeline.head import SplitModel, is_plain, operand, plain_logits, product_dtype, workspace
+from tropd.pipeline.head import (
+    SplitModel,
+    is_plain,
+    mask_rows_,
+    operand,
+    plain_logits,
+    product_dtype,
+    workspace,
+)
 from tropd.pipeline.sums import entropy, log_softmax_
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
@@ -84,6 +92,7 @@ def token_logprobs(
                 split.softcap,
                 dtype,
                 size,
+                split.limit,
             )
         )
     parts = [
@@ -116,7 +125,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     """Log-probs, entropy and overlap of a linear head, with the logits recomputed in the backward pass.
 
     Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, counts ``[n]``, ids ``[A]``,
-    the soft cap or None, the dtype of matrix products, positions per chunk. Outputs: those of ``TokenLogprobs``.
+    the soft cap or None, the dtype of matrix products, positions per chunk, the ``limit`` of ``SplitModel``. Outputs:
+    those of ``TokenLogprobs``.
     """
 
     @staticmethod
@@ -131,6 +141,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         size: int,
+        limit: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
         norms, chosen, entropies, overlap = (
@@ -140,11 +151,12 @@ class ChunkedLogprobs(torch.autograd.Function):
         kept, space = operand(weight, dtype), workspace(size, weight)
         for rows, entries in _chunks(counts, size):
             logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
+            mask_rows_(logits, limit)
             picked = _pick(log_softmax_(logits, norms[rows]), targets[rows], counts[rows], ids[entries])
             chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
             del logits  # where there is no workspace, they would be there until the next are made
         ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms)
-        ctx.softcap, ctx.dtype, ctx.size = softcap, dtype, size
+        ctx.softcap, ctx.dtype, ctx.size, ctx.limit = softcap, dtype, size, limit
         ctx.mark_non_differentiable(entropies, overlap)
         return chosen, found, entropies, overlap
 
@@ -161,6 +173,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         for rows, entries in _chunks(counts, ctx.size):
             logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
+            mask_rows_(logits, ctx.limit)
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
             total = by_target.squeeze(-1).index_add(0, position, by_lookup).unsqueeze(-1)
@@ -183,7 +196,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad_states,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 

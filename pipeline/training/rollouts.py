@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tropd.pipeline.config import RolloutConfig
@@ -86,6 +87,11 @@ class TrajectoryStore:
         self._by_prompt: dict[str, list[int]] = defaultdict(list)
         for row, prompt_id in enumerate(self._table["prompt_id"].to_pylist()):
             self._by_prompt[prompt_id].append(row)
+
+    def largest_id(self) -> int:
+        """The largest id among the responses' tokens; -1 where there are none."""
+        largest = pc.max(pc.list_flatten(self._table["tokens"])).as_py()
+        return -1 if largest is None else int(largest)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -30,6 +30,7 @@ from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.connection import connect_teachers, start_teachers
 from tropd.pipeline.teacher.process import LocalTeacher
 from tropd.pipeline.teachers import teacher_of
+from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.inputs import read_inputs
@@ -87,10 +88,8 @@ class Session:
 
     @property
     def vocab_limit(self) -> int:
-        """Ids that mean something to the student: padding rows of the output layer do not count."""
-        return min(
-            len(self.student.tokenizer), int(self.student.model.get_output_embeddings().weight.shape[0])
-        )
+        """Ids that mean something to the student: rows of its output layer that are no tokens do not count."""
+        return num_tokens(self.student.tokenizer)
 
     def traffic(self) -> dict[str, int]:
         """What was asked of the teacher so far, under the names of the metrics."""
@@ -166,7 +165,7 @@ def open_session(
         if world.leads and not at_once:
             started = start_teachers(run, stack)
         scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
-    passes = StudentPass(student.model, precision)
+    passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
     if config.train.attention != "auto" and passes.packing == "padded":
         raise ConfigError(
             f"with train.attention = {config.train.attention!r} {type(student.model).__name__} does not tell rows "

@@ -40,12 +40,21 @@ logger = logging.getLogger(__name__)
 
 
 class StudentPass(torch.nn.Module):
-    """A causal LM on micro-batches. The head is part of the forward pass, where FSDP can see its use."""
+    """A causal LM on micro-batches. The head is part of the forward pass, where FSDP can see its use.
 
-    def __init__(self, model: Any, precision: torch.dtype | None = None) -> None:
+    Args:
+        precision: of matrix products, where it is not that of the weights.
+        num_tokens: ids that the tokenizer has; all rows of the output layer if None.
+    """
+
+    def __init__(
+        self, model: Any, precision: torch.dtype | None = None, num_tokens: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self._split = [split_model(model)]  # in a list: its parts are the model's, not modules of their own
+        self._split = [
+            split_model(model, num_tokens)
+        ]  # in a list: its parts are the model's, not modules of their own
         self.packing = _packing(model, precision)
 
     @property

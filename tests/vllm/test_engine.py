@@ -44,7 +44,7 @@ def make_model(tied: bool) -> Any:
 
 def open_engine(folder: Path, **options: Any) -> VllmEngine:
     return VllmEngine(
-        folder, [1], VllmConfig(), dtype="float32", vocab_size=V, max_length=LONGEST, most_topk=8, **options
+        folder, [1], VllmConfig(), dtype="float32", num_tokens=V, max_length=LONGEST, most_topk=8, **options
     )
 
 
@@ -133,6 +133,25 @@ def test_samples_depend_on_their_seed_and_report_raw_logprobs(
         np.testing.assert_allclose(generation.logprobs, scored.sampled, atol=TOLERANCE)
         assert (generation.tokens[-1] == 1) == (generation.finish_reason == "stop")
         assert 1 not in generation.tokens[:-1]
+
+
+def test_rows_that_are_no_tokens_play_no_part(model: Any, tmp_path: Path, sequences: list[list[int]]) -> None:
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(V + 40, mean_resizing=False)
+    with torch.no_grad():
+        padded.lm_head.weight[V:].normal_(0.0, 0.4, generator=torch.Generator().manual_seed(0))
+    padded.save_pretrained(tmp_path)
+    engine, reference = open_engine(tmp_path), TransformersEngine(padded, [1], num_tokens=V)
+    starts, prompts = [1] * len(sequences), [s[:3] for s in sequences]
+    assert_same(engine.score(sequences, starts, k=5), reference.score(sequences, starts, k=5))
+    options: dict[str, Any] = {"seeds": range(len(prompts)), "max_tokens": [20] * len(prompts)}
+    unlimited = TransformersEngine(padded, [1]).generate(prompts, Sampling(), **options)
+    assert max(token for g in unlimited for token in g.tokens) >= V
+    for sampling in (Sampling(0.0), Sampling(), Sampling(1.5, 0.95)):
+        for prompt, found in zip(prompts, engine.generate(prompts, sampling, **options), strict=True):
+            assert max(found.tokens) < V
+            (scored,) = reference.score([[*prompt, *found.tokens]], [len(prompt)])
+            np.testing.assert_allclose(found.logprobs, scored.sampled, atol=TOLERANCE)
 
 
 def test_sequences_of_full_length(engine: VllmEngine) -> None:

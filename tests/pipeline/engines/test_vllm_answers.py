@@ -51,7 +51,7 @@ def test_what_is_no_logprob_does_not_go_on() -> None:
 
 
 def make(folder: Path) -> VllmEngine:
-    return VllmEngine(folder, [1], VllmConfig(), dtype="float32", vocab_size=24, max_length=64, most_topk=8)
+    return VllmEngine(folder, [1], VllmConfig(), dtype="float32", num_tokens=24, max_length=64, most_topk=8)
 
 
 def test_a_missing_vllm_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
