@@ -9,7 +9,7 @@ import typer
 
 from tropd.cli.inspection import verify_stages
 from tropd.cli.options import JsonOption, RepairOption, WorkspaceOption
-from tropd.cli.render import print_json, print_table, stdout
+from tropd.cli.render import print_json, print_table, say
 
 cache_app = typer.Typer(
     help="The teacher's cached scores: statistics, checks, export, merging.", no_args_is_help=True
@@ -54,7 +54,7 @@ def export(
 
     write = export_parquet if kind == "parquet" else export_datasets
     rows = write(Workspace.open(workspace), out)
-    stdout.print(f"wrote {rows} rows to {out}", markup=False)
+    say(f"wrote {rows} rows to {out}")
 
 
 @cache_app.command("verify")
@@ -78,7 +78,7 @@ def merge(
 
     manifest = merge_caches([Workspace.open(s) for s in sources], Workspace.open(workspace))
     state = "complete" if manifest.complete else "not complete; tropd score-teacher makes the rest"
-    stdout.print(f"{len(manifest.shards)} shards, {state}", markup=False)
+    say(f"{len(manifest.shards)} shards, {state}")
 
 
 def collect(
@@ -96,7 +96,7 @@ def collect(
     if as_json:
         print_json([vars(g) for g in found])
     elif not found:
-        stdout.print("nothing to clean up")
+        say("nothing to clean up")
     else:
         print_table(("path", "bytes", "reason"), [(g.path, g.bytes, g.reason) for g in found])
-        stdout.print("deleted" if delete else "nothing was deleted; --delete does it")
+        say("deleted" if delete else "nothing was deleted; --delete does it")

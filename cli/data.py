@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import print_json, print_table, stdout
+from tropd.cli.render import print_json, print_table, say
 
 EXAMPLES = 5
 
@@ -62,7 +62,7 @@ def contamination(
     if as_json:
         print_json({"words": n, "compared": compared, "overlaps": [vars(o) for o in found]})
         return
-    stdout.print(f"{len(found)} of {compared} training prompts share {n} words with an evaluation problem")
+    say(f"{len(found)} of {compared} training prompts share {n} words with an evaluation problem")
     if not found:
         return
     counts = Counter(overlap.benchmark for overlap in found)
@@ -70,4 +70,4 @@ def contamination(
     rows = [(o.prompt, o.line, o.benchmark, o.problem, o.words) for o in found[:EXAMPLES]]
     print_table(("prompt", "line", "evaluation set", "problem", "shared words"), rows)
     if run.config.data.decontaminate is None:
-        stdout.print(f"data.decontaminate = {n} leaves them out", markup=False)
+        say(f"data.decontaminate = {n} leaves them out")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import follow, print_json, print_table, stderr, stdout
+from tropd.cli.render import follow, print_json, print_table, say, stdout, tell
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
 objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
@@ -40,9 +40,7 @@ def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         for s in found.stages
     ]
     print_table(("stage", "state", "progress", "size", "time"), rows)
-    stdout.print(
-        f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else "")
-    )
+    say(f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else ""))
 
 
 def _size(num_bytes: float) -> str:
@@ -66,9 +64,7 @@ def watch(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
     elif stdout.is_terminal:
         follow(lambda: training_progress(opened))
     else:
-        stdout.print(
-            f"{progress.title}: {progress.state}, {progress.done}/{progress.total} steps", markup=False
-        )
+        say(f"{progress.title}: {progress.state}, {progress.done}/{progress.total} steps")
 
 
 def query(
@@ -112,13 +108,13 @@ def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_jso
         print_json([vars(f) for f in findings])
     else:
         for finding in findings:
-            stdout.print(str(finding), markup=False)
+            say(str(finding))
         if not findings:
-            stdout.print("everything is as its manifest says")
+            say("everything is as its manifest says")
     errors = [f for f in findings if f.severity == "error"]
     if repair and errors:
         for line in repair_workspace(opened, findings):
-            stderr.print(line, markup=False)
+            tell(line)
     if errors:
         raise typer.Exit(1)
 
@@ -152,7 +148,7 @@ def plan(
     if gpu_memory is not None and total > gpu_memory * 1e9:
         largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
         advice = "; ".join(f"{p.name} ({_size(p.bytes)}): {p.smaller}" for p in largest)
-        stderr.print(f"does not fit into {gpu_memory:g} GB: {_size(total)}. {advice}", markup=False)
+        tell(f"does not fit into {gpu_memory:g} GB: {_size(total)}. {advice}")
         raise typer.Exit(1)
 
 
@@ -167,7 +163,7 @@ def config_show(workspace: WorkspaceOption, settings: SetOption = None, as_json:
     if as_json:
         print_json(to_plain(resolved.config))
     else:
-        stdout.print(dump_config(resolved.config), markup=False, end="")
+        say(dump_config(resolved.config), end="")
 
 
 @config_app.command("explain")
@@ -195,9 +191,10 @@ def config_explain(
         print_json([vars(f) for f in fields])
         return
     for info in fields:
-        stdout.print(f"[bold]{info.path}[/bold] = {info.value!r}")
-        stdout.print(f"  from {info.source}; default {info.default!r}; {info.kind}", markup=False)
-        stdout.print(f"  {info.documentation}", markup=False)
+        say(info.path, style="bold", end="")
+        say(f" = {info.value!r}")
+        say(f"  from {info.source}; default {info.default!r}; {info.kind}")
+        say(f"  {info.documentation}")
 
 
 @objectives_app.callback(invoke_without_command=True)
@@ -226,8 +223,9 @@ def objectives_show(name: str, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({**to_plain(objective), "teacher_needs": vars(teacher_needs(objective))})
         return
-    stdout.print(f"[bold]{objective.name}[/bold]  {objective.title}")
-    stdout.print(f"source: {objective.source}\nconfidence: {objective.confidence}", markup=False)
-    stdout.print(f"teacher needs: {describe_needs(teacher_needs(objective))}\n", markup=False)
-    stdout.print(f"{objective.formula.strip()}\n", markup=False)
-    stdout.print(f"# recipe\n{recipe_text(name, 'objectives')}", markup=False, end="")
+    say(objective.name, style="bold", end="")
+    say(f"  {objective.title}")
+    say(f"source: {objective.source}\nconfidence: {objective.confidence}")
+    say(f"teacher needs: {describe_needs(teacher_needs(objective))}\n")
+    say(f"{objective.formula.strip()}\n")
+    say(f"# recipe\n{recipe_text(name, 'objectives')}", end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -17,10 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.markup import escape
 
 from tropd.cli import cache, data, inspection, reproduction, stages
-from tropd.cli.render import stderr
+from tropd.cli.render import tell
+from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.storage.errors import TropdError
 
 app = typer.Typer(
@@ -50,12 +49,7 @@ def _global_options(
         False, "--version", help="Show the version.", callback=_show_version, is_eager=True
     ),
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
-    if debug:
-        os.environ["TROPD_DEBUG"] = "1"
-    else:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries(debug or wants_debug())
 
 
 stages.register(app)
@@ -67,21 +61,22 @@ reproduction.register(app)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
+    open_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)  # newer typer turns KeyboardInterrupt into this code by itself
         if code == INTERRUPTED:
-            stderr.print(INTERRUPTED_MESSAGE)
+            tell(INTERRUPTED_MESSAGE)
     except (typer.Abort, KeyboardInterrupt):
-        stderr.print(INTERRUPTED_MESSAGE)
+        tell(INTERRUPTED_MESSAGE)
         code = INTERRUPTED
     except TropdError as error:
-        if os.environ.get("TROPD_DEBUG"):
+        if wants_debug():
             raise
-        stderr.print(f"[red]error:[/red] {escape(error.message)}")
+        tell(error.message, label="error: ", style="red")
         if error.hint:
-            stderr.print(f"  → {error.hint}", markup=False)
+            tell(f"  → {error.hint}")
         code = error.exit_code
     except BrokenPipeError:
         code = 0
@@ -90,14 +85,14 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
-        if os.environ.get("TROPD_DEBUG"):
+        if wants_debug():
             raise
         # Some libraries turn a KeyboardInterrupt during their import into an error of theirs.
         if _interruptions:
-            stderr.print(INTERRUPTED_MESSAGE)
+            tell(INTERRUPTED_MESSAGE)
             sys.exit(INTERRUPTED)
-        stderr.print(f"[red]internal error:[/red] {escape(f'{type(error).__name__}: {error}')}")
-        stderr.print("  → tropd --debug … shows the traceback", markup=False)
+        tell(f"{type(error).__name__}: {error}", label="internal error: ", style="red")
+        tell("  → tropd --debug … shows the traceback")
         code = 1
     _leave(code if isinstance(code, int) else 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli.dashboard import Dashboard
+from tropd.cli.terminal import shown, takes_unicode
 from tropd.pipeline.progress import Reporter, Steps, Task
 
 if TYPE_CHECKING:
@@ -33,10 +34,27 @@ if TYPE_CHECKING:
 # Progress and messages go to stderr, so that stdout holds results only.
 # Into a pipe or a file, lines are not cut to the width of a terminal that is not there.
 PIPE_WIDTH = 200
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+# Markup and emoji codes are off: what is printed holds paths, prompts and answers, in which they are text.
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+stdout = Console(
+    highlight=False,
+    soft_wrap=True,
+    markup=False,
+    emoji=False,
+    width=None if sys.stdout is not None and sys.stdout.isatty() else PIPE_WIDTH,
+)
 PLAIN_INTERVAL_SECONDS = 10.0
 WATCH_INTERVAL_SECONDS = 1.0
+
+
+def say(text: str, *, style: str = "", end: str = "\n") -> None:
+    """A result, on standard output."""
+    stdout.print(shown(text), style=style, end=end)
+
+
+def tell(text: str, *, label: str = "", style: str = "") -> None:
+    """A message, on standard error; the label before it has the style."""
+    stderr.print(Text.assemble((label, style), shown(text)))
 
 
 def make_reporter() -> Reporter:
@@ -59,7 +77,7 @@ class _LiveSteps:
 
     def step(self, record: Mapping[str, Any]) -> None:
         self._records.append(record)
-        self._live.update(Dashboard(self._title, self._records, self._total))
+        self._live.update(Dashboard(shown(self._title), self._records, self._total))
 
 
 class _BarTask:
@@ -89,10 +107,9 @@ class _PlainTask:
                 if rate > 0 and self._done < self._total
                 else ""
             )
-            stderr.print(
+            tell(
                 f"{self._description}: {self._done:g}/{self._total:g} {self._unit} ({rate:,.1f}/s{left}) "
-                f"{_format_values(values)}".rstrip(),
-                markup=False,
+                f"{_format_values(values)}".rstrip()
             )
 
 
@@ -108,22 +125,22 @@ class _PlainSteps:
 
 class _Messages:
     def info(self, message: str) -> None:
-        stderr.print(message, markup=False)
+        tell(message)
 
     def warning(self, message: str) -> None:
-        stderr.print(f"[yellow]warning:[/yellow] {escape(message)}")
+        tell(message, label="warning: ", style="yellow")
 
 
 class _TerminalReporter(_Messages):
     @contextmanager
     def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
         columns = (
-            TextColumn("{task.description:<18}"),
+            TextColumn("{task.description:<18}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", style="dim", markup=False),
         )
         with Progress(*columns, console=stderr) as progress:
             identity = progress.add_task(description, total=total, completed=int(done), values="", unit=unit)
@@ -131,7 +148,7 @@ class _TerminalReporter(_Messages):
 
     @contextmanager
     def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
-        with Live(Dashboard(title, earlier, total), console=stderr, refresh_per_second=2) as live:
+        with Live(Dashboard(shown(title), earlier, total), console=stderr, refresh_per_second=2) as live:
             yield _LiveSteps(live, title, total, earlier)
 
 
@@ -150,7 +167,7 @@ def follow(look: Callable[[], TrainingProgress]) -> None:
     with Live(console=stdout, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             found = look()
-            live.update(Dashboard(found.title, found.records, found.total, found.state), refresh=True)
+            live.update(Dashboard(shown(found.title), found.records, found.total, found.state), refresh=True)
             if found.state == "finished":
                 return
             time.sleep(WATCH_INTERVAL_SECONDS)
@@ -164,17 +181,24 @@ def _format_values(values: Mapping[str, object]) -> str:
     )
 
 
+# Controls that JSON takes as they are, and halves of characters, which no encoding takes.
+_NOT_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    stdout.print(json.dumps(value, indent=2, ensure_ascii=False, default=str), markup=False)
+    text = json.dumps(value, indent=2, ensure_ascii=not takes_unicode(), default=str)
+    say(_NOT_JSON.sub(lambda found: f"\\u{ord(found.group()):04x}", text))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
     """A table on stdout; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=title and shown(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(shown(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     stdout.print(table)
@@ -183,4 +207,4 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value).lower()
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return shown(f"{value:.6g}" if isinstance(value, float) else str(value))

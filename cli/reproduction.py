@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import make_reporter, print_json, print_table, stdout
+from tropd.cli.render import make_reporter, print_json, print_table, say
 
 if TYPE_CHECKING:
     from tropd.pipeline.reproduce.run import Job
@@ -37,7 +37,7 @@ def sft(
     if as_json:
         print_json({"stage": "sft", **manifest.summary})
     else:
-        stdout.print(f'sft: {manifest.summary["steps"]} steps; student.model = "{RESULT}"', markup=False)
+        say(f'sft: {manifest.summary["steps"]} steps; student.model = "{RESULT}"')
 
 
 def reproduce(
@@ -70,8 +70,8 @@ def reproduce(
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
-        stdout.print(to_markdown(result), markup=False)
-        stdout.print(f"table: {root / f'{table}.md'}", markup=False)
+        say(to_markdown(result))
+        say(f"table: {root / f'{table}.md'}")
 
 
 def _refuse_impossible(job: Job) -> None:
@@ -96,15 +96,14 @@ def _show_plan(job: Job, as_json: bool) -> None:
         return
     marks = {True: "ok", False: "NO", None: "not checked"}
     for plan in plans:
-        stdout.print(f"\n{plan.title}", markup=False)
+        say(f"\n{plan.title}")
         rows = [(s.what, f"{s.gpu_hours:,.1f}", f"{s.disk_bytes / 1e9:,.1f}", s.command) for s in plan.stages]
         print_table(("stage", "GPU-hours", "disk GB", "command"), rows)
-        stdout.print(f"downloads: {plan.download_bytes / 1e9:,.1f} GB of models", markup=False)
+        say(f"downloads: {plan.download_bytes / 1e9:,.1f} GB of models")
         for holds, what in plan.checks:
-            stdout.print(f"  {marks[holds]:>11}: {what}", markup=False)
+            say(f"  {marks[holds]:>11}: {what}")
     total = sum(s.gpu_hours for plan in plans for s in plan.stages)
-    stdout.print(
+    say(
         f"\nin all about {total:,.0f} GPU-hours, assuming {PREFILL_FLOPS / 1e12:,.0f} TFLOP/s in passes and "
-        f"{DECODE_TOKENS:,.0f} decoded tokens/s of a 1B model (an H100, roughly)",
-        markup=False,
+        f"{DECODE_TOKENS:,.0f} decoded tokens/s of a 1B model (an H100, roughly)"
     )

@@ -23,7 +23,7 @@ from tropd.cli.options import (
     open_run,
     with_skip_bad,
 )
-from tropd.cli.render import print_json, print_table, stderr, stdout
+from tropd.cli.render import print_json, print_table, say, tell
 
 if TYPE_CHECKING:
     from tropd.pipeline.context import Run
@@ -63,7 +63,7 @@ def init(
     if made.config_path.exists():
         raise ConfigError(f"{made.config_path} exists already", hint="edit it, or choose another directory")
     write_text_atomic(made.config_path, text)
-    stdout.print(f"made {made.config_path} from recipe {recipe!r}", markup=False)
+    say(f"made {made.config_path} from recipe {recipe!r}")
 
 
 def _stage(
@@ -95,7 +95,7 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
                 else value
             )
             parts.append(f"{name.replace('_', ' ')} {shown}")
-    stderr.print(f"{stage}: {', '.join(parts) or 'done'}", markup=False)
+    tell(f"{stage}: {', '.join(parts) or 'done'}")
 
 
 def prepare(
@@ -195,7 +195,7 @@ def evaluate(
         return
     for who, modes in manifest.summary["accuracy"].items():
         shown = ", ".join(f"{mode} {value:.1%}" for mode, value in modes.items())
-        stdout.print(f"{who:>8}: {shown}", markup=False)
+        say(f"{who:>8}: {shown}")
     rows = [
         (name, who, f"avg@{found['samples']} {_interval(found['average'])}", *_passes(found["pass_at"]))
         for name, models in manifest.summary["sampled"].items()
@@ -241,7 +241,7 @@ def report(
     if as_json:
         print_json(build_report(opened, beside).model_dump(mode="json"))
     else:
-        stdout.print(f"report: {page}", markup=False)
+        say(f"report: {page}")
 
 
 def serve_teacher(
@@ -270,7 +270,7 @@ def serve_teacher(
         if as_json:
             typer.echo(f'{{"url": "{url}"}}')
         else:
-            stdout.print(f"teacher service ready at {url}", markup=False)
+            say(f"teacher service ready at {url}")
 
     from tropd.pipeline.teachers import with_only
 
@@ -338,10 +338,8 @@ def compare(
     )
     print_table(columns, rows)
     before, teacher = (", ".join(f"{m} {v:.1%}" for m, v in w.items()) for w in (found.before, found.teacher))
-    stdout.print(
-        f"before: {before}; teacher: {teacher}; 95 % intervals over seeds and problems", markup=False
-    )
-    stdout.print(f"page: {page}", markup=False)
+    say(f"before: {before}; teacher: {teacher}; 95 % intervals over seeds and problems")
+    say(f"page: {page}")
 
 
 def demo(
@@ -380,4 +378,4 @@ def run_all(run: Run) -> None:
         if manifest.stage != "eval":
             _print_summary(manifest.stage, manifest.summary)
     for who, modes in manifest.summary["accuracy"].items():
-        stderr.print(f"{who:>8}: " + ", ".join(f"{m} {v:.1%}" for m, v in modes.items()), markup=False)
+        tell(f"{who:>8}: " + ", ".join(f"{m} {v:.1%}" for m, v in modes.items()))

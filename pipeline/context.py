@@ -312,5 +312,5 @@ def finished(run: Run, stage: str, command: str) -> Manifest:
         state = (
             "was not run" if manifest is None else f"is not finished ({len(manifest.shards)} shards so far)"
         )
-        raise TropdError(f"stage {stage!r} {state}", hint=f"tropd {command} -w {run.workspace.root}")
+        raise TropdError(f"stage {stage!r} {state}", hint=run.workspace.command(command))
     return manifest

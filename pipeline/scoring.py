@@ -104,7 +104,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
                 raise TropdError(
                     f"{shard.name} of {source_stage} holds prompts of several teachers: it was made before "
                     "teacher.by_domain was what it is",
-                    hint=f"tropd {COMMANDS[source_stage]} -w {run.workspace.root} --force",
+                    hint=f"{run.workspace.command(COMMANDS[source_stage])} --force",
                 )
             engine, _ = teachers.open(*names)
             largest = max((token for row in rows for token in row.tokens), default=-1)

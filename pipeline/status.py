@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from tropd.pipeline.configuration import load_config
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import FILE_NAME, Manifest, read_manifest
 from tropd.storage.stage import stage_seconds
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import Workspace, shown_path
 
 State = Literal["not started", "in progress", "complete", "damaged"]
 
@@ -287,11 +286,10 @@ def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStat
 
 
 def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) -> tuple[str | None, str]:
-    where = shlex.quote(_shown_path(workspace.root))
     if config_problem:
-        return f"tropd config show -w {where}", f"the configuration cannot be read: {config_problem}"
+        return workspace.command("config show"), f"the configuration cannot be read: {config_problem}"
     for stage in stages:
-        command = f"tropd {stage.command} -w {where}"
+        command = workspace.command(stage.command)
         if stage.state == "complete" or not is_needed(stage, stages):
             continue
         if stage.state == "not started":
@@ -302,12 +300,4 @@ def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) 
             # Without a readable manifest the stage cannot be continued, only started over.
             return f"{command} --force", stage.problem
         return command, f"{stage.problem}: running the stage again makes it good"
-    return None, f"everything is done: open {_shown_path(workspace.stage('report') / 'index.html')}"
-
-
-def _shown_path(path: Path) -> str:
-    """As a person in the current directory would type it."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return None, f"everything is done: open {shown_path(workspace.stage('report') / 'index.html')}"

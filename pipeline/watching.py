@@ -49,7 +49,7 @@ def training_progress(workspace: Workspace) -> TrainingProgress:
     manifest = read_manifest(folder)
     if manifest is None:
         raise TropdError(
-            f"{workspace.root}: no training has begun here", hint=f"tropd train -w {workspace.root} begins it"
+            f"{workspace.root}: no training has begun here", hint=f"{workspace.command('train')} begins it"
         )
     # Settings given with --set when it was started are in the manifest, not in config.toml.
     fields = manifest.fields

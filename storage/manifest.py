@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from tropd.storage.atomic import TEMPORARY_PREFIX, content_digest, content_size, write_text_atomic
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
 from tropd.storage.fingerprint import Fingerprint, Scalar
+from tropd.storage.workspace import Workspace
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -140,7 +141,8 @@ def check_shard(folder: Path, shard: Shard) -> None:
         DamagedShardError: it is missing, has another size, or another content.
     """
     path = folder / shard.name
-    hint = "tropd verify -w WORKSPACE --repair sets damaged shards aside; rerun the stage to make them again"
+    command = Workspace(folder.parent).command("verify")
+    hint = f"{command} --repair sets damaged shards aside; rerun the stage to make them again"
     if not path.exists():
         raise DamagedShardError(f"{path} is missing, but its manifest lists it", hint=hint)
     try:

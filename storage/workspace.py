@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,10 @@ class Workspace:
         given = Path(path).expanduser()
         return given if given.is_absolute() else self.root / given
 
+    def command(self, words: str) -> str:
+        """A command of ``tropd`` on this workspace, as a person in the current folder would type it."""
+        return f"tropd {words} -w {shlex.quote(shown_path(self.root))}"
+
     @classmethod
     def create(cls, root: Path) -> Workspace:
         """Make the folder and its version marker. Opening an existing workspace is not an error."""
@@ -60,7 +65,7 @@ class Workspace:
         if not marker.is_file():
             raise ConfigError(
                 f"{root} is not a tropd workspace (no {MARKER} in it)",
-                hint=f"make one with: tropd init {root} --recipe demo",
+                hint=f"make one with: tropd init {shlex.quote(str(root))} --recipe demo",
             )
         try:
             layout = json.loads(marker.read_text(encoding="utf-8"))["layout"]
@@ -75,3 +80,11 @@ class Workspace:
                 hint="use the tropd version that made it, or start a new workspace",
             )
         return cls(root.resolve())
+
+
+def shown_path(path: Path) -> str:
+    """Relative to the current folder, if it is inside."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # OSError: the current folder was deleted
+        return str(path)

@@ -7,6 +7,7 @@ a time limit per answer after which the worker is killed: such an answer is wron
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import re
 import resource
@@ -121,7 +122,7 @@ def _pool() -> ProcessPool:
     pool = ProcessPool(
         max_workers=WORKERS,
         max_tasks=WORKER_ANSWERS,
-        initializer=_limit_memory,
+        initializer=_start_worker,
         context=multiprocessing.get_context("spawn"),
     )
     atexit.register(_stop, pool)
@@ -133,5 +134,7 @@ def _stop(pool: ProcessPool) -> None:
     pool.join()
 
 
-def _limit_memory() -> None:
+def _start_worker() -> None:
+    # It says 'Timeout is disabled' with every answer; the limit of time is ours.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))

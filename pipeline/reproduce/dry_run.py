@@ -8,6 +8,7 @@ A pass costs 2 operations per parameter and token forward, 6 with the backward p
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tropd.pipeline.reproduce.run import Job, open_setting
 from tropd.pipeline.reproduce.tables import Setting
 from tropd.pipeline.tokenizers import check_tokenizers
 from tropd.storage.errors import TropdError
+from tropd.storage.workspace import shown_path
 
 PREFILL_FLOPS = 3.0e14
 DECODE_TOKENS = 2.0e4
@@ -66,7 +68,7 @@ def plan_table(job: Job) -> Iterator[SettingPlan]:
 
 
 def _stages(job: Job, setting: Setting, run: Run) -> Iterator[Stage]:
-    config, where = run.config, f"-w {run.workspace.root}"
+    config, where = run.config, f"-w {shlex.quote(shown_path(run.workspace.root))}"
     student, teacher = 1e9 * setting.student_billions, 1e9 * setting.teacher_billions
     length = MEAN_LENGTH * config.rollout.max_tokens
     prefixes = (config.data.limit or config.demo.train_problems) * config.prefixes.samples_per_prompt * length
@@ -93,7 +95,7 @@ def _stages(job: Job, setting: Setting, run: Run) -> Iterator[Stage]:
     runs = job.seeds * len(setting.rows)
     yield Stage(
         f"{runs} runs: train, evaluate",
-        f"tropd compare {where} --objectives {methods} --seeds {job.seeds}",
+        f"tropd compare {where} --objectives {shlex.quote(methods)} --seeds {job.seeds}",
         runs * (train + _decode(student, answers)) + _decode(student, answers) + _decode(teacher, answers),
         runs * (config.train.keep_checkpoints * 12 * student + 2 * student),
     )

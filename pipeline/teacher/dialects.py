@@ -73,7 +73,7 @@ def identify(exchange: Exchange) -> Dialect:
     except ValidationError as error:
         raise TropdError(
             f"{exchange.url} is not a tropd teacher service, nor one of vLLM's",
-            hint="start one with: tropd serve-teacher -w WORKSPACE",
+            hint="teacher.url is the address of `tropd serve-teacher` or `vllm serve`",
         ) from error
     if info.protocol != PROTOCOL_VERSION:
         raise TropdError(

@@ -221,6 +221,6 @@ def _max_topk(exchange: Exchange, model: str) -> int:
         raise TropdError(
             f"the server at {exchange.url} lists a model as vLLM does, but does not take prompt_logprobs as vLLM "
             f"does: {response.status_code}, {reason(response)}",
-            hint="use vllm serve, or tropd serve-teacher -w WORKSPACE",
+            hint="teacher.url is the address of `vllm serve` or `tropd serve-teacher`",
         )
     return max(0, min(int(told[1]) - SPARE, MAX_TOPK))

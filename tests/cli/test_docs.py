@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def test_commands_and_options_in_the_docs_exist(page: Path) -> None:
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line):
             assert option in known, f"{page.name}: {path} has no option {option}"
+
+
+def test_no_message_has_a_placeholder_for_a_command_to_be_typed() -> None:
+    for path in [p for folder in ("cli", "pipeline", "storage") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.search(r"tropd [a-z-]+ .*\b(WORKSPACE|DIR|W)\b", node.value)
+                assert found is None, f"{path.relative_to(ROOT)}:{node.lineno}: {found and found.group()}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
