@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tropd.pipeline.config import Config
 from tropd.pipeline.configuration import dump_config, load_config, load_objective, parse_config
-from tropd.pipeline.context import Run, finished
+from tropd.pipeline.context import Run, finished, with_template_date
 from tropd.pipeline.evaluation.evaluate import Who, evaluate
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.prefixes import generate_rollouts
@@ -73,6 +73,7 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     """
     if seeds < 1 or workers < 1:
         raise ConfigError("compare needs at least one seed and one worker")
+    run = with_template_date(run)
     chosen = list(dict.fromkeys(objectives))
     cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
     specs = [_cell_config(run, cell).objective for cell in cells]

@@ -6,6 +6,7 @@ rising precedence: the default here, ``config.toml`` in the workspace, ``--set s
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -124,6 +125,9 @@ class DataConfig(Spec):
     chat: bool = False
     """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
     used as it is."""
+    template_date: datetime.date | None = None
+    """The date that a chat template tells which writes today's into prompts, as YYYY-MM-DD. `tropd init` sets it; if not
+    set, the day on which such a template is first used is kept in workspace.json."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many training prompts."""
     skip_bad: bool = False

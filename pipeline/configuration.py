@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shlex
 import tomllib
 from collections.abc import Sequence
@@ -65,6 +66,15 @@ def recipe_text(name: str, kind: str = "runs") -> str:
             f"unknown {what} {name!r}", hint=f"{closest(name, names)}one of: {', '.join(names)}"
         )
     return (resources.files("tropd.pipeline.recipes") / kind / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def with_template_date(text: str, date: datetime.date) -> str:
+    """A recipe's text that also says which date chat templates tell, where it uses them."""
+    document = tomlkit.parse(text)
+    data = document.get("data", {})
+    if data.get("chat", False) and "template_date" not in data:
+        data.add("template_date", date.isoformat())
+    return tomlkit.dumps(document)
 
 
 def load_objective(name: str, overrides: Plain | None = None) -> Objective:

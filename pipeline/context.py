@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -28,8 +29,9 @@ from tropd.pipeline.models import (
     stop_token_ids,
     weights_digest,
 )
+from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.progress import Reporter
-from tropd.pipeline.prompts import Prompt, encode_prompts, refuse, scan_prompts, write_rejects
+from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
 from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
 from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import DataError, TropdError
@@ -193,14 +195,14 @@ def check_pair(run: Run) -> None:
     )
 
 
-def training_prompts(run: Run, tokenizer: Any, max_length: int) -> tuple[list[Prompt], list[list[int]]]:
-    """The training prompts and their token ids; each leaves room for a response in ``max_length``."""
+def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
+    """The training prompts with their token ids; each leaves room for a response in ``max_length``."""
     data = run.config.data
     room = max_length - run.config.rollout.max_tokens
     need_answer = run.config.prefixes.keep == "correct"
     left_out = _contaminated(run)
     return _usable_prompts(
-        run, data, data.prompts, "prompts", tokenizer, room, data.limit, need_answer, left_out
+        run, data, _data_file(run, "prompts"), "prompts", tokenizer, room, data.limit, need_answer, left_out
     )
 
 
@@ -222,41 +224,68 @@ def _contaminated(run: Run) -> set[str]:
 
 def evaluation_problems(
     run: Run, tokenizer: Any, max_length: int, limit: int | None, name: str = ""
-) -> tuple[list[Prompt], list[list[int]]]:
-    """The problems of an evaluation set (``Config.evaluation_sets``) and their token ids."""
+) -> Encoded:
+    """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids."""
     data = run.config.problem_files[name]
     room = max_length - (run.config.evaluation_sets[name].max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
-        run, data, data.evaluation, name or "evaluation", tokenizer, room, limit, need_answer=True
+        run,
+        data,
+        _data_file(run, "evaluation", name),
+        name or "evaluation",
+        tokenizer,
+        room,
+        limit,
+        need_answer=True,
     )
 
 
 def _usable_prompts(
     run: Run,
     data: DataConfig,
-    file: str,
+    path: Path,
     what: str,
     tokenizer: Any,
     room: int,
     limit: int | None,
     need_answer: bool,
     left_out: Collection[str] = (),
-) -> tuple[list[Prompt], list[list[int]]]:
+) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
-    path = run.workspace.resolve(file)
     prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
     prompts = [prompt for prompt in prompts if prompt.id not in left_out]
-    prompts, encoded, unfit = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit)
-    rejects = sorted([*bad_lines, *unfit], key=lambda reject: reject.line)
+    date = _template_date(run)
+    encoded = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit, date=date)
+    rejects = sorted([*bad_lines, *encoded.rejects], key=lambda reject: reject.line)
     if not data.skip_bad:
         refuse(path, rejects)
     elif rejects:
         target = run.workspace.root / "rejects" / f"{what}.jsonl"
         write_rejects(path, rejects, target)
         run.reporter.warning(f"{path}: {len(rejects)} bad line(s) left out, listed in {target}")
-    if not prompts:
+    if not encoded.prompts:
         raise DataError(f"{path}: no usable prompt is left of {len(rejects)}")
-    return prompts, encoded
+    for note in encoded.notes:
+        run.reporter.warning(f"{path}: {note}")
+    if encoded.date is not None and date is None:
+        run.workspace.keep_template_date(encoded.date)
+        run.reporter.info(
+            f"the chat template writes the date into prompts: {encoded.date} in this workspace from now on "
+            "(data.template_date sets another)"
+        )
+    return encoded
+
+
+def _template_date(run: Run) -> datetime.date | None:
+    """The date for chat templates, where it is fixed already."""
+    return run.config.data.template_date or run.workspace.template_date()
+
+
+def with_template_date(run: Run) -> Run:
+    """The run with that date among its settings, for workspaces that are made from it."""
+    config = run.config
+    data = config.data.model_copy(update={"template_date": _template_date(run)})
+    return replace(run, resolved=replace(run.resolved, config=config.model_copy(update={"data": data})))
 
 
 def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
@@ -279,12 +308,7 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
 def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     """Fingerprint fields of ``prompts`` or ``evaluation`` (of a set by its name): content, and how it is read."""
     data = run.config.problem_files[name]
-    path = run.workspace.resolve(getattr(data, which))
-    if not path.is_file():
-        raise DataError(
-            f"{f'benchmark {name!r}' if name else f'data.{which}'}: {path} does not exist",
-            hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
-        )
+    path = _data_file(run, which, name)
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
     names = {"id_field", "prompt_field", "answer_field", "template", "chat"}
     names |= {"limit"} if which == "prompts" else set()
@@ -294,6 +318,16 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
             problems = run.workspace.resolve(other.evaluation)
             fields[f"data.decontaminate.{benchmark or 'evaluation'}"] = content_digest(problems)
     return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
+
+
+def _data_file(run: Run, which: str, name: str = "") -> Path:
+    path = run.workspace.resolve(getattr(run.config.problem_files[name], which))
+    if not path.is_file():
+        raise DataError(
+            f"{f'benchmark {name!r}' if name else f'data.{which}'}: {path} does not exist",
+            hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
+        )
+    return path
 
 
 def section_fields(section: str, spec: Any, *, without: Collection[str] = ()) -> dict[str, Scalar]:

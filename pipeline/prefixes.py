@@ -7,7 +7,7 @@ once (``generate-rollouts``, ``score-teacher --source rollouts``) allow training
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import grade
+from tropd.pipeline.identity import fingerprint_of, token_fields
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import (
@@ -107,22 +109,24 @@ def student_source(run: Run) -> Source:
     )
 
 
-def fingerprint(run: Run, source: Source) -> Fingerprint:
-    """Everything that decides which trajectories are made."""
+def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
+    """Everything that decides which trajectories of these prompts are made."""
     section = "prefixes" if source.author == "teacher" else "rollout"
     fields: dict[str, Scalar] = {
         f"{section}.{name}": value
         for name, value in vars(source).items()
         if name not in ("stage", "author", "batch_size")
     }
-    fields |= data_fields(run, "prompts") | _author_fields(run, source)
+    fields |= (
+        data_fields(run, "prompts") | token_fields(prompts, "data.prompts") | _author_fields(run, source)
+    )
     if run.config.teacher.by_domain:  # shards hold the prompts of one teacher each
         fields["teacher.domains"] = ",".join(own.domain for own in run.config.teacher.by_domain)
     fields["run.seed"] = run.config.run.seed
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
         fields["evaluation.grader"] = run.config.evaluation.grader
-    return Fingerprint(fields)
+    return fingerprint_of(fields)
 
 
 def _author_fields(run: Run, source: Source) -> dict[str, Scalar]:
@@ -150,19 +154,15 @@ def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = Fa
 def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Manifest:
     for name in teachers_in_use(run):
         check_pair(with_only(run, name))
-    num_prompts = 0
+    authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
+    room = min(role_room(with_only(run, name), source.author) for name in authors)
+    found = training_prompts(run, role_tokenizer(run, "student"), room)
+    prompts = replace(found, prompts=found.prompts[: source.limit], tokens=found.tokens[: source.limit])
 
     def plan() -> Work:
-        nonlocal num_prompts
-        tokenizer = role_tokenizer(run, "student")
-        authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
-        room = min(role_room(with_only(run, name), source.author) for name in authors)
-        prompts, encoded = training_prompts(run, tokenizer, room)
-        prompts, encoded = prompts[: source.limit], encoded[: source.limit]
-        num_prompts = len(prompts)
         batches = [
-            Batch(name, [prompts[i] for i in part], [encoded[i] for i in part])
-            for name, indices in grouped(run, prompts)
+            Batch(name, [prompts.prompts[i] for i in part], [prompts.tokens[i] for i in part])
+            for name, indices in grouped(run, prompts.prompts)
             for part in batched(indices, source.shard_prompts)
         ]
         shards = [
@@ -173,11 +173,10 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
         return Work(f"{source.author} {source.stage}", "prompts", shards, opener)
 
     def finish(stage: Stage) -> None:
-        _finish(stage, num_prompts, source.samples_per_prompt)
+        _finish(stage, len(prompts.prompts), source.samples_per_prompt)
 
-    return run_stage(
-        run, source.stage, fingerprint(run, source), plan, finish, execution=execution, force=force
-    )
+    identity = fingerprint(run, source, prompts)
+    return run_stage(run, source.stage, identity, plan, finish, execution=execution, force=force)
 
 
 def open_generator(source: Source, batches: Sequence[Batch], run: Run) -> Maker:

@@ -208,38 +208,3 @@ def _prompt(record: Mapping[str, Any], number: int, config: DataConfig, need_ans
         line=number,
         messages=messages,
     )
-
-
-def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int, limit: int | None = None
-) -> tuple[list[Prompt], list[list[int]], list[Reject]]:
-    """The first ``limit`` prompts that fit, their token ids, and what was rejected on the way.
-
-    Rejected are prompts without tokens and those of more than ``max_length`` tokens.
-
-    Raises:
-        DataError: ``chat`` without a chat template.
-    """
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise DataError("data.chat is true, but the tokenizer has no chat template")
-    kept: list[Prompt] = []
-    encoded: list[list[int]] = []
-    rejects: list[Reject] = []
-    for prompt in prompts:
-        if limit is not None and len(kept) == limit:
-            break
-        if chat:
-            tokens = tokenizer.apply_chat_template(
-                list(prompt.turns), add_generation_prompt=True, return_dict=False
-            )
-        else:
-            tokens = tokenizer(prompt.text)["input_ids"]
-        if not tokens:
-            rejects.append(Reject(prompt.line, f"prompt {prompt.id!r} has no tokens"))
-        elif len(tokens) > max_length:
-            reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, room is for {max_length}"
-            rejects.append(Reject(prompt.line, reason))
-        else:
-            kept.append(prompt)
-            encoded.append([int(t) for t in tokens])
-    return kept, encoded, rejects

@@ -25,6 +25,7 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.engines.base import Engine, SequenceScores
+from tropd.pipeline.identity import fingerprint_of
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
 from tropd.storage.atomic import atomic_file
@@ -59,7 +60,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
-    return Fingerprint(fields)
+    return fingerprint_of(fields)
 
 
 def score_teacher(

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tropd.pipeline.compare import link_shared
 from tropd.pipeline.configuration import dump_config, load_objective, parse_config
-from tropd.pipeline.context import Run, finished
+from tropd.pipeline.context import Run, finished, with_template_date
 from tropd.pipeline.training.loop import train
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.manifest import Manifest
@@ -28,6 +28,7 @@ def sft(run: Run, base: str, *, force: bool = False) -> Manifest:
         TropdError: the prefixes are not finished, or training fails.
     """
     finished(run, "prefixes", "generate-prefixes")
+    run = with_template_date(run)
     workspace = Workspace.create(run.workspace.root / FOLDER)
     link_shared(run.workspace, workspace)
     config, settings = run.config, run.config.sft

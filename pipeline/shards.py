@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tropd.pipeline.context import Run
+from tropd.pipeline.identity import tell_unrecorded
 from tropd.pipeline.progress import Task
 from tropd.storage.errors import ConfigError, StageLockedError
 from tropd.storage.fingerprint import Fingerprint
@@ -113,6 +114,7 @@ def run_stage(
             )
         return _run_part(run, name, fingerprint, plan, finish, execution.part)
     with open_stage(folder, name, fingerprint, force=force, timings=run.timings) as stage:
+        tell_unrecorded(run, stage)
         if stage.complete:
             run.reporter.info(f"{name}: done before{_described(stage.manifest)}, nothing to do")
             remove_parts(folder)
@@ -152,7 +154,8 @@ def _run_part(
     work = plan()
     own = part_folder(folder, part.index, part.count)
     elsewhere = made_shards(folder, fingerprint.digest, but=own)
-    with open_stage(own, name, fingerprint, timings=run.timings) as stage:
+    # Of parts nothing is taken on trust: those of an older version would be counted as missing for ever.
+    with open_stage(own, name, Fingerprint(fingerprint.fields), timings=run.timings) as stage:
         mine = [
             spec
             for spec in work.shards[part.index - 1 :: part.count]

@@ -12,7 +12,10 @@ from tropd.storage.errors import ConfigError
 
 MAX_SHOWN_DIFFERENCES = 5
 MAX_SHOWN_CHARACTERS = 120
+DEFAULT = "default"
 CHAT_TEMPLATE = "chat template"
+END = "end of sequence"
+"""Which responses stop where is no matter of meaning: see ``stops``."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
 
 
 def differing_parts(ours: Mapping[str, str], theirs: Mapping[str, str], *, chat: bool) -> list[str]:
-    """Names of the parts that differ, of those that both sides name; the chat template counts where ``chat`` is on."""
+    """Names of the parts that differ in the meaning of ids, of those that both sides name; the chat template counts where
+    ``chat`` is on."""
     return [
         name
         for name in ours.keys() & theirs.keys()
-        if ours[name] != theirs[name] and (chat or name != CHAT_TEMPLATE)
+        if name != END and ours[name] != theirs[name] and (chat or name != CHAT_TEMPLATE)
     ]
 
 
@@ -61,8 +65,11 @@ def check_tokenizers(student: Any, teacher: Any, *, chat: bool = False) -> None:
         chat: whether prompts are written with the chat template, so that it must agree too.
 
     Raises:
-        ConfigError: with the first differences of each part.
+        ConfigError: with the first differences of each part; or named templates without a default one.
     """
+    if chat:
+        for tokenizer in (student, teacher):
+            chat_template(tokenizer)
     ours, theirs = tokenizer_identity(student), tokenizer_identity(teacher)
     names = differing_parts(ours.parts, theirs.parts, chat=chat)
     if not names:
@@ -84,8 +91,6 @@ def check_tokenizers(student: Any, teacher: Any, *, chat: bool = False) -> None:
 def _hint(names: list[str]) -> str:
     if names == [CHAT_TEMPLATE]:
         return "give the student the teacher's chat_template, or set data.chat = false"
-    if names == ["end of sequence"]:
-        return "set the student's eos_token (tokenizer_config.json, generation_config.json) to the teacher's"
     return "distillation by log-probs needs models that share a tokenizer"
 
 
@@ -100,14 +105,35 @@ def _content(tokenizer: Any) -> dict[str, Any]:
         "merges": {str(rank): _joined(merge) for rank, merge in enumerate(model.get("merges") or [])},
         "rules": {name: data.get(name) for name in ("normalizer", "pre_tokenizer")},
         "special tokens": {str(number): str(token) for number, token in added.items() if token.special},
-        "end of sequence": {"eos_token": tokenizer.eos_token},
+        END: {"eos_token": tokenizer.eos_token},
         CHAT_TEMPLATE: {
             f"line {number}": line
-            for number, line in enumerate(
-                (getattr(tokenizer, "chat_template", None) or "").splitlines(), start=1
-            )
+            for number, line in enumerate(_templates(tokenizer).get(DEFAULT, "").splitlines(), start=1)
         },
     }
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The template that prompts are written with: the only one, or of several named ones that of the name ``default``.
+
+    Raises:
+        ConfigError: none of several has that name.
+    """
+    templates = _templates(tokenizer)
+    if templates and DEFAULT not in templates:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has several chat templates "
+            f"({', '.join(sorted(templates))}), but none that is called 'default'",
+            hint="copy the one to use to chat_template.jinja in the model's directory, or set data.chat = false",
+        )
+    return templates.get(DEFAULT)
+
+
+def _templates(tokenizer: Any) -> Mapping[str, str]:
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, Mapping):
+        return found
+    return {DEFAULT: found} if found else {}
 
 
 def _joined(merge: Any) -> str:

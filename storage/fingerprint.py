@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 Scalar = str | int | float | bool | None
@@ -19,6 +19,8 @@ class Fingerprint:
     """
 
     fields: Mapping[str, Scalar]
+    recent: Collection[str] = ()
+    """Names of fields that older versions did not record: where another fingerprint lacks them, nothing is known."""
 
     @property
     def digest(self) -> str:
@@ -26,18 +28,24 @@ class Fingerprint:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def changes_from(self, other: Mapping[str, Scalar]) -> list[tuple[str, Scalar, Scalar]]:
-        """Fields that differ as ``(field, other's value, own value)``, sorted; an absent field counts as None.
+        """Fields that differ as ``(field, other's value, own value)``, sorted.
+
+        An absent field counts as None; a recent one that the other lacks does not count.
 
         Values are compared as they are hashed (1, 1.0 and true differ), so that two fingerprints with
         different digests always differ in a field.
         """
-        names = sorted(self.fields.keys() | other.keys())
+        names = sorted((self.fields.keys() | other.keys()) - set(self.missing_from(other)))
         return [
             (n, other.get(n), self.fields.get(n))
             for n in names
             if (n in self.fields) != (n in other)
             or json.dumps(self.fields.get(n)) != json.dumps(other.get(n))
         ]
+
+    def missing_from(self, other: Mapping[str, Scalar]) -> list[str]:
+        """Recent fields that the other does not have, sorted."""
+        return sorted(name for name in self.recent if name in self.fields and name not in other)
 
 
 def flatten(prefix: str, value: object) -> dict[str, Scalar]:

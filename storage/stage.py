@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Stage:
         self.manifest = manifest
         self.broken = tuple(broken)
         """Shards that the manifest on disk named, missing or of the wrong size; the next change strikes them."""
+        self.unrecorded: Sequence[str] = ()
+        """Recent fields of the fingerprint that the manifest, made by an older version, does not have."""
         self.shared = False
         """Whether others write into the folder, as workers do that may outlive an error here."""
         self._timings = timings
@@ -122,8 +124,9 @@ def open_stage(
 
     Shards that are listed but missing or of the wrong size are left out of the stage's manifest, so that they are
     made again; the manifest on disk follows with the stage's first change. A stage that was started but holds nothing
-    yet takes the new fingerprint. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved
-    back where the block fails before it has made anything, as on bad input.
+    yet takes the new fingerprint; one that holds something keeps its own, also where that lacks recent fields. With
+    ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved back where the block fails before it
+    has made anything, as on bad input.
 
     Raises:
         StageLockedError: another process holds the stage.
@@ -150,7 +153,9 @@ def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | Non
     else:
         refuse_other_settings(name, folder, manifest, fingerprint)
     broken = _broken(folder, manifest)
-    return Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
+    stage = Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
+    stage.unrecorded = fingerprint.missing_from(manifest.fields)
+    return stage
 
 
 def _is_empty(folder: Path) -> bool:
@@ -211,9 +216,9 @@ def refuse_other_settings(name: str, folder: Path, manifest: Manifest, fingerpri
     Raises:
         FingerprintMismatchError: naming every field that differs.
     """
-    if manifest.fingerprint == fingerprint.digest:
-        return
     changes = fingerprint.changes_from(manifest.fields)
+    if not changes:
+        return
     lines = "\n".join(f"    {field}: {old!r} → {new!r}" for field, old, new in changes)
     raise FingerprintMismatchError(
         f"{folder} holds the output of stage {name!r} made with other settings or inputs:\n{lines}",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, WorkspaceVersionError
 
 LAYOUT_VERSION = 1
 MARKER = "workspace.json"
+TEMPLATE_DATE = "template_date"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,30 @@ class Workspace:
     def command(self, words: str) -> str:
         """A command of ``tropd`` on this workspace, as a person in the current folder would type it."""
         return f"tropd {words} -w {shlex.quote(shown_path(self.root))}"
+
+    def template_date(self) -> datetime.date | None:
+        """The date that chat templates tell in this workspace, if it was fixed here.
+
+        Raises:
+            WorkspaceVersionError: what is written there is no date.
+        """
+        kept = self._marker().get(TEMPLATE_DATE)
+        try:
+            return None if kept is None else datetime.date.fromisoformat(kept)
+        except (TypeError, ValueError) as error:
+            raise WorkspaceVersionError(
+                f"{self.root / MARKER}: {TEMPLATE_DATE} is not a date ({error})",
+                hint="write the day on which the first prompts were made, as YYYY-MM-DD, or set data.template_date",
+            ) from error
+
+    def keep_template_date(self, date: datetime.date) -> None:
+        """Fix the date that chat templates tell in this workspace."""
+        marker = self._marker() | {TEMPLATE_DATE: date.isoformat()}
+        write_text_atomic(self.root / MARKER, json.dumps(marker) + "\n")
+
+    def _marker(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.root / MARKER).read_text(encoding="utf-8"))
+        return found
 
     @classmethod
     def create(cls, root: Path) -> Workspace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,9 @@ from tropd.pipeline.engines.base import Sampler, Sampling
 from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
+from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
 from tropd.pipeline.models import model_directory
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.atomic import atomic_file
 from tropd.storage.fingerprint import Fingerprint, Scalar
@@ -91,8 +93,26 @@ class _Batch:
     encoded: Sequence[Sequence[int]]
 
 
-def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
-    """Problems, sampling, and the weights of all models evaluated."""
+Problems = Mapping[tuple[str, str], Encoded]
+"""Problems by the name of their set and the role whose tokenizer encodes them."""
+
+
+def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
+    """All problems, as those who are evaluated read them.
+
+    Raises:
+        DataError: a file is missing, or holds what cannot be used.
+    """
+    found = {}
+    for role in dict.fromkeys("teacher" if who == "teacher" else "student" for who in whom):
+        tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
+        for name, settings in run.config.evaluation_sets.items():
+            found[name, role] = evaluation_problems(run, tokenizer, longest, settings.limit, name)
+    return found
+
+
+def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) -> Fingerprint:
+    """Problems as each model reads them, sampling, and the weights of all models evaluated."""
     config = run.config
     fields: dict[str, Scalar] = {"run.seed": config.run.seed}
     for name, settings in config.evaluation_sets.items():
@@ -109,8 +129,11 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who]) -> Fingerprint:
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | engine_fields(run, role)
+        for name in config.evaluation_sets:
+            prefix = f"benchmark.{name}." if name else ""
+            of_model |= token_fields(problems[name, role], f"{prefix}data.evaluation")
         fields |= {f"{who}.{k}": v for k, v in of_model.items()}
-    return Fingerprint(fields)
+    return fingerprint_of(fields)
 
 
 def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
@@ -129,7 +152,10 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     if "after" in whom:
         check_shard(final.parent, finished(run, "train", "train").shards[final.name])
     folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run, final, whom), force=force, timings=run.timings) as stage:
+    problems = read_problems(run, whom)
+    identity = fingerprint(run, final, whom, problems)
+    with open_stage(folder, STAGE, identity, force=force, timings=run.timings) as stage:
+        tell_unrecorded(run, stage)
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
@@ -137,7 +163,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         for who in whom:
             missing = [n for n in run.config.evaluation_sets if not stage.has(_part(n, who))]
             if missing:
-                _evaluate_one(run, stage, who, missing, *_model_of(who, final))
+                _evaluate_one(run, stage, who, missing, problems, *_model_of(who, final))
         _run_harness(run, stage, whom, final)
         _drop_pieces(stage)
         stage.finish(**summarize(run, folder, whom))
@@ -149,11 +175,17 @@ def _part(name: str, who: Who) -> str:
 
 
 def _evaluate_one(
-    run: Run, stage: Stage, who: Who, names: Sequence[str], role: str, folder: Path | None
+    run: Run,
+    stage: Stage,
+    who: Who,
+    names: Sequence[str],
+    problems: Problems,
+    role: str,
+    folder: Path | None,
 ) -> None:
     """Responses of one model to some sets of problems, each batch of them committed."""
     sets = run.config.evaluation_sets
-    batches = {name: _batches(run, name, role) for name in names}  # first: they may be unusable
+    batches = {name: _batches(sets[name], name, problems[name, role]) for name in names}
     engine, tokenizer = open_engine(run, role, folder, batch_size=run.config.evaluation.batch_size)
     total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
     with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
@@ -210,19 +242,16 @@ def _drop_pieces(stage: Stage) -> None:
             path.unlink()
 
 
-def _batches(run: Run, name: str, role: str) -> list[_Batch]:
-    settings = run.config.evaluation_sets[name]
-    tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
-    problems, encoded = evaluation_problems(run, tokenizer, longest, settings.limit, name)
+def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_Batch]:
     modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
     if not name:
         modes.insert(0, ("greedy", 1))
     batches = []
     for mode, samples in modes:
         step = max(1, settings.batch_size // samples)
-        for low in range(0, len(problems), step):
+        for low in range(0, len(problems.prompts), step):
             part = slice(low, low + step)
-            batches.append(_Batch(mode, samples, problems[part], encoded[part]))
+            batches.append(_Batch(mode, samples, problems.prompts[part], problems.tokens[part]))
     return batches
 
 

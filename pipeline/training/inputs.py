@@ -13,6 +13,7 @@ from tropd.pipeline.context import (
     training_prompts,
 )
 from tropd.pipeline.objectives.spec import TeacherNeeds
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES, check_token_ids
 from tropd.pipeline.teacher.connection import teacher_fields
@@ -38,8 +39,13 @@ class Inputs:
     """To evaluate on along the way."""
 
 
-def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
-    """Read and check them.
+def student_prompts(run: Run) -> Encoded:
+    """The prompts of a training run, as the student reads them."""
+    return training_prompts(run, role_tokenizer(run, "student"), role_room(run, "student"))
+
+
+def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
+    """Read and check what belongs to these prompts.
 
     Raises:
         ConfigError, DataError: naming file or stage, and what makes it.
@@ -47,7 +53,7 @@ def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
     config, objective = run.config, run.config.objective
     tokenizer, longest = role_tokenizer(run, "student"), role_room(run, "student")
     tokens = num_tokens(tokenizer)
-    prompts, encoded = training_prompts(run, tokenizer, longest)
+    prompts, encoded = found.prompts, found.tokens
     store = None
     if objective.schedule.kind != "none":
         manifest = finished(run, "prefixes", "generate-prefixes")
@@ -75,8 +81,8 @@ def read_inputs(run: Run, needs: TeacherNeeds) -> Inputs:
         cached = _cache(run, "rollouts", "score-teacher --source rollouts", tokens)
     problems = None
     if config.train.evaluate_every:
-        limit = config.train.evaluate_problems
-        problems = evaluation_problems(run, tokenizer, longest, limit)
+        of_file = evaluation_problems(run, tokenizer, longest, config.train.evaluate_problems)
+        problems = of_file.prompts, of_file.tokens
     return Inputs(prompts, encoded, store, stored, cached, problems)
 
 
@@ -102,7 +108,7 @@ def _check_prompts(
         if any(store.prompt_tokens(row) != tokens for row in rows):
             raise DataError(
                 f"the trajectories stored for prompt {prompt.id!r} are answers to another text: data.prompts, its "
-                "chat template or the tokenizer has changed since they were made",
+                "chat template (or the date in it, data.template_date) or the tokenizer has changed since they were made",
                 hint=hint,
             )
 

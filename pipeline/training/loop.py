@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
+from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
 from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.teachers import teachers_in_use, with_only
@@ -34,6 +37,7 @@ from tropd.pipeline.training.checkpoint import (
     prune_checkpoints,
     remove_uncommitted,
 )
+from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, Record, memory_metrics, step_metrics
 from tropd.pipeline.training.output import export_student, stopped
@@ -63,11 +67,12 @@ SUMMED = (
 )
 
 
-def fingerprint(run: Run) -> Fingerprint:
-    """Everything that decides the final weights."""
+def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
+    """Everything that decides the final weights of a student trained on these prompts."""
     config = run.config
     needs = teacher_needs(config.objective)
-    fields = data_fields(run, "prompts") | model_fields(run, "student") | teacher_fields(run)
+    fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
+    fields |= model_fields(run, "student") | teacher_fields(run)
     fields |= section_fields(
         "objective", config.objective, without={"title", "source", "confidence", "formula"}
     )
@@ -100,7 +105,7 @@ def fingerprint(run: Run) -> Fingerprint:
         fields["upstream.rollout-scores"] = finished(
             run, "rollout-scores", "score-teacher --source rollouts"
         ).fingerprint
-    return Fingerprint(fields)
+    return fingerprint_of(fields)
 
 
 def train(run: Run, *, force: bool = False) -> Manifest:
@@ -118,14 +123,17 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         if world.leads:
             _check_pairs(run)
         # One process writes; the others learn whether there is anything to do, and from where.
-        stage = stack.enter_context(_open(run, force)) if world.leads else None
+        prompts = student_prompts(run) if world.leads else None
+        stage = None if prompts is None else stack.enter_context(_open(run, prompts, force))
         manifest = world.tell(None if stage is None else stage.manifest)
         assert manifest is not None
         if manifest.complete:
             run.reporter.info(f"train: done before ({manifest.summary['steps']} steps), nothing to do")
             return manifest
         stop = StopRequest()
-        session = open_session(run, stack, world, run.reporter.warning, stop.sleep)
+        # The others read them only now: the first one has fixed the date of their chat template.
+        prompts = student_prompts(run) if prompts is None else prompts
+        session = open_session(run, stack, world, prompts, run.reporter.warning, stop.sleep)
         # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
         stack.enter_context(stop_on_signal(stop))
         _run_steps(session, stage, stop)
@@ -139,9 +147,12 @@ def _check_pairs(run: Run) -> None:
             check_pair(own)
 
 
-def _open(run: Run, force: bool) -> AbstractContextManager[Stage]:
+@contextmanager
+def _open(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]:
     folder = run.workspace.stage(STAGE)
-    return open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings)
+    with open_stage(folder, STAGE, fingerprint(run, prompts), force=force, timings=run.timings) as stage:
+        tell_unrecorded(run, stage)
+        yield stage
 
 
 def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any], list[Row] | None]:

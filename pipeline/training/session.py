@@ -25,6 +25,7 @@ from tropd.pipeline.models import (
     model_directory,
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.connection import connect_teachers, start_teachers
@@ -133,12 +134,14 @@ def open_session(
     run: Run,
     stack: ExitStack,
     world: World,
+    prompts: Encoded,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
 ) -> Session:
     """Load student and data, start or reach the teacher service, and check that all fits together.
 
     Args:
+        prompts: to train on.
         on_wait: told why nothing happens while the teacher is away.
         sleep: waits between two attempts to reach it; may raise to end the wait.
 
@@ -151,7 +154,7 @@ def open_session(
     folder = model_directory(run.workspace, config.student, "student")
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     _check_settings(run, world)
-    inputs = read_inputs(run, needs)  # before anything is loaded or started
+    inputs = read_inputs(run, needs, prompts)  # before anything is loaded or started
     asks = needs.sampled and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.engine, config.student.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from tropd.pipeline.configuration import (
     parse_config,
     recipe_names,
     recipe_text,
+    with_template_date,
 )
 from tropd.storage.errors import ConfigError
 
@@ -306,3 +308,13 @@ def test_one_teacher_service_or_several() -> None:
         config = parse_config(DEMO, assignments).config
         assert config.teacher.urls == urls
         assert parse_config(dump_config(config)).config.teacher == config.teacher
+
+
+def test_a_recipe_with_a_chat_template_gets_the_date_that_templates_tell() -> None:
+    day = datetime.date(2025, 3, 7)
+    text = with_template_date(recipe_text("qwen3-sft-1.7b"), day)
+    config = parse_config(text).config
+    assert config.data.template_date == day
+    assert parse_config(dump_config(config)).config == config
+    assert with_template_date(text, datetime.date(2026, 1, 1)) == text
+    assert with_template_date(recipe_text("demo"), day) == recipe_text("demo")

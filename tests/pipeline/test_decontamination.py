@@ -82,8 +82,8 @@ def test_contaminated_prompts_are_left_out_and_listed(tmp_path: Path) -> None:
     told: list[str] = []
     clean = replace(plain, resolved=with_data(plain, decontaminate=13), reporter=Listener(told))
     tokenizer = role_tokenizer(plain, "student")
-    everything = [p.id for p in training_prompts(plain, tokenizer, 40)[0]]
-    left = [p.id for p in training_prompts(clean, tokenizer, 40)[0]]
+    everything = [p.id for p in training_prompts(plain, tokenizer, 40).prompts]
+    left = [p.id for p in training_prompts(clean, tokenizer, 40).prompts]
     assert len(everything) == 10
     assert left == [name for name in everything if name not in ("p3", "p5")]
     listed = (plain.workspace.root / "rejects" / "contaminated.jsonl").read_text().splitlines()

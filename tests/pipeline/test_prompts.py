@@ -11,7 +11,8 @@ import pytest
 
 from tropd.pipeline.config import DataConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
-from tropd.pipeline.prompts import Prompt, Reject, encode_prompts, refuse, scan_prompts, write_rejects
+from tropd.pipeline.problems.encoding import encode_prompts
+from tropd.pipeline.prompts import Prompt, refuse, scan_prompts, write_rejects
 from tropd.storage.errors import DataError
 
 
@@ -77,24 +78,6 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "empty.jsonl", ""), DataConfig())
 
 
-def test_prompts_that_do_not_fit_are_rejected_with_their_line() -> None:
-    tokenizer = make_tokenizer()
-    prompts = [Prompt("a", "1+2=", None, line=1), Prompt("b", "1+2+3+4=", None, line=4)]
-    kept, encoded, rejects = encode_prompts(prompts, tokenizer, chat=False, max_length=8)
-    assert (kept, encoded[0], rejects) == (prompts, [3, 12, 4, 15], [])
-    kept, encoded, rejects = encode_prompts(prompts, tokenizer, chat=False, max_length=7)
-    assert (kept, len(encoded)) == (prompts[:1], 1)
-    assert rejects == [Reject(4, "prompt 'b' has 8 tokens, room is for 7")]
-    with pytest.raises(DataError, match="no chat template"):
-        encode_prompts(prompts, tokenizer, chat=True, max_length=8)
-
-
-def test_the_limit_counts_prompts_that_fit() -> None:
-    prompts = [Prompt(str(n), "1+" * n + "1=", None, line=n + 1) for n in range(4)]
-    kept, _, rejects = encode_prompts(prompts[::-1], make_tokenizer(), chat=False, max_length=6, limit=2)
-    assert ([p.id for p in kept], [r.line for r in rejects]) == (["2", "1"], [4])
-
-
 def test_rejects_keep_what_the_line_was(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "ok"}\n{"prompt": \xff\n{"prompt": "ok"}\n{}\r\n')
@@ -156,7 +139,7 @@ def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
     assert (prompts[1].text, prompts[1].asked) == ("system: 7\n\nuser: 1+1=2", "1+1=2")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    _, encoded, _ = encode_prompts(prompts, tokenizer, chat=True, max_length=20)
+    encoded = encode_prompts(prompts, tokenizer, chat=True, max_length=20).tokens
     assert encoded == [tokenizer("1+1=2=")["input_ids"], tokenizer("71+1=2=")["input_ids"]]
 
 

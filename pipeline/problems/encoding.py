@@ -1,0 +1,219 @@
+"""Prompts as the token ids that a model reads: template, the tokens around a text, and the date that a template tells.
+
+What decides these ids does not vary from one day or process to the next: a template's ``strftime_now`` says the date that
+it is given, and a template or tokenizer that encodes one prompt in different ways is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers.utils import chat_template_utils
+
+from tropd.pipeline.prompts import Prompt, Reject
+from tropd.pipeline.tokenizers import chat_template
+from tropd.storage.errors import ConfigError, DataError
+
+BATCH = 256
+"""Prompts encoded at once; it decides nothing but the time."""
+REPEATS = 16
+"""A choice of two at random stays unseen once in 2^15 times."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts with their token ids, in the same order, and what happened on the way."""
+
+    prompts: list[Prompt]
+    tokens: list[list[int]]
+    rejects: list[Reject]
+    """Prompts without tokens, too long ones, and those that the chat template does not take."""
+    notes: list[str]
+    """What was mended in all prompts, in words."""
+    date: datetime.date | None = None
+    """What the chat template was told, if it asked for the date."""
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    chat: bool,
+    max_length: int,
+    limit: int | None = None,
+    date: datetime.date | None = None,
+) -> Encoded:
+    """The first ``limit`` prompts that fit, their token ids, and what was rejected on the way.
+
+    An end-of-sequence token that the tokenizer appends is left out, for nothing sensible comes after it; a
+    begin-of-sequence token that the tokenizer adds to one in the text is left out too.
+
+    Args:
+        chat: each is a conversation in the chat template (of several named ones, ``default``).
+        max_length: tokens; longer prompts are rejected.
+        date: what the template is told; if not given, that of this machine.
+
+    Raises:
+        DataError: ``chat`` without a chat template.
+        ConfigError: a template that is none, or one prompt is encoded in different ways.
+    """
+    if chat and not chat_template(tokenizer):
+        raise DataError("data.chat is true, but the tokenizer has no chat template")
+    kept: list[Prompt] = []
+    encoded: list[list[int]] = []
+    rejects: list[Reject] = []
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ended = begun_twice = False
+    date = date or today()
+    with _clock(date) as clock:
+        encode = _chat_encoder(tokenizer) if chat else _text_encoder(tokenizer)
+        appends_end = _appends_end(prompts, tokenizer, encode, chat)
+        for prompt, tokens in _one_by_one(prompts, encode):
+            if limit is not None and len(kept) == limit:
+                break
+            if isinstance(tokens, str):
+                rejects.append(Reject(prompt.line, f"prompt {prompt.id!r} {tokens}"))
+                continue
+            if appends_end and tokens[-1:] == [end]:
+                tokens, ended = tokens[:-1], True
+            if begin is not None and tokens[:2] == [begin, begin]:
+                tokens, begun_twice = tokens[1:], True
+            if not tokens:
+                rejects.append(Reject(prompt.line, f"prompt {prompt.id!r} has no tokens"))
+            elif len(tokens) > max_length:
+                reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, room is for {max_length}"
+                rejects.append(Reject(prompt.line, reason))
+            else:
+                kept.append(prompt)
+                encoded.append(tokens)
+    notes = []
+    if ended:
+        notes.append(f"the tokenizer appends {tokenizer.eos_token!r} to prompts: it is left out")
+    if begun_twice:
+        notes.append(
+            f"the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it: it is there once"
+        )
+    return Encoded(kept, encoded, rejects, notes, date if clock.read else None)
+
+
+def token_digest(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]) -> str:
+    """SHA-256 over the prompts' ids and token ids, in order."""
+    digest = hashlib.sha256()
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        name = prompt.id.encode("utf-8", "surrogatepass")
+        digest.update(np.array([len(name), len(ids)], dtype="<i8").tobytes() + name)
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def today() -> datetime.date:
+    """The date of this machine."""
+    return datetime.date.today()
+
+
+_Encoder = Callable[[Sequence[Prompt]], list[list[int]]]
+
+
+def _text_encoder(tokenizer: Any) -> _Encoder:
+    return lambda prompts: tokenizer([prompt.text for prompt in prompts])["input_ids"]
+
+
+def _chat_encoder(tokenizer: Any) -> _Encoder:
+    def encode(prompts: Sequence[Prompt]) -> list[list[int]]:
+        turns = [list(prompt.turns) for prompt in prompts]
+        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return [[int(token) for token in tokens] for tokens in found]
+
+    return encode
+
+
+def _encoded(prompts: Sequence[Prompt], encode: _Encoder) -> list[list[int] | str]:
+    """Token ids of each prompt, or why it has none."""
+    try:
+        return list(encode(prompts))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the tokenizer's chat template cannot be read: {error.message} (line {error.lineno})",
+            hint="mend chat_template.jinja (or tokenizer_config.json) of the model, or set data.chat = false",
+        ) from error
+    except Exception as error:  # a template is a program of somebody else's: anything may come of it
+        if len(prompts) == 1:
+            return [f"is refused by the chat template or the tokenizer: {error}"]
+        return [tokens for prompt in prompts for tokens in _encoded([prompt], encode)]
+
+
+def _one_by_one(prompts: Sequence[Prompt], encode: _Encoder) -> Iterator[tuple[Prompt, list[int] | str]]:
+    for low in range(0, len(prompts), BATCH):
+        part = prompts[low : low + BATCH]
+        yield from zip(part, _encoded(part, encode), strict=True)
+
+
+def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, chat: bool) -> bool:
+    """Whether the tokenizer appends the token that ends a sequence: asked of the first prompt that can be encoded, which
+    is encoded several times.
+
+    Raises:
+        ConfigError: each time in another way.
+    """
+    for prompt in prompts:
+        tokens, *others = _encoded([prompt] * REPEATS, encode)
+        if isinstance(tokens, str):
+            continue
+        if any(other != tokens for other in others):
+            raise ConfigError(
+                f"prompt {prompt.id!r} is encoded in another way each time: the chat template or the tokenizer does "
+                "something at random",
+                hint="take it out of the model's chat_template.jinja (|random, lipsum) or tokenizer.json (dropout); each "
+                "stage has to read the same prompts",
+            )
+        return _ends(tokens, tokenizer.eos_token_id) > _ends_written(prompt, tokenizer, chat)
+    return False
+
+
+def _ends(tokens: Sequence[int], end: int) -> int:
+    """How many tokens ``end`` a sequence ends with."""
+    return next((n for n, token in enumerate(reversed(tokens)) if token != end), len(tokens))
+
+
+def _ends_written(prompt: Prompt, tokenizer: Any, chat: bool) -> int:
+    """The same of a text, or of what the chat template makes of it, before the tokenizer adds anything."""
+    if not chat:
+        return _ends(tokenizer(prompt.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    text = tokenizer.apply_chat_template(list(prompt.turns), add_generation_prompt=True, tokenize=False)
+    end = str(tokenizer.eos_token)
+    return (len(text) - len(text.removesuffix(end))) // len(end)
+
+
+class _Clock:
+    """Takes the place of ``datetime.datetime`` where templates ask for the time: midnight of one day."""
+
+    def __init__(self, date: datetime.date) -> None:
+        self._date = date
+        self.read = False
+
+    def now(self) -> datetime.datetime:
+        self.read = True
+        return datetime.datetime.combine(self._date, datetime.time())
+
+
+@contextmanager
+def _clock(date: datetime.date) -> Iterator[_Clock]:
+    """Templates' ``strftime_now`` tells this date.
+
+    It is no argument of templates: these cannot be functions, and ``date_string``, which some take, has a form of its own
+    in each.
+    """
+    clock = _Clock(date)
+    own = chat_template_utils.datetime
+    chat_template_utils.datetime = clock
+    try:
+        yield clock
+    finally:
+        chat_template_utils.datetime = own
