@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import follow, print_json, print_table, say, stdout, tell
+from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
 objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
@@ -103,7 +103,8 @@ def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_jso
     from tropd.storage.workspace import Workspace
 
     opened = Workspace.open(workspace)
-    findings = verify_workspace(opened, stages)
+    with make_reporter().waiting("checking every file"):
+        findings = verify_workspace(opened, stages)
     if as_json:
         print_json([vars(f) for f in findings])
     else:

@@ -18,8 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from tropd.cli import cache, data, inspection, reproduction, stages
-from tropd.cli.render import tell
+from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
+from tropd.pipeline.memory import memory_error
 from tropd.storage.errors import TropdError
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ reproduction.register(app)
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."""
     open_streams()
+    announce_start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -74,10 +76,7 @@ def main() -> None:
     except TropdError as error:
         if wants_debug():
             raise
-        tell(error.message, label="error: ", style="red")
-        if error.hint:
-            tell(f"  → {error.hint}")
-        code = error.exit_code
+        code = _refused(error)
     except BrokenPipeError:
         code = 0
     except Exception as error:
@@ -91,10 +90,22 @@ def main() -> None:
         if _interruptions:
             tell(INTERRUPTED_MESSAGE)
             sys.exit(INTERRUPTED)
+        explained = memory_error(
+            error, "tropd", "tropd plan shows what a run needs, and what makes it smaller"
+        )
+        if explained is not None:
+            sys.exit(_refused(explained))
         tell(f"{type(error).__name__}: {error}", label="internal error: ", style="red")
         tell("  → tropd --debug … shows the traceback")
         code = 1
     _leave(code if isinstance(code, int) else 0)
+
+
+def _refused(error: TropdError) -> int:
+    tell(error.message, label="error: ", style="red")
+    if error.hint:
+        tell(f"  → {error.hint}")
+    return error.exit_code
 
 
 def _leave(code: int) -> NoReturn:

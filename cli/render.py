@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Task as RichTask
@@ -45,6 +48,8 @@ stdout = Console(
 )
 PLAIN_INTERVAL_SECONDS = 10.0
 WATCH_INTERVAL_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0
+"""How long nothing need be said."""
 
 
 def say(text: str, *, style: str = "", end: str = "\n") -> None:
@@ -57,8 +62,29 @@ def tell(text: str, *, label: str = "", style: str = "") -> None:
     stderr.print(Text.assemble((label, style), shown(text)))
 
 
+_started = threading.Event()
+
+
+def announce_start() -> None:
+    """Say that libraries are loading, if that takes longer than a moment; until a reporter is made."""
+    threading.Thread(target=_say_later, args=("loading libraries", _started), daemon=True).start()
+
+
+def _say_later(description: str, ended: threading.Event) -> None:
+    if not ended.wait(PATIENCE_SECONDS):
+        tell(f"{description} …")
+
+
+def _keep_saying(description: str, ended: threading.Event) -> None:
+    began = time.monotonic()
+    _say_later(description, ended)
+    while not ended.wait(PLAIN_INTERVAL_SECONDS):
+        tell(f"{description}: {time.monotonic() - began:.0f} s")
+
+
 def make_reporter() -> Reporter:
     """Bars if stderr is a terminal, a line every ten seconds otherwise."""
+    _started.set()
     return _TerminalReporter() if stderr.is_terminal else _PlainReporter()
 
 
@@ -147,12 +173,30 @@ class _TerminalReporter(_Messages):
             yield _BarTask(progress, identity)
 
     @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=stderr, transient=True) as progress:
+            progress.add_task(shown(description), total=None)
+            yield
+
+    @contextmanager
     def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
         with Live(Dashboard(shown(title), earlier, total), console=stderr, refresh_per_second=2) as live:
             yield _LiveSteps(live, title, total, earlier)
 
 
 class _PlainReporter(_Messages):
+    @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        ended = threading.Event()
+        speaker = threading.Thread(target=_keep_saying, args=(description, ended), daemon=True)
+        speaker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            speaker.join()
+
     @contextmanager
     def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
         yield _PlainSteps(total, len(earlier))

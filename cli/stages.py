@@ -24,7 +24,7 @@ from tropd.cli.options import (
     open_run,
     with_skip_bad,
 )
-from tropd.cli.render import print_json, print_table, say, tell
+from tropd.cli.render import make_reporter, print_json, print_table, say, tell
 
 if TYPE_CHECKING:
     from tropd.pipeline.context import Run
@@ -238,7 +238,8 @@ def report(
 
     opened = Workspace.open(workspace)
     beside = [Workspace.open(other) for other in others or []]
-    page = write_report(opened, beside)
+    with make_reporter().waiting("drawing the report"):
+        page = write_report(opened, beside)
     if as_json:
         print_json(build_report(opened, beside).model_dump(mode="json"))
     else:

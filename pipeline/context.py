@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tropd.pipeline.configuration import ResolvedConfig
 from tropd.pipeline.decontamination import find_overlaps
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.model_files import check_for_vllm
 from tropd.pipeline.models import (
     check_model,
@@ -96,6 +98,20 @@ class LoadedModel:
         )
 
 
+@contextmanager
+def loading(run: Run, role: str, folder: Path) -> Iterator[None]:
+    """Say that a model is being loaded, and what helps if it does not fit."""
+    advice = (
+        f'set {role}.dtype = "bfloat16", take a smaller model, or free memory; {run.workspace.command("plan")} shows '
+        "what the run needs"
+    )
+    with (
+        run.reporter.waiting(f"loading the {role} from {folder}"),
+        within_memory(f"the weights of the {role} ({folder})", advice),
+    ):
+        yield
+
+
 def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     """Load ``teacher`` or ``student`` (or another directory with that role's settings) for inference."""
     settings: ModelConfig = getattr(run.config, role)
@@ -103,9 +119,10 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     folder = folder or model_directory(run.workspace, settings, role)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
-    model = load_model(
-        folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
-    )
+    with loading(run, role, folder):
+        model = load_model(
+            folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
+        )
     return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
 
 
@@ -139,17 +156,18 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     if not in_training:
         check_for_vllm(folder)
-    return VllmEngine(
-        folder,
-        stop_token_ids(load_generation_config(folder), tokenizer),
-        run.config.vllm,
-        dtype=settings.dtype,
-        num_tokens=num_tokens(tokenizer),
-        max_length=context_length(config),
-        most_topk=max(run.config.scores.k, run.config.objective.k),
-        trust_remote_code=settings.trust_remote_code,
-        in_training=in_training,
-    )
+    with loading(run, role, folder):
+        return VllmEngine(
+            folder,
+            stop_token_ids(load_generation_config(folder), tokenizer),
+            run.config.vllm,
+            dtype=settings.dtype,
+            num_tokens=num_tokens(tokenizer),
+            max_length=context_length(config),
+            most_topk=max(run.config.scores.k, run.config.objective.k),
+            trust_remote_code=settings.trust_remote_code,
+            in_training=in_training,
+        )
 
 
 def engine_fields(run: Run, role: str) -> dict[str, Scalar]:
@@ -298,8 +316,10 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
     folder = folder or model_directory(run.workspace, settings, role)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
+    with run.reporter.waiting(f"reading the weights of the {role} in {folder}"):
+        digest = weights_digest(folder)
     return {
-        f"{role}.weights": weights_digest(folder),
+        f"{role}.weights": digest,
         f"{role}.tokenizer": tokenizer_identity(tokenizer).digest,
         f"{role}.dtype": settings.dtype,
     }

@@ -25,6 +25,7 @@ from tropd.pipeline.context import (
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.identity import fingerprint_of, token_fields
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
@@ -215,14 +216,19 @@ def _sample(
         for prompt, tokens in zip(prompts, encoded, strict=True)
         for sample in range(source.samples_per_prompt)
     ]
-    generations = engine.generate(
-        [tokens for _, tokens, _ in jobs],
-        Sampling(source.temperature, source.top_p),
-        seeds=[
-            derive_seed(run.config.run.seed, source.stage, prompt.id, sample) for prompt, _, sample in jobs
-        ],
-        max_tokens=[source.max_tokens] * len(jobs),
-    )
+    section = "prefixes" if source.author == "teacher" else "rollout"
+    with within_memory(
+        f"responses of the {source.author}", f"lower {section}.batch_size or {section}.max_tokens"
+    ):
+        generations = engine.generate(
+            [tokens for _, tokens, _ in jobs],
+            Sampling(source.temperature, source.top_p),
+            seeds=[
+                derive_seed(run.config.run.seed, source.stage, prompt.id, sample)
+                for prompt, _, sample in jobs
+            ],
+            max_tokens=[source.max_tokens] * len(jobs),
+        )
     rows = [
         to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author)
         for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True)

@@ -33,6 +33,9 @@ class Reporter(Protocol):
     ) -> AbstractContextManager[Steps]:
         """Training of ``total`` steps, of which those in ``earlier`` are done."""
 
+    def waiting(self, description: str) -> AbstractContextManager[None]:
+        """Something without steps that may take a while, such as loading a model."""
+
     def info(self, message: str) -> None: ...
 
     def warning(self, message: str) -> None: ...
@@ -54,6 +57,10 @@ class _Silent:
     @contextmanager
     def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
         yield _SilentTask()
+
+    @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        yield
 
     def info(self, message: str) -> None:
         pass

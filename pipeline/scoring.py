@@ -26,6 +26,7 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.identity import fingerprint_of
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
 from tropd.storage.atomic import atomic_file
@@ -144,9 +145,10 @@ def _cache_name(shard_name: str) -> str:
 
 
 def _score(engine: Engine, rows: Sequence[Trajectory], k: int, mass: float) -> TopK:
-    scores = engine.score(
-        [[*row.prompt_tokens, *row.tokens] for row in rows], [len(row.prompt_tokens) for row in rows], k=k
-    )
+    with within_memory("the teacher's scores of stored trajectories", "lower scores.batch_tokens"):
+        scores = engine.score(
+            [[*row.prompt_tokens, *row.tokens] for row in rows], [len(row.prompt_tokens) for row in rows], k=k
+        )
     for row, scored in zip(rows, scores, strict=True):
         _check(row, scored)
     return prune(

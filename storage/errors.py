@@ -47,6 +47,10 @@ class DiskFullError(DiskError):
     """There is no room (or no quota) left for a file."""
 
 
+class MemoryFullError(TropdError):
+    """Main memory, a GPU's memory or the system's threads do not suffice; what was finished before is untouched."""
+
+
 class WorkspaceVersionError(TropdError):
     """The workspace was written by a version of tropd with another layout."""
 

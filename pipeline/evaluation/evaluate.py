@@ -35,6 +35,7 @@ from tropd.pipeline.evaluation.grading import grade
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import model_directory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
@@ -310,12 +311,13 @@ def respond(
     config = run.config
     jobs = [(p, t, i) for p, t in zip(problems, encoded, strict=True) for i in range(samples)]
     greedy = mode == "greedy"
-    generations = engine.generate(
-        [tokens for _, tokens, _ in jobs],
-        Sampling(0.0 if greedy else settings.temperature, 1.0 if greedy else settings.top_p),
-        seeds=[derive_seed(config.run.seed, STAGE, problem.id, sample) for problem, _, sample in jobs],
-        max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
-    )
+    with within_memory("responses to be evaluated", "lower evaluation.batch_size or evaluation.max_tokens"):
+        generations = engine.generate(
+            [tokens for _, tokens, _ in jobs],
+            Sampling(0.0 if greedy else settings.temperature, 1.0 if greedy else settings.top_p),
+            seeds=[derive_seed(config.run.seed, STAGE, problem.id, sample) for problem, _, sample in jobs],
+            max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
+        )
     texts = [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generations]
     marks = grade(texts, [problem.answer for problem, _, _ in jobs], settings)
     return [

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.engines.base import Engine, SequenceScores
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.objectives.partition import partition_tokens
 from tropd.pipeline.teacher.access import Timing
 from tropd.pipeline.teacher.protocol import (
@@ -209,14 +210,15 @@ def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Sco
         masks[index] = outlier_mask(options, items[index], sampled, entropy)
         return masks[index] if options.topk == "outliers" else np.ones(len(sampled), dtype=np.bool_)
 
-    scores = engine.score(
-        [item.tokens.tolist() for item in items],
-        [item.start for item in items],
-        k=0 if options.topk == "none" else options.k,
-        entropy=options.entropy,
-        topk_where=outliers,
-        vocab_limit=options.vocab_limit,
-    )
+    with within_memory("the teacher's scores of a request", "lower service.batch_tokens"):
+        scores = engine.score(
+            [item.tokens.tolist() for item in items],
+            [item.start for item in items],
+            k=0 if options.topk == "none" else options.k,
+            entropy=options.entropy,
+            topk_where=outliers,
+            vocab_limit=options.vocab_limit,
+        )
     answers = []
     for index, (item, scored) in enumerate(zip(items, scores, strict=True)):
         _check(scored)

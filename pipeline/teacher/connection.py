@@ -128,7 +128,8 @@ def connect_teacher(
         response = run.config.rollout.max_tokens
         check_lengths(role_room(run, "teacher"), needed_length - response, response, who="the teacher")
     if started is not None:
-        urls = (started.wait(),)
+        with run.reporter.waiting("waiting for the teacher service, which loads its model"):
+            urls = (started.wait(),)
     client = stack.enter_context(_client(run, urls, on_wait, sleep))
     identity = tokenizer_identity(tokenizer)
     client.check_compatible(

@@ -46,7 +46,7 @@ from tropd.pipeline.teacher.protocol import (
     encode_response,
 )
 from tropd.pipeline.teacher.self_test import self_test
-from tropd.storage.errors import ConfigError, TropdError
+from tropd.storage.errors import ConfigError, MemoryFullError, TropdError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
@@ -189,7 +189,7 @@ def create_app(
             return response
         except StoppingError as error:
             return refused(503, str(error))
-        except TeacherOutputError as error:
+        except (TeacherOutputError, MemoryFullError) as error:
             return refused(500, str(error))
         except Exception as error:
             return refused(500, f"scoring failed: {type(error).__name__}")

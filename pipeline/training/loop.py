@@ -22,6 +22,7 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
 from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
@@ -57,6 +58,10 @@ from tropd.storage.manifest import Manifest
 from tropd.storage.stage import Stage, open_stage
 
 STAGE = "train"
+_SMALLER = (
+    'lower train.micro_batch_tokens, set train.gradient_checkpointing = true or student.dtype = "bfloat16", train '
+    "adapters (student.lora), or shard over more GPUs; tropd plan shows what needs the most"
+)
 SUMMED = (
     "tokens_on_policy",
     "tokens_guidance",
@@ -257,7 +262,7 @@ def _step(
         session.student.model.train()
         session.optimizer.zero_grad(set_to_none=True)
         try:
-            with timeline.span("train", step):
+            with timeline.span("train", step), within_memory("the gradients of a step", _SMALLER):
                 outcome = backpropagate(
                     session.passes,
                     session.parameters,
@@ -280,7 +285,7 @@ def _step(
             tokenizer = session.student.tokenizer
             write_sample(stage.folder, step, config.train.steps, inputs, session.prompts, tokenizer)
         learning_rate = learning_rate_at(config.train, step)
-        with timeline.span("optimizer", step):
+        with timeline.span("optimizer", step), within_memory("the state of the optimizer", _SMALLER):
             for group in session.optimizer.param_groups:
                 group["lr"] = learning_rate
             session.optimizer.step()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from tropd.pipeline.config import RolloutConfig
 from tropd.pipeline.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.guidance import prefix_length
+from tropd.pipeline.memory import within_memory
 from tropd.pipeline.objectives.spec import Schedule
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.manifest import Manifest, check_shard
@@ -180,12 +181,15 @@ def roll_out(
     """Let the student continue every row that its prefix leaves unfinished."""
 
     def generate(share: list[RowPlan]) -> list[Generation]:
-        return engine.generate(
-            [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
-            sampling_of(rollout),
-            seeds=[p.seed for p in share],
-            max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
-        )
+        with within_memory(
+            "the student's responses of a step", "lower rollout.batch_size or rollout.max_tokens"
+        ):
+            return engine.generate(
+                [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
+                sampling_of(rollout),
+                seeds=[p.seed for p in share],
+                max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
+            )
 
     generations = iter(world.spread([p for p in plans if not p.prefix_complete], generate))
     rows = []

@@ -16,6 +16,7 @@ from tropd.pipeline.context import (
     LoadedModel,
     Run,
     load_role,
+    loading,
 )
 from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
 from tropd.pipeline.engines.compiled import compile_layers
@@ -159,7 +160,8 @@ def open_session(
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.engine, config.student.engine)
     started = start_teachers(run, stack) if asks and at_once and world.leads else {}
-    student = trainable_student(run, folder, device, world)
+    with loading(run, "student", folder):
+        student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, world, student, whole_model, folder, precision)
     longest = max(len(tokens) for tokens in inputs.encoded) + config.rollout.max_tokens

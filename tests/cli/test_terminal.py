@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,48 @@ sys.exit(subprocess.run([sys.executable, "-c", "import warnings; warnings.warn('
 def test_libraries_do_not_chat() -> None:
     done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "tropd.pipeline: ours"
+
+
+def test_nothing_is_silent_while_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(render, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(render, "PLAIN_INTERVAL_SECONDS", 0.05)
+    with render._PlainReporter().waiting("loading [x]"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err.startswith("loading [x] …\nloading [x]: 0 s\n")
+    monkeypatch.setattr(render, "PATIENCE_SECONDS", 60)
+    with render._PlainReporter().waiting("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(render, "stderr", Console(file=stream, force_terminal=True, width=80))
+    reporter = render._TerminalReporter()
+    with reporter.task("outer", 2), reporter.waiting("loading [x] from y"):
+        pass
+    assert "loading [x] from y" in stream.getvalue()
+
+
+SLOW_IMPORT = """
+import sys, time
+from tropd.cli import main, render
+render.PATIENCE_SECONDS = 0.1
+main.app = lambda **_: time.sleep(0.5)
+main.main()
+"""
+
+
+def test_the_first_line_comes_before_the_libraries() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_IMPORT], capture_output=True, text=True, check=True)
+    assert done.stderr == "loading libraries …\n"
+    assert tropd("objectives", "show", "opd").stderr in (b"", "loading libraries …\n".encode())
+
+
+def test_memory_that_ends_anywhere_is_no_internal_error() -> None:
+    code = "from tropd.cli import main; main.app = lambda **_: bytearray(2**62); main.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: tropd: does not fit into main memory")
