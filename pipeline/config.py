@@ -304,11 +304,16 @@ class RolloutConfig(Spec):
     max_tokens: int = Field(default=8096, ge=1, le=MOST_TOKENS)
     """Longest response, teacher prefix included (the paper's number is 8,096)."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Sampling temperature. All log-probs and losses are at temperature 1."""
+    """Sampling temperature. Losses are at temperature 1, and corrected for what was sampled (train.importance_clip)."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
     batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
+
+    @property
+    def plain(self) -> bool:
+        """Tokens are drawn from the student's own distribution."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
 
 class TrainConfig(Spec):
@@ -332,8 +337,8 @@ class TrainConfig(Spec):
     """1: the student's responses for the next step are sampled and scored while this step trains, so by weights that are
     one update older. 0: strictly on-policy."""
     importance_clip: float = Field(default=2.0, gt=0.0, le=1e9)
-    """c of the weight min(π_θ/μ, c) that corrects for responses μ of older weights or of another engine, where the
-    objective does not set its own."""
+    """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
+    own (older weights, another engine, another temperature or top-p), where the objective does not set its own."""
     micro_batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: bool = False
@@ -342,6 +347,9 @@ class TrainConfig(Spec):
     """How the student attends in training. auto: PyTorch's scaled dot product, where rows that share a line need a mask
     of its length squared. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
     `flash_attn_3`), `student.dtype = "bfloat16"` and a single process."""
+    dropout: bool = False
+    """Whether the student has the dropout that its config.json names while it trains. Off, gradients are those of the
+    student that samples. On, what is dropped follows from the seed, the step, the process and the micro-batch."""
     region_gradients: bool = False
     """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
     with runtime.compile."""
@@ -548,6 +556,15 @@ class Config(Spec):
                 f"objective.k ({self.objective.k}) is above scores.k ({self.scores.k}): "
                 "guidance learns from the cache, which does not hold that many alternatives"
             )
+        if (
+            self.objective.rollouts == "stored"
+            and self.objective.importance.clip is not None
+            and not self.rollout.plain
+        ):
+            raise ValueError(
+                "objective.importance.clip with stored rollouts needs rollout.temperature = 1 and rollout.top_p = 1: "
+                "stored log-probs are those at temperature 1"
+            )
         names = [b.name for b in self.evaluation.benchmarks] + [t.name for t in self.evaluation.harness]
         if len(set(names)) < len(names):
             raise ValueError(
@@ -563,7 +580,7 @@ class Config(Spec):
 
     @property
     def training_objective(self) -> Objective:
-        """The objective, with the correction for rollouts of older weights or another engine."""
+        """The objective, with the correction for rollouts from another distribution."""
         objective = self.objective
         if not self.rollouts_differ or objective.importance.clip is not None:
             return objective
@@ -571,8 +588,13 @@ class Config(Spec):
 
     @property
     def rollouts_differ(self) -> bool:
-        """Whether the student's responses are sampled by other log-probs than those that are trained."""
-        return self.student.engine != "transformers" or self.train.max_staleness > 0
+        """Whether the student samples its responses from another distribution than the one that is trained.
+
+        Stored responses are no samples of this run: an objective that trains on them says itself how it weighs them.
+        """
+        if self.objective.rollouts != "student":
+            return False
+        return not self.rollout.plain or self.student.engine != "transformers" or self.train.max_staleness > 0
 
     @property
     def prefix_max_tokens(self) -> int:

@@ -22,6 +22,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Tokens are drawn from the model's own distribution: the full softmax at temperature 1."""
+        return self.temperature == 1.0 and self.top_p == 1.0
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -34,6 +39,10 @@ class Generation:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    drawn_logprobs: list[float] | None = None
+    """Natural log-probs of ``tokens`` under the distribution that they were drawn from: at the sampling temperature,
+    renormalised over the nucleus (0 where the choice was greedy). None: these are ``logprobs``, as the sampling was
+    plain; or the engine does not know them."""
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from tropd.pipeline.engines.base import Generation
 from tropd.storage.seeds import uniforms
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 # A segment ends once so much of its batch is done: later wastes steps, sooner moves the cache too often.
 DONE_SHARE = 0.25
 # Steps of a segment at most.
 SEGMENT = 128
 
-Choice = tuple[Tensor, Tensor]
-"""Tokens and their log-probs, ``[B]`` each."""
+Choice = tuple[Tensor, Tensor, Tensor]
+"""Tokens, their log-probs, and those of what they were drawn from, ``[B]`` each; see ``sample_tokens``."""
 
 
 class Decoder(Protocol):
@@ -64,7 +65,10 @@ def decode(
     shape = (len(prompts), max(limits))
     draws = uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :])
     drawn = _Drawn(
-        np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32), np.array(limits, dtype=np.int64)
+        np.zeros(shape, dtype=np.int64),
+        np.zeros(shape, dtype=np.float32),
+        np.zeros(shape, dtype=np.float32),
+        np.array(limits, dtype=np.int64),
     )
     rows = np.arange(len(prompts))
     steps: Iterator[Callable[[Tensor], Choice]] = itertools.chain(
@@ -74,13 +78,13 @@ def decode(
     while True:
         segment = np.ascontiguousarray(draws[rows, step : step + SEGMENT].T)
         choices = zip(torch.from_numpy(segment).to(device), steps, strict=False)
-        tokens, logprobs = _segment(
+        segment_choice = _segment(
             (choose(draw) for draw, choose in choices), drawn.ends[rows] - step, stop_ids
         )
-        going = drawn.add(rows, step, tokens, logprobs, stop_ids)
+        going = drawn.add(rows, step, segment_choice, stop_ids)
         if not len(going):
             return drawn.generations()
-        step += len(tokens)
+        step += len(segment_choice[0])
         if len(going) == 1 < len(rows):  # alone it would be no faster, and run uncompiled
             going = np.union1d(going, 0 if going[0] else 1)
         if len(going) < len(rows):
@@ -95,20 +99,24 @@ class _Drawn:
 
     tokens: Ints
     """``[R, limit]``."""
-    logprobs: npt.NDArray[np.float32]
+    logprobs: Floats
+    """``[R, limit]``."""
+    drawn_logprobs: Floats
     """``[R, limit]``."""
     ends: Ints
     """``[R]`` the row's limit, or its length once a stop token has ended it."""
     stopped: set[int] = field(default_factory=set)
 
     def add(
-        self, rows: Ints, step: int, tokens: Ints, logprobs: npt.NDArray[np.float32], stop_ids: Sequence[int]
+        self, rows: Ints, step: int, segment: tuple[Ints, Floats, Floats], stop_ids: Sequence[int]
     ) -> Ints:
         """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that go on."""
+        tokens, logprobs, drawn_logprobs = segment
         is_stop = np.isin(tokens, stop_ids).T
         end = step + len(tokens)
         self.tokens[rows, step:end] = tokens.T
         self.logprobs[rows, step:end] = logprobs.T
+        self.drawn_logprobs[rows, step:end] = drawn_logprobs.T
         first = np.where(is_stop.any(axis=1), step + is_stop.argmax(axis=1) + 1, self.ends[rows] + 1)
         stops = first <= self.ends[rows]
         self.ends[rows[stops]] = first[stops]
@@ -117,9 +125,15 @@ class _Drawn:
 
     def generations(self) -> list[Generation]:
         return [
-            Generation(t[:n], p[:n], "stop" if row in self.stopped else "length")
-            for row, (t, p, n) in enumerate(
-                zip(self.tokens.tolist(), self.logprobs.tolist(), self.ends.tolist(), strict=True)
+            Generation(t[:n], p[:n], "stop" if row in self.stopped else "length", d[:n])
+            for row, (t, p, d, n) in enumerate(
+                zip(
+                    self.tokens.tolist(),
+                    self.logprobs.tolist(),
+                    self.drawn_logprobs.tolist(),
+                    self.ends.tolist(),
+                    strict=True,
+                )
             )
         ]
 
@@ -133,9 +147,7 @@ def few_moved(going: Ints) -> Ints:
     return order
 
 
-def _segment(
-    choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]
-) -> tuple[Ints, npt.NDArray[np.float32]]:
+def _segment(choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]) -> tuple[Ints, Floats, Floats]:
     """Tokens and log-probs ``[n, B]`` of as many steps as it takes for a share of the rows to be done.
 
     Args:
@@ -155,5 +167,5 @@ def _segment(
         going &= left > len(segment)
         if np.count_nonzero(going) <= enough:
             break
-    tokens, logprobs = (torch.stack(parts).cpu().numpy() for parts in zip(*segment, strict=True))
-    return tokens, logprobs
+    tokens, logprobs, drawn = (torch.stack(parts).cpu().numpy() for parts in zip(*segment, strict=True))
+    return tokens, logprobs, drawn

@@ -178,10 +178,11 @@ class LeanDecoder:
         self._next, self._tokens = self._next[keep], self._tokens[keep]
 
     def _choose(self, ids: Tensor, positions: Tensor, allowed: Tensor | None, draws: Tensor) -> Choice:
-        self._tokens, logprobs = self._forward(
+        choice = self._forward(
             self._sampling, draws, self._model, self._angles, ids, positions, self._columns(), allowed
         )
-        return self._tokens, logprobs
+        self._tokens = choice[0]
+        return choice
 
     def _columns(self) -> list[Tensor]:
         """The columns in use."""
@@ -311,7 +312,7 @@ def is_lean(model: Any) -> bool:
 
     def given(_sampling: Sampling, draws: Tensor, *arguments: Any) -> Choice:
         found.append(next_logits(*arguments))
-        return ids[:, min(3 + len(found), 5)], draws
+        return ids[:, min(3 + len(found), 5)], draws, draws
 
     try:
         with torch.no_grad():

@@ -74,8 +74,9 @@ class ModelDecoder:
             position_ids=positions,
             past_key_values=self._cache,
         )
-        self._tokens, logprobs = sample_tokens(logits, draws, self._sampling)
-        return self._tokens, logprobs
+        choice = sample_tokens(logits, draws, self._sampling)
+        self._tokens = choice[0]
+        return choice
 
 
 class _AllocatedLayer(DynamicLayer):

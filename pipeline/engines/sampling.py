@@ -9,7 +9,7 @@ from tropd.pipeline.engines.base import Sampling
 
 def sample_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample one token per row by inverting the cumulative distribution.
 
     Args:
@@ -19,13 +19,15 @@ def sample_tokens(
             tokens whose mass reaches this.
 
     Returns:
-        Token ids ``[B]`` and their log-probs ``[B]`` (float32, full softmax at temperature 1).
+        Token ids ``[B]``; their log-probs ``[B]`` (float32, full softmax at temperature 1); and their log-probs ``[B]``
+        (float32) under what they were drawn from: at the sampling temperature, renormalised over the nucleus.
     """
     temperature, top_p = sampling.temperature, sampling.top_p
     logprobs = torch.log_softmax(logits, dim=-1)
     if temperature == 0.0:
         tokens = logits.argmax(dim=-1)
-        return tokens, _gather(logprobs, tokens)
+        chosen = _gather(logprobs, tokens)
+        return tokens, chosen, torch.zeros_like(chosen)
     probabilities = logprobs.exp() if temperature == 1.0 else torch.softmax(logits / temperature, dim=-1)
     if top_p < 1.0:
         probabilities = _nucleus(probabilities, top_p)
@@ -33,7 +35,11 @@ def sample_tokens(
     cumulative = probabilities.double().cumsum(dim=-1)
     target = uniforms.unsqueeze(-1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    return tokens, _gather(logprobs, tokens)
+    chosen = _gather(logprobs, tokens)
+    if sampling.plain:
+        return tokens, chosen, chosen
+    drawn = (_gather(probabilities, tokens).double() / cumulative[:, -1]).log().float()
+    return tokens, chosen, drawn
 
 
 def _gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,10 +83,13 @@ class VllmEngine:
         self._stop_ids = sorted(stop_ids)
         self._vocab_size = num_tokens
         self._parallel = settings.tensor_parallel_size
+        self._in_training = in_training
         self._max_length = settings.room(max_length)
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
         if in_training:
             options["hf_overrides"] = {"tie_word_embeddings": False}
+            # Of what tokens are drawn from, for the importance weights; those at temperature 1 are scored.
+            options["logprobs_mode"] = "processed_logprobs"
         if settings.quantization is not None:
             options["quantization"] = settings.quantization
         # One thread makes all calls, whoever asks: vLLM's CPU kernels want the thread that they were set up in.
@@ -128,7 +132,11 @@ class VllmEngine:
         seeds: Sequence[int],
         max_tokens: Sequence[int],
     ) -> list[Generation]:
-        """See ``Engine.generate``. vLLM forms the batches; each request has its own seed."""
+        """See ``Engine.generate``. vLLM forms the batches; each request has its own seed.
+
+        It reports one kind of log-probs. A student in training needs two where its sampling is not plain: then its
+        responses are scored as well. Elsewhere those at temperature 1 are the only ones.
+        """
         self._check(prompts, [1] * len(prompts))
         limits = [min(m, self._max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         room = [i for i, limit in enumerate(limits) if limit > 0]
@@ -154,6 +162,20 @@ class VllmEngine:
             logprobs = np.asarray(answer.logprobs.logprobs, dtype=np.float32)[answer.logprobs.start_indices]
             reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
             results[i] = Generation(list(answer.token_ids), _checked(logprobs).tolist(), reason)
+        return self._with_drawn(prompts, results) if self._in_training and not sampling.plain else results
+
+    def _with_drawn(
+        self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]
+    ) -> list[Generation]:
+        """What was reported are the log-probs of what tokens were drawn from; those at temperature 1 are scored."""
+        written = [i for i, generation in enumerate(generations) if generation.tokens]
+        scores = self.score(
+            [[*prompts[i], *generations[i].tokens] for i in written], [len(prompts[i]) for i in written]
+        )
+        results = list(generations)
+        for i, scored in zip(written, scores, strict=True):
+            reported = generations[i].logprobs
+            results[i] = replace(results[i], logprobs=scored.sampled.tolist(), drawn_logprobs=reported)
         return results
 
     def score(

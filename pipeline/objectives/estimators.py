@@ -148,6 +148,6 @@ def scaled_advantage(
     return (scale * (teacher - reference) - (student_logprobs - reference)).detach()
 
 
-def importance_weight(student_logprobs: Tensor, sampler_logprobs: Tensor, clip: float) -> Tensor:
-    """``[T]`` min(π_θ/μ, c), detached: corrects for a sampler μ that is not quite the student."""
-    return (student_logprobs - sampler_logprobs).detach().exp().clamp(max=clip)
+def importance_weight(student_logprobs: Tensor, mu_logprobs: Tensor, clip: float) -> Tensor:
+    """``[T]`` min(π_θ/μ, c), detached: corrects for tokens that were drawn from μ, not from the student itself."""
+    return (student_logprobs - mu_logprobs).detach().exp().clamp(max=clip)

@@ -29,7 +29,7 @@ from tropd.pipeline.objectives.estimators import (
     topk_reverse_kl,
 )
 from tropd.pipeline.objectives.partition import Regions
-from tropd.pipeline.objectives.spec import K1, Estimator, Objective
+from tropd.pipeline.objectives.spec import K1, TOKEN_RULES, Estimator, Objective
 from tropd.pipeline.objectives.weights import (
     TokenStatistics,
     mean_of_later,
@@ -63,8 +63,8 @@ class TokenBatch:
     """``[t]`` log π_S of the student's tokens, with gradient."""
     teacher_logprobs: Tensor
     """``[t]`` log π_T of the same tokens."""
-    sampler_logprobs: Tensor
-    """``[t]`` log μ: what the rollout engine said when it sampled them."""
+    mu_logprobs: Tensor
+    """``[t]`` log μ: of the distribution that they were drawn from."""
     trust: Tensor
     """``[t]`` coefficients from the plan; likewise the next two."""
     outlier: Tensor
@@ -164,10 +164,11 @@ def _student_losses(loss: Estimator, objective: Objective, batch: TokenBatch, co
         return zero
     if loss.estimator == "k1":
         used = coefficients != 0
+        importance = _importance(objective, batch)
         values = k1_policy_gradient(
             batch.student_logprobs[used],
             k1_advantages(loss, batch)[used],
-            _importance(objective, batch, used),
+            None if importance is None else importance[used],
         )
         return (coefficients[used] * values).sum() + zero
     if batch.topk is None or batch.topk_index is None:
@@ -181,6 +182,10 @@ def _student_losses(loss: Estimator, objective: Objective, batch: TokenBatch, co
     if missing:
         raise ValueError(f"{missing} tokens need the teacher's top-k, but have none")
     values = _topk_loss(loss, batch.topk)
+    importance = _importance(objective, batch) if objective.partition.rule in TOKEN_RULES else None
+    if importance is not None:
+        # A divergence over the vocabulary is the same whatever was drawn; that it counts here is not.
+        values = values * importance[batch.topk_index]
     return (weights * torch.where(weights != 0, values, torch.zeros_like(values))).sum() + zero
 
 
@@ -218,12 +223,11 @@ def k1_advantages(loss: K1, batch: TokenBatch) -> Tensor:
     return advantages if loss.floor is None else advantages.clamp(min=loss.floor)
 
 
-def _importance(objective: Objective, batch: TokenBatch, used: Tensor) -> Tensor | None:
+def _importance(objective: Objective, batch: TokenBatch) -> Tensor | None:
+    """``[t]`` weights of the tokens that were drawn, where the objective asks for them."""
     if objective.importance.clip is None:
         return None
-    return importance_weight(
-        batch.student_logprobs[used], batch.sampler_logprobs[used], objective.importance.clip
-    )
+    return importance_weight(batch.student_logprobs, batch.mu_logprobs, objective.importance.clip)
 
 
 def _guidance_loss(objective: Objective, batch: TokenBatch) -> Tensor:

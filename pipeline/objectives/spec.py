@@ -89,6 +89,9 @@ Partition = Annotated[
     Field(discriminator="rule"),
 ]
 
+TOKEN_RULES = ("sampled", "expected", "ratio", "sign")
+"""Partition rules that look at the token that was drawn, not only at where it was drawn."""
+
 # -------------------------------------------------------------------------------------- estimators
 
 Support = Literal["truncated", "tail", "renormalized"]
@@ -247,10 +250,11 @@ class Schedule(Spec):
 
 
 class Importance(Spec):
-    """Correction where the rollout engine's probabilities differ from the trainer's."""
+    """Correction for tokens that were drawn from another distribution μ than the student's own π_θ."""
 
     clip: float | None = Field(default=None, gt=0.0, le=MOST_FACTOR)
-    """c of the detached weight min(π_θ/μ, c) on K1 terms; no correction by default."""
+    """c of the detached weight min(π_θ/μ, c) on terms that depend on the sampled token: K1, and the top-k terms of a
+    partition by token. Not set: train.importance_clip where μ is not the student's own distribution, else no weight."""
 
 
 class Objective(Spec):

@@ -122,12 +122,15 @@ class CheckpointWriter:
 
 def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """What the student wrote; prompt, prefix and seed follow from the step."""
-    return {
+    tensors = {
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
         "tokens": torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64),
         "logprobs": torch.tensor([p for row in rows for p in row.sampler_logprobs], dtype=torch.float64),
         "truncated": torch.tensor([row.truncated for row in rows], dtype=torch.bool),
     }
+    if any(row.drawn_logprobs is not None for row in rows):
+        tensors["drawn"] = torch.tensor([p for row in rows for p in row.mu_logprobs], dtype=torch.float64)
+    return tensors
 
 
 def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None:
@@ -138,10 +141,11 @@ def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None
         lengths, tokens, logprobs, truncated = (
             stored.get_tensor(name) for name in ("lengths", "tokens", "logprobs", "truncated")
         )
+        drawn = stored.get_tensor("drawn").split(lengths.tolist()) if "drawn" in set(stored.keys()) else None
     parts = zip(tokens.split(lengths.tolist()), logprobs.split(lengths.tolist()), truncated, strict=True)
     return [
-        Row(plan, own.tolist(), own_logprobs.tolist(), bool(cut))
-        for plan, (own, own_logprobs, cut) in zip(plans, parts, strict=True)
+        Row(plan, own.tolist(), p.tolist(), bool(cut), None if drawn is None else drawn[i].tolist())
+        for i, (plan, (own, p, cut)) in enumerate(zip(plans, parts, strict=True))
     ]
 
 

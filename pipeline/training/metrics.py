@@ -55,7 +55,7 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Reco
         "topk_student_mass": _mean(outcome.student_topk_mass[~np.isnan(outcome.student_topk_mass)]),
         "topk_teacher_mass": _mean(-np.expm1(np.minimum(inputs.teacher.topk.tail.astype(np.float64), 0.0))),
         **_acceptance(student, teacher),
-        **_importance(outcome, student),
+        **_importance(inputs, outcome),
     }
     record |= {f"grad_norm_{name}": norm for name, norm in outcome.region_gradient_norms.items()}
     return record
@@ -105,12 +105,20 @@ def _acceptance(student: Any, teacher: Any) -> Record:
     return {"acceptance_mean": _mean(probability), "acceptance_histogram": histogram.tolist()}
 
 
-def _importance(outcome: StepOutcome, sampler: Any) -> Record:
-    """π_θ/μ of the student's tokens: 1 but for rounding unless the sampler is another engine or older weights."""
+def _importance(inputs: StepInputs, outcome: StepOutcome) -> Record:
+    """π_θ/μ of the student's tokens, and how far trainer and sampler are apart on their log-probs at temperature 1.
+
+    Both are 1 and 0 but for rounding unless the sampler is another engine or has older weights; π_θ/μ also differs where
+    the sampling is at another temperature or top-p.
+    """
+    sampler, mu = (
+        np.array([p for row in inputs.rows for p in part(row)], dtype=np.float32)
+        for part in (lambda row: row.sampler_logprobs, lambda row: row.mu_logprobs)
+    )
     difference = outcome.student_logprobs - sampler
     if not len(difference):
         return {"importance_mean": None, "importance_max": None, "sampler_logprob_difference_max": None}
-    ratio = np.exp(difference)
+    ratio = np.exp(outcome.student_logprobs - mu)
     return {
         "importance_mean": float(ratio.mean()),
         "importance_max": float(ratio.max()),

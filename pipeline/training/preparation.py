@@ -135,6 +135,7 @@ def planned_rows(session: Session, step: int) -> list[RowPlan]:
         limit=prefix_limit(session, step),
         rollout=config.rollout,
         seed=config.run.seed,
+        continued=config.objective.rollouts != "teacher",
     )
 
 

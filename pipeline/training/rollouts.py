@@ -37,8 +37,10 @@ class RowPlan:
     trajectory: int | None
     """Row of the trajectory store that the prefix comes from."""
     prefix_complete: bool
-    """The prefix is a whole response: nothing is left for the student."""
+    """Nothing is left for the student: the prefix is a whole response, or has no room after it."""
     seed: int
+    prefix_truncated: bool = False
+    """The prefix is complete, but ended by its length."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,17 @@ class Row:
     plan: RowPlan
     tokens: Sequence[int]
     sampler_logprobs: Sequence[float]
-    """log μ of ``tokens``: full softmax of the sampling engine, temperature 1."""
+    """log π_S of ``tokens`` as the sampling engine has it: full softmax, temperature 1."""
     truncated: bool
-    """The student ran into the length limit."""
+    """The response ended by its length, whoever wrote its last token."""
+    drawn_logprobs: Sequence[float] | None = None
+    """log μ of ``tokens``, of the distribution that they were drawn from: at the sampling temperature, renormalised over
+    the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
+
+    @property
+    def mu_logprobs(self) -> Sequence[float]:
+        """log μ of ``tokens``, for importance weights."""
+        return self.sampler_logprobs if self.drawn_logprobs is None else self.drawn_logprobs
 
     @property
     def context(self) -> list[int]:
@@ -142,12 +152,17 @@ def plan_rows(
     limit: int,
     rollout: RolloutConfig,
     seed: int,
+    continued: bool = True,
 ) -> list[RowPlan]:
     """Rows of a step with their teacher prefixes.
+
+    A trajectory that ended by its length is no whole response: the student goes on from its end, where
+    ``rollout.max_tokens`` leaves room.
 
     Args:
         limit: scheduled prefix length of this step, in tokens.
         store: teacher trajectories; None where the objective uses none.
+        continued: the student writes what the prefixes leave; otherwise it writes nothing, wherever they end.
     """
     rows = []
     for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
@@ -155,16 +170,26 @@ def plan_rows(
         for sample in range(rollout.samples_per_prompt):
             row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
             prefix: list[int] = []
-            trajectory, complete = None, False
+            trajectory, complete, ended = None, False, True
             if available and store is not None:
                 pick = int(uniforms(derive_seed(row_seed, "trajectory"), 0) * len(available))
                 trajectory = available[pick]
-                whole = store.tokens(trajectory)[: rollout.max_tokens]
+                written = store.tokens(trajectory)
+                whole = written[: rollout.max_tokens]
                 prefix = whole[: prefix_length(schedule, limit=limit, seed=row_seed)]
-                complete = len(prefix) == len(whole) and len(whole) > 0
+                ended = len(whole) == len(written) and not store.truncated(trajectory)
+                more = continued and not ended and len(whole) < rollout.max_tokens
+                complete = len(prefix) == len(whole) > 0 and not more
             rows.append(
                 RowPlan(
-                    slot, index, encoded[index], prefix, trajectory if prefix else None, complete, row_seed
+                    slot,
+                    index,
+                    encoded[index],
+                    prefix,
+                    trajectory if prefix else None,
+                    complete,
+                    row_seed,
+                    prefix_truncated=complete and not ended,
                 )
             )
     return rows
@@ -179,6 +204,7 @@ def roll_out(
     plans: Sequence[RowPlan], engine: Sampler, rollout: RolloutConfig, world: World = ALONE
 ) -> list[Row]:
     """Let the student continue every row that its prefix leaves unfinished."""
+    sampling = sampling_of(rollout)
 
     def generate(share: list[RowPlan]) -> list[Generation]:
         with within_memory(
@@ -186,7 +212,7 @@ def roll_out(
         ):
             return engine.generate(
                 [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
-                sampling_of(rollout),
+                sampling,
                 seeds=[p.seed for p in share],
                 max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
             )
@@ -195,12 +221,11 @@ def roll_out(
     rows = []
     for plan in plans:
         if plan.prefix_complete:
-            rows.append(Row(plan, [], [], truncated=False))
+            rows.append(Row(plan, [], [], truncated=plan.prefix_truncated))
         else:
-            generation = next(generations)
-            rows.append(
-                Row(plan, generation.tokens, generation.logprobs, generation.finish_reason == "length")
-            )
+            one = next(generations)
+            drawn = None if sampling.plain else one.drawn_logprobs
+            rows.append(Row(plan, one.tokens, one.logprobs, one.finish_reason == "length", drawn))
     return rows
 
 

@@ -179,11 +179,11 @@ def _token_batch(
     counts = _lookup_counts(micro_batch, topk, guidance_topk)
     student_entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
     students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
-    sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float64)
+    mu = np.array([p for row in inputs.rows for p in row.mu_logprobs], dtype=np.float64)
     return TokenBatch(
         student_logprobs=output.targets[is_student],
         teacher_logprobs=tensor(inputs.teacher.logprobs, students),
-        sampler_logprobs=tensor(sampler, students),
+        mu_logprobs=tensor(mu, students),
         trust=tensor(plan.trust, students),
         outlier=tensor(plan.outlier, students),
         guidance=tensor(plan.guidance, prefixes),

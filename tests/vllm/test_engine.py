@@ -154,6 +154,29 @@ def test_rows_that_are_no_tokens_play_no_part(model: Any, tmp_path: Path, sequen
             np.testing.assert_allclose(found.logprobs, scored.sampled, atol=TOLERANCE)
 
 
+def test_a_student_reports_what_its_tokens_were_drawn_from(
+    model: Any, reference: TransformersEngine, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    engine = open_engine(tmp_path, in_training=True)
+    engine.set_weights(model.state_dict().items())
+    prompts = [s[:3] for s in sequences]
+    options: dict[str, Any] = {"seeds": list(range(len(prompts))), "max_tokens": [20] * len(prompts)}
+    plain = engine.generate(prompts, Sampling(), **options)
+    assert all(generation.drawn_logprobs is None for generation in plain)
+    for prompt, found in zip(prompts, engine.generate(prompts, Sampling(0.7, 0.8), **options), strict=True):
+        sequence = [*prompt, *found.tokens]
+        (scored,) = reference.score([sequence], [len(prompt)])
+        np.testing.assert_allclose(found.logprobs, scored.sampled, atol=TOLERANCE)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sequence])).logits[0, len(prompt) - 1 : -1].double()
+        ordered, order = torch.softmax(logits / 0.7, -1).sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= 0.8] = 0.0
+        nucleus = torch.zeros_like(logits).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
+        expected = nucleus.gather(-1, torch.tensor(found.tokens).unsqueeze(-1)).squeeze(-1).log()
+        np.testing.assert_allclose(found.drawn_logprobs, expected, atol=TOLERANCE)
+
+
 def test_sequences_of_full_length(engine: VllmEngine) -> None:
     longest = engine.max_length
     assert longest == LONGEST - 1

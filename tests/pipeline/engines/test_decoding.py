@@ -115,7 +115,7 @@ class Counting:
     def step(self, draws: torch.Tensor) -> Choice:
         assert draws.shape == self._rows.shape
         self.sizes.append(len(draws))
-        return self._rows, draws.float()
+        return self._rows, draws.float(), draws.float()
 
     def select(self, keep: torch.Tensor) -> None:
         self._rows = self._rows[keep]

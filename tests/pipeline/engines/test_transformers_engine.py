@@ -98,19 +98,44 @@ def test_sampling_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
     draws = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(draws))
-    tokens, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling())
+    tokens, *_ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling())
     counts = torch.bincount(tokens, minlength=5).double()
     expected = probabilities[:4].double() * draws
     assert counts[4] == 0
     assert float(((counts[:4] - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees, p = 0.001
-    nucleus, _ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling(top_p=0.6))
+    nucleus, *_ = sample_tokens(probabilities.log().expand(draws, 5), uniforms, Sampling(top_p=0.6))
     assert set(nucleus.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.7, 0.8), Sampling(1.0, 0.5)])
+def test_tokens_come_with_the_log_probs_of_what_they_were_drawn_from(sampling: Sampling) -> None:
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(3))
+    draws = 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(draws))
+    tokens, logprobs, drawn = sample_tokens(logits.expand(draws, 6), uniforms, sampling)
+    own = torch.log_softmax(logits.double(), -1)
+    expected = torch.softmax(logits.double() / sampling.temperature, -1)
+    order = expected.argsort(descending=True)
+    kept = order[: int((expected[order].cumsum(0) < sampling.top_p).sum()) + 1]
+    nucleus = torch.zeros_like(expected).index_put((kept,), expected[kept])
+    nucleus /= nucleus.sum()
+    torch.testing.assert_close(logprobs, own[tokens].float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn, nucleus.log()[tokens].float(), atol=1e-6, rtol=0)
+    shares = torch.bincount(tokens, minlength=6) / draws
+    assert float((shares - nucleus).abs().max()) < 0.01
+
+
+def test_a_greedy_choice_is_certain(tiny_model: Any) -> None:
+    engine = TransformersEngine(tiny_model, [STOP])
+    (result,) = engine.generate([[7, 8, 9]], Sampling(temperature=0.0), seeds=[0], max_tokens=[6])
+    assert result.drawn_logprobs == [0.0] * len(result.tokens)
+    assert max(result.logprobs) < 0.0
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_extreme_uniform_numbers_never_draw_an_impossible_token(uniform: float) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    tokens, _ = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
+    tokens, *_ = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
     assert int(tokens) in (1, 2)
 
 
