@@ -6,6 +6,8 @@ once are faster, too: the copies stay in its caches, and their memory is used ag
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,14 @@ def log_softmax_(logits: Tensor, norms: Tensor) -> Tensor:
     return logits
 
 
+def logsumexp(logits: Tensor) -> Tensor:
+    """``[n]`` log-sum-exps of ``[n, V]`` logits, without gradient; -inf where all are."""
+    result = logits.new_empty(len(logits))
+    for rows in row_blocks(logits):
+        torch.logsumexp(logits[rows], dim=-1, out=result[rows])
+    return result
+
+
 def entropy(logprobs: Tensor) -> Tensor:
     """``[n]`` nats of ``[n, V]`` log-probs, without gradient; an id that is never drawn (-inf) adds nothing."""
     logprobs = logprobs.detach()
@@ -31,6 +41,13 @@ def entropy(logprobs: Tensor) -> Tensor:
         finite = block.clamp(min=torch.finfo(block.dtype).min)
         torch.sum(finite.mul_(block.exp()), dim=-1, out=into)
     return result.neg_()
+
+
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows of ``[n, V]`` logits that are summed at once."""
+    size = _rows(logits)
+    for low in range(0, len(logits), size):
+        yield slice(low, low + size)
 
 
 def _rows(logits: Tensor) -> int:

@@ -19,7 +19,8 @@ LOGPROB_FLOOR = -100.0
 advantage stays finite. e^-100 is far below float32's resolution of a probability."""
 
 TAIL_FLOOR = 1e-7
-"""Smallest tail mass in a logarithm: about the resolution of 1 - Σp in float32."""
+"""Smallest tail mass of the teacher in a logarithm: about the resolution of 1 - Σp in float32, which is how it is made.
+The student's is summed over the tail itself, and has no floor."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Alternatives:
     """``[M]`` int64."""
     teacher_tail: Tensor
     """``[M]`` log of the teacher's mass outside its alternatives; -inf if none."""
+    student_tail: Tensor | None = None
+    """``[M]`` log of the student's mass outside them, with gradient; -inf where no id is outside. None where no loss of
+    the objective has a tail bucket."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum ``[A]`` values per token to ``[M]``; 0 for a token without alternatives."""
@@ -83,9 +87,11 @@ def topk_forward_kl(alternatives: Alternatives, support: Support) -> Tensor:
         teacher = teacher - torch.repeat_interleave(mass.clamp(min=1e-30).log(), alternatives.counts)
     total = alternatives.sum(_weighted_difference(teacher, teacher, student))
     if support == "tail":
-        total = total + _weighted_difference(
-            alternatives.teacher_tail, alternatives.teacher_tail, student_tail(alternatives)
-        )
+        # Without an id outside there is no bucket, whatever rounding has left of the teacher's mass.
+        tail = student_tail(alternatives)
+        nothing = torch.isneginf(tail)
+        teacher_tail = alternatives.teacher_tail.masked_fill(nothing, -torch.inf)
+        total = total + _weighted_difference(teacher_tail, teacher_tail, tail.masked_fill(nothing, 0.0))
     return total
 
 
@@ -93,8 +99,10 @@ def topk_reverse_kl(alternatives: Alternatives) -> Tensor:
     """``[M]`` KL(π_S‖π_T) of the (k+1)-way distributions over the teacher's alternatives and the rest."""
     student, tail = alternatives.student_logprobs, student_tail(alternatives)
     teacher = alternatives.teacher_logprobs.clamp(min=LOGPROB_FLOOR)
-    teacher_tail = _floored_tail(alternatives.teacher_tail)
-    return alternatives.sum(student.exp() * (student - teacher)) + tail.exp() * (tail - teacher_tail)
+    nothing = torch.isneginf(tail)
+    tail = tail.masked_fill(nothing, 0.0)
+    outside = tail.exp() * (tail - _floored_tail(alternatives.teacher_tail))
+    return alternatives.sum(student.exp() * (student - teacher)) + outside.masked_fill(nothing, 0.0)
 
 
 def topk_jensen_shannon(alternatives: Alternatives, beta: float) -> Tensor:
@@ -106,13 +114,21 @@ def topk_jensen_shannon(alternatives: Alternatives, beta: float) -> Tensor:
         return beta * _weighted_difference(teacher, teacher, mixture) + (1 - beta) * s * (student - mixture)
 
     inside = alternatives.sum(divergence(alternatives.teacher_logprobs, alternatives.student_logprobs))
-    return inside + divergence(_floored_tail(alternatives.teacher_tail), student_tail(alternatives))
+    tail = student_tail(alternatives)
+    nothing = torch.isneginf(tail)
+    outside = divergence(_floored_tail(alternatives.teacher_tail), tail.masked_fill(nothing, 0.0))
+    return inside + outside.masked_fill(nothing, 0.0)
 
 
 def student_tail(alternatives: Alternatives) -> Tensor:
-    """``[M]`` log of the student's mass outside the alternatives, at least log TAIL_FLOOR."""
-    mass = alternatives.sum(alternatives.student_logprobs.exp())
-    return (1.0 - mass).clamp(min=TAIL_FLOOR).log()
+    """``[M]`` log of the student's mass outside the alternatives.
+
+    Raises:
+        ValueError: it was not computed.
+    """
+    if alternatives.student_tail is None:
+        raise ValueError("this estimator needs the student's mass outside the alternatives")
+    return alternatives.student_tail
 
 
 def _floored_tail(tail: Tensor) -> Tensor:

@@ -365,6 +365,20 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     )
 
 
+def needs_student_tail(objective: Objective) -> bool:
+    """Whether a part of an objective works on the student's mass outside the teacher's alternatives."""
+    losses = (objective.trust.loss, objective.outlier.loss, objective.guidance.loss)
+    return any(_has_tail(loss) for loss in losses) or any(
+        weight.kind == "soft_or_top" for weight in objective.token_weights
+    )
+
+
+def _has_tail(loss: Estimator) -> bool:
+    if isinstance(loss, TopkForwardKL):
+        return loss.support == "tail"
+    return loss.estimator in ("topk_rkl", "topk_jsd") or (isinstance(loss, K1) and loss.baseline == "kl")
+
+
 def needs_topk(loss: Estimator) -> bool:
     """Whether an estimator works on the teacher's alternatives."""
     return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (

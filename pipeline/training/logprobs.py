@@ -5,6 +5,8 @@ c positions of a chunk.
 Plain heads (a linear layer, with or without bias, tied or not, with or without a soft cap) go through
 ``ChunkedLogprobs``: chunks of logits are made, used and dropped, once forward and once more backward, where the
 gradient of the loss by the logits, g_x·(1[x] - softmax) summed over the ids x of a position, is written over them.
+The log of the mass outside a position's ids is summed over that mass, not taken from 1 - Σp: in float32 the latter has no
+digits left below 1e-7. Its gradient by the logits, p_v/mass - p_v outside and -p_v inside, is of order 1 at any mass.
 Peak memory is O(c·V + n·H + A + V·H), the last being the head's own gradient. Other heads are checkpointed chunk by
 chunk. Logits, log-softmax and sums are float32, whatever the model's precision.
 """
@@ -28,7 +30,7 @@ from tropd.pipeline.head import (
     product_dtype,
     workspace,
 )
-from tropd.pipeline.sums import entropy, log_softmax_
+from tropd.pipeline.sums import entropy, log_softmax_, logsumexp, row_blocks
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
@@ -41,7 +43,9 @@ class Lookups:
     counts: Tensor
     """``[n]`` int64, alternatives per position (0 for most)."""
     ids: Tensor
-    """``[A]`` int64."""
+    """``[A]`` int64, each at most once per position."""
+    tail: bool = False
+    """Whether the mass outside them is wanted, which costs a pass over the logits."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class TokenLogprobs:
     overlap: Tensor
     """``[n]`` share of a position's looked-up ids that are among as many likeliest ids of the student;
     NaN where nothing is looked up. Detached."""
+    tail: Tensor
+    """``[n]`` log of the mass outside a position's looked-up ids, float32, with gradient; -inf where no id is outside, 0
+    where nothing is looked up, or the tail is not asked for."""
 
 
 def token_logprobs(
@@ -75,9 +82,9 @@ def token_logprobs(
     size = max(1, CHUNK_ELEMENTS // split.vocabulary(states))
     if not len(targets):
         empty = states.sum(dim=-1).float()
-        return TokenLogprobs(empty, empty, empty.detach(), empty.detach())
+        return TokenLogprobs(empty, empty, empty.detach(), empty.detach(), empty)
     if size >= len(targets):  # nothing to save: logits of one chunk may as well be kept
-        return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids))
+        return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids, lookups.tail))
     if is_plain(split.head):
         head = split.head
         dtype = product_dtype(states)
@@ -89,6 +96,7 @@ def token_logprobs(
                 targets,
                 lookups.counts,
                 lookups.ids,
+                lookups.tail,
                 split.softcap,
                 dtype,
                 size,
@@ -103,6 +111,7 @@ def token_logprobs(
             targets[rows],
             lookups.counts[rows],
             lookups.ids[entries],
+            lookups.tail,
             use_reentrant=False,
         )
         for rows, entries in _chunks(lookups.counts, size)
@@ -125,8 +134,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     """Log-probs, entropy and overlap of a linear head, with the logits recomputed in the backward pass.
 
     Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, counts ``[n]``, ids ``[A]``,
-    the soft cap or None, the dtype of matrix products, positions per chunk, the ``limit`` of ``SplitModel``. Outputs:
-    those of ``TokenLogprobs``.
+    whether tails are wanted, the soft cap or None, the dtype of matrix products, positions per chunk, the ``limit`` of
+    ``SplitModel``. Outputs: those of ``TokenLogprobs``.
     """
 
     @staticmethod
@@ -138,32 +147,47 @@ class ChunkedLogprobs(torch.autograd.Function):
         targets: Tensor,
         counts: Tensor,
         ids: Tensor,
+        wants_tail: bool,
         softcap: float | None,
         dtype: torch.dtype,
         size: int,
         limit: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
         norms, chosen, entropies, overlap = (
             states.new_empty(len(targets), dtype=torch.float32) for _ in range(4)
         )
         found = states.new_empty(len(ids), dtype=torch.float32)
+        tails = torch.zeros_like(norms)
         kept, space = operand(weight, dtype), workspace(size, weight)
         for rows, entries in _chunks(counts, size):
             logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             mask_rows_(logits, limit)
-            picked = _pick(log_softmax_(logits, norms[rows]), targets[rows], counts[rows], ids[entries])
+            logprobs = log_softmax_(logits, norms[rows])
+            picked = _pick(logprobs, targets[rows], counts[rows], ids[entries])
             chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
-            del logits  # where there is no workspace, they would be there until the next are made
-        ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms)
-        ctx.softcap, ctx.dtype, ctx.size, ctx.limit = softcap, dtype, size, limit
+            if wants_tail:
+                # The logits are ours, and have been read.
+                logprobs[_positions(counts[rows], ids[entries]), ids[entries]] = -torch.inf
+                tails[rows] = torch.where(counts[rows] > 0, logsumexp(logprobs), 0.0)
+            del logits, logprobs  # where there is no workspace, they would be there until the next are made
+        ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms, tails)
+        ctx.wants_tail, ctx.softcap, ctx.dtype, ctx.size = wants_tail, softcap, dtype, size
+        ctx.limit = limit
         ctx.mark_non_differentiable(entropies, overlap)
-        return chosen, found, entropies, overlap
+        return chosen, found, entropies, overlap, tails
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_chosen: Tensor, grad_found: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias, targets, counts, ids, norms = ctx.saved_tensors
+    def backward(
+        ctx: Any,
+        grad_chosen: Tensor,
+        grad_found: Tensor,
+        _entropy: Tensor,
+        _overlap: Tensor,
+        grad_tail: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        states, weight, bias, targets, counts, ids, norms, tails = ctx.saved_tensors
         softcap, dtype = ctx.softcap, ctx.dtype
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_states = torch.empty_like(states) if wants_states else None
@@ -177,7 +201,12 @@ class ChunkedLogprobs(torch.autograd.Function):
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
             position = _positions(counts[rows], ids[entries])
             total = by_target.squeeze(-1).index_add(0, position, by_lookup).unsqueeze(-1)
-            grad = logits.sub_(norms[rows].unsqueeze(-1)).exp_().mul_(-total)
+            logprobs = logits.sub_(norms[rows].unsqueeze(-1))
+            if ctx.wants_tail:
+                by_tail = torch.where(counts[rows] > 0, grad_tail[rows], 0.0)
+                grad = _tail_gradient_(logprobs, tails[rows], total, by_tail, position, ids[entries])
+            else:
+                grad = logprobs.exp_().mul_(-total)
             grad.scatter_add_(-1, targets[rows].unsqueeze(-1), by_target)
             grad.index_put_((position, ids[entries]), by_lookup, accumulate=True)
             if slope is not None:
@@ -191,19 +220,45 @@ class ChunkedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(low_grad.T, states[rows].to(dtype))
             elif grad_weight is not None:
                 grad_weight += low_grad.T @ states[rows].to(dtype)
-            del logits, grad, low_grad
+            del logits, logprobs, grad, low_grad
         return (
             grad_states,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
+def _tail_gradient_(
+    logprobs: Tensor, tails: Tensor, total: Tensor, by_tail: Tensor, position: Tensor, ids: Tensor
+) -> Tensor:
+    """Over log-probs ``[c, V]``, where they lie: what tails, and the norms of all that was chosen, give by the logits."""
+    inside = logprobs[position, ids].exp()
+    logprobs[position, ids] = -torch.inf
+    total = total + by_tail.unsqueeze(-1)
+    finite = torch.where(tails.isneginf(), 0.0, tails)  # then no id is outside, and -inf stays -inf
+    for rows in row_blocks(logprobs):
+        share = (logprobs[rows] - finite[rows].unsqueeze(-1)).exp_().mul_(by_tail[rows].unsqueeze(-1))
+        logprobs[rows].exp_().mul_(-total[rows]).add_(share)
+    logprobs[position, ids] = -total.squeeze(-1)[position] * inside
+    return logprobs
+
+
 def _chunk(
-    split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _pick(torch.log_softmax(split.logits(states), dim=-1), targets, counts, ids)
+    split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor, wants_tail: bool
+) -> tuple[Tensor, ...]:
+    logprobs = torch.log_softmax(split.logits(states), dim=-1)
+    picked = _pick(logprobs, targets, counts, ids)
+    return *picked, _tail(logprobs, counts, ids) if wants_tail else torch.zeros_like(picked[2])
+
+
+def _tail(logprobs: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
+    """``[c]`` log of the mass of ``[c, V]`` log-probs outside the ids, with gradient."""
+    least = torch.finfo(logprobs.dtype).min  # -inf would be NaN in the gradient where no id is outside
+    index = (_positions(counts, ids), ids)
+    tail = logprobs.index_put(index, logprobs.new_tensor(least)).logsumexp(dim=-1)
+    tail = torch.where(tail < least / 2, -torch.inf, tail)
+    return torch.where(counts > 0, tail, 0.0)
 
 
 def _pick(

@@ -15,7 +15,7 @@ from tropd.pipeline.models import autocast
 from tropd.pipeline.objectives.estimators import Alternatives, topk_reverse_kl
 from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
 from tropd.pipeline.objectives.partition import Regions
-from tropd.pipeline.objectives.spec import Objective
+from tropd.pipeline.objectives.spec import Objective, needs_student_tail
 from tropd.pipeline.objectives.weights import TokenStatistics
 from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs
@@ -89,6 +89,7 @@ def backpropagate(
     share = (world.rank, world.size)
     batches = list(micro_batches(layout, micro_batch_tokens, device, share, packing=student.packing))
     rounds = max(world.gather(len(batches)))
+    tail = needs_student_tail(objective)
     statistics = _statistics(student, objective, inputs, layout, batches, rounds, precision, world)
     plan = plan_step(
         objective,
@@ -103,7 +104,7 @@ def backpropagate(
     losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
     region_sums: dict[str, list[Tensor]] = {}
     for micro_batch in batches:
-        topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision)
+        topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision, tail)
         batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
         regions = region_losses(objective, batch)
         for name, value in regions.items():
@@ -141,7 +142,11 @@ def _idle(
 
 
 def _forward(
-    student: StudentPass, inputs: StepInputs, micro_batch: MicroBatch, precision: torch.dtype | None
+    student: StudentPass,
+    inputs: StepInputs,
+    micro_batch: MicroBatch,
+    precision: torch.dtype | None,
+    tail: bool,
 ) -> tuple[RaggedTopk, RaggedTopk | None, TokenLogprobs]:
     """The student on a micro-batch, and the teacher's alternatives of its tokens."""
     topk = inputs.teacher.topk.select(micro_batch.student_tokens)
@@ -157,7 +162,7 @@ def _forward(
         flat[~student_entries] = guidance_topk.ids
     device = micro_batch.targets.device
     with autocast(device, precision):
-        lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device))
+        lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device), tail)
         output = TokenLogprobs(*student(micro_batch, lookups))
     return topk, guidance_topk, output
 
@@ -193,9 +198,11 @@ def _token_batch(
             None if inputs.reference_logprobs is None else tensor(inputs.reference_logprobs, students)
         ),
         topk_index=torch.from_numpy(topk.index).to(device),
-        topk=_alternatives(topk, output.lookups[student_entries]),
+        topk=_alternatives(topk, output.lookups[student_entries], output.tail[is_student]),
         guidance_topk=(
-            None if guidance_topk is None else _alternatives(guidance_topk, output.lookups[~student_entries])
+            None
+            if guidance_topk is None
+            else _alternatives(guidance_topk, output.lookups[~student_entries], output.tail[~is_student])
         ),
     )
 
@@ -211,7 +218,7 @@ def _lookup_counts(
     return counts
 
 
-def _alternatives(topk: RaggedTopk, student_logprobs: Tensor) -> Alternatives:
+def _alternatives(topk: RaggedTopk, student_logprobs: Tensor, tails: Tensor) -> Alternatives:
     def tensor(values: Any) -> Tensor:
         return torch.from_numpy(values).to(device=student_logprobs.device)
 
@@ -220,6 +227,7 @@ def _alternatives(topk: RaggedTopk, student_logprobs: Tensor) -> Alternatives:
         student_logprobs=student_logprobs,
         counts=tensor(topk.counts),
         teacher_tail=tensor(topk.tail).to(student_logprobs.dtype),
+        student_tail=tails[tensor(topk.index)],
     )
 
 
@@ -256,14 +264,18 @@ def _statistics(
     device = next(student.parameters()).device
     with torch.no_grad():
         for micro_batch in batches:
-            topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision)
+            topk, guidance_topk, output = _forward(
+                student, inputs, micro_batch, precision, "soft_or_top" in kinds
+            )
             tokens, is_student = micro_batch.student_tokens, torch.from_numpy(micro_batch.is_student)
             found["entropy"][tokens] = output.entropy.cpu()[is_student].double().numpy()
             found["overlap"][tokens] = output.overlap.cpu()[is_student].double().numpy()
             found["divergence"][tokens] = 0.0
+            if "soft_or_top" not in kinds:
+                continue
             counts = _lookup_counts(micro_batch, topk, guidance_topk)
             entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
-            alternatives = _alternatives(topk, output.lookups[entries])
+            alternatives = _alternatives(topk, output.lookups[entries], output.tail[is_student.to(device)])
             found["divergence"][tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
         for _ in range(len(batches), rounds):
             _idle(student, layout, device, precision)

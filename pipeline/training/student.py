@@ -61,12 +61,12 @@ class StudentPass(torch.nn.Module):
     def split(self) -> SplitModel:
         return self._split[0]
 
-    def forward(self, batch: MicroBatch, lookups: Lookups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, lookups: Lookups) -> tuple[Tensor, ...]:
         """The fields of ``TokenLogprobs``, as a tuple."""
         hidden = self.split.hidden(**batch.inputs)
         states = hidden[batch.row_index, batch.column_index]
         found: TokenLogprobs = token_logprobs(self.split, states, batch.targets, lookups)
-        return found.targets, found.lookups, found.entropy, found.overlap
+        return found.targets, found.lookups, found.entropy, found.overlap, found.tail
 
 
 def _packing(model: Any, precision: torch.dtype | None) -> Packing:

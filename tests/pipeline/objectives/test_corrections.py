@@ -46,7 +46,13 @@ def expected_gradient(objective: Objective, mu: torch.Tensor) -> torch.Tensor:
             guidance=torch.zeros(0, dtype=torch.float64),
             guidance_logprobs=logprobs[:0],
             topk_index=torch.tensor([0]),
-            topk=Alternatives(values, logprobs[ids], torch.tensor([K]), (-values.exp().sum()).log1p()[None]),
+            topk=Alternatives(
+                values,
+                logprobs[ids],
+                torch.tensor([K]),
+                (-values.exp().sum()).log1p()[None],
+                (-logprobs[ids].exp().sum()).log1p()[None],
+            ),
         )
         loss = sum(region_losses(objective, batch).values(), torch.zeros(()))
         total += mu[x].exp() * torch.autograd.grad(loss, logits, retain_graph=True)[0]

@@ -20,6 +20,7 @@ from tropd.pipeline.objectives.estimators import (
     log_ratio,
     proximal_advantage,
     scaled_advantage,
+    student_tail,
     topk_forward_kl,
     topk_jensen_shannon,
     topk_reverse_kl,
@@ -61,7 +62,11 @@ def alternatives(student: torch.Tensor, teacher: torch.Tensor, k: int) -> Altern
     values, ids = teacher.topk(k)
     rest = 1.0 - values.exp().sum()
     tail = rest.clamp(min=0).log() if k < len(teacher) else torch.tensor(-math.inf, dtype=torch.float64)
-    return Alternatives(values, torch.log_softmax(student, -1)[ids], torch.tensor([k]), tail.reshape(1))
+    logprobs = torch.log_softmax(student, -1)
+    outside = torch.ones_like(teacher, dtype=torch.bool).index_fill(0, ids, False)
+    # Of no number, logsumexp is -inf.
+    own_tail = logprobs[outside].logsumexp(0) if outside.any() else torch.tensor(-math.inf).double()
+    return Alternatives(values, logprobs[ids], torch.tensor([k]), tail.reshape(1), own_tail.reshape(1))
 
 
 def expected_k1_gradient(student: torch.Tensor, teacher: torch.Tensor, baseline: float = 0.0) -> torch.Tensor:
@@ -208,6 +213,7 @@ def test_ragged_tokens_are_independent_of_each_other() -> None:
         torch.cat([one.student_logprobs, three.student_logprobs]),
         torch.tensor([1, 0, 3]),
         torch.cat([one.teacher_tail, torch.zeros(1, dtype=torch.float64), three.teacher_tail]),
+        torch.cat([student_tail(one), torch.zeros(1, dtype=torch.float64), student_tail(three)]),
     )
     for function in (
         lambda a: topk_forward_kl(a, "tail"),
@@ -223,7 +229,7 @@ def test_ragged_tokens_are_independent_of_each_other() -> None:
 
 def test_no_tokens_give_an_empty_result_that_can_be_differentiated() -> None:
     student = torch.zeros(0, requires_grad=True)
-    empty = Alternatives(torch.zeros(0), student, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    empty = Alternatives(torch.zeros(0), student, torch.zeros(0, dtype=torch.long), torch.zeros(0), student)
     for value in (topk_forward_kl(empty, "tail"), topk_reverse_kl(empty), topk_jensen_shannon(empty, 0.5)):
         assert value.shape == (0,)
         value.sum().backward()

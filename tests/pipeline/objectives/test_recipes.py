@@ -146,6 +146,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
             tensor(student_p).log().reshape(-1).requires_grad_(),
             torch.full((len(teacher_p),), 2),
             tensor([1 - sum(p) for p in teacher_p]).log(),
+            tensor([1 - sum(p) for p in student_p]).log().requires_grad_(),
         )
 
     index = list(range(n)) if needs.topk == "all" else [i for i in range(n) if regions.outlier[i] > 0]

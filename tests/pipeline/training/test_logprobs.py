@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensor_memory import peak_bytes
 
 from tropd.pipeline import sums
 from tropd.pipeline.head import SplitModel, split_model
+from tropd.pipeline.objectives.estimators import Alternatives, topk_forward_kl
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 
@@ -61,6 +64,76 @@ def test_values_and_gradients_do_not_depend_on_chunks(
     assert torch.allclose(result.entropy, -(exact.exp() * exact).sum(-1), atol=1e-5)
     for mine, reference in zip(found, expected, strict=True):
         assert torch.allclose(mine, reference, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(0.0, 300.0), st.integers(1, V - 1), st.booleans())
+def test_the_tail_keeps_its_gradient_at_any_size(seed: int, depth: float, k: int, chunked: bool) -> None:
+    """Forward KL with tail by the logits, against autograd in float64; ``depth``: how far down the tail's logits are."""
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(V, V, bias=False)  # states are the logits
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(V))
+    states = torch.randn(3, V, generator=generator)
+    ids = torch.stack([torch.randperm(V, generator=generator)[:k] for _ in range(3)])
+    outside = torch.ones(3, V, dtype=torch.bool).scatter(1, ids, False)
+    states = torch.where(outside, states - depth, states).requires_grad_()
+    teacher = torch.log_softmax(torch.randn(3, k + 1, generator=generator), -1)
+
+    exact_states = states.detach().double().requires_grad_()
+    exact = torch.log_softmax(exact_states, -1)
+    own = torch.cat(
+        [exact.gather(1, ids), exact.masked_fill(~outside, -torch.inf).logsumexp(1, keepdim=True)], dim=1
+    )
+    (teacher.double().exp() * (teacher.double() - own)).sum().backward()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "CHUNK_ELEMENTS", 2 * V if chunked else 10 * V)
+        patch.setattr(sums, "BLOCK_ELEMENTS", V)
+        lookups = Lookups(torch.full((3,), k), ids.reshape(-1), tail=True)
+        found = token_logprobs(SplitModel(None, head, None), states, torch.tensor([1, 2, 3]), lookups)
+    alternatives = Alternatives(
+        teacher[:, :-1].reshape(-1), found.lookups, lookups.counts, teacher[:, -1], found.tail
+    )
+    topk_forward_kl(alternatives, "tail").sum().backward()
+    assert states.grad is not None
+    assert exact_states.grad is not None
+    torch.testing.assert_close(found.tail.double(), own[:, -1], atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(states.grad.double(), exact_states.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_tail_s_gradient_joins_those_of_targets_and_lookups(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(H, V)
+    states = torch.randn(7, H, generator=generator).requires_grad_()
+    counts = torch.tensor([0, 3, V, 1, 0, V - 1, 2])
+    ids = torch.cat([torch.randperm(V, generator=generator)[:n] for n in counts.tolist()])
+    lookups, targets = Lookups(counts, ids, tail=True), torch.arange(7)
+    rows = torch.repeat_interleave(torch.arange(7), counts)
+    results = []
+    for size in (3, 100):  # recomputed in the backward pass, and kept
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", size * V)
+        found = token_logprobs(SplitModel(None, head, softcap), states, targets, lookups)
+        loss = (found.tail.masked_fill(found.tail.isneginf(), 0.0) * torch.arange(1, 8)).sum()
+        loss = loss + found.targets.sum() + (found.lookups * torch.linspace(0, 1, len(ids))).sum()
+        results.append((found.tail, *torch.autograd.grad(loss, [states, head.weight, head.bias])))
+    logits = head(states)
+    exact = torch.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), -1)
+    outside = torch.ones(7, V, dtype=torch.bool).index_put((rows, ids), torch.tensor(False))
+    places = [1, 3, 5, 6]
+    tails = exact[places].masked_fill(~outside[places], -torch.inf).logsumexp(1)
+    loss = (tails * (torch.tensor(places) + 1)).sum() + exact[torch.arange(7), targets].sum()
+    loss = loss + (exact[rows, ids] * torch.linspace(0, 1, len(ids))).sum()
+    expected = torch.autograd.grad(loss, [states, head.weight, head.bias])
+    for tail, *gradients in results:
+        assert tail[2] == -torch.inf  # nothing is outside
+        assert tail[[0, 4]].tolist() == [0.0, 0.0]  # nothing was looked up
+        torch.testing.assert_close(tail[places], tails, atol=1e-5, rtol=0)
+        for mine, reference in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(mine, reference, atol=1e-4, rtol=0)
 
 
 def test_overlap_counts_shared_ids(
