@@ -163,9 +163,11 @@ def prompt_text(
         except ValueError as error:
             raise ValueError(f"field {path!r} {error}") from None
         return ("", messages) if len(messages) > 1 else (messages[0]["content"], ())
-    if value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool)):
-        raise ValueError(f"no text in field {path!r} (fields: {field_names(record)}; see {setting})")
-    text = field_text(record, path, setting) or ""
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        raise ValueError(f"field {path!r} is a number, not text")
+    text = field_text(record, path, setting)
+    if text is None:
+        raise _nothing(record, path, setting)
     if not text.strip():
         raise ValueError(f"field {path!r} is empty")
     return text, ()
@@ -179,10 +181,16 @@ def answer_text(record: Mapping[str, Any], path: str, setting: str) -> str:
     """
     answer = field_text(record, path, setting)
     if answer is None:
-        raise ValueError(f"no field {path!r} (fields: {field_names(record)}; see {setting})")
+        raise _nothing(record, path, setting)
     if not answer.strip():
         raise ValueError(f"field {path!r} is empty, and an answer is needed")
     return answer
+
+
+def _nothing(record: Mapping[str, Any], path: str, setting: str) -> ValueError:
+    if path in record:
+        return ValueError(f"field {path!r} is null")
+    return ValueError(f"no field {path!r} (fields: {field_names(record)}; see {setting})")
 
 
 def short(text: str) -> str:

@@ -91,7 +91,10 @@ def _mixed(
     _report_bad(run, file, sources, bad)
     for source, records in zip(sources, found, strict=True):
         if not records:
-            raise DataError(f"{source.dataset} ({source.split}) has no record with {dict(source.where)}")
+            wanted = f" with {dict(source.where)}" if source.where else ""
+            raise DataError(
+                f"{source.dataset} ({source.split}) has no record{wanted} that is not in the file yet"
+            )
     counts = mixture([len(records) for records in found], [source.weight for source in sources])
     lines = []
     for index, number in interleaved(counts):

@@ -38,12 +38,12 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
     [
         ('{"prompt": "1+"', "line 2: not valid JSON"),
         ("[1]", "line 2: not a JSON object but list"),
-        ('{"text": "1"}', r"line 2: no text in field 'prompt' \(fields: text"),
-        ('{"prompt": 5}', "line 2: no text"),
+        ('{"text": "1"}', r"line 2: no field 'prompt' \(fields: text; see data.prompt_field"),
+        ('{"prompt": 5}', "line 2: field 'prompt' is a number"),
         ('{"prompt": "  "}', "line 2: field 'prompt' is empty"),
         ('{"prompt": "x", "id": "a", "answer": "2"}', "line 2: id 'a' is also on line 1"),
         ('{"prompt": "x"}', "line 2: no field 'answer'"),
-        ('{"prompt": "x", "answer": null}', "line 2: no field 'answer'"),
+        ('{"prompt": "x", "answer": null}', "line 2: field 'answer' is null"),
         ('{"prompt": "x", "answer": " "}', "line 2: field 'answer' is empty, and an answer is needed"),
         (
             '{"prompt": "x", "answer": ["6"]}',
@@ -55,7 +55,7 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
         ('{"prompt": "x", "answer": "1", "id": NaN}', "line 2: field 'id' is nan"),
         ('{"prompt": "x", "answer": "1", "id": ["b"]}', "line 2: field 'id' is a list"),
         ('{"prompt": "x", "answer": "1", "domain": "\\ud800"}', "line 2: field 'domain' holds half"),
-        ('{"prompt": null}', "line 2: no text in field 'prompt'"),
+        ('{"prompt": null}', "line 2: field 'prompt' is null"),
         ('{"prompt": ["x"]}', "line 2: field 'prompt' is a list .*prompt_field = \"prompt.0\""),
     ],
 )
@@ -158,7 +158,7 @@ def test_rejects_of_files_that_have_no_lines(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps(rows), encoding="utf-16")
     for name, unit in [("p.parquet", "row"), ("p.json", "record")]:
         _, rejects = scan_prompts(tmp_path / name, DataConfig())
-        with pytest.raises(DataError, match=rf"1 bad {unit}\(s\):\n    {unit} 2: no text"):
+        with pytest.raises(DataError, match=rf"1 bad {unit}\(s\):\n    {unit} 2: field 'prompt' is null"):
             refuse(tmp_path / name, rejects)
         write_rejects(tmp_path / name, rejects, target := tmp_path / "rejects.jsonl")
         assert json.loads(target.read_text())["text"] == '{"prompt": null}'

@@ -141,7 +141,7 @@ def test_files_that_a_person_put_there_are_left_alone(run: Run) -> None:
         (
             {"dataset": "raw.jsonl", "prompt": "question"},
             DataError,
-            r"record 1: no text in field 'question' \(fields: answer, prompt; see prompt\)",
+            r"record 1: no field 'question' \(fields: answer, prompt; see prompt\)",
         ),
         ({"dataset": "raw.jsonl", "where": {"answer": ("x",)}}, DataError, "has no record with"),
         ({"dataset": "raw.jsonl", "answer": "key"}, DataError, "record 1: no field 'key'"),
@@ -218,7 +218,7 @@ def test_values_are_read_as_a_run_reads_them_or_refused(run: Run) -> None:
         "record 4: field 'answer' is a list of 2 values, not text; name one of its values: answer = \"answer.0\"",
         "record 5: field 'answer' is empty",
         'record 7: .*set data.chat = true, or name one text: prompt = "prompt.0.content"',
-        "record 8: no text in field 'prompt'",
+        "record 8: field 'prompt' is null",
         "data.skip_bad=true",
     ):
         assert re.search(words, str(caught.value)), words
