@@ -130,10 +130,19 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def _templates(tokenizer: Any) -> Mapping[str, str]:
+    """Chat templates by name.
+
+    Raises:
+        ConfigError: something else is in their place.
+    """
     found = getattr(tokenizer, "chat_template", None)
-    if isinstance(found, Mapping):
-        return found
-    return {DEFAULT: found} if found else {}
+    templates = found if isinstance(found, Mapping) else {DEFAULT: found} if found else {}
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise ConfigError(
+            f"the chat template of the tokenizer in {tokenizer.name_or_path} is no text but {type(found).__name__}",
+            hint="mend chat_template in tokenizer_config.json of the model, or leave it out",
+        )
+    return templates
 
 
 def _joined(merge: Any) -> str:

@@ -167,8 +167,22 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
                 _evaluate_one(run, stage, who, missing, problems, *_model_of(who, final))
         _run_harness(run, stage, whom, final)
         _drop_pieces(stage)
+        _tell_unanswered(run, folder, whom)
         stage.finish(**summarize(run, folder, whom))
         return stage.manifest
+
+
+def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
+    """Warn of sets where no response of anybody has an answer: it is the grader that does not fit then."""
+    for name, settings in run.config.evaluation_sets.items():
+        answers = [pq.read_table(folder / _part(name, who), columns=["answer"])["answer"] for who in whom]
+        if all(column.null_count == len(column) for column in answers):
+            rule = " with evaluation.answer_pattern" if settings.grader == "pattern" else ""
+            run.reporter.warning(
+                f"{name or 'evaluation'}: no response of {', '.join(whom)} has an answer that the grader "
+                f"{settings.grader!r} finds{rule}, so 0 % says nothing about them; "
+                "tropd config explain evaluation.grader shows the others"
+            )
 
 
 def _part(name: str, who: Who) -> str:

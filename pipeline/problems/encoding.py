@@ -22,7 +22,9 @@ from tropd.pipeline.tokenizers import chat_template
 from tropd.storage.errors import ConfigError, DataError
 
 BATCH = 256
-"""Prompts encoded at once; it decides nothing but the time."""
+"""Most prompts encoded at once; it decides nothing but the time."""
+BATCH_CHARACTERS = 1_000_000
+"""Most characters encoded at once, but for a single prompt: a tokenizer takes some 400 bytes of memory for each."""
 REPEATS = 16
 """A choice of two at random stays unseen once in 2^15 times."""
 
@@ -150,19 +152,26 @@ def _encoded(prompts: Sequence[Prompt], encode: _Encoder) -> list[list[int] | st
 
 
 def _one_by_one(prompts: Sequence[Prompt], encode: _Encoder) -> Iterator[tuple[Prompt, list[int] | str]]:
-    for low in range(0, len(prompts), BATCH):
-        part = prompts[low : low + BATCH]
-        yield from zip(part, _encoded(part, encode), strict=True)
+    part: list[Prompt] = []
+    characters = 0
+    for prompt in prompts:
+        length = len(prompt.text)
+        if len(part) == BATCH or (part and characters + length > BATCH_CHARACTERS):
+            yield from zip(part, _encoded(part, encode), strict=True)
+            part, characters = [], 0
+        part.append(prompt)
+        characters += length
+    yield from zip(part, _encoded(part, encode) if part else [], strict=True)
 
 
 def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, chat: bool) -> bool:
-    """Whether the tokenizer appends the token that ends a sequence: asked of the first prompt that can be encoded, which
-    is encoded several times.
+    """Whether the tokenizer appends the token that ends a sequence: asked of the shortest prompt that can be encoded,
+    which is encoded several times.
 
     Raises:
         ConfigError: each time in another way.
     """
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.text)):
         tokens, *others = _encoded([prompt] * REPEATS, encode)
         if isinstance(tokens, str):
             continue

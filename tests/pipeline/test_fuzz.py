@@ -1,4 +1,4 @@
-"""Whatever is in a prompt file or a configuration: it is read, or refused in words. Never another error.
+"""Whatever is in a prompt file, a configuration or a chat template: it is read, or refused in words. Never another error.
 
 The same examples each time; many more, and others each time, with TROPD_THOROUGH=1.
 """
@@ -26,9 +26,12 @@ from tropd.pipeline.config import Config, DataConfig, Source
 from tropd.pipeline.configuration import dump_config, explain, load_config, parse_config
 from tropd.pipeline.context import Run
 from tropd.pipeline.decontamination import overlaps
+from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.progress import SILENT
-from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
+from tropd.pipeline.prompts import Prompt, refuse, scan_prompts, write_rejects
 from tropd.pipeline.sources import fetch_sources
+from tropd.pipeline.tokenizers import check_tokenizers
 from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.workspace import Workspace
 
@@ -275,6 +278,85 @@ def test_configurations(
     content = CONFIG.format(models='"m"') if as_options else "\n".join(['student.model = "m"', *lines])
     path.write_bytes(damaged(content.encode("utf-8", "surrogatepass"), changes))
     resolve(lambda: load_config(path, options))
+
+
+# -------------------------------------------------------------------------------------------------- chat templates
+
+pieces = st.sampled_from(
+    [
+        "{% for m in messages %}",
+        "{% endfor %}",
+        "{{ m['content'] }}",
+        "{{ m.role }}=",
+        "{% if m.role == 'system' %}",
+        "{% endif %}",
+        "{% if add_generation_prompt %}=",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ nothing }}",
+        "{{ nothing.at.all }}",
+        "{{ messages[7].content }}",
+        "{{ 1 / 0 }}",
+        "{{ m.content + 1 }}",
+        "{{ messages | random }}",
+        "{{ range(9) | random }}",
+        "{{ messages | tojson }}",
+        "{{ strftime_now('%d') }}",
+        "{{ bos_token }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% include 'x' %}",
+        "{% generation %}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{",
+        "%}",
+        "{#",
+        "1+1",
+        "\ud800",
+        " ",
+    ]
+)
+whole_templates = st.sampled_from(
+    [
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}=",
+        "{{ messages[-1].content }}{% if add_generation_prompt %}={% endif %}",
+    ]
+)
+one_template = st.one_of(whole_templates, st.lists(pieces, max_size=6).map("".join), st.text(max_size=5))
+templates = st.one_of(
+    one_template,
+    st.none(),
+    st.dictionaries(st.sampled_from(["default", "tool_use"]), one_template),
+    st.sampled_from([7, ["{{ messages }}"]]),
+)
+talks = st.sampled_from(
+    [
+        (),
+        ({"role": "system", "content": "1"}, {"role": "user", "content": "2+2="}),
+        ({"role": "user", "content": "1"}, {"role": "tool", "content": "", "name": {"x": [1.5]}}),
+    ]
+)
+prompts = st.lists(
+    st.builds(Prompt, st.just("p"), st.sampled_from(["1+1=", "1", "é漢😀"]), st.none(), messages=talks)
+)
+
+
+@fuzzed(120)
+@given(template=templates, prompts=prompts, chat=st.sampled_from([True, True, True, False]))
+def test_chat_templates(template: Any, prompts: list[Prompt], chat: bool) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    encoded: list[Encoded] = []
+
+    def encode() -> None:
+        encoded.append(encode_prompts(prompts, tokenizer, chat=chat, max_length=30))
+        check_tokenizers(tokenizer, make_tokenizer(), chat=chat)
+
+    problem(encode)
+    for found in encoded:
+        assert len(found.prompts) == len(found.tokens) == len(prompts) - len(found.rejects)
+        assert all(type(token) is int for tokens in found.tokens for token in tokens)
+        assert found.rejects or all(found.tokens)
+        for reject in found.rejects:
+            reject.reason.encode()
 
 
 def folder(factory: pytest.TempPathFactory) -> Path:

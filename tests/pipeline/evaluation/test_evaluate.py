@@ -19,6 +19,7 @@ from tropd.pipeline import context
 from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.context import Run
 from tropd.pipeline.evaluation.evaluate import evaluate
+from tropd.pipeline.progress import SILENT
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.stage import Stage
@@ -126,5 +127,20 @@ def test_wrong_settings_are_refused_before_any_model_is_loaded(
         evaluate(run, whom=("before",))
     other = text.replace('prompt_field = "question"', "")
     (run.workspace.root / "data" / "boxed.jsonl").write_text('{"question": "1=", "answer": "2"}\n')
-    with pytest.raises(DataError, match="no text in field 'prompt'"):
+    with pytest.raises(DataError, match="no field 'prompt'"):
         evaluate(replace(run, resolved=parse_config(other, where="config.toml")), whom=("before",))
+
+
+def test_a_grader_that_finds_nothing_in_any_response_is_told(run: Run) -> None:
+    warnings: list[str] = []
+
+    class Told(type(SILENT)):  # type: ignore[misc]
+        def warning(self, message: str) -> None:
+            warnings.append(message)
+
+    settings = run.config.evaluation.model_copy(update={"answer_pattern": "(never)", "benchmarks": ()})
+    config = run.config.model_copy(update={"evaluation": settings})
+    run = replace(run, resolved=replace(run.resolved, config=config), reporter=Told())
+    evaluate(run, whom=("before", "teacher"))
+    assert warnings == [next(w for w in warnings if "no response of before, teacher has an answer" in w)]
+    assert "evaluation.answer_pattern" in warnings[0]

@@ -9,6 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from tropd.pipeline.demo.tokenizer import EOS_ID, PAD_ID, make_tokenizer
+from tropd.pipeline.problems import encoding
 from tropd.pipeline.problems.encoding import encode_prompts, token_digest
 from tropd.pipeline.prompts import Prompt, Reject
 from tropd.storage.errors import ConfigError, DataError
@@ -53,6 +54,22 @@ def test_the_limit_counts_prompts_that_fit() -> None:
     many = [Prompt(str(n), "1+" * n + "1=", None, line=n + 1) for n in range(4)]
     found = encode_prompts(many[::-1], make_tokenizer(), chat=False, max_length=6, limit=2)
     assert ([p.id for p in found.prompts], [r.line for r in found.rejects]) == (["2", "1"], [4])
+
+
+def test_long_prompts_are_encoded_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 40)
+    tokenizer, sizes = make_tokenizer(), []
+    call = type(tokenizer).__call__
+
+    def counting(self: Any, texts: Any, **options: Any) -> Any:
+        sizes.append(sum(map(len, texts)) if isinstance(texts, list) and len(set(texts)) > 1 else 0)
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    prompts = [Prompt(str(n), f"{n}+" * (1 + 3 * n) + "1=", None) for n in range(8)]
+    found = encode_prompts(prompts, tokenizer, chat=False, max_length=100)
+    assert [len(tokens) for tokens in found.tokens] == [len(prompt.text) for prompt in prompts]
+    assert 0 < max(sizes) <= 40
 
 
 def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
