@@ -451,8 +451,8 @@ class EvaluationConfig(Spec):
     """Sequences decoded together."""
     grader: GraderName = "pattern"
     """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
-    after ####, stated, or the last number; equal as mathematics), `choice` (a letter A to J), `exact` (all of the
-    response)."""
+    after ####, stated, or the last number; equal as mathematics), `choice` (the declared letter A to J; an expected
+    index counts from 0), `exact` (all of the response). What thinking holds, or the length cut off, is no answer."""
     grading_seconds: float = Field(default=5.0, gt=0.0, le=3600.0)
     """Longest time that the comparison of one mathematical answer may take; then it is wrong."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"

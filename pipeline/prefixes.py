@@ -23,7 +23,7 @@ from tropd.pipeline.context import (
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
-from tropd.pipeline.evaluation.grading import grade
+from tropd.pipeline.evaluation.grading import check_expected, grade
 from tropd.pipeline.identity import fingerprint_of, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
@@ -159,6 +159,8 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
     room = min(role_room(with_only(run, name), source.author) for name in authors)
     found = training_prompts(run, role_tokenizer(run, "student"), room)
     prompts = replace(found, prompts=found.prompts[: source.limit], tokens=found.tokens[: source.limit])
+    if source.keep == "correct":
+        check_expected(run.config.evaluation.grader, prompts.prompts)
 
     def plan() -> Work:
         batches = [
@@ -235,7 +237,12 @@ def _sample(
     ]
     if source.keep == "all":
         return rows
-    marks = grade([row.text for row in rows], [p.answer for p, _, _ in jobs], run.config.evaluation)
+    marks = grade(
+        [row.text for row in rows],
+        [p.answer for p, _, _ in jobs],
+        run.config.evaluation,
+        cut_off=[row.finish_reason == "length" for row in rows],
+    )
     return [row for row, mark in zip(rows, marks, strict=True) if mark.correct]
 
 

@@ -31,7 +31,7 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.engines.base import Sampler, Sampling
-from tropd.pipeline.evaluation.grading import grade
+from tropd.pipeline.evaluation.grading import check_expected, grade
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
@@ -258,6 +258,7 @@ def _drop_pieces(stage: Stage) -> None:
 
 
 def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_Batch]:
+    check_expected(settings.grader, problems.prompts)
     modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
     if not name:
         modes.insert(0, ("greedy", 1))
@@ -333,7 +334,12 @@ def respond(
             max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
         )
     texts = [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generations]
-    marks = grade(texts, [problem.answer for problem, _, _ in jobs], settings)
+    marks = grade(
+        texts,
+        [problem.answer for problem, _, _ in jobs],
+        settings,
+        cut_off=[generation.finish_reason == "length" for generation in generations],
+    )
     return [
         Response(
             mode=mode,

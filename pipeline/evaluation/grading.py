@@ -15,30 +15,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as GradingTimeout
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from tropd.pipeline.config import EvaluationConfig, GraderName
+from tropd.pipeline.evaluation.choices import expected_choice, extract_choice
 from tropd.pipeline.evaluation.math_answers import (
+    comparisons,
     equal_at_once,
     expected_answer,
     extract_final_answer,
-    symbolically_equal,
 )
+from tropd.storage.errors import DataError
+
+if TYPE_CHECKING:  # the workers have no use for Parquet
+    from tropd.pipeline.prompts import Prompt
 
 WORKERS = 2
 WORKER_MEMORY_BYTES = 4 << 30
 # A worker is replaced after this many answers: sympy's caches grow.
 WORKER_ANSWERS = 2000
-
-_CHOICE = (
-    re.compile(r"\\boxed\{\s*(?:\\text\s*\{)?\s*\(?([A-J])\)?"),
-    re.compile(r"(?i:answer|choice|option)(?:\s+(?i:is|was))?\s*:?\s*\**\s*\(?\$?(?:\\text\{)?\(?([A-J])\b"),
-    re.compile(r"^\W*\(?([A-J])\)?\W*$", re.MULTILINE),
-    re.compile(r"\(([A-J])\)"),
-    re.compile(r"(?<![\w'])([B-J])(?![\w'])"),
-)
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,24 @@ class Mark:
     correct: bool
 
 
-def grade(responses: Sequence[str], expected: Sequence[str | None], config: EvaluationConfig) -> list[Mark]:
-    """Marks of responses, in their order. A response without an answer, or without an expected one, is wrong."""
-    found = [extract(config.grader, text, config.answer_pattern) for text in responses]
+def grade(
+    responses: Sequence[str],
+    expected: Sequence[str | None],
+    config: EvaluationConfig,
+    *,
+    cut_off: Sequence[bool] | None = None,
+) -> list[Mark]:
+    """Marks of responses, in their order. A response without an answer, or without an expected one, is wrong.
+
+    Args:
+        cut_off: which responses ended because of their length; none if not given. What reaches up to the end of such a
+            response may be a part of an answer, and is none.
+    """
+    ends = cut_off or [False] * len(responses)
+    found = [
+        extract(config.grader, text, config.answer_pattern, cut_off=cut)
+        for text, cut in zip(responses, ends, strict=True)
+    ]
     if config.grader == "math":
         correct = _equal_math(found, expected, config.grading_seconds)
     else:
@@ -62,19 +74,34 @@ def grade(responses: Sequence[str], expected: Sequence[str | None], config: Eval
     return [Mark(answer, right) for answer, right in zip(found, correct, strict=True)]
 
 
-def extract(grader: GraderName, response: str, pattern: str) -> str | None:
+def check_expected(grader: GraderName, problems: Sequence[Prompt]) -> None:
+    """Refuse expected answers that no response could ever equal.
+
+    Raises:
+        DataError: naming the problem.
+    """
+    for problem in problems:
+        if grader == "choice" and problem.answer is not None and expected_choice(problem.answer) is None:
+            raise DataError(
+                f"problem {problem.id!r}: its answer {problem.answer[:80]!r} is no choice: a letter A to J, or an index "
+                "that counts from 0",
+                hint='set data.answer_field to the field that has the letter, or evaluation.grader to "exact" or "math"',
+            )
+
+
+def extract(grader: GraderName, response: str, pattern: str, *, cut_off: bool = False) -> str | None:
     """The answer in a response, by the grader's rule; None if there is none."""
     extractors: dict[GraderName, Callable[[str], str | None]] = {
-        "pattern": lambda text: _last_match(pattern, text),
-        "math": extract_final_answer,
-        "choice": _extract_choice,
-        "exact": lambda text: text.strip(),
+        "pattern": lambda text: _last_match(pattern, text, cut_off),
+        "math": lambda text: extract_final_answer(text, cut_off=cut_off),
+        "choice": lambda text: extract_choice(text, cut_off=cut_off),
+        "exact": lambda text: None if cut_off else text.strip(),
     }
     return extractors[grader](response)
 
 
-def _plain(grader: GraderName, expected: str) -> str:
-    return expected.strip().strip("()") if grader == "choice" else expected.strip()
+def _plain(grader: GraderName, expected: str) -> str | None:
+    return expected_choice(expected) if grader == "choice" else expected.strip()
 
 
 @cache
@@ -82,18 +109,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _last_match(pattern: str, response: str) -> str | None:
+def _last_match(pattern: str, response: str, cut_off: bool) -> str | None:
     matches = list(_compiled(pattern).finditer(response))
-    return matches[-1].group(1).strip() if matches else None
-
-
-def _extract_choice(response: str) -> str | None:
-    """The letter that is boxed, stated ("the answer is (C)"), alone on a line, in parentheses, or else the last one."""
-    text = response.rsplit("</think>", 1)[-1][-20_000:]
-    for pattern in _CHOICE:
-        if matches := pattern.findall(text):
-            return str(matches[-1])
-    return None
+    if not matches or (cut_off and matches[-1].end(1) >= len(response.rstrip())):
+        return None
+    return (matches[-1].group(1) or "").strip()
 
 
 def _equal_math(found: Sequence[str | None], expected: Sequence[str | None], seconds: float) -> list[bool]:
@@ -105,7 +125,9 @@ def _equal_math(found: Sequence[str | None], expected: Sequence[str | None], sec
         plain = expected_answer(wanted)
         at_once = equal_at_once(answer, plain)
         if at_once is None:
-            waiting[i] = _pool().schedule(symbolically_equal, args=(answer, plain), timeout=seconds)
+            waiting[i] = _pool().schedule(
+                _symbolically_equal, args=(comparisons(answer, plain),), timeout=seconds
+            )
         else:
             results[i] = at_once
     for i, future in waiting.items():
@@ -114,6 +136,12 @@ def _equal_math(found: Sequence[str | None], expected: Sequence[str | None], sec
         except (GradingTimeout, ProcessExpired, Exception):
             results[i] = False  # neither readable nor comparable in time: not the answer that was asked for
     return results
+
+
+def _symbolically_equal(pairs: list[tuple[str, str]]) -> bool:
+    from tropd.pipeline.evaluation.symbolic import symbolically_equal  # sympy: in the workers only
+
+    return symbolically_equal(pairs)
 
 
 @cache
