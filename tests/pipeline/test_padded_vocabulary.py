@@ -31,7 +31,7 @@ from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training import logprobs
 from tropd.pipeline.training.cached import _limited
-from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.inputs import read_inputs, student_prompts
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 from tropd.storage.errors import DataError
 from tropd.storage.topk_cache import TopK, read_topk
@@ -124,16 +124,17 @@ def test_what_is_no_token_is_not_trained(
     states = torch.randn(23, 8, generator=generator).requires_grad_()
     targets = torch.randint(TOKENS, (23,), generator=generator)
     counts = torch.arange(23) % 4
-    lookups = Lookups(counts, torch.randint(TOKENS, (int(counts.sum()),), generator=generator))
+    ids = [torch.randperm(TOKENS, generator=generator)[:count] for count in counts.tolist()]
+    lookups = Lookups(counts, torch.cat(ids), tail=True)
 
     def run(layer: torch.nn.Linear, limit: int | None) -> tuple[Any, tuple[torch.Tensor, ...]]:
         found = token_logprobs(SplitModel(None, layer, softcap, limit), states, targets, lookups)
-        loss = (found.targets * torch.linspace(-1, 1, 23)).sum() + found.lookups.sum()
+        loss = (found.targets * torch.linspace(-1, 1, 23)).sum() + found.lookups.sum() + found.tail.sum()
         return found, torch.autograd.grad(loss, [states, layer.weight, layer.bias])
 
     found, gradients = run(head, TOKENS)
     expected, wanted = run(short, None)
-    for name in ("targets", "lookups", "entropy", "overlap"):
+    for name in ("targets", "lookups", "entropy", "overlap", "tail"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), equal_nan=True)
     torch.testing.assert_close(gradients[0], wanted[0])
     for full, part in zip(gradients[1:], wanted[1:], strict=True):
@@ -190,7 +191,7 @@ def test_stages_with_padded_models(tmp_path: Path) -> None:
     assert max(cache.ids.max() for cache in caches) < TOKENS
     loaded = load_role(run, "student")
     assert num_tokens(loaded.tokenizer) == loaded.engine(batch_size=2).vocab_size == TOKENS
-    inputs = read_inputs(run, SimpleNamespace(cached_topk=True))  # type: ignore[arg-type]
+    inputs = read_inputs(run, SimpleNamespace(cached_topk=True), student_prompts(run))  # type: ignore[arg-type]
     assert inputs.store is not None
     assert inputs.store.largest_id() == max(tokens)
 
@@ -207,7 +208,7 @@ def test_trajectories_of_earlier_versions_are_refused(
         score_teacher(run)
     assert found.value.hint == f"make them again: tropd generate-prefixes -w {run.workspace.root} --force"
     with pytest.raises(DataError, match=words):
-        read_inputs(run, SimpleNamespace(cached_topk=False))  # type: ignore[arg-type]
+        read_inputs(run, SimpleNamespace(cached_topk=False), student_prompts(run))  # type: ignore[arg-type]
     check_token_ids(run, 23, TOKENS, "generate-prefixes")
 
 
