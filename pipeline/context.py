@@ -271,8 +271,6 @@ def _usable_prompts(
 ) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
     prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
-    if not data.skip_bad:
-        refuse(path, bad_lines)  # before the time that it takes to encode the others
     prompts = [prompt for prompt in prompts if prompt.id not in left_out]
     date = _template_date(run)
     encoded = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit, date=date)
@@ -336,8 +334,8 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     names |= {"limit"} if which == "prompts" else set()
     if which == "prompts" and data.decontaminate is not None:
         names |= {"decontaminate"}
-        for benchmark, other in run.config.problem_files.items():
-            problems = run.workspace.resolve(other.evaluation)
+        for benchmark in run.config.problem_files:
+            problems = _data_file(run, "evaluation", benchmark)
             fields[f"data.decontaminate.{benchmark or 'evaluation'}"] = content_digest(problems)
     return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
 

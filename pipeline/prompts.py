@@ -114,11 +114,20 @@ def refuse(path: Path, rejects: Sequence[Reject]) -> None:
 
 
 def listed(rejects: Sequence[Reject], unit: str) -> str:
-    """The first few with their reasons, one a line; ``unit`` is what their numbers count."""
-    shown = [f"{unit} {reject.line}: {reject.reason}" for reject in rejects[:MAX_SHOWN]]
-    if len(rejects) > MAX_SHOWN:
-        shown.append(f"and {len(rejects) - MAX_SHOWN} more")
+    """The first few reasons, one a line, each with the numbers of its records; ``unit`` is what these count."""
+    numbers: dict[str, list[int]] = {}
+    for reject in rejects:
+        numbers.setdefault(reject.reason, []).append(reject.line)
+    shown = [f"{_counted(found, unit)}: {reason}" for reason, found in list(numbers.items())[:MAX_SHOWN]]
+    if len(numbers) > MAX_SHOWN:
+        shown.append(f"and {sum(map(len, list(numbers.values())[MAX_SHOWN:]))} more")
     return "\n    ".join(shown)
+
+
+def _counted(numbers: Sequence[int], unit: str) -> str:
+    first = ", ".join(map(str, numbers[:MAX_SHOWN]))
+    more = f" and {len(numbers) - MAX_SHOWN} more" if len(numbers) > MAX_SHOWN else ""
+    return f"{unit}{'s' if len(numbers) > 1 else ''} {first}{more}"
 
 
 def write_rejects(source: Path, rejects: Sequence[Reject], target: Path) -> None:

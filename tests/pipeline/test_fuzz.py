@@ -40,7 +40,7 @@ THOROUGH = "TROPD_THOROUGH" in os.environ
 
 def fuzzed(examples: int) -> settings:
     return settings(
-        max_examples=50 * examples if THOROUGH else examples,
+        max_examples=20 * examples if THOROUGH else examples,
         derandomize=not THOROUGH,
         deadline=None,
         database=None,

@@ -12,7 +12,7 @@ import pytest
 from tropd.pipeline.config import DataConfig
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.problems.encoding import encode_prompts
-from tropd.pipeline.prompts import Prompt, refuse, scan_prompts, write_rejects
+from tropd.pipeline.prompts import Prompt, Reject, listed, refuse, scan_prompts, write_rejects
 from tropd.storage.errors import DataError
 
 
@@ -66,9 +66,14 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
 
 
 def test_all_bad_lines_are_counted_and_the_first_ones_shown(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", *["{"] * 15)
-    with pytest.raises(DataError, match=r"15 bad line\(s\)(.|\n)*line 10(.|\n)*and 5 more"):
+    path = write(tmp_path / "p.jsonl", *["{"] * 15, "[]")
+    with pytest.raises(
+        DataError, match=r"16 bad line\(s\)(.|\n)*lines 1, 2, .* 10 and 5 more: (.|\n)*line 16: "
+    ) as caught:
         read_prompts(path, DataConfig())
+    assert str(caught.value).count("not valid JSON") == 1
+    rejects = [Reject(n, f"reason {n}") for n in range(1, 14)]
+    assert listed(rejects, "row").splitlines()[-2:] == ["    row 10: reason 10", "    and 3 more"]
 
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:

@@ -141,14 +141,14 @@ def test_files_that_a_person_put_there_are_left_alone(run: Run) -> None:
         (
             {"dataset": "raw.jsonl", "prompt": "question"},
             DataError,
-            r"record 1: no field 'question' \(fields: answer, prompt; see prompt\)",
+            r"records 1, 2: no field 'question' \(fields: answer, prompt; see prompt\)",
         ),
         ({"dataset": "raw.jsonl", "where": {"answer": ("x",)}}, DataError, "has no record with"),
-        ({"dataset": "raw.jsonl", "answer": "key"}, DataError, "record 1: no field 'key'"),
+        ({"dataset": "raw.jsonl", "answer": "key"}, DataError, "records 1, 2: no field 'key'"),
         (
             {"dataset": "raw.jsonl", "where": {"kind": ("x",)}},
             DataError,
-            "record 1: no field 'kind' for where",
+            "records 1, 2: no field 'kind' for where",
         ),
         ({"dataset": "raw.txt"}, DataError, "record 1: not valid JSON"),
         ({"dataset": "/nowhere/at/all"}, ConfigError, r"put the prompts into data/train\.jsonl"),
