@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -63,6 +64,11 @@ class Run:
     def timings(self) -> Path:
         """Log of the stages' times."""
         return self.workspace.logs / "stages.jsonl"
+
+    def command(self, name: str) -> str:
+        """The command line that runs ``name`` (options may follow it) on this run, as one would type it."""
+        overrides = [part for assignment in self.assignments for part in ("--set", assignment)]
+        return " ".join([self.workspace.command(name), *map(shlex.quote, overrides)])
 
 
 def with_teacher(run: Run, url: str) -> Run:
@@ -366,5 +372,5 @@ def finished(run: Run, stage: str, command: str) -> Manifest:
         state = (
             "was not run" if manifest is None else f"is not finished ({len(manifest.shards)} shards so far)"
         )
-        raise TropdError(f"stage {stage!r} {state}", hint=run.workspace.command(command))
+        raise TropdError(f"stage {stage!r} {state}", hint=run.command(command))
     return manifest

@@ -106,7 +106,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
                 raise TropdError(
                     f"{shard.name} of {source_stage} holds prompts of several teachers: it was made before "
                     "teacher.by_domain was what it is",
-                    hint=f"{run.workspace.command(COMMANDS[source_stage])} --force",
+                    hint=f"{run.command(COMMANDS[source_stage])} --force",
                 )
             engine, _ = teachers.open(*names)
             largest = max((token for row in rows for token in row.tokens), default=-1)

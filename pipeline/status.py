@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from tropd.pipeline.config import Config
 from tropd.pipeline.configuration import load_config
 from tropd.storage.errors import TropdError
-from tropd.storage.manifest import FILE_NAME, Manifest, read_manifest
+from tropd.storage.manifest import FILE_NAME, Manifest, can_go_on, holds_output, read_manifest
 from tropd.storage.stage import stage_seconds
+from tropd.storage.step_log import read_log
 from tropd.storage.workspace import Workspace, shown_path
 
 State = Literal["not started", "in progress", "complete", "damaged"]
@@ -63,6 +64,8 @@ class StageStatus(BaseModel):
     fingerprint: str | None = None
     problem: str = ""
     """What is damaged or stale, in words."""
+    lost: bool = False
+    """Whether running the stage again cannot make it good: files are put back, or it is started over."""
 
     @property
     def progress_text(self) -> str:
@@ -158,14 +161,19 @@ def _stage_status(
             bytes=size,
             seconds=seconds.get(name),
             problem=str(error).replace(f"{folder}/", ""),
+            lost=True,
         )
     if manifest is None:
-        # Without a manifest nothing counts, whatever else lies in the folder.
+        if holds_output(folder):
+            problem = f"{FILE_NAME} is missing"
+            return StageStatus(
+                name=name, command=command, state="damaged", bytes=size, problem=problem, lost=True
+            )
         return StageStatus(name=name, command=command, state="not started", bytes=size)
     broken = _broken_shards(folder, manifest)
     spent = seconds.get(name)
     if name == "models":
-        broken += _broken_data(workspace.stage(DATA_STAGE))
+        broken |= _broken_data(workspace.stage(DATA_STAGE))
         spent = None if spent is None else spent + seconds.get(DATA_STAGE, 0.0)
     done, total, unit = _progress(workspace, name, manifest, config, earlier)
     state: State = "damaged" if broken else "complete" if manifest.complete else "in progress"
@@ -180,7 +188,8 @@ def _stage_status(
         bytes=size,
         seconds=spent,
         fingerprint=manifest.fingerprint,
-        problem="; ".join(broken),
+        problem="; ".join(broken.values()),
+        lost=bool(broken) and not can_go_on(manifest, broken),
     )
 
 
@@ -193,22 +202,24 @@ def _rows(manifest: Manifest) -> int:
     return sum(rows.values())
 
 
-def _broken_data(folder: Path) -> list[str]:
+def _broken_data(folder: Path) -> dict[str, str]:
     try:
         manifest = read_manifest(folder)
     except (TropdError, OSError) as error:
-        return [str(error).replace(f"{folder}/", f"{DATA_STAGE}/")]
-    return [f"{DATA_STAGE}/{line}" for line in _broken_shards(folder, manifest)] if manifest else []
+        return {FILE_NAME: str(error).replace(f"{folder}/", f"{DATA_STAGE}/")}
+    broken = _broken_shards(folder, manifest) if manifest else {}
+    return {f"{DATA_STAGE}/{name}": f"{DATA_STAGE}/{line}" for name, line in broken.items()}
 
 
-def _broken_shards(folder: Path, manifest: Manifest) -> list[str]:
-    broken: list[str] = []
+def _broken_shards(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Shards that are missing or have another size, and in words which."""
+    broken: dict[str, str] = {}
     for shard in manifest.shards.values():
         path = folder / shard.name
         if not path.exists():
-            broken.append(f"{shard.name} is missing")
+            broken[shard.name] = f"{shard.name} is missing"
         elif (size := folder_size(path) if path.is_dir() else path.stat().st_size) != shard.size:
-            broken.append(f"{shard.name} has {size} bytes instead of {shard.size}")
+            broken[shard.name] = f"{shard.name} has {size} bytes instead of {shard.size}"
     return broken
 
 
@@ -247,19 +258,11 @@ def _prefix_shards(workspace: Workspace, config: Config | None) -> int | None:
 
 def count_steps(metrics: Path) -> int:
     """Optimiser steps on record. A step that was repeated after an interruption counts once."""
-    steps: set[int] = set()
     try:
-        with metrics.open("rb") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                    if any(not key.startswith(("step", "accuracy_")) for key in entry):
-                        steps.add(int(entry["step"]))
-                except (ValueError, KeyError, TypeError, OverflowError):
-                    continue
+        records = read_log(metrics).whole
     except OSError:
         return 0
-    return len(steps)
+    return sum(any(not key.startswith(("step", "accuracy_")) for key in record) for record in records)
 
 
 def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStatus:
@@ -296,8 +299,7 @@ def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) 
             return command, f"{stage.command} has not been run yet"
         if stage.state == "in progress":
             return command, stage.problem or f"{stage.command} is not finished ({stage.progress_text})"
-        if stage.fingerprint is None and stage.name != "report":
-            # Without a readable manifest the stage cannot be continued, only started over.
-            return f"{command} --force", stage.problem
+        if stage.lost:
+            return f"{command} --force", f"{stage.problem}: put it back from a copy, or start the stage over"
         return command, f"{stage.problem}: running the stage again makes it good"
     return None, f"everything is done: open {shown_path(workspace.stage('report') / 'index.html')}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tropd.pipeline.configuration import load_config
 from tropd.pipeline.status import METRICS_FILE
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import read_manifest
+from tropd.storage.step_log import read_log
 from tropd.storage.workspace import Workspace
 
 STAGE = "train"
@@ -56,27 +56,13 @@ def training_progress(workspace: Workspace) -> TrainingProgress:
     total = int(fields.get("train.steps") or config.train.steps)
     name = fields.get("objective.name") or config.objective.name
     seed = fields.get("run.seed", config.run.seed)
-    records = whole_records(folder / METRICS_FILE)
+    records = read_log(folder / METRICS_FILE).whole
     state: State = "starting"
     if manifest.complete:
         state = "finished"
     elif records:
         state = "silent" if _is_silent(folder / METRICS_FILE, records) else "running"
     return TrainingProgress(f"{workspace.root.name} · {name} · seed {seed}", state, records, total)
-
-
-def whole_records(path: Path) -> list[dict[str, Any]]:
-    """Records that are whole; the last line may be under way, or torn by a kill."""
-    records = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
 
 
 def _is_silent(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:

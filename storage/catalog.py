@@ -36,6 +36,7 @@ from tropd.storage.errors import DamagedShardError, DataError, TropdError
 from tropd.storage.fields import field_text
 from tropd.storage.manifest import read_manifest
 from tropd.storage.records import read_records
+from tropd.storage.step_log import read_log
 from tropd.storage.topk_cache import read_topk
 from tropd.storage.trajectories import SCHEMA as TRAJECTORIES
 from tropd.storage.workspace import Workspace
@@ -226,15 +227,7 @@ def _prompts(folder: Path) -> Iterator[pa.RecordBatch]:
 
 def _metrics(path: Path) -> pa.Table:
     """One row per complete line; a torn last line (the trainer was killed) is not a step yet."""
-    records = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
+    records = read_log(path).whole
     names = dict.fromkeys(["step", *(name for record in records for name in record)])
     columns = {}
     for name in names:

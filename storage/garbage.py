@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 
+from tropd.storage.aside import DAMAGED
 from tropd.storage.atomic import TEMPORARY_PREFIX, content_size, explain_disk_errors
 from tropd.storage.errors import StageLockedError, TropdError
 from tropd.storage.manifest import read_manifest
 from tropd.storage.parts import SUFFIX as PARTS
 from tropd.storage.stage import lock_stage
-from tropd.storage.verify import DAMAGED, STAGES
+from tropd.storage.verify import STAGES
 from tropd.storage.workspace import Workspace
 
 _OLD = re.compile(rf"({'|'.join(STAGES)})\.old-\d+")

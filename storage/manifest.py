@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ from tropd.storage.workspace import Workspace
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""Folder of the shards that a stage goes on from, and cannot make again without a whole one of them."""
 
 
 class Shard(BaseModel):
@@ -115,6 +118,23 @@ def read_manifest(folder: Path) -> Manifest | None:
         f"{path} has schema version {version}; this tropd reads version {SCHEMA_VERSION}",
         hint="use the tropd version that wrote it, or rerun the stage with --force",
     )
+
+
+def holds_output(folder: Path) -> bool:
+    """Whether anything but a manifest and what a killed writer left is in a stage folder."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return any(name != FILE_NAME and not name.startswith(TEMPORARY_PREFIX) for name in names)
+
+
+def trained_steps(manifest: Manifest) -> int:
+    """Steps that the newest checkpoint of a training stage has done: they are on record."""
+    return max((shard.rows for shard in manifest.shards.values()), default=0)
+
+
+def can_go_on(manifest: Manifest, damaged: Collection[str]) -> bool:
+    """Whether a stage can go on without its damaged shards: it has no checkpoints, or a whole one."""
+    checkpoints = [name for name in manifest.shards if name.startswith(f"{CHECKPOINTS}/")]
+    return not checkpoints or any(name not in damaged for name in checkpoints)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

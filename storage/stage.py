@@ -25,10 +25,24 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tropd.storage.aside import set_aside
 from tropd.storage.atomic import content_size, explain_disk_errors, make_folder, remove_temporaries
-from tropd.storage.errors import FingerprintMismatchError, StageLockedError
+from tropd.storage.errors import (
+    DamagedShardError,
+    FingerprintMismatchError,
+    InterruptedStageError,
+    StageLockedError,
+    TropdError,
+)
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import FILE_NAME, Manifest, describe_shard, read_manifest, write_manifest
+from tropd.storage.manifest import (
+    FILE_NAME,
+    Manifest,
+    describe_shard,
+    holds_output,
+    read_manifest,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
@@ -123,14 +137,16 @@ def open_stage(
     """Lock a stage folder and load or start its manifest.
 
     Shards that are listed but missing or of the wrong size are left out of the stage's manifest, so that they are
-    made again; the manifest on disk follows with the stage's first change. A stage that was started but holds nothing
-    yet takes the new fingerprint; one that holds something keeps its own, also where that lacks recent fields. With
-    ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved back where the block fails before it
-    has made anything, as on bad input.
+    made again (what is left of one is set aside); the manifest on disk follows with the stage's first change. A stage
+    that was started but holds nothing yet takes the new fingerprint; one that holds something keeps its own, also where
+    that lacks recent fields. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved back
+    where the block fails before it has made anything, as on bad input.
 
     Raises:
         StageLockedError: another process holds the stage.
+        DamagedShardError: the manifest is not readable, or missing while there is output.
         FingerprintMismatchError: the existing output was made with other settings or inputs.
+        InterruptedStageError: for a KeyboardInterrupt after ``force`` has had an effect: the hint says how to go on.
     """
     with lock_stage(folder):
         aside = _move_aside(folder) if force else None
@@ -138,28 +154,53 @@ def open_stage(
         try:
             stage = _load(folder, name, fingerprint, timings)
             yield stage
-        except BaseException:
-            if aside is not None and _is_empty(folder) and not (stage and stage.shared):
+        except BaseException as error:
+            if aside is None:
+                raise
+            if not holds_output(folder) and not (stage and stage.shared):
                 _move_back(aside, folder)
-            raise
+                raise
+            told = _begun_anew(name, error)
+            if told is error:
+                raise
+            raise told from error
+
+
+_SAME = "the same command"
+
+
+def _begun_anew(name: str, error: BaseException) -> BaseException:
+    """The error that ended a stage which ``force`` has begun anew: with it once more, all would be begun anew again."""
+    if isinstance(error, KeyboardInterrupt):
+        hint = f"{_SAME} without --force goes on where it stopped"
+        return InterruptedStageError(f"{name}: interrupted", hint=hint)
+    if isinstance(error, TropdError) and error.hint is not None:
+        error.hint = error.hint.replace(_SAME, f"{_SAME} without --force")
+    return error
 
 
 def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | None) -> Stage:
     manifest = read_manifest(folder)
     remove_temporaries(folder, skip=[folder / shard for shard in manifest.shards] if manifest else ())
-    if manifest is None or (manifest.fingerprint != fingerprint.digest and _is_empty(folder)):
+    if manifest is None and holds_output(folder):
+        found = sorted(path.name for path in folder.iterdir())
+        raise DamagedShardError(
+            f"{folder / FILE_NAME} is missing, and without it nothing is known of what is beside it "
+            f"({', '.join(found[:5])}{', …' if found[5:] else ''}); nothing was changed",
+            hint="put it back from a copy, or start the stage over with --force (the old output is moved aside, not "
+            "deleted)",
+        )
+    if manifest is None or (manifest.fingerprint != fingerprint.digest and not holds_output(folder)):
         manifest = Manifest.start(name, fingerprint)
         write_manifest(folder, manifest)
     else:
         refuse_other_settings(name, folder, manifest, fingerprint)
     broken = _broken(folder, manifest)
+    for shard in broken:
+        set_aside(folder, shard)
     stage = Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
     stage.unrecorded = fingerprint.missing_from(manifest.fields)
     return stage
-
-
-def _is_empty(folder: Path) -> bool:
-    return all(path.name == FILE_NAME for path in folder.iterdir())
 
 
 def _move_aside(folder: Path) -> Path | None:
@@ -178,6 +219,7 @@ def _move_aside(folder: Path) -> Path | None:
 def _move_back(aside: Path, folder: Path) -> None:
     """Never in the way of the error that is the reason for it."""
     try:
+        remove_temporaries(folder)
         (folder / FILE_NAME).unlink(missing_ok=True)
         folder.rmdir()
         os.rename(aside, folder)

@@ -15,23 +15,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tropd.storage.atomic import TEMPORARY_PREFIX, explain_disk_errors, make_folder
+from tropd.storage.aside import set_aside
+from tropd.storage.atomic import TEMPORARY_PREFIX
 from tropd.storage.catalog import EVALUATIONS
 from tropd.storage.checks import belongs_to, check_rows, check_score_rows, check_scores, check_trajectories
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import FILE_NAME, Manifest, Shard, check_shard, read_manifest
+from tropd.storage.manifest import (
+    CHECKPOINTS,
+    FILE_NAME,
+    Manifest,
+    Shard,
+    can_go_on,
+    check_shard,
+    holds_output,
+    read_manifest,
+    trained_steps,
+)
 from tropd.storage.stage import drop_shards, lock_stage
+from tropd.storage.step_log import check_log
 from tropd.storage.workspace import Workspace
 
-STAGES = ("models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
+STAGES = ("data", "models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
 CACHE_STAGES = ("prefixes", "scores", "rollouts", "rollout-scores")
+# Folders that ``tropd prepare`` fills, or the user.
+BROUGHT = ("data", "models")
 # Scores and the trajectories that they are of.
 SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
-DAMAGED = "damaged"
+TRAIN, METRICS, SAMPLES = "train", "metrics.jsonl", "samples.jsonl"
 # What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
 _COMPANIONS = {
-    "train": ("metrics.jsonl", "samples.jsonl", "trace.json", "tensorboard", "non-finite-step-*.json"),
+    TRAIN: (
+        METRICS,
+        SAMPLES,
+        "trace.json",
+        "wandb.json",
+        "tensorboard",
+        "non-finite-step-*.json",
+    ),
     "report": ("*",),
 }
 
@@ -66,8 +87,20 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGES) -> 
         manifest = manifests[stage]
         if manifest is not None:
             findings += _verify_stage(workspace, stage, manifest, manifests.get(SCORED.get(stage, "")))
-        findings += _foreign(folder, stage, manifest)
+        elif _is_made(workspace, stage) and holds_output(folder):
+            problem = "is missing, and without it nothing is known of what is beside it"
+            findings.append(Finding("error", stage, f"{stage}/{FILE_NAME}", problem))
+            continue
+        if manifest is not None or stage not in BROUGHT:
+            findings += _foreign(folder, stage, manifest)
     return findings
+
+
+def _is_made(workspace: Workspace, stage: str) -> bool:
+    """Whether only tropd writes into a stage's folder: models and data may be the user's own."""
+    if stage not in BROUGHT:
+        return stage != "report"
+    return any((workspace.stage(other) / FILE_NAME).exists() for other in BROUGHT)
 
 
 def _verify_stage(
@@ -90,6 +123,10 @@ def _verify_stage(
             problems = [error.message.replace(f"{folder / shard.name} ", "")]
         for problem in problems:
             yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
+    if stage == TRAIN:
+        for name, steps in ((METRICS, range(trained_steps(manifest))), (SAMPLES, ())):
+            for problem in check_log(folder / name, steps):
+                yield Finding("error", stage, f"{stage}/{name}", problem)
 
 
 def _inside(
@@ -160,6 +197,13 @@ def _known(stage: str, path: str, listed: set[str]) -> bool:
     )
 
 
+_RESTORE = "put it back from a copy, or start the stage over with --force (the old output is moved aside)"
+_LINES = (
+    "tropd train sets damaged lines aside and goes on without them; a step that is gone can only be put back"
+)
+_ADVICE = {f"{TRAIN}/{METRICS}": _LINES, f"{TRAIN}/{SAMPLES}": _LINES}
+
+
 def repair(workspace: Workspace, findings: Sequence[Finding]) -> list[str]:
     """Set aside every damaged shard; returns what was done, and what could not be, one line each.
 
@@ -168,7 +212,7 @@ def repair(workspace: Workspace, findings: Sequence[Finding]) -> list[str]:
         DiskError: a file cannot be moved.
     """
     lines = [
-        f"{f.path}: cannot be repaired here; restore it from a copy, or rerun the stage with --force"
+        f"{f.path}: cannot be repaired here; {_ADVICE.get(f.path, _RESTORE)}"
         for f in findings
         if f.severity == "error" and f.shard is None
     ]
@@ -184,22 +228,19 @@ def repair(workspace: Workspace, findings: Sequence[Finding]) -> list[str]:
             manifest = read_manifest(folder)
             if manifest is None:
                 continue
+            if not can_go_on(manifest, names):
+                kept = [name for name in names if name.startswith(f"{CHECKPOINTS}/")]
+                lines += [
+                    f"{stage}/{name}: left as it is, since no checkpoint is whole; {_RESTORE}"
+                    for name in kept
+                ]
+                names = [name for name in names if name not in kept]
             drop_shards(folder, manifest, names)
             lines += [_set_aside(workspace, stage, name) for name in names]
     return lines
 
 
 def _set_aside(workspace: Workspace, stage: str, name: str) -> str:
-    source = workspace.stage(stage) / name
-    if not source.exists():
-        return f"{stage}/{name}: was missing; rerun the stage to make it again"
-    target = workspace.root / DAMAGED / stage / name
-    number = 1
-    while target.exists():
-        number += 1
-        target = workspace.root / DAMAGED / stage / f"{name}.{number}"
-    with explain_disk_errors(target):
-        make_folder(target.parent)
-        os.rename(source, target)
-    moved = target.relative_to(workspace.root)
-    return f"{stage}/{name}: moved to {moved}; rerun the stage to make it again"
+    moved = set_aside(workspace.stage(stage), name)
+    how = "was missing" if moved is None else f"moved to {moved.relative_to(workspace.root)}"
+    return f"{stage}/{name}: {how}; rerun the stage to make it again"

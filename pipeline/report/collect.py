@@ -29,7 +29,7 @@ from tropd.pipeline.status import (
 from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
 from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
-from tropd.storage.manifest import Manifest, read_manifest
+from tropd.storage.manifest import Manifest, read_manifest, trained_steps
 from tropd.storage.toml_text import read_text
 from tropd.storage.workspace import Workspace
 
@@ -53,7 +53,8 @@ def _build_report(workspace: Workspace) -> Report:
     resolved = _read_config(workspace, missing)
     stages = [stage for stage in workspace_status(workspace).stages if stage.name != "report"]
     manifests = _read_manifests(workspace, stages)
-    rows, metric_problems = read_metrics(workspace.stage("train") / METRICS_FILE)
+    trained = trained_steps(manifests["train"]) if "train" in manifests else 0
+    rows, metric_problems = read_metrics(workspace.stage("train") / METRICS_FILE, trained)
     training = summarize_training(
         rows,
         planned_steps=resolved.config.train.steps if resolved else None,
@@ -67,7 +68,7 @@ def _build_report(workspace: Workspace) -> Report:
     for stage in (stage for stage in stages if is_needed(stage, stages)):
         missing += _missing_of_stage(stage, files.problems)
     missing += [*metric_problems, *sample_problems, *dict.fromkeys(files.problems)]
-    missing += _missing_results(stages, training, evaluation)
+    missing += _missing_results(stages, training, trained, evaluation)
     return Report(
         workspace=workspace.root.name,
         stages={stage.name: _stage_report(stage, manifests.get(stage.name)) for stage in stages},
@@ -200,12 +201,12 @@ def _missing_of_stage(stage: StageStatus, told: list[str]) -> list[str]:
 
 
 def _missing_results(
-    stages: list[StageStatus], training: Training | None, evaluation: Evaluation
+    stages: list[StageStatus], training: Training | None, trained: int, evaluation: Evaluation
 ) -> list[str]:
     """Results that a stage promises and does not have; stages that were not run are named already."""
     states = {stage.name: stage.state for stage in stages}
     lines: list[str] = []
-    if training is None and states.get("train") in ("complete", "damaged"):
+    if training is None and (trained or states.get("train") in ("complete", "damaged")):
         lines.append(f"train: there is no step in {METRICS_FILE}, so there are no curves")
     if states.get("eval") != "not started":
         for who in EVALUATED:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from tropd.pipeline.report.schema import RegionFraction, Training
+from tropd.storage.step_log import read_log, spans
 
 Row = dict[str, float]
 
@@ -23,30 +23,23 @@ _TIMED = ("rollout", "score", "train", "optimizer", "sync")
 _TIMED_AHEAD = ("wait", "train", "optimizer", "sync")
 
 
-def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
+def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
     """Numeric fields per step, in step order, and what was wrong with the file.
+
+    Args:
+        trained: steps that must be on record.
 
     A step that was repeated after an interruption counts once, as it was last. A torn last line is what a
     kill leaves behind and is not worth a word; other unreadable lines are.
     """
-    rows: dict[int, Row] = {}
-    unreadable = 0
     not_finite: dict[str, list[int]] = {}
     try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], []
+        found = read_log(path)
     except OSError as error:
         return [], [f"train: {path.name} cannot be read ({error.strerror})"]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
-            unreadable += number < len(lines)
-            continue
+    rows: dict[int, Row] = {}
+    for entry in found.whole:
+        step = int(entry["step"])
         row: Row = {}
         for name, value in entry.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -56,7 +49,10 @@ def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
             else:
                 not_finite.setdefault(name, []).append(step)
         rows[step] = row
+    unreadable = sum(not line.torn for line in found.damaged)
     problems = [f"train: {unreadable} unreadable line(s) in {path.name} are left out"] if unreadable else []
+    if found.whole and (missing := found.missing(range(trained))):
+        problems.append(f"train: {path.name} has no record of step {spans(missing)}")
     for name, steps in sorted(not_finite.items()):
         more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
         problems.append(f"train: {name} is not a finite number at step {steps[0]}{more}")

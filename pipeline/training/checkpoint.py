@@ -23,14 +23,16 @@ from safetensors.torch import save_file
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.sharded import copied, load_tensors, save_tensors, stored_tensors
 from tropd.pipeline.training.world import ALONE, World
+from tropd.storage.aside import aside_folder, set_aside
 from tropd.storage.atomic import atomic_directory, explain_disk_errors
 from tropd.storage.errors import DamagedShardError, InterruptedStageError, TropdError
+from tropd.storage.manifest import CHECKPOINTS as FOLDER
+from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.manifest import check_shard
 from tropd.storage.stage import Stage
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
 TENSORS, ROWS, STATE = "tensors", "rows.safetensors", "state.json"
 
 
@@ -176,7 +178,7 @@ def prune_checkpoints(stage: Stage, keep: int) -> None:
 
 
 def newest_checkpoint(stage: Stage) -> Path | None:
-    """The newest checkpoint that matches its checksum; damaged ones after it are forgotten. None without any.
+    """The newest checkpoint that matches its checksum; damaged ones after it are set aside. None without any.
 
     Raises:
         DamagedShardError: there are checkpoints, but none is whole: from the first step again is not what anybody
@@ -191,8 +193,10 @@ def newest_checkpoint(stage: Stage) -> Path | None:
             continue
         for lost in problems:
             stage.retire(lost)
+            set_aside(stage.folder, lost)
         if problems:
-            logger.warning("going on from %s; damaged: %s", name, "; ".join(problems))
+            where = aside_folder(stage.folder)
+            logger.warning("going on from %s; damaged (see %s): %s", name, where, "; ".join(problems))
         return stage.folder / name
     if problems:
         lines = "\n".join(f"    {name}: {problem}" for name, problem in sorted(problems.items()))
@@ -231,10 +235,26 @@ def _checkpoints(stage: Stage) -> list[str]:
     return sorted(name for name in stage.manifest.shards if name.startswith(f"{FOLDER}/"))
 
 
-def remove_uncommitted(stage: Stage) -> None:
-    """Delete checkpoint folders that a killed run left without an entry in the manifest."""
-    folder: Path = stage.folder / FOLDER
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if f"{FOLDER}/{path.name}" not in stage.manifest.shards:
-                shutil.rmtree(path)
+def remove_uncommitted(stage: Stage) -> list[Path]:
+    """Clear away checkpoint folders that a killed run left without an entry in the manifest.
+
+    Older ones than the manifest's are those that it was deleting; a newer one was about to be committed, and is set
+    aside. Returns where these are now.
+
+    Raises:
+        DamagedShardError: there are several newer ones, which no kill leaves: the manifest is an older version.
+    """
+    committed = _checkpoints(stage)
+    folder = stage.folder / FOLDER
+    found = sorted(f"{FOLDER}/{path.name}" for path in folder.iterdir()) if folder.is_dir() else []
+    newer = [name for name in found if not committed or name > committed[-1]]
+    if len(newer) > 1:
+        raise DamagedShardError(
+            f"{stage.folder / MANIFEST} is older than what is beside it: it does not know {', '.join(newer)}",
+            hint="put the newest version of it back, or start over with --force (the old output is moved aside, not "
+            "deleted)",
+        )
+    for name in found:
+        if name not in committed and name not in newer:
+            shutil.rmtree(stage.folder / name)
+    return [aside for name in newer if (aside := set_aside(stage.folder, name)) is not None]

@@ -67,7 +67,7 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
             if not prompts:
                 raise DataError(
                     "no training prompt has a teacher trajectory",
-                    hint=f"{run.workspace.command('generate-prefixes')} --force makes them for these prompts",
+                    hint=f"{run.command('generate-prefixes')} --force makes them for these prompts",
                 )
     stored, cached = None, None
     if needs.cached_topk:
@@ -100,7 +100,7 @@ def _check_prompts(
     Raises:
         DataError: an id has meant another prompt, or (with ``complete``) has no trajectory.
     """
-    hint = f"{run.workspace.command(command)} --force makes them for these prompts"
+    hint = f"{run.command(command)} --force makes them for these prompts"
     for prompt, tokens in zip(prompts, encoded, strict=True):
         rows = store.rows_of(prompt.id)
         if complete and not rows:
@@ -125,13 +125,13 @@ def _cache(run: Run, source: str, command: str, tokens: int) -> CachedScores:
     if trajectories is None or manifest.fields.get(f"upstream.{source}") != trajectories.fingerprint:
         raise ConfigError(
             f"the {stage} stage holds scores of other trajectories than those that are in {source} now",
-            hint=f"score these: {run.workspace.command(command)} --force",
+            hint=f"score these: {run.command(command)} --force",
         )
     for field, value in teacher_fields(run).items():
         if manifest.fields.get(field) != value:
             raise ConfigError(
                 f"the {stage} stage was scored by another teacher than the one named: {field} is "
                 f"{manifest.fields.get(field)!r} there and {value!r} now",
-                hint=f"name that teacher, or score again: {run.workspace.command(command)} --force",
+                hint=f"name that teacher, or score again: {run.command(command)} --force",
             )
     return CachedScores(run.workspace.stage(stage), manifest, tokens)

@@ -40,22 +40,23 @@ from tropd.pipeline.training.checkpoint import (
 )
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
-from tropd.pipeline.training.metrics import MetricsLog, Record, memory_metrics, step_metrics
+from tropd.pipeline.training.metrics import MetricsLog, memory_metrics, step_metrics
 from tropd.pipeline.training.output import export_student, stopped
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
-from tropd.pipeline.training.samples import drop_samples, write_sample
+from tropd.pipeline.training.samples import resume_samples, write_sample
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.step import NonFiniteError, backpropagate
 from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.timeline import FILE_NAME as TRACE
 from tropd.pipeline.training.timeline import Timeline
-from tropd.pipeline.training.wandb_log import check_wandb, open_wandb
+from tropd.pipeline.training.wandb_log import check_wandb, open_wandb, wandb_identity
 from tropd.pipeline.training.world import join_world
 from tropd.storage.errors import InterruptedStageError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest
 from tropd.storage.stage import Stage, open_stage
+from tropd.storage.step_log import Record
 
 STAGE = "train"
 _SMALLER = (
@@ -164,8 +165,11 @@ def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any],
     """Restore the newest checkpoint; returns the steps done, the counters, and the next rows if they are known."""
     newest = None
     if stage is not None:
+        for aside in remove_uncommitted(stage):
+            session.run.reporter.warning(
+                f"train: a checkpoint that was never committed is set aside in {aside}"
+            )
         newest = newest_checkpoint(stage)
-        remove_uncommitted(stage)
     newest = session.world.tell(newest)
     first, counters = load_checkpoint(newest, session.student.model, session.optimizer)
     rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
@@ -189,8 +193,10 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
 
     with ExitStack() as stack:
         log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
-        if stage is not None:
-            drop_samples(stage.folder, first)
+        if stage is not None and log is not None:
+            for lost in (log.lost, resume_samples(stage.folder, first, config.steps)):
+                if lost:
+                    run.reporter.warning(f"train: {lost}")
         writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
         trace = stage.folder / TRACE if stage is not None and config.trace else None
         timeline = stack.enter_context(Timeline(trace))
@@ -198,7 +204,7 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
         if rows is not None:
             preparation.begin(first, rows)
         project = config.wandb_project if stage is not None else None
-        identity = "" if stage is None else stage.manifest.fingerprint[:16]
+        identity = wandb_identity(stage.folder) if stage is not None and project is not None else ""
         also_log = stack.enter_context(
             open_wandb(
                 project,
@@ -246,7 +252,7 @@ def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
     return InterruptedStageError(
         f"train: stopped after step {done} of {run.config.train.steps}{when and ', ' + when}"
         + ("; a checkpoint was saved" if done else ""),
-        hint=f"tropd train -w {run.workspace.root} goes on from there",
+        hint=f"{run.command(STAGE)} goes on from there",
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import FileWriter
 
 from tropd.pipeline.objectives.loss import floored_log_ratio
 from tropd.pipeline.objectives.partition import Regions, acceptance
 from tropd.pipeline.training.batch import Layout
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.step import StepInputs, StepOutcome
-from tropd.storage.atomic import atomic_file
+from tropd.storage.aside import set_aside
+from tropd.storage.step_log import Record, log_line, read_log, resume_log
 
 FILE_NAME = "metrics.jsonl"
+BOARD = "tensorboard"
 HISTOGRAM_BINS = 10
-
-Record = dict[str, Any]
 
 
 def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Record:
@@ -136,23 +137,32 @@ def _weighted_mean(values: Any, weights: Any) -> float | None:
 
 
 class MetricsLog:
-    """Appends one record per step. Opened at a step, it first drops what a lost session wrote from there on."""
+    """Appends one record per step, to ``metrics.jsonl`` and for TensorBoard. It goes on from ``first_step``.
+
+    What a lost session wrote from there on is dropped; TensorBoard's files are made anew from the records before it,
+    so that each step is there once.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._path = folder / FILE_NAME
-        self.earlier = [r for r in read_metrics(self._path) if r["step"] < first_step]
-        with atomic_file(self._path) as temporary:
-            temporary.write_text("".join(_line(record) for record in self.earlier), encoding="utf-8")
-        self._stream = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        path, board = folder / FILE_NAME, folder / BOARD
+        written = path.stat().st_mtime if path.exists() else time.time()
+        self.earlier, self.lost = resume_log(folder, FILE_NAME, first_step, range(first_step))
+        """The records so far; and in words which are lost, empty if none is."""
+        for events in board.glob("events.out.tfevents.*"):
+            if self.lost:
+                set_aside(folder, f"{BOARD}/{events.name}")
+            else:
+                events.unlink()
+        self._board = FileWriter(str(board))
+        for record, ended in zip(self.earlier, _ends(self.earlier, written), strict=True):
+            self._board.add_summary(_summary(record), record["step"], ended)
+        self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append a record; it has a ``step``."""
-        self._stream.write(_line(record))
+        self._stream.write(log_line(_finite(record)))
         self._stream.flush()
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
+        self._board.add_summary(_summary(record), record["step"])
 
     def sync(self) -> None:
         """Flush to disk, so that a checkpoint never is ahead of the metrics."""
@@ -169,18 +179,24 @@ class MetricsLog:
         self._board.close()
 
 
-def _line(record: Record) -> str:
-    plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
-    return json.dumps(plain) + "\n"
+def _finite(record: Record) -> Record:
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+
+
+def _summary(record: Record) -> Summary:
+    numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
+
+
+def _ends(records: Sequence[Record], last: float) -> list[float]:
+    """When the steps ended (Unix time), if the last one did at ``last`` and nothing was between them."""
+    ends = []
+    for record in reversed(records):
+        ends.append(last)
+        last -= float(record.get("time_total") or 0.0)
+    return ends[::-1]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records in order; a torn last line (kill while writing) is left out."""
-    records: list[Record] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    """Records in the order of their steps; what is no whole line is left out."""
+    return read_log(path).whole

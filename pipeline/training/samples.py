@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tropd.pipeline.objectives.partition import acceptance
 from tropd.storage.atomic import write_text_atomic
+from tropd.storage.step_log import log_line, read_log, resume_log
 
 if TYPE_CHECKING:
     from tropd.pipeline.prompts import Prompt
@@ -104,34 +105,32 @@ def write_sample(
     if step not in sampled_steps(total_steps):
         return
     sample = take_sample(step, inputs, prompts, tokenizer)
-    _write(folder, [*_before(folder, step), sample])
+    before = [earlier for earlier in read_samples(folder / FILE_NAME)[0] if earlier.step < step]
+    _write(folder, [*before, sample])
 
 
-def drop_samples(folder: Path, first_step: int) -> None:
-    """Forget what a lost session wrote from ``first_step`` on."""
-    if (folder / FILE_NAME).exists():
-        _write(folder, _before(folder, first_step))
-
-
-def _before(folder: Path, step: int) -> list[StepSample]:
-    return [sample for sample in read_samples(folder / FILE_NAME)[0] if sample.step < step]
+def resume_samples(folder: Path, first_step: int, total_steps: int) -> str:
+    """Forget what a lost session wrote from ``first_step`` on; returns in words what else is lost (see ``step_log``)."""
+    expected = [step for step in sampled_steps(total_steps) if step < first_step]
+    if not expected and not (folder / FILE_NAME).exists():
+        return ""
+    return resume_log(folder, FILE_NAME, first_step, expected)[1]
 
 
 def _write(folder: Path, samples: Sequence[StepSample]) -> None:
-    write_text_atomic(folder / FILE_NAME, "".join(s.model_dump_json() + "\n" for s in samples))
+    write_text_atomic(folder / FILE_NAME, "".join(log_line(s.model_dump(mode="json")) for s in samples))
 
 
 def read_samples(path: Path) -> tuple[list[StepSample], int]:
     """The samples in step order, and how many lines are not readable as such."""
-    found: dict[int, StepSample] = {}
-    unreadable = 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    found = read_log(path)
+    samples, unreadable = [], len(found.damaged)
+    for record in found.whole:
         try:
-            sample = StepSample.model_validate_json(line)
-            found[sample.step] = sample
+            samples.append(StepSample.model_validate(record))
         except ValidationError:
             unreadable += 1
-    return [found[step] for step in sorted(found)], unreadable
+    return samples, unreadable
 
 
 def take_sample(step: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any) -> StepSample:

@@ -32,10 +32,11 @@ class Timeline:
         self._stream = None
         if trace is not None:
             # What a kill has left of a last line would spoil all that comes after it.
-            lines = trace.read_text(encoding="utf-8").splitlines(keepends=True) if trace.exists() else []
-            whole = [line for line in lines if line.endswith("\n")] or ["[\n"]
-            self._stream = trace.open("w", encoding="utf-8")
-            self._stream.writelines(whole)
+            whole = trace.read_bytes().rfind(b"\n") + 1 if trace.exists() else 0
+            self._stream = trace.open("a", encoding="utf-8")
+            self._stream.truncate(whole)
+            if not whole:
+                self._stream.write("[\n")
 
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tropd.storage.errors import ConfigError
+from tropd.storage.atomic import write_text_atomic
+from tropd.storage.errors import ConfigError, DamagedShardError
+
+IDENTITY = "wandb.json"
 
 Log = Callable[[Mapping[str, Any]], None]
 
@@ -24,6 +30,29 @@ def check_wandb(project: str | None) -> None:
             "train.wandb_project needs wandb, which is not installed",
             hint='pip install "tropd[wandb]", or leave the field out: metrics are in train/metrics.jsonl anyway',
         )
+
+
+def wandb_identity(folder: Path) -> str:
+    """The id of the training run in a stage folder, drawn when it is first asked for and kept in ``wandb.json``.
+
+    A run that goes on has the same one; one that is begun anew, or is in another workspace, has another.
+
+    Raises:
+        DamagedShardError: the file is not readable.
+    """
+    path = folder / IDENTITY
+    if not path.exists():
+        write_text_atomic(path, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+    try:
+        identity = json.loads(path.read_bytes())["id"]
+        if re.fullmatch(r"[0-9a-f]{16}", identity) is None:
+            raise ValueError(f"{identity!r} is no id")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedShardError(
+            f"{path} does not hold the run's id at Weights & Biases: {error}",
+            hint="put it back from a copy, or move it away: the run goes on there under a new id",
+        ) from error
+    return str(identity)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from tropd.storage.atomic import content_digest
+from tropd.storage.step_log import read_log
 
 SCRIPT = Path(sys.executable).with_name("tropd")
 
@@ -26,10 +27,9 @@ def with_url(url: str) -> list[str]:
 
 def records(workspace: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock measured."""
-    lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "memory_"))}
-        for line in lines
+        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_"))}
+        for record in read_log(workspace / "train" / "metrics.jsonl").whole
     ]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tropd.storage.atomic import content_digest
+from tropd.storage.step_log import read_log
 
 KILLS = 5 if os.environ.get("TROPD_THOROUGH") else 2
 # Stage, command, folder it writes, stages that must not be there yet.
@@ -30,10 +31,9 @@ STAGES = {
 
 def metrics(workspace: Path) -> list[dict[str, Any]]:
     """Records without what a clock or the wire measured."""
-    lines = (workspace / "train" / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "memory_"))}
-        for line in lines
+        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_"))}
+        for record in read_log(workspace / "train" / "metrics.jsonl").whole
     ]
 
 

@@ -13,7 +13,13 @@ import pytest
 from storage_samples import tree
 
 from tropd.storage.atomic import write_text_atomic
-from tropd.storage.errors import DiskFullError, FingerprintMismatchError, StageLockedError
+from tropd.storage.errors import (
+    DamagedShardError,
+    DiskFullError,
+    FingerprintMismatchError,
+    InterruptedStageError,
+    StageLockedError,
+)
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import read_manifest
 from tropd.storage.stage import Stage, open_stage, stage_seconds
@@ -50,11 +56,27 @@ def test_rerun_of_a_finished_stage_does_nothing(tmp_path: Path) -> None:
 
 def test_missing_and_truncated_shards_are_made_again(tmp_path: Path) -> None:
     fill(tmp_path / "s")
-    before = tree(tmp_path)
+    before = tree(tmp_path / "s")
     (tmp_path / "s" / "part-0").unlink()
     (tmp_path / "s" / "part-2").write_text("half")
     assert fill(tmp_path / "s") == ["part-0", "part-2"]
-    assert tree(tmp_path) == before
+    assert tree(tmp_path / "s") == before
+    assert (tmp_path / "damaged" / "s" / "part-2").read_text() == "half"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_output_without_its_manifest_is_neither_continued_nor_begun_anew(tmp_path: Path, force: bool) -> None:
+    fill(tmp_path / "s", parts=2)
+    (tmp_path / "s" / "manifest.json").unlink()
+    before = tree(tmp_path / "s")
+    if force:
+        fill(tmp_path / "s", parts=1, force=True)
+        assert tree(tmp_path / "s.old-1") == before
+        return
+    with pytest.raises(DamagedShardError, match=r"s/manifest\.json is missing") as caught:
+        fill(tmp_path / "s", parts=1)
+    assert "--force" in str(caught.value.hint)
+    assert tree(tmp_path / "s") == before
 
 
 def test_shard_without_manifest_entry_is_made_again(tmp_path: Path) -> None:
@@ -143,6 +165,16 @@ def test_force_that_made_something_keeps_both(tmp_path: Path, committed: bool) -
         fail(tmp_path / "s", DiskFullError("disk full"), make=True, commit=committed)
     assert (tmp_path / "s" / "new").read_text() == "x"
     assert (tmp_path / "s.old-1" / "part-0").read_text() == "content 0"
+
+
+def test_after_force_the_way_to_go_on_is_without_it(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    with pytest.raises(InterruptedStageError) as interrupted:
+        fail(tmp_path / "s", KeyboardInterrupt(), make=True)
+    assert interrupted.value.hint == "the same command without --force goes on where it stopped"
+    with pytest.raises(DiskFullError) as full:
+        fail(tmp_path / "s", DiskFullError("full", hint="then run the same command again"), make=True)
+    assert full.value.hint == "then run the same command without --force again"
 
 
 def test_failed_write_is_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

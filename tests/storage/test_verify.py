@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from storage_samples import build_workspace, topk_of, trajectory, tree
 
+from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import StageLockedError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import describe_shard, read_manifest, write_manifest
 from tropd.storage.stage import lock_stage, open_stage
+from tropd.storage.step_log import log_line
 from tropd.storage.topk_cache import write_topk
 from tropd.storage.trajectories import write_trajectories
 from tropd.storage.verify import Finding, repair, verify_workspace
@@ -111,9 +114,9 @@ def test_foreign_files_are_named_and_left_alone(workspace: Workspace) -> None:
     (workspace.stage("scores") / "sub").mkdir()
     (workspace.stage("scores") / "sub" / "x").write_text("mine")
     (workspace.stage("scores") / ".tmp-1-part").write_text("interrupted")
-    (workspace.stage("train")).mkdir()
-    for name in ("metrics.jsonl", "samples.jsonl", "trace.json"):
-        (workspace.stage("train") / name).write_text("{}\n")
+    folder = train_stage(workspace)
+    for name in ("samples.jsonl", "trace.json", "wandb.json"):
+        (folder / name).touch()
     findings = verify_workspace(workspace)
     assert [(f.severity, f.path) for f in findings] == [
         ("note", "scores/notes.txt"),
@@ -128,6 +131,70 @@ def test_damaged_manifest_is_reported_and_not_guessed(workspace: Workspace) -> N
     finding = only(verify_workspace(workspace))
     assert finding.path == "scores/manifest.json"
     assert "cannot be repaired here" in repair(workspace, [finding])[0]
+
+
+def test_missing_manifest_is_an_error_where_there_is_output(workspace: Workspace) -> None:
+    (workspace.stage("scores") / "manifest.json").unlink()
+    finding = only(verify_workspace(workspace))
+    assert (finding.severity, finding.path) == ("error", "scores/manifest.json")
+    (workspace.stage("data")).mkdir()
+    (workspace.stage("data") / "mine.jsonl").write_text("brought by the user")
+    assert only(verify_workspace(workspace)) == finding
+
+
+def train_stage(workspace: Workspace) -> Path:
+    """A training stage with two checkpoints and the metrics of its four steps."""
+    folder = workspace.stage("train")
+    with open_stage(folder, "train", Fingerprint({"seed": 1})) as stage:
+        for step in (2, 4):
+            write_text_atomic(folder / f"checkpoints/step-{step}" / "state.json", f"step {step}")
+            stage.commit(f"checkpoints/step-{step}", rows=step)
+        lines = [log_line({"step": step, "loss": 1 / (step + 1)}) for step in range(4)]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_repair_leaves_checkpoints_where_none_is_whole(workspace: Workspace) -> None:
+    folder = train_stage(workspace)
+    assert verify_workspace(workspace) == []
+    (folder / "checkpoints/step-4/state.json").write_text("damaged")
+    (line,) = repair(workspace, verify_workspace(workspace))
+    assert "moved to damaged/train/checkpoints/step-4" in line
+    (folder / "checkpoints/step-2/state.json").write_text("damaged")
+    before = tree(folder)
+    (line,) = repair(workspace, verify_workspace(workspace))
+    assert line.startswith(
+        "train/checkpoints/step-2: left as it is, since no checkpoint is whole; put it back"
+    )
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda text: text.replace(b'"step": 2', b'"stop": 2'), "line 3 is damaged"),
+        (lambda text: text.replace(b"0.5", b"0.4"), "line 2 is damaged"),
+        (lambda text: text[:40] + bytes(400) + text[40:], "line 1 is damaged"),
+        (lambda text: text + b"5\n", "line 5 is damaged"),
+        (lambda text: text[:-4], "line 4 is damaged"),
+        (lambda text: b"", "has no record of step 0 to 3"),
+        (lambda text: text[: text.index(b"\n") + 1], "has no record of step 1 to 3"),
+    ],
+)
+def test_damaged_metrics_are_found(
+    workspace: Workspace, damage: Callable[[bytes], bytes], problem: str
+) -> None:
+    path = train_stage(workspace) / "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    findings = verify_workspace(workspace)
+    assert (findings[0].path, findings[0].problem) == ("train/metrics.jsonl", problem)
+    assert "tropd train sets damaged lines aside" in repair(workspace, findings)[0]
+
+
+def test_a_line_that_a_kill_has_torn_is_no_damage(workspace: Workspace) -> None:
+    path = train_stage(workspace) / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "lo')
+    assert verify_workspace(workspace) == []
 
 
 def test_fields_and_fingerprint_must_agree(workspace: Workspace) -> None:

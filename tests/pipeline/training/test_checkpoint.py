@@ -18,6 +18,7 @@ from tropd.pipeline.training.checkpoint import (
     newest_checkpoint,
     remove_uncommitted,
 )
+from tropd.storage.atomic import content_digest
 from tropd.storage.errors import DamagedShardError, DiskFullError, TropdError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import read_manifest
@@ -111,8 +112,10 @@ def test_the_one_before_stands_in_for_a_damaged_one(
         assert newest == folder / checkpoint_name(2)
         assert list(stage.manifest.shards) == [checkpoint_name(2)]
         remove_uncommitted(stage)
-    assert "going on from checkpoints/step-000002; damaged: checkpoints/step-000003" in caplog.text
+    assert "going on from checkpoints/step-000002; damaged" in caplog.text
+    assert checkpoint_name(3) in caplog.text
     assert not (folder / checkpoint_name(3)).exists()
+    assert damage == "folder gone" or (folder.parent / "damaged/train" / checkpoint_name(3)).is_dir()
     manifest = read_manifest(folder)
     assert manifest is not None
     assert list(manifest.shards) == [checkpoint_name(2)]
@@ -137,6 +140,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(folder: Path,
     flip(tensors_of(folder, 3))
     with open_stage(folder, "train", IDENTITY) as stage:
         assert newest_checkpoint(stage) == folder / checkpoint_name(3)
+
+
+def test_a_checkpoint_that_was_not_committed_is_set_aside(folder: Path) -> None:
+    shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(4))
+    shutil.copytree(folder / checkpoint_name(2), folder / checkpoint_name(1))
+    with open_stage(folder, "train", IDENTITY) as stage:
+        (aside,) = remove_uncommitted(stage)
+        assert newest_checkpoint(stage) == folder / checkpoint_name(3)
+    assert content_digest(aside) == content_digest(folder / checkpoint_name(3))
+    assert not (folder / checkpoint_name(1)).exists()
+
+
+def test_checkpoints_that_an_older_manifest_does_not_know_stay(folder: Path) -> None:
+    for step in (4, 5):
+        shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(step))
+    before = content_digest(folder)
+    with (
+        open_stage(folder, "train", IDENTITY) as stage,
+        pytest.raises(DamagedShardError, match=r"manifest\.json is older than .*step-000004, .*step-000005"),
+    ):
+        remove_uncommitted(stage)
+    assert content_digest(folder) == before
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(

@@ -25,8 +25,8 @@ from tropd.pipeline.training.samples import (
     MAX_TOKENS,
     ROWS,
     STEPS,
-    drop_samples,
     read_samples,
+    resume_samples,
     sampled_steps,
     take_sample,
     token_texts,
@@ -156,7 +156,7 @@ def test_an_interrupted_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path
     tokenizer = make_tokenizer()
 
     def go(folder: Path, first: int, end: int, mark: str) -> None:
-        drop_samples(folder, first)
+        assert resume_samples(folder, first, 50) == ""
         for step in range(first, end):
             inputs = make_inputs([make_row(step % 40, "", f"{step}{mark}")], [-1.0] * (len(str(step)) + 1))
             write_sample(folder, step, 50, inputs, PROMPTS, tokenizer)
@@ -166,7 +166,7 @@ def test_an_interrupted_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path
     assert steps == list(sampled_steps(50))
     go(killed, 0, 30, ";")  # had got to step 30; the last checkpoint was of step 0
     assert len(read_samples(killed / FILE_NAME)[0]) == 5
-    drop_samples(killed, 0)
+    assert resume_samples(killed, 0, 50) == ""
     assert read_samples(killed / FILE_NAME) == ([], 0)
     go(killed, 0, 24, "#")
     go(killed, 20, 50, "#")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.training.wandb_log import check_wandb, open_wandb
-from tropd.storage.errors import ConfigError
+from tropd.pipeline.training.wandb_log import check_wandb, open_wandb, wandb_identity
+from tropd.storage.errors import ConfigError, DamagedShardError
 
 
 class FakeRun:
@@ -57,6 +57,22 @@ def test_a_run_that_fails_is_marked_as_failed(wandb: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="no"), open_wandb("distil", "mine", "abc", {}, tmp_path):
         raise ValueError("no")
     assert wandb.run.exit_code == 1
+
+
+def test_an_id_belongs_to_one_run(tmp_path: Path) -> None:
+    for folder in ("train", "train.old-1", "other"):
+        (tmp_path / folder).mkdir()
+    one = wandb_identity(tmp_path / "train")
+    assert wandb_identity(tmp_path / "train") == one, "a run that goes on has the same"
+    assert len({one, wandb_identity(tmp_path / "train.old-1"), wandb_identity(tmp_path / "other")}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": "a', b"5", b'{"id": "../../x"}', b"\xff"])
+def test_an_id_that_cannot_be_read_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb.json").write_bytes(content)
+    with pytest.raises(DamagedShardError, match=r"wandb\.json"):
+        wandb_identity(tmp_path)
+    assert (tmp_path / "wandb.json").read_bytes() == content
 
 
 def test_without_a_project_nothing_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
