@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from tropd.pipeline.context import Run
 from tropd.pipeline.problems.encoding import Encoded, token_digest
 from tropd.storage.fingerprint import Fingerprint, Scalar
+from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage import Stage
 
 AS_TOKENS = " as token ids"
 RECENT = (AS_TOKENS, "data.template_date", ".stop_ids", ".generation_config", ".chat_template")
 """Ends of names of fields that fingerprints have not always had."""
+OF_MODEL = (".weights", ".tokenizer", ".stop_ids", ".generation_config", ".chat_template")
+"""Ends of names of fields that a model's folder decides."""
 
 
 def token_fields(encoded: Encoded, name: str) -> dict[str, Scalar]:
@@ -30,9 +33,31 @@ def token_fields(encoded: Encoded, name: str) -> dict[str, Scalar]:
     return fields
 
 
-def fingerprint_of(fields: Mapping[str, Scalar]) -> Fingerprint:
+def fingerprint_of(run: Run, fields: Mapping[str, Scalar]) -> Fingerprint:
     """A fingerprint that also fits what older versions made, which recorded less."""
-    return Fingerprint(fields, recent=[name for name in fields if name.endswith(RECENT)])
+    return Fingerprint(
+        fields,
+        recent=[name for name in fields if name.endswith(RECENT)],
+        sources={name: _source(run, name) for name in fields},
+    )
+
+
+def _source(run: Run, name: str) -> str:
+    """The file or folder that decides a field, or where its setting comes from; empty where that is not one place."""
+    parts = name.removesuffix(AS_TOKENS).split(".")
+    if parts[0] == "upstream":
+        return f"{parts[-1]}/{MANIFEST}"
+    if name.endswith(OF_MODEL):
+        if parts[0] == "after":
+            return "train/final"
+        role = next((part for part in reversed(parts) if part in ("student", "teacher")), None)
+        if role is None or (role == "teacher" and run.config.teacher.by_domain):
+            return ""
+        return str(getattr(run.config, role).model)
+    files = run.config.problem_files.get(parts[1] if parts[0] == "benchmark" else "")
+    if files is not None and parts[-2:] in (["data", "prompts"], ["data", "evaluation"]):
+        return str(getattr(files, parts[-1]))
+    return run.resolved.origins.of(tuple(parts))
 
 
 def tell_unrecorded(run: Run, stage: Stage) -> None:

@@ -127,7 +127,7 @@ def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
         fields["evaluation.grader"] = run.config.evaluation.grader
-    return fingerprint_of(fields)
+    return fingerprint_of(run, fields)
 
 
 def _author_fields(run: Run, source: Source) -> dict[str, Scalar]:

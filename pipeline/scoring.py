@@ -61,7 +61,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
     fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
-    return fingerprint_of(fields)
+    return fingerprint_of(run, fields)
 
 
 def score_teacher(

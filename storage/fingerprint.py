@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Scalar = str | int | float | bool | None
 
@@ -21,6 +21,8 @@ class Fingerprint:
     fields: Mapping[str, Scalar]
     recent: Collection[str] = ()
     """Names of fields that older versions did not record: where another fingerprint lacks them, nothing is known."""
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Field → the file that decides it, or where its setting comes from: for people, no part of the identity."""
 
     @property
     def digest(self) -> str:

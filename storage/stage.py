@@ -261,7 +261,11 @@ def refuse_other_settings(name: str, folder: Path, manifest: Manifest, fingerpri
     changes = fingerprint.changes_from(manifest.fields)
     if not changes:
         return
-    lines = "\n".join(f"    {field}: {old!r} → {new!r}" for field, old, new in changes)
+    lines = "\n".join(
+        f"    {field}: {old!r} → {new!r}"
+        + (f" ({source})" if (source := fingerprint.sources.get(field)) else "")
+        for field, old, new in changes
+    )
     raise FingerprintMismatchError(
         f"{folder} holds the output of stage {name!r} made with other settings or inputs:\n{lines}",
         hint="set them back, or start the stage over with --force (the old output is moved aside, not deleted)",

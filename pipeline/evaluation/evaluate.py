@@ -134,7 +134,7 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
             prefix = f"benchmark.{name}." if name else ""
             of_model |= token_fields(problems[name, role], f"{prefix}data.evaluation")
         fields |= {f"{who}.{k}": v for k, v in of_model.items()}
-    return fingerprint_of(fields)
+    return fingerprint_of(run, fields)
 
 
 def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:

@@ -111,7 +111,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
         fields["upstream.rollout-scores"] = finished(
             run, "rollout-scores", "score-teacher --source rollouts"
         ).fingerprint
-    return fingerprint_of(fields)
+    return fingerprint_of(run, fields)
 
 
 def train(run: Run, *, force: bool = False) -> Manifest:

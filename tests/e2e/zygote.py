@@ -1,6 +1,7 @@
 """A process that has everything imported and runs ``tropd`` command lines in forked children.
 
-Reads one JSON command per line: {"argv": [...], "after": seconds | null, "signal": number, "file_limit": bytes | null}.
+Reads one JSON command per line: {"argv": [...], "after": seconds | null, "signal": number, "file_limit": bytes | null,
+"stop_at": step | null}.
 Answers {"code": exit code or -signal, "seconds": …, "output": …}. Forking saves the import time of each command line;
 nothing but imports has happened here, so the children are as good as new processes.
 """
@@ -24,6 +25,8 @@ import tropd.pipeline.teacher.serve
 import tropd.pipeline.training.loop
 import tropd.storage.catalog
 import tropd.storage.verify
+from tropd.pipeline.training.metrics import MetricsLog
+from tropd.storage.step_log import Record
 
 
 def child(command: dict[str, object], output: Path) -> None:
@@ -34,6 +37,8 @@ def child(command: dict[str, object], output: Path) -> None:
     if command.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(str(command["file_limit"])),) * 2)
+    if command.get("stop_at") is not None:
+        stop_at(int(str(command["stop_at"])))
     sys.argv = ["tropd", *command["argv"]]  # type: ignore[misc]
     try:
         tropd.cli.main.main()
@@ -41,6 +46,18 @@ def child(command: dict[str, object], output: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(end.code or 0))
+
+
+def stop_at(step: int) -> None:
+    """Be sent SIGINT when a step is on record: a training run that is interrupted at the same place every time."""
+    write = MetricsLog.write
+
+    def write_and_stop(log: MetricsLog, record: Record) -> None:
+        write(log, record)
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    MetricsLog.write = write_and_stop  # type: ignore[method-assign]
 
 
 def wait(pid: int, seconds: float) -> int | None:
