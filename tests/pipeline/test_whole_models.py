@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import make_run
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 from transformers.models.auto import modeling_auto
 
 from tropd.pipeline import models
 from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.models import check_model, load_model, load_tokenizer
+from tropd.pipeline.prefixes import generate_prefixes
+from tropd.pipeline.training.loop import train
 from tropd.storage.errors import DataError
 
 SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -135,3 +141,25 @@ def test_tensors_that_the_model_joins_are_counted_one_by_one(
     change(folder, without("layers.0", "experts.1.w3"))
     with pytest.raises(DataError, match="they do not fit together"):
         check_model(folder, load_tokenizer(folder))
+
+
+def test_no_stage_starts_with_half_a_teacher(tmp_path: Path, tiny_models: Path) -> None:
+    """Also where the teacher's turn would come last."""
+    teacher = Path(shutil.copytree(tiny_models, tmp_path / "teacher"))
+    run = make_run(tmp_path / "run", tiny_models)
+    config = run.config.model_copy(
+        update={"teacher": run.config.teacher.model_copy(update={"model": str(teacher)})}
+    )
+    run = replace(run, resolved=replace(run.resolved, config=config))
+    change(teacher, without("mlp"))
+    for stage in (
+        generate_prefixes,
+        train,
+        lambda run: evaluate(run, whom=("before", "teacher")),
+    ):
+        with pytest.raises(DataError, match=f"{teacher} are not those of a Qwen3.*3 tensors missing"):
+            stage(run)
+    for name in ("prefixes", "train", "eval"):
+        folder = run.workspace.stage(name)
+        assert not folder.exists() or not any(folder.rglob("part-*"))
+        assert not (folder / "metrics.jsonl").exists()
