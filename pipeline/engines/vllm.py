@@ -334,7 +334,8 @@ def _checked(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not (logprobs <= LOGPROB_SLACK).all():
         raise TropdError(
             f"vLLM returned {float(np.nanmax(logprobs)):.3g} as a log-prob",
-            hint="another version of vLLM may help; nothing was written for this batch",
+            hint="of a student in training: its weights are out of bounds, and a lower train.learning_rate helps; "
+            "else another version of vLLM may. Nothing was written for this batch",
         )
     return np.minimum(logprobs, np.float32(0.0))
 

@@ -296,7 +296,7 @@ CURVES: tuple[Curve, ...] = (
         "tokens",
         "Supervised tokens",
         (
-            Line("tokens_supervised", "all", GREY),
+            Line("tokens_supervised", "with a loss", GREY),
             Line("tokens_on_policy", "student's", BLUE),
             Line("tokens_guidance", "prefix", GREEN),
         ),

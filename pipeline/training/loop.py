@@ -41,12 +41,13 @@ from tropd.pipeline.training.checkpoint import (
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, memory_metrics, step_metrics
-from tropd.pipeline.training.output import export_student, stopped
+from tropd.pipeline.training.output import export_student
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.samples import resume_samples, write_sample
 from tropd.pipeline.training.session import Session, open_session
-from tropd.pipeline.training.step import NonFiniteError, backpropagate
+from tropd.pipeline.training.soundness import check_student, stopped
+from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
 from tropd.pipeline.training.student import whole
 from tropd.pipeline.training.timeline import FILE_NAME as TRACE
 from tropd.pipeline.training.timeline import Timeline
@@ -95,11 +96,15 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
         "importance_clip",
         "evaluate_every",
         "evaluate_problems",
+        "dropout",
     }
     fields |= section_fields("train", config.train, without=irrelevant)
     fields |= engine_fields(run, "student")
     if config.student.lora is not None:
         fields |= section_fields("student.lora", config.student.lora)
+    if config.train.dropout:
+        # What is dropped depends on how a step is cut up.
+        fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
     if config.rollouts_differ:
         fields["train.importance_clip"] = config.train.importance_clip
     fields["run.seed"] = config.run.seed
@@ -184,7 +189,9 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
     run, config, world = session.run, session.run.config.train, session.world
     first, counters, rows = _resume(session, stage)
 
-    def checkpoint(done: int) -> None:
+    def checkpoint(done: int, inputs: StepInputs) -> None:
+        """Save the student after ``done`` steps, the last of which had these inputs."""
+        check_student(session, done - 1, inputs)
         if log is not None:
             log.sync()
         with timeline.span("checkpoint", done):
@@ -219,12 +226,12 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
         with run.reporter.training(title, config.steps, earlier) as shown:
             for step in range(first, config.steps):
                 try:
-                    record = _step(session, stage, step, preparation, timeline)
+                    record, inputs = _step(session, stage, step, preparation, timeline)
                 except StopRequestedError:
                     # The weights are those of the step before: the teacher is asked first. Of several processes only
                     # this one knows; the others end with it, and the last checkpoint stands.
                     if step > first and world.size == 1:
-                        checkpoint(step)
+                        checkpoint(step, inputs)
                     raise _interrupted(run, step, "while waiting for the teacher") from None
                 for name in SUMMED:
                     counters[name] = counters.get(name, 0) + record[name]
@@ -239,7 +246,7 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
                 writer.check()
                 stopping = any(world.gather(bool(stop)))
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-                    checkpoint(done)
+                    checkpoint(done, inputs)
                 if stopping and done < config.steps:
                     raise _interrupted(run, done)
     session.refresh_engine()
@@ -258,7 +265,7 @@ def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
 
 def _step(
     session: Session, stage: Stage | None, step: int, preparation: Preparation, timeline: Timeline
-) -> Record:
+) -> tuple[Record, StepInputs]:
     """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
     config, objective = session.run.config, session.run.config.training_objective
     with timeline.span("total", step):
@@ -285,7 +292,8 @@ def _step(
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the gradient's norm is {norm}")
         except NonFiniteError as error:
-            raise stopped(stage, step, inputs, error) from error
+            logprobs = inputs.teacher.logprobs
+            raise stopped(session, step, inputs.rows, logprobs, str(error)) from error
         check_engine(session, step, inputs, outcome)
         if stage is not None:
             tokenizer = session.student.tokenizer
@@ -295,9 +303,9 @@ def _step(
             for group in session.optimizer.param_groups:
                 group["lr"] = learning_rate
             session.optimizer.step()
-    return {
+    record = {
         "step": step,
-        **step_metrics(inputs, outcome, guided=objective.guidance.weight > 0),
+        **step_metrics(inputs, outcome),
         **prepared.traffic,
         "teacher_retries": prepared.retries,
         "prefix_length_scheduled": prepared.prefix_limit,
@@ -306,6 +314,7 @@ def _step(
         **memory_metrics(session.student.model.device),
         **{f"time_{name}": seconds for name, seconds in timeline.take(step).items()},
     }
+    return record, inputs
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

@@ -18,7 +18,6 @@ from torch.utils.tensorboard import FileWriter
 
 from tropd.pipeline.objectives.loss import floored_log_ratio
 from tropd.pipeline.objectives.partition import Regions, acceptance
-from tropd.pipeline.training.batch import Layout
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.step import StepInputs, StepOutcome
 from tropd.storage.aside import set_aside
@@ -29,9 +28,8 @@ BOARD = "tensorboard"
 HISTOGRAM_BINS = 10
 
 
-def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Record:
+def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
     """Everything that is known about a step's tokens, as flat numbers; the report says what each means."""
-    layout = Layout(inputs.rows, guided)
     student = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
     teacher = inputs.teacher.logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
@@ -43,7 +41,7 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome, guided: bool) -> Reco
         **_fractions(inputs.regions, prefix),
         "tokens_on_policy": len(teacher),
         "tokens_guidance": prefix,
-        "tokens_supervised": len(teacher) + int(layout.guidance_counts.sum()),
+        "tokens_supervised": outcome.supervised_tokens,
         **_responses(inputs.rows),
         "k1_mean": _mean(k1),
         "k1_min": float(k1.min()) if len(k1) else None,

@@ -16,9 +16,11 @@ from tropd.pipeline.guidance import scheduled_length
 from tropd.pipeline.training.interrupt import StopRequest
 from tropd.pipeline.training.rollouts import Row, RowPlan, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session
+from tropd.pipeline.training.soundness import check_rollouts
 from tropd.pipeline.training.step import StepInputs
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions
 from tropd.pipeline.training.timeline import Timeline
+from tropd.storage.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Preparation:
 
     def _rows(self, step: int) -> list[Row]:
         with self._timeline.span("rollout", step):
-            return step_rows(self._session, step)
+            rows = step_rows(self._session, step)
+        check_rollouts(self._session, step, rows)
+        return rows
 
     def _prepare(self, step: int, rows: list[Row]) -> Prepared:
         with self._timeline.span("score", step):
@@ -167,6 +171,7 @@ def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
         guidance_topk=session.guidance_topk(rows),
         reference_logprobs=session.reference_logprobs(rows),
         progress=step / config.train.steps,
+        dropout_seed=derive_seed(config.run.seed, "dropout", step) if config.train.dropout else None,
     )
     retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
     return Prepared(inputs, prefix_limit(session, step), traffic, retries)

@@ -36,6 +36,7 @@ from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.optimizer import make_optimizer
 from tropd.pipeline.training.rolling import rollout_engine
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
 from tropd.pipeline.training.student import StudentPass, shard, trainable_student, whole_student
@@ -180,7 +181,6 @@ def open_session(
     if student.compiles:
         compile_layers(student.model)
     shard(passes, world, precision)
-    parameters = [p for p in student.model.parameters() if p.requires_grad]
     return Session(
         run=run,
         needs=needs,
@@ -195,12 +195,7 @@ def open_session(
         checked=rolling.checked,
         close_engine=rolling.close,
         whole_model=whole_model,
-        optimizer=torch.optim.AdamW(
-            parameters,
-            lr=config.train.learning_rate,
-            betas=config.train.betas,
-            weight_decay=config.train.weight_decay,
-        ),
+        optimizer=make_optimizer(student.model, config.train),
         precision=precision,
         store=inputs.store,
         stored=inputs.stored,
@@ -215,6 +210,12 @@ def _check_settings(run: Run, world: World) -> None:
     if world.size > 1 and run.config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
+        )
+    if run.config.train.dropout and run.config.student.engine != "transformers":
+        # Its log-probs are compared with the trainer's, which would be those of another network each time.
+        raise ConfigError(
+            f"train.dropout and student.engine = {run.config.student.engine!r} exclude each other",
+            hint='set train.dropout = false, or student.engine = "transformers"',
         )
     if run.config.runtime.compile and run.config.train.region_gradients:
         # Compiled backward passes reuse memory of the forward pass, and can be gone through only once.

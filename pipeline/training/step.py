@@ -17,6 +17,7 @@ from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_rat
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.spec import Objective, needs_student_tail
 from tropd.pipeline.objectives.weights import TokenStatistics
+from tropd.pipeline.training import dropout
 from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs
 from tropd.pipeline.training.rollouts import Row
@@ -44,6 +45,8 @@ class StepInputs:
     """``[T]`` log π_ref of the student's tokens, where the objective scales rewards."""
     progress: float
     """Share of the training steps done."""
+    dropout_seed: int | None = None
+    """Root of what is dropped, where the student trains with dropout."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class StepOutcome:
 
     losses: dict[str, float]
     """Loss per region."""
+    supervised_tokens: int
+    """How many tokens, student's and prefix, have a part in the loss."""
     student_logprobs: Floats
     """``[T]``."""
     student_entropy: Floats
@@ -103,7 +108,8 @@ def backpropagate(
     measured = {name: np.full(total, np.nan) for name in ("logprobs", "entropy", "overlap", "mass")}
     losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
     region_sums: dict[str, list[Tensor]] = {}
-    for micro_batch in batches:
+    for number, micro_batch in enumerate(batches):
+        _seed(inputs, world, number)
         topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision, tail)
         batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
         regions = region_losses(objective, batch)
@@ -120,6 +126,7 @@ def backpropagate(
         _idle(student, layout, device, precision).backward()
     return StepOutcome(
         losses=world.total(losses),
+        supervised_tokens=_supervised(objective, plan),
         student_logprobs=world.merge(measured["logprobs"]),
         student_entropy=world.merge(measured["entropy"]),
         overlap=world.merge(measured["overlap"]),
@@ -128,6 +135,20 @@ def backpropagate(
             name: float(torch.nn.utils.get_total_norm(sums)) for name, sums in region_sums.items()
         },
     )
+
+
+def _supervised(objective: Objective, plan: StepPlan) -> int:
+    student = np.zeros(len(plan.trust), dtype=np.bool_)
+    for region, coefficients in ((objective.trust, plan.trust), (objective.outlier, plan.outlier)):
+        if region.loss.estimator != "zero":
+            student |= coefficients != 0
+    return int(student.sum() + np.count_nonzero(plan.guidance))
+
+
+def _seed(inputs: StepInputs, world: World, micro_batch: int) -> None:
+    """A micro-batch loses the same to dropout whenever it goes through the student in a step."""
+    if inputs.dropout_seed is not None:
+        dropout.seed(inputs.dropout_seed, world.rank, micro_batch)
 
 
 def _idle(
@@ -263,7 +284,8 @@ def _statistics(
     found = {name: np.full(len(advantages), np.nan) for name in ("entropy", "divergence", "overlap")}
     device = next(student.parameters()).device
     with torch.no_grad():
-        for micro_batch in batches:
+        for number, micro_batch in enumerate(batches):
+            _seed(inputs, world, number)
             topk, guidance_topk, output = _forward(
                 student, inputs, micro_batch, precision, "soft_or_top" in kinds
             )

@@ -29,6 +29,7 @@ from tropd.pipeline.models import (
     load_tokenizer,
     pick_device,
 )
+from tropd.pipeline.training import dropout
 from tropd.pipeline.training.batch import MicroBatch, Packing
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.training.lora import add_adapters
@@ -134,6 +135,8 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     device = device if alone else torch.device("cpu")
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     _adapt(run, model)
+    if not run.config.train.dropout:
+        dropout.turn_off(model)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.config.train.attention != "auto":

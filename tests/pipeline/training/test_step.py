@@ -19,6 +19,7 @@ from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
 from tropd.pipeline.training.batch import Packing, RaggedTopk, _fill_lines
+from tropd.pipeline.training.metrics import step_metrics
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import StudentPass
@@ -227,6 +228,28 @@ def test_region_gradients_add_up(student: Any, teacher_model: Any) -> None:
     norms = measured.region_gradient_norms
     assert set(norms) == {"trust", "outlier", "guidance"}
     assert float(gradient.norm()) <= sum(norms.values()) + 1e-6
+
+
+@pytest.mark.parametrize("name", ["opd", "tropd", "tropd-mask", "entropy-opd", "tropd-cached"])
+def test_tokens_without_a_loss_are_not_counted_as_supervised(
+    student: Any, teacher_model: Any, name: str
+) -> None:
+    objective = load_objective(name, {"k": 5})
+    inputs = make_inputs(objective, make_rows(student, count=40), teacher_model)
+    outcome, _ = run(student, objective, inputs)
+    total = len(inputs.teacher.logprobs)
+    prefix = sum(len(row.plan.prefix_tokens) for row in inputs.rows)
+    outliers = int(inputs.regions.outlier.sum())
+    assert outliers > 0 or name in ("opd", "entropy-opd")
+    expected = {
+        "opd": total,
+        "tropd": total + prefix,
+        "tropd-mask": total - outliers,
+        "entropy-opd": math.ceil(0.2 * total),
+        "tropd-cached": total + prefix,
+    }
+    assert outcome.supervised_tokens == expected[name]
+    assert step_metrics(inputs, outcome)["tokens_supervised"] == expected[name]
 
 
 def test_a_non_finite_loss_is_an_error(student: Any, teacher_model: Any) -> None:
