@@ -292,6 +292,16 @@ class ServiceConfig(Spec):
     """Largest request, in tokens."""
     max_request_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 36)
     """Largest request body."""
+    max_connections: int = Field(default=512, ge=1, le=1 << 16)
+    """Most open connections; beyond this those are cut that have kept the service waiting longest."""
+    header_seconds: float = Field(default=10.0, gt=0.0, le=3600.0)
+    """Longest time for the whole header of a request, and between two requests of a connection."""
+    body_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
+    """Longest time for the whole body of a request."""
+    answer_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
+    """Longest time in which a client reads its answer."""
+    stop_seconds: float = Field(default=10.0, gt=0.0, le=3600.0)
+    """How long what is queued may still be scored once the service is told to stop."""
 
 
 class RolloutConfig(Spec):

@@ -110,12 +110,12 @@ class Batcher:
             self._jobs.put(job)
         return job.future
 
-    def close(self) -> None:
-        """Finish what is queued, then stop."""
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what is queued, then stop; leave it at work if that takes longer than ``timeout`` seconds."""
         with self._lock:
             self._closed = True
             self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _work(self) -> None:
         while True:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -38,6 +38,7 @@ from tropd.pipeline.teacher.batcher import (
     StoppingError,
     TeacherOutputError,
 )
+from tropd.pipeline.teacher.connections import serve_within, server_for
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.protocol import (
     CONTENT_TYPE,
@@ -48,12 +49,15 @@ from tropd.pipeline.teacher.protocol import (
 from tropd.pipeline.teacher.self_test import self_test
 from tropd.storage.errors import ConfigError, MemoryFullError, TropdError
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
 PROBES = ("/healthz", "/readyz")
 """Paths without a token, and without a line in the access log."""
 BODY_IDLE_SECONDS = 10.0
-"""A body that stops arriving for this long is given up: it would hold back the end of the service for ever."""
+"""A body that stops arriving for this long is given up."""
+STUCK_SECONDS = 1.0
+"""How long the end waits for a batch that has taken longer than its grace; nobody is left who would get its answers."""
 
 
 class _Metrics:
@@ -91,6 +95,7 @@ def create_app(
         on_batch=lambda sequences, tokens, seconds: metrics.batch.observe(tokens),
     )
     metrics = _Metrics(lambda: batcher.waiting_tokens)
+    stopping = asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -102,11 +107,12 @@ def create_app(
         app.state.ready = True
         yield
         app.state.ready = False
-        await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+        grace = STUCK_SECONDS if stopping.is_set() else settings.stop_seconds
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close, grace)
 
     app = FastAPI(title="tropd teacher", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.ready, app.state.failure = False, ""
-    app.state.batcher = batcher
+    app.state.batcher, app.state.stopping = batcher, stopping
 
     @app.middleware("http")
     async def observe(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -156,11 +162,11 @@ def create_app(
         if request.headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
             return refused(415, f"the content type must be {CONTENT_TYPE}")
         try:
-            body = await _read_body(request, settings.max_request_bytes)
+            body = await _unless_stopping(_read_body(request, settings), stopping, 0.0)
         except ClientDisconnect:
             return refused(400, "the body ended early")
-        except TimeoutError:
-            response = refused(408, f"nothing of the body came for {BODY_IDLE_SECONDS:.0f} s")
+        except (TimeoutError, StoppingError) as error:
+            response = refused(408 if isinstance(error, TimeoutError) else 503, str(error))
             response.headers["Connection"] = "close"
             return response
         if body is None:
@@ -182,7 +188,8 @@ def create_app(
             return refused(422, str(error), sequence=error.sequence)
         timing = Timing()
         try:
-            answer = await asyncio.wrap_future(batcher.submit(asked, timing))
+            scored = asyncio.wrap_future(batcher.submit(asked, timing))
+            answer = await _unless_stopping(scored, stopping, settings.stop_seconds)
         except QueueFullError as error:
             response = refused(429, str(error))
             response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
@@ -212,26 +219,53 @@ def _authorized(request: Request, token: str | None) -> bool:
     return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
 
-async def _read_body(request: Request, limit: int) -> bytes | None:
-    """The body, or None if it is longer than ``limit``, whatever its header claims.
+async def _read_body(request: Request, settings: ServiceConfig) -> bytes | None:
+    """The body, or None if it is longer than ``max_request_bytes``, whatever its header claims.
 
     Raises:
-        TimeoutError: it stopped arriving.
+        TimeoutError: it stopped arriving, or all of it took longer than ``body_seconds``.
     """
+    deadline = asyncio.get_running_loop().time() + settings.body_seconds
+    limit = settings.max_request_bytes
     claimed = request.headers.get("content-length", "")
     if claimed.isdecimal() and int(claimed) > limit:  # refused before it is sent
         return None
     parts: list[bytes] = []
     stream, size = aiter(request.stream()), 0
     while True:
-        async with asyncio.timeout(BODY_IDLE_SECONDS):
-            part = await anext(stream, None)
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(min(BODY_IDLE_SECONDS, left)):
+                part = await anext(stream, None)
+        except TimeoutError:
+            if left < BODY_IDLE_SECONDS:
+                raise TimeoutError(f"the body took longer than {settings.body_seconds:g} s") from None
+            raise TimeoutError(f"nothing of the body came for {BODY_IDLE_SECONDS:g} s") from None
         if part is None:
             return b"".join(parts)
         size += len(part)
         if size > limit:
             return None
         parts.append(part)
+
+
+async def _unless_stopping(work: Awaitable[T], stopping: asyncio.Event, grace: float) -> T:
+    """What ``work`` gives, if it does before the service has been stopping for ``grace`` seconds.
+
+    Raises:
+        StoppingError: it did not, and was canceled.
+    """
+    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=grace)
+        if not task.done():
+            raise StoppingError("the service is stopping")
+        return task.result()
+    finally:
+        stop.cancel()
+        task.cancel()
 
 
 def _error(status: int, message: str, **details: Any) -> JSONResponse:
@@ -287,7 +321,7 @@ def run_service(
     exit_with_parent: bool = False,
     access_log: AccessLog = lambda access: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, answering first what is queued.
+    """Serve until SIGTERM or SIGINT, answering first what is queued, if it takes no longer than ``stop_seconds``.
 
     Args:
         on_ready: called with the URL once the service answers.
@@ -303,14 +337,14 @@ def run_service(
     app = create_app(engine, info, settings, token, access_log)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+    server = server_for(app, settings)
     threading.Thread(
         target=_announce, args=(server, app, f"http://{host}:{port}", on_ready), daemon=True
     ).start()
     if exit_with_parent:
         threading.Thread(target=_watch_stdin, args=(server,), daemon=True).start()
     try:
-        server.run(sockets=[listener])
+        asyncio.run(serve_within(server, listener, settings, app.state.stopping))
     except KeyboardInterrupt:
         pass  # uvicorn has stopped as it was asked to, and passes the signal on
     except (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +28,7 @@ from tropd.pipeline.teacher.protocol import (
 
 # An engine that holds sequences of 11 to 30 tokens until the process gets SIGUSR1 (the self-test is longer).
 SERVICE = """
-import json, signal, threading
+import json, signal, sys, threading
 import numpy as np
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.engines.base import SequenceScores
@@ -47,15 +49,18 @@ released = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: released.set())
 info = ServiceInfo(model="toy", weights="w", tokenizer="t", tokenizer_size=24, vocab_size=24, max_length=64,
                    max_request_tokens=99, max_request_bytes=9999, queue_tokens=99)
-run_service(Engine(), info, ServiceConfig(), token=None, exit_with_parent=True,
+run_service(Engine(), info, ServiceConfig(**json.loads(sys.argv[1])), token=None, exit_with_parent=True,
             on_ready=lambda url: print(json.dumps({"url": url}), flush=True))
 """
 
 
 @contextmanager
-def service() -> Iterator[tuple[subprocess.Popen[str], str]]:
+def service(**settings: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVICE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVICE, json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -91,6 +96,36 @@ def test_a_request_in_flight_is_answered_before_the_service_ends() -> None:
         process.wait(30)
     assert answers[0].status_code == 200
     assert np.all(decode_response(answers[0].content, request).items[0].teacher_logprobs == -1)
+
+
+def test_sigterm_ends_the_service_in_seconds_whatever_clients_do() -> None:
+    item = ScoreItem(np.full(20, 2, dtype=np.int32), 1, np.full(19, -1.0, dtype=np.float32), 0)
+    body = encode_request(ScoreRequest([item], AllTrusted(), "none", 0, False, 24))
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with service(stop_seconds=0.5) as (process, url), contextlib.ExitStack() as stack:
+
+        def client(content: bytes) -> socket.socket:
+            connection = stack.enter_context(
+                socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0))
+            )
+            connection.settimeout(20)
+            connection.sendall(content)
+            return connection
+
+        client(b"")
+        client(b"GET /v1/info HTTP/1.1\r\nHo")
+        alive = client(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert alive.recv(4096).startswith(b"HTTP/1.1 200")
+        half = client(head.encode() + body[:20])
+        stuck = client(head.encode() + body)  # the engine never comes back
+        while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert half.recv(4096).startswith(b"HTTP/1.1 503")  # at once
+        assert time.monotonic() - started < 5
+        assert stuck.recv(4096).startswith(b"HTTP/1.1 503")
+        process.wait(15)
 
 
 def test_the_service_ends_when_its_standard_input_does() -> None:
