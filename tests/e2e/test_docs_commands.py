@@ -36,7 +36,7 @@ NOT_RUN = {
     r"^sft": "tests/e2e/test_reproduce.py",
     r"^train -w W --set": "another run than the one that is there; tests/e2e/test_training_ahead.py",
     r"^report -w W/compare": "of a comparison; tests/e2e/test_pipeline.py",
-    r"^init ": "the tutorial below runs it",
+    r"^init\b": "the tutorial below runs it",
     r"runs/first": "the tutorial below",
 }
 COMMANDS = sorted({line for page in PAGES if page != TUTORIAL for line in command_lines(page)})

@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     [
         ("models/teacher/model.safetensors", 5000, "weights in"),
         ("models/teacher/tokenizer.json", 200, "no readable tokenizer"),
-        ("models/teacher/config.json", 100, "not a valid JSON file"),
+        ("models/teacher/config.json", 100, "is not JSON"),
         ("models/student/model.safetensors", 0, ""),
         ("config.toml", 30, "config.toml"),
     ],

@@ -306,7 +306,7 @@ def test_bad_input_is_refused_before_any_work(tropd: Any, finished: Path, copy: 
     prompts.unlink()
     refused(1, "train.jsonl", "does not exist")
     prompts.write_text(good)
-    refused(1, "is not finished", "generate-prefixes", argv=("score-teacher",))
+    refused(1, "was not run", "generate-prefixes", argv=("score-teacher",))
     shutil.rmtree(workspace / "prefixes")
     refused(1, "was not run", "generate-prefixes", argv=("score-teacher",))
     refused(1, "was not run", "generate-prefixes", argv=("train",))

@@ -123,7 +123,7 @@ def test_products_in_bfloat16_are_as_exact_as_the_models_own(
         scores = exact.score(rows, [len(p) for p in prompts])
         off = np.concatenate([g.logprobs - s.sampled for g, s in zip(drawn, scores, strict=True)])
         errors.append(float(np.sqrt(np.mean(off**2))))
-    assert 1e-4 < errors[0] < 1.1 * errors[1] < 0.1
+    assert 1e-4 < errors[0] < 1.25 * errors[1] < 0.1
 
 
 def test_compiled_code_is_shared_by_models_of_the_same_numbers_only() -> None:
