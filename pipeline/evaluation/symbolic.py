@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import sympy
@@ -51,8 +52,12 @@ def read_expression(text: str, *, real: bool = True) -> Basic | MatrixBase | Non
         text = f"\\{{{text}\\}}"  # a list of values, in any order
     converter = _Latex2Sympy(is_real=real, config=ConversionConfig(lowercase_symbols=False))
     try:
-        if _passed_over(converter.create_parser(text).math()):
+        make_parser = converter.create_parser
+        tree = make_parser(text).math()
+        if _passed_over(tree):
             return None
+        parsed = SimpleNamespace(math=lambda: tree)  # parsing takes most of the time: not twice
+        converter.create_parser = lambda part: parsed if part == text else make_parser(part)
         found = converter.parse(text)
     except Exception:
         return None
