@@ -13,6 +13,7 @@ from tropd.pipeline.engines.compiled import check_compiler
 from tropd.storage.errors import ConfigError
 
 
+@pytest.mark.timeout(900)  # a compiler on a busy machine
 def test_compiled_models_are_those_they_were_made_from() -> None:
     try:
         check_compiler()
