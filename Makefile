@@ -31,8 +31,8 @@ demo: $(STAMP)  ## The whole pipeline on two tiny models; leaves runs/demo/repor
 demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-policy distillation collapses
 	$(BIN)/tropd demo --workspace runs/demo-mismatch --recipe demo-mismatch
 
-test: $(STAMP)  ## All tests (minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP)  ## All tests but the slowest eight (minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slowest"
 
 # The libraries that only some tests need. A program from Debian's packages: where there are none, bring a Chromium.
 $(ALL_TESTS): $(STAMP)
@@ -43,7 +43,7 @@ browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ apt-get update && apt-get install --yes --no-install-recommends chromium; }
 
-test-all: $(STAMP) $(ALL_TESTS) browser  ## All tests and none skipped: with Ray Serve, lm-eval and a browser
+test-all: $(STAMP) $(ALL_TESTS) browser  ## All tests, none left out or skipped: with Ray Serve, lm-eval and a browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/vllm --no-skips
 
 test-thorough: $(STAMP)  ## Interruptions at many more points, input at random (20 minutes)

@@ -80,6 +80,7 @@ def test_a_documented_command_succeeds(tropd: Any, whole: dict[str, str], line: 
     assert result.code == 0, result.output
 
 
+@pytest.mark.slowest
 def test_the_tutorial_runs_as_written(tropd: Any, prepared: Path, tmp_path: Path) -> None:
     lines = [
         line.strip().removeprefix("tropd ")

@@ -16,6 +16,7 @@ import pytest
 from tropd.storage.atomic import content_digest
 
 
+@pytest.mark.slowest
 def test_training_with_a_service_on_ray_gives_the_same_weights(
     tropd: Any, prepared: Path, finished: Path, copy: Any
 ) -> None:

@@ -40,6 +40,7 @@ def command(root: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
+@pytest.mark.slowest
 def test_a_rehearsal_that_is_killed_ends_with_the_same_table(tropd: Any, tmp_path: Path) -> None:
     first = tropd.ok(*command(tmp_path / "undisturbed"))
     expected = (tmp_path / "undisturbed" / "table4.json").read_text()

@@ -68,6 +68,7 @@ def test_rows_are_those_of_the_weights_before_the_last_update(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("staleness", "kills"), KILLS)
+@pytest.mark.slowest
 def test_sixty_steps_killed_at_random_end_as_if_undisturbed(
     tropd: Any, prepared: Path, copy: Any, teacher_url: str, staleness: int, kills: int
 ) -> None:
@@ -146,6 +147,7 @@ def _marked(mark: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.slowest
 def test_two_processes_ahead_are_as_good_as_one(
     tropd: Any, prepared: Path, copy: Any, teacher_url: str
 ) -> None:

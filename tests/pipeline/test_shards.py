@@ -164,6 +164,7 @@ def ray_cluster() -> Any:
     ray.shutdown()
 
 
+@pytest.mark.slowest
 def test_ray_workers_give_the_same_bytes_even_if_one_dies(
     tiny_run: Run, expected: dict[str, str], ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

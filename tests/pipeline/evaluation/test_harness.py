@@ -174,6 +174,7 @@ def test_a_group_has_metrics_of_its_own() -> None:
 
 
 @pytest.mark.skipif(real_harness is None, reason='lm-eval is not installed: pip install "tropd[bench]"')
+@pytest.mark.slowest
 def test_the_real_harness_runs_a_task_of_ones_own(tmp_path: Path) -> None:
     extra = '[[evaluation.harness]]\nname = "sums"\ntask = "tropd_sums"\nfolder = "tasks"\nlimit = 3\n'
     run = run_with(tmp_path, extra)
