@@ -43,6 +43,7 @@ def _has_a_place(template: str) -> str:
     return template
 
 
+TokenId = Annotated[int, Field(ge=0, le=MOST)]
 Template = Annotated[str, AfterValidator(_has_a_place)]
 
 
@@ -317,6 +318,9 @@ class RolloutConfig(Spec):
     """Sampling temperature. Losses are at temperature 1, and corrected for what was sampled (train.importance_clip)."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    stop_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1)
+    """Token ids that end a response, of student and teacher in all stages. If not set: a teacher's are those of its
+    tokenizer and generation_config.json, the student's are its own and the teacher's."""
     batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
 

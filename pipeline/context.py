@@ -24,17 +24,16 @@ from tropd.pipeline.models import (
     check_model,
     configure_runtime,
     context_length,
-    load_generation_config,
     load_model,
     load_model_config,
     load_tokenizer,
     model_directory,
-    stop_token_ids,
     weights_digest,
 )
 from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.progress import Reporter
 from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
+from tropd.pipeline.stops import differing_stops, stop_ids
 from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
 from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import DataError, TropdError
@@ -86,16 +85,17 @@ class LoadedModel:
     folder: Path
     model: Any
     tokenizer: Any
+    stop_ids: frozenset[int]
+    """Token ids that end its responses."""
     compiles: bool = False
     """Whether its layers are to be compiled."""
 
     def engine(
         self, *, batch_size: int, batch_tokens: int = 16384, autocast: torch.dtype | None = None
     ) -> TransformersEngine:
-        stop_ids = stop_token_ids(getattr(self.model, "generation_config", None), self.tokenizer)
         return TransformersEngine(
             self.model,
-            stop_ids,
+            self.stop_ids,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             num_tokens=num_tokens(self.tokenizer),
@@ -129,7 +129,8 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
         model = load_model(
             folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
         )
-    return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
+    ends = stop_ids(run.workspace, run.config, role, folder)
+    return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
 
 
 def open_engine(
@@ -165,7 +166,7 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
     with loading(run, role, folder):
         return VllmEngine(
             folder,
-            stop_token_ids(load_generation_config(folder), tokenizer),
+            stop_ids(run.workspace, run.config, role, folder),
             run.config.vllm,
             dtype=settings.dtype,
             num_tokens=num_tokens(tokenizer),
@@ -213,10 +214,14 @@ def _role_config(run: Run, role: str) -> Any:
 
 
 def check_pair(run: Run) -> None:
-    """Refuse a student and a teacher whose token ids differ in meaning, before any weights are read."""
-    check_tokenizers(
-        role_tokenizer(run, "student"), role_tokenizer(run, "teacher"), chat=run.config.data.chat
-    )
+    """Refuse a student and a teacher whose token ids differ in meaning, before any weights are read.
+
+    Where they end their responses differently, this is said.
+    """
+    student = role_tokenizer(run, "student")
+    check_tokenizers(student, role_tokenizer(run, "teacher"), chat=run.config.data.chat)
+    if (difference := differing_stops(run.workspace, run.config, student)) is not None:
+        run.reporter.warning(difference)
 
 
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:

@@ -6,10 +6,18 @@ is neither refused nor trusted without a word.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
+from tropd.pipeline.config import ModelConfig
 from tropd.pipeline.context import Run
+from tropd.pipeline.model_files import GENERATION_CONFIG
+from tropd.pipeline.models import load_tokenizer, model_directory
 from tropd.pipeline.problems.encoding import Encoded, token_digest
+from tropd.pipeline.stops import stop_ids
+from tropd.pipeline.tokenizers import CHAT_TEMPLATE, tokenizer_identity
+from tropd.storage.atomic import content_digest
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage import Stage
@@ -33,6 +41,25 @@ def token_fields(encoded: Encoded, name: str) -> dict[str, Scalar]:
     return fields
 
 
+def stop_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
+    """Fingerprint fields of where a role's responses end (see ``stop_ids``)."""
+    return {f"{role}.stop_ids": json.dumps(sorted(stop_ids(run.workspace, run.config, role, folder)))}
+
+
+def harness_model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
+    """Fingerprint fields of what lm-eval reads of a model besides its weights."""
+    settings: ModelConfig = getattr(run.config, role)
+    folder = folder or model_directory(run.workspace, settings, role)
+    generation = folder / GENERATION_CONFIG
+    fields: dict[str, Scalar] = {
+        f"{role}.generation_config": content_digest(generation) if generation.is_file() else None
+    }
+    if run.config.data.chat:
+        tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+        fields[f"{role}.chat_template"] = tokenizer_identity(tokenizer).parts[CHAT_TEMPLATE]
+    return fields
+
+
 def fingerprint_of(run: Run, fields: Mapping[str, Scalar]) -> Fingerprint:
     """A fingerprint that also fits what older versions made, which recorded less."""
     return Fingerprint(
@@ -47,6 +74,11 @@ def _source(run: Run, name: str) -> str:
     parts = name.removesuffix(AS_TOKENS).split(".")
     if parts[0] == "upstream":
         return f"{parts[-1]}/{MANIFEST}"
+    if parts[-1] == "stop_ids" and run.config.rollout.stop_ids is not None:
+        return run.resolved.origins.of(("rollout", "stop_ids"))
+    if parts[-2:] == ["student", "stop_ids"]:
+        models = [run.config.student, run.config.teacher, *run.config.teacher.by_domain]
+        return " or ".join(dict.fromkeys(str(own.model) for own in models))
     if name.endswith(OF_MODEL):
         if parts[0] == "after":
             return "train/final"

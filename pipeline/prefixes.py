@@ -24,7 +24,7 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import check_expected, grade
-from tropd.pipeline.identity import fingerprint_of, token_fields
+from tropd.pipeline.identity import fingerprint_of, stop_fields, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
@@ -132,7 +132,8 @@ def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
 
 def _author_fields(run: Run, source: Source) -> dict[str, Scalar]:
     def of(run: Run) -> dict[str, Scalar]:
-        return model_fields(run, source.author) | engine_fields(run, source.author)
+        author = source.author
+        return model_fields(run, author) | stop_fields(run, author) | engine_fields(run, author)
 
     return fields_of_all(run, teachers_in_use(run), of) if source.author == "teacher" else of(run)
 
@@ -255,7 +256,7 @@ def to_trajectory(
     author: Author,
 ) -> Trajectory:
     """A generation as a row for disk."""
-    text = tokenizer.decode(generation.tokens, skip_special_tokens=True)
+    text = tokenizer.decode(generation.written, skip_special_tokens=True)
     return Trajectory(
         prompt_id=prompt.id,
         sample_index=sample,

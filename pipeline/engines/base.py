@@ -44,6 +44,11 @@ class Generation:
     renormalised over the nucleus (0 where the choice was greedy). None: these are ``logprobs``, as the sampling was
     plain; or the engine does not know them."""
 
+    @property
+    def written(self) -> list[int]:
+        """The tokens without the one that ends the response, which may be like any other to the tokenizer."""
+        return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+
 
 @dataclass(frozen=True)
 class SequenceScores:

@@ -34,7 +34,13 @@ from tropd.pipeline.engines.base import Sampler, Sampling
 from tropd.pipeline.evaluation.grading import check_expected, grade
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
-from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
+from tropd.pipeline.identity import (
+    fingerprint_of,
+    harness_model_fields,
+    stop_fields,
+    tell_unrecorded,
+    token_fields,
+)
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import model_directory
 from tropd.pipeline.problems.encoding import Encoded
@@ -129,7 +135,9 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
     fields |= harness_fields(run)
     for who in whom:
         role, folder = _model_of(who, final)
-        of_model = model_fields(run, role, folder) | engine_fields(run, role)
+        of_model = model_fields(run, role, folder) | stop_fields(run, role, folder) | engine_fields(run, role)
+        if config.evaluation.harness:
+            of_model |= harness_model_fields(run, role, folder)
         for name in config.evaluation_sets:
             prefix = f"benchmark.{name}." if name else ""
             of_model |= token_fields(problems[name, role], f"{prefix}data.evaluation")
@@ -333,7 +341,7 @@ def respond(
             seeds=[derive_seed(config.run.seed, STAGE, problem.id, sample) for problem, _, sample in jobs],
             max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
         )
-    texts = [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generations]
+    texts = [tokenizer.decode(g.written, skip_special_tokens=True) for g in generations]
     marks = grade(
         texts,
         [problem.answer for problem, _, _ in jobs],

@@ -122,13 +122,14 @@ class TeacherClient:
 
         Args:
             tokenizer: hash of the student's.
-            differing: parts of the tokenizers that differ, as far as that is known.
+            differing: parts of the tokenizers that differ, where a server says what its parts are.
 
         Raises:
             ConfigError: other tokenizer, or a context that is too short; with both values.
         """
         info = self.info()
-        if info.kind == "tropd" and (info.tokenizer != tokenizer or differing):
+        other = bool(differing) if info.tokenizer_parts else info.tokenizer != tokenizer
+        if info.kind == "tropd" and other:
             raise ConfigError(
                 f"the teacher at {self.url} ({info.model}) has another tokenizer than the student: "
                 f"{info.tokenizer_size} tokens, hash {info.tokenizer[:12]}… against {tokenizer_size}, {tokenizer[:12]}…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def connect_teachers(
     *,
     started: Mapping[str, LocalTeacher],
     tokenizer: Any,
+    stop_ids: Collection[int],
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
@@ -78,6 +79,7 @@ def connect_teachers(
             stack,
             started=started.get(name),
             tokenizer=tokenizer,
+            stop_ids=stop_ids,
             needed_length=needed_length,
             on_wait=on_wait,
             sleep=sleep,
@@ -104,6 +106,7 @@ def connect_teacher(
     *,
     started: LocalTeacher | None,
     tokenizer: Any,
+    stop_ids: Collection[int],
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
@@ -114,6 +117,7 @@ def connect_teacher(
         run: with one teacher.
         started: its service, if it has no address.
         tokenizer: the student's.
+        stop_ids: tokens that end the student's responses.
         needed_length: tokens of the longest prompt and response together.
         on_wait: told why nothing happens while a server is away.
         sleep: waits between two attempts; may raise to end the wait.
@@ -139,6 +143,7 @@ def connect_teacher(
         differing_parts(identity.parts, client.info().tokenizer_parts, chat=run.config.data.chat),
     )
     info = client.info()
+    _check_stops(run, client.url, info, stop_ids)
     if info.kind == "vllm" and not client.check_token_texts(tokenizer.decode, identity.vocab_size):
         run.reporter.warning(
             f"the server at {client.url} has no /detokenize: its tokenizer is taken on trust"
@@ -163,6 +168,23 @@ def connect_teacher(
             hint="name that teacher in teacher.model, or the service of this one in teacher.url",
         )
     return client
+
+
+def _check_stops(run: Run, url: str, info: ServiceInfo, stop_ids: Collection[int]) -> None:
+    """Refuse a teacher that ends its responses where the student is not stopped; a server may not say where."""
+    if run.config.rollout.stop_ids is not None:
+        return
+    if missing := sorted(set(info.stop_ids) - set(stop_ids)):
+        raise ConfigError(
+            f"the teacher at {url} ({info.model}) ends its responses with token ids {list(info.stop_ids)}, but the "
+            f"student is not stopped at {missing}",
+            hint=f"set rollout.stop_ids = {sorted({*info.stop_ids, *stop_ids})}",
+        )
+    if not info.stop_ids and local_teacher(run) is None:
+        run.reporter.warning(
+            f"the teacher at {url} does not say which tokens end its responses: the student's own are taken, "
+            f"{sorted(stop_ids)}; rollout.stop_ids sets others"
+        )
 
 
 def _client(

@@ -26,6 +26,8 @@ class ServiceInfo(BaseModel):
     tokenizer_size: int
     tokenizer_parts: Mapping[str, str] = {}
     """SHA-256 of each part of that content, and of the chat template, by name."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the teacher's responses; none where that is not said."""
     vocab_size: int
     """Rows of the output layer."""
     max_length: int

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tropd.pipeline.context import Run, open_engine
 from tropd.pipeline.engines.base import Engine
 from tropd.pipeline.models import model_directory, weights_digest
+from tropd.pipeline.stops import stop_ids
 from tropd.pipeline.teacher.access import open_access_log
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.service import check_address, run_service
@@ -29,6 +30,7 @@ def load_service(run: Run) -> tuple[Engine, ServiceInfo]:
         tokenizer=identity.digest,
         tokenizer_size=identity.vocab_size,
         tokenizer_parts=identity.parts,
+        stop_ids=tuple(sorted(stop_ids(run.workspace, run.config, "teacher"))),
         vocab_size=engine.vocab_size,
         max_length=engine.max_length,
         max_request_tokens=settings.max_request_tokens,

@@ -21,7 +21,7 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
-from tropd.pipeline.identity import fingerprint_of, tell_unrecorded, token_fields
+from tropd.pipeline.identity import fingerprint_of, stop_fields, tell_unrecorded, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
@@ -79,11 +79,11 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     config = run.config
     needs = teacher_needs(config.objective)
     fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
-    fields |= model_fields(run, "student") | teacher_fields(run)
+    fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
     fields |= section_fields(
         "objective", config.objective, without={"title", "source", "confidence", "formula"}
     )
-    fields |= section_fields("rollout", config.rollout, without={"batch_size"})
+    fields |= section_fields("rollout", config.rollout, without={"batch_size", "stop_ids"})
     irrelevant = {
         "micro_batch_tokens",
         "gradient_checkpointing",

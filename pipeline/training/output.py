@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 
 from tropd.pipeline.models import DTYPES, load_model
@@ -26,6 +29,15 @@ def export_student(session: Session, stage: Stage) -> None:
                 trust_remote_code=settings.trust_remote_code,
             )
             model.load_state_dict(state)
+        set_stops(model.generation_config, session.student.stop_ids)
         model.to(DTYPES[settings.dtype]).save_pretrained(folder)
         session.student.tokenizer.save_pretrained(folder)
     stage.commit(FINAL, rows=session.run.config.train.steps)
+
+
+def set_stops(generation: Any, stop_ids: Collection[int]) -> None:
+    """Say in a generation configuration where responses end, so that whoever serves the model ends them there."""
+    ends = sorted(stop_ids)
+    before = generation.eos_token_id
+    if sorted(before if isinstance(before, list) else [before]) != ends:
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends

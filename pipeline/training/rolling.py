@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def rollout_engine(
         autocast = None if sharded else precision
         if run.config.train.max_staleness:
             dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
-            return _process_engine(run, stack, whole_model, folder, dtype, autocast, gather)
-        loaded = LoadedModel(folder, whole_model, student.tokenizer, student.compiles)
+            return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
+        loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
         return Rolling(engine, gather)
     if world.size > 1:
@@ -80,8 +80,8 @@ def rollout_engine(
 def _process_engine(
     run: Run,
     stack: ExitStack,
+    student: LoadedModel,
     whole_model: Any,
-    folder: Path,
     dtype: Dtype,
     autocast: torch.dtype | None,
     gather: Callable[[], None],
@@ -90,7 +90,8 @@ def _process_engine(
     state = merged_state(whole_model)
     build = partial(
         _sampling_engine,
-        folder,
+        student.folder,
+        student.stop_ids,
         run.config.student,
         run.config.runtime,
         dtype=dtype,
@@ -109,6 +110,7 @@ def _process_engine(
 
 def _sampling_engine(
     folder: Path,
+    stop_ids: frozenset[int],
     settings: StudentConfig,
     runtime: RuntimeConfig,
     *,
@@ -123,7 +125,7 @@ def _sampling_engine(
     remote = settings.trust_remote_code
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
-    loaded = LoadedModel(folder, model, tokenizer, compiles=runtime.compile)
+    loaded = LoadedModel(folder, model, tokenizer, stop_ids, runtime.compile)
     engine = loaded.engine(batch_size=rollout.batch_size, autocast=autocast)
     engine.prepare(sampling_of(rollout))
     return engine

@@ -170,7 +170,7 @@ def open_session(
     if asks:
         if world.leads and not at_once:
             started = start_teachers(run, stack)
-        scorers = _connect(run, stack, world, started, student.tokenizer, longest, on_wait, sleep)
+        scorers = _connect(run, stack, world, started, student, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
     if config.train.attention != "auto" and passes.packing == "padded":
         raise ConfigError(
@@ -229,7 +229,7 @@ def _connect(
     stack: ExitStack,
     world: World,
     started: Mapping[str, LocalTeacher],
-    tokenizer: Any,
+    student: LoadedModel,
     needed_length: int,
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
@@ -240,7 +240,8 @@ def _connect(
         run,
         stack,
         started=started,
-        tokenizer=tokenizer,
+        tokenizer=student.tokenizer,
+        stop_ids=student.stop_ids,
         needed_length=needed_length,
         on_wait=on_wait,
         sleep=sleep,

@@ -29,6 +29,7 @@ from tropd.pipeline.models import (
     load_tokenizer,
     pick_device,
 )
+from tropd.pipeline.stops import stop_ids
 from tropd.pipeline.training import dropout
 from tropd.pipeline.training.batch import MicroBatch, Packing
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs, token_logprobs
@@ -144,7 +145,8 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     elif settings.dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
         attend_in_float32(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
-    return LoadedModel(folder, model, tokenizer, compiles=run.config.runtime.compile)
+    ends = stop_ids(run.workspace, run.config, "student", folder)
+    return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
 
 
 def _attend(model: Any, run: Run, world: World) -> None:
