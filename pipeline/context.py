@@ -343,6 +343,7 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
     names = {"id_field", "prompt_field", "answer_field", "template", "chat"}
     names |= {"limit"} if which == "prompts" else set()
+    names |= {"domain_field"} if which == "prompts" and run.config.teacher.by_domain else set()
     if which == "prompts" and data.decontaminate is not None:
         names |= {"decontaminate"}
         for benchmark in run.config.problem_files:

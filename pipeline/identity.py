@@ -23,7 +23,15 @@ from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage import Stage
 
 AS_TOKENS = " as token ids"
-RECENT = (AS_TOKENS, "data.template_date", ".stop_ids", ".generation_config", ".chat_template")
+RECENT = (
+    AS_TOKENS,
+    "data.template_date",
+    "data.domain_field",
+    "evaluation.grading_rules",
+    ".stop_ids",
+    ".generation_config",
+    ".chat_template",
+)
 """Ends of names of fields that fingerprints have not always had."""
 OF_MODEL = (".weights", ".tokenizer", ".stop_ids", ".generation_config", ".chat_template")
 """Ends of names of fields that a model's folder decides."""

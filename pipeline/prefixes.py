@@ -23,7 +23,7 @@ from tropd.pipeline.context import (
     training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
-from tropd.pipeline.evaluation.grading import check_expected, grade
+from tropd.pipeline.evaluation.grading import RULES, check_expected, grade
 from tropd.pipeline.identity import fingerprint_of, stop_fields, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
@@ -127,6 +127,7 @@ def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
     if source.keep == "correct":
         fields["evaluation.answer_pattern"] = run.config.evaluation.answer_pattern
         fields["evaluation.grader"] = run.config.evaluation.grader
+        fields["evaluation.grading_rules"] = RULES
     return fingerprint_of(run, fields)
 
 

@@ -31,7 +31,7 @@ from tropd.pipeline.context import (
     section_fields,
 )
 from tropd.pipeline.engines.base import Sampler, Sampling
-from tropd.pipeline.evaluation.grading import check_expected, grade
+from tropd.pipeline.evaluation.grading import RULES, check_expected, grade
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
 from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.identity import (
@@ -121,7 +121,7 @@ def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
 def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) -> Fingerprint:
     """Problems as each model reads them, sampling, and the weights of all models evaluated."""
     config = run.config
-    fields: dict[str, Scalar] = {"run.seed": config.run.seed}
+    fields: dict[str, Scalar] = {"run.seed": config.run.seed, "evaluation.grading_rules": RULES}
     for name, settings in config.evaluation_sets.items():
         prefix = f"benchmark.{name}." if name else ""
         own = data_fields(run, "evaluation", name)

@@ -32,6 +32,8 @@ from tropd.storage.errors import DataError
 if TYPE_CHECKING:  # the workers have no use for Parquet
     from tropd.pipeline.prompts import Prompt
 
+RULES = 2
+"""Number of the rules: higher by one with every change that gives a response another mark."""
 WORKERS = 2
 WORKER_MEMORY_BYTES = 4 << 30
 # A worker is replaced after this many answers: sympy's caches grow.

@@ -15,6 +15,7 @@ from tiny_runs import make_models, make_run
 from tropd.pipeline.config import DomainTeacher
 from tropd.pipeline.context import Run
 from tropd.pipeline.prefixes import fingerprint, generate_prefixes, generate_rollouts, teacher_source
+from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import score_teacher
 from tropd.pipeline.teachers import GENERAL, EngineSlot, grouped, teachers_in_use, with_only
@@ -95,10 +96,13 @@ def test_a_shard_has_one_teacher_also_of_rollouts(tmp_path: Path, models: tuple[
 
 def test_fingerprints_name_every_teacher(tmp_path: Path, models: tuple[Path, Path]) -> None:
     run = two_teachers(tmp_path / "run", models)
-    fields = fingerprint(run, teacher_source(run)).fields
+    nothing = Encoded([], [], [], [])
+    fields = fingerprint(run, teacher_source(run), nothing).fields
     assert fields["teacher.weights"] != fields["teacher.code.weights"]
+    assert fields["data.domain_field"] == "domain"
     plain = make_run(tmp_path / "plain", models[0])
-    assert not any("domain" in f or "code" in f for f in fingerprint(plain, teacher_source(plain)).fields)
+    others = fingerprint(plain, teacher_source(plain), nothing).fields
+    assert not any("domain" in name or "code" in name for name in others)
 
 
 def test_trajectories_of_mixed_shards_are_not_scored_by_one_teacher(

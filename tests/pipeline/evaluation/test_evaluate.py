@@ -21,7 +21,7 @@ from tropd.pipeline.context import Run
 from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.progress import SILENT
 from tropd.storage.atomic import content_digest
-from tropd.storage.errors import ConfigError, DataError
+from tropd.storage.errors import ConfigError, DataError, FingerprintMismatchError
 from tropd.storage.stage import Stage
 
 EXTRA = """
@@ -144,3 +144,10 @@ def test_a_grader_that_finds_nothing_in_any_response_is_told(run: Run) -> None:
     evaluate(run, whom=("before", "teacher"))
     assert warnings == [next(w for w in warnings if "no response of before, teacher has an answer" in w)]
     assert "evaluation.answer_pattern" in warnings[0]
+
+
+def test_marks_of_other_rules_are_not_done_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(run, whom=("before",))
+    monkeypatch.setattr("tropd.pipeline.evaluation.evaluate.RULES", 0)
+    with pytest.raises(FingerprintMismatchError, match=r"evaluation\.grading_rules: \d → 0"):
+        evaluate(run, whom=("before",))
