@@ -78,7 +78,9 @@ def query(
     from tropd.storage.catalog import run_query
     from tropd.storage.workspace import Workspace
 
-    result = run_query(Workspace.open(workspace), sql)
+    opened = Workspace.open(workspace)
+    with make_reporter().waiting("asking"):
+        result = run_query(opened, sql)
     if as_json:
         print_json([dict(zip(result.columns, row, strict=True)) for row in result.rows])
     else:

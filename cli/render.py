@@ -67,17 +67,14 @@ _started = threading.Event()
 
 def announce_start() -> None:
     """Say that libraries are loading, if that takes longer than a moment; until a reporter is made."""
-    threading.Thread(target=_say_later, args=("loading libraries", _started), daemon=True).start()
-
-
-def _say_later(description: str, ended: threading.Event) -> None:
-    if not ended.wait(PATIENCE_SECONDS):
-        tell(f"{description} …")
+    threading.Thread(target=_keep_saying, args=("loading libraries", _started), daemon=True).start()
 
 
 def _keep_saying(description: str, ended: threading.Event) -> None:
     began = time.monotonic()
-    _say_later(description, ended)
+    if ended.wait(PATIENCE_SECONDS):
+        return
+    tell(f"{description} …")
     while not ended.wait(PLAIN_INTERVAL_SECONDS):
         tell(f"{description}: {time.monotonic() - began:.0f} s")
 

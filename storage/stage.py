@@ -29,6 +29,7 @@ from tropd.storage.aside import set_aside
 from tropd.storage.atomic import content_size, explain_disk_errors, make_folder, remove_temporaries
 from tropd.storage.errors import (
     DamagedShardError,
+    DiskError,
     FingerprintMismatchError,
     InterruptedStageError,
     StageLockedError,
@@ -64,6 +65,7 @@ class Stage:
         """Whether others write into the folder, as workers do that may outlive an error here."""
         self._timings = timings
         self._mark = time.monotonic()
+        self._place = _place(folder)
 
     @property
     def complete(self) -> bool:
@@ -74,6 +76,7 @@ class Stage:
 
     def commit(self, name: str, rows: int) -> None:
         """Record a shard that is already in place under its final name."""
+        self._check_place()
         shards = {**self.manifest.shards, name: describe_shard(self.folder, name, rows)}
         self._replace(shards=dict(sorted(shards.items())))
         self._log_time()
@@ -87,7 +90,16 @@ class Stage:
         self._replace(complete=True, summary=summary)
         self._log_time()
 
+    def _check_place(self) -> None:
+        if _place(self.folder) != self._place:
+            raise DiskError(
+                f"{self.folder} is not the folder any more that this stage was started in: it was moved, deleted or "
+                "replaced meanwhile; what was made since its last commit is not part of it",
+                hint="run the same command again, with -w where the workspace is now",
+            )
+
     def _replace(self, **changes: Any) -> None:
+        self._check_place()
         manifest = self.manifest.model_copy(update=changes)
         write_manifest(self.folder, manifest)
         self.manifest = manifest  # only now: after a failed write, memory must not claim more than the disk
@@ -105,6 +117,15 @@ class Stage:
                 torn = stream.read(1) not in (b"", b"\n")  # a killed writer's half line must not eat this one
                 stream.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
         self._mark = now
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one under its name; None if there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from storage_samples import tree
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import (
     DamagedShardError,
+    DiskError,
     DiskFullError,
     FingerprintMismatchError,
     InterruptedStageError,
@@ -264,3 +265,22 @@ def test_readers_see_whole_manifests_while_one_writes(tmp_path: Path) -> None:
             assert manifest is not None
             seen.append(manifest.rows)
     assert seen == list(range(1, 21))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_workspace_that_is_moved_meanwhile_takes_no_results(tmp_path: Path, replaced: bool) -> None:
+    folder, moved = tmp_path / "run" / "prefixes", tmp_path / "moved" / "prefixes"
+    with open_stage(folder, "prefixes", ONE) as stage:
+        write_text_atomic(folder / "one", "1")
+        stage.commit("one", 1)
+        folder.parent.rename(moved.parent)
+        if replaced:  # as writing a file does, which makes missing folders
+            write_text_atomic(folder / "two", "2")
+        for change in (lambda: stage.commit("two", 1), stage.finish):
+            with pytest.raises(DiskError, match=r"run/prefixes is not the folder any more.*moved") as caught:
+                change()
+    assert "-w where the workspace is now" in str(caught.value)
+    with open_stage(moved, "prefixes", ONE) as stage:
+        assert stage.has("one")
+        assert not stage.has("two")
+        assert not stage.complete
