@@ -98,7 +98,22 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> ResolvedConfig:
     if not path.exists():
         folder = shlex.quote(str(path.parent))
         raise ConfigError(f"{path} does not exist", hint=f"tropd init {folder} --recipe demo")
-    return parse_config(read_text(path), assignments, where=str(path))
+    return parse_config(config_text(path, str(path)), assignments, where=str(path))
+
+
+def config_text(path: Path, shown: str) -> str:
+    """The text of a configuration file. An empty one would be all defaults, which nobody has asked for.
+
+    Args:
+        shown: the file's name in errors.
+
+    Raises:
+        ConfigError: it is empty, or no text.
+    """
+    text = read_text(path, shown)
+    if not text.strip():
+        raise ConfigError(f"{shown} is empty", hint="put it back from a copy")
+    return text
 
 
 def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "config.toml") -> ResolvedConfig:

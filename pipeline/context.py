@@ -36,9 +36,10 @@ from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
 from tropd.pipeline.stops import differing_stops, stop_ids
 from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
 from tropd.storage.atomic import content_digest, write_text_atomic
-from tropd.storage.errors import DataError, TropdError
+from tropd.storage.errors import DamagedShardError, DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
-from tropd.storage.manifest import Manifest, read_manifest
+from tropd.storage.manifest import FILE_NAME as MANIFEST
+from tropd.storage.manifest import Manifest, holds_output, read_manifest
 from tropd.storage.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -372,11 +373,18 @@ def finished(run: Run, stage: str, command: str) -> Manifest:
 
     Raises:
         TropdError: it is not complete; the message names the command that makes it.
+        DamagedShardError: the manifest is missing while there is output, or is not readable.
     """
-    manifest = read_manifest(run.workspace.stage(stage))
-    if manifest is None or not manifest.complete:
-        state = (
-            "was not run" if manifest is None else f"is not finished ({len(manifest.shards)} shards so far)"
+    folder = run.workspace.stage(stage)
+    manifest = read_manifest(folder)
+    if manifest is None and holds_output(folder):
+        raise DamagedShardError(
+            f"{folder / MANIFEST} is missing, and without it nothing is known of what is beside it",
+            hint=f"put it back from a copy, or make the stage anew: {run.command(command)} --force",
         )
-        raise TropdError(f"stage {stage!r} {state}", hint=run.command(command))
+    if manifest is None:
+        raise TropdError(f"stage {stage!r} was not run", hint=run.command(command))
+    if not manifest.complete:
+        so_far = f"{folder / MANIFEST} lists {len(manifest.shards)} shards so far"
+        raise TropdError(f"stage {stage!r} is not finished: {so_far}", hint=run.command(command))
     return manifest

@@ -23,12 +23,15 @@ from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.whole_models import check_headers, check_report
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError
+from tropd.storage.manifest import check_shard, read_manifest
 from tropd.storage.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHOWN_DIFFERENCES = 5
+MADE = "models"
+"""The stage that makes models of its own."""
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -63,6 +66,7 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     Raises:
         ConfigError, DataError: nothing there, no weights or weights only in a pickle format, or files that cannot be
             read (see ``check_files``).
+        DamagedShardError: a model of ``tropd prepare`` that is not as it was made.
     """
     folder = workspace.resolve(config.model)
     if not folder.exists():
@@ -72,11 +76,25 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
                 hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
             )
         folder = _download(config.model, role)
+    if folder.parent == workspace.stage(MADE):
+        _check_made(folder)
     try:
         check_files(folder)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{role}.model: {error.message}", hint=error.hint) from error
     return folder
+
+
+@functools.cache
+def _check_made(folder: Path) -> None:
+    """Every file of a model that ``tropd prepare`` has made: fingerprints know those that decide tokens only.
+
+    Raises:
+        DamagedShardError: it is not what the manifest beside it says, or that is not readable.
+    """
+    manifest = read_manifest(folder.parent)
+    if manifest is not None and folder.name in manifest.shards:
+        check_shard(folder.parent, manifest.shards[folder.name])
 
 
 def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:

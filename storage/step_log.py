@@ -16,8 +16,11 @@ from typing import Any
 
 from tropd.storage.aside import keep_aside
 from tropd.storage.atomic import atomic_file
+from tropd.storage.manifest import Manifest, trained_steps
 
 Record = dict[str, Any]
+SAMPLED_STEPS = 8
+"""Of so many steps of a run, responses are kept."""
 _SEALED = re.compile(rb'(.*), "checksum": "([0-9a-f]{16})"\}', re.DOTALL)
 _SEAL = b'"checksum": "'
 
@@ -44,6 +47,24 @@ class StepLog:
         """Those of some steps that have no record."""
         there = {record["step"] for record in self.whole}
         return [step for step in steps if step not in there]
+
+
+def sampled_steps(total: int) -> tuple[int, ...]:
+    """The steps (from 0) of which responses are kept, of ``total``: first, last, and evenly between."""
+    return spread(total, SAMPLED_STEPS)
+
+
+def steps_with_samples(manifest: Manifest) -> list[int]:
+    """The steps of a training stage so far of which responses are kept."""
+    planned, trained = manifest.fields.get("train.steps"), trained_steps(manifest)
+    return [step for step in sampled_steps(planned) if step < trained] if isinstance(planned, int) else []
+
+
+def spread(total: int, most: int) -> tuple[int, ...]:
+    """At most ``most`` of the numbers below ``total``, first and last among them, evenly."""
+    if total <= most:
+        return tuple(range(total))
+    return tuple(round(i * (total - 1) / (most - 1)) for i in range(most))
 
 
 def log_line(record: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from tropd.storage.manifest import (
     trained_steps,
 )
 from tropd.storage.stage import drop_shards, lock_stage
-from tropd.storage.step_log import check_log
+from tropd.storage.step_log import check_log, steps_with_samples
 from tropd.storage.workspace import Workspace
 
 STAGES = ("data", "models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
@@ -124,7 +124,10 @@ def _verify_stage(
         for problem in problems:
             yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
     if stage == TRAIN:
-        for name, steps in ((METRICS, range(trained_steps(manifest))), (SAMPLES, ())):
+        for name, steps in (
+            (METRICS, range(trained_steps(manifest))),
+            (SAMPLES, steps_with_samples(manifest)),
+        ):
             for problem in check_log(folder / name, steps):
                 yield Finding("error", stage, f"{stage}/{name}", problem)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tropd.pipeline.config import to_plain
-from tropd.pipeline.configuration import ResolvedConfig, explain, parse_config
+from tropd.pipeline.configuration import ResolvedConfig, config_text, explain, parse_config
 from tropd.pipeline.prompts import scan_prompts
 from tropd.pipeline.report.acceptance import summarize_samples
 from tropd.pipeline.report.evaluations import MODES, EvaluationFiles, pick_samples, summarize_evaluation
@@ -30,7 +30,7 @@ from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
 from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import Manifest, read_manifest, trained_steps
-from tropd.storage.toml_text import read_text
+from tropd.storage.step_log import spans, steps_with_samples
 from tropd.storage.workspace import Workspace
 
 
@@ -63,7 +63,7 @@ def _build_report(workspace: Workspace) -> Report:
     files = EvaluationFiles(workspace.stage("eval"))
     evaluation = summarize_evaluation(files)
     samples = pick_samples(files, _prompt_texts(workspace, resolved))
-    acceptance_map, sample_problems = _read_samples(workspace, training)
+    acceptance_map, sample_problems = _read_samples(workspace, training, manifests.get("train"))
 
     for stage in (stage for stage in stages if is_needed(stage, stages)):
         missing += _missing_of_stage(stage, files.problems)
@@ -89,14 +89,16 @@ def _read_config(workspace: Workspace, missing: list[str]) -> ResolvedConfig | N
     path = workspace.config_path
     try:
         if path.exists():
-            return parse_config(read_text(path, path.name), where=path.name)
+            return parse_config(config_text(path, path.name), where=path.name)
         missing.append(f"config: there is no {path.name}")
     except (TropdError, OSError, ValueError) as error:
         missing.append(f"config: {error}")
     return None
 
 
-def _read_samples(workspace: Workspace, training: Training | None) -> tuple[list[StepSample], list[str]]:
+def _read_samples(
+    workspace: Workspace, training: Training | None, manifest: Manifest | None
+) -> tuple[list[StepSample], list[str]]:
     """Sampled steps, and what is wrong with their file."""
     try:
         samples, unreadable = read_samples(workspace.stage("train") / SAMPLES_FILE)
@@ -106,7 +108,9 @@ def _read_samples(workspace: Workspace, training: Training | None) -> tuple[list
         return samples, [f"train: {unreadable} unreadable line(s) in {SAMPLES_FILE} are left out"]
     if training is not None and not samples:
         return samples, [f"train: there is no {SAMPLES_FILE}, so there is no acceptance map"]
-    return samples, []
+    there = {sample.step for sample in samples}
+    missing = [step for step in steps_with_samples(manifest) if step not in there] if manifest else []
+    return samples, [f"train: {SAMPLES_FILE} has no record of step {spans(missing)}"] if missing else []
 
 
 def _given_values(resolved: ResolvedConfig) -> dict[str, str]:

@@ -41,7 +41,7 @@ from tropd.pipeline.training.checkpoint import (
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.training.metrics import MetricsLog, memory_metrics, step_metrics
-from tropd.pipeline.training.output import export_student
+from tropd.pipeline.training.output import FINAL, export_student
 from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.samples import resume_samples, write_sample
@@ -55,7 +55,7 @@ from tropd.pipeline.training.wandb_log import check_wandb, open_wandb, wandb_ide
 from tropd.pipeline.training.world import join_world
 from tropd.storage.errors import InterruptedStageError
 from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest
+from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage, open_stage
 from tropd.storage.step_log import Record
 
@@ -139,6 +139,8 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         manifest = world.tell(None if stage is None else stage.manifest)
         assert manifest is not None
         if manifest.complete:
+            if stage is not None:
+                check_shard(stage.folder, manifest.shards[FINAL])
             run.reporter.info(f"train: done before ({manifest.summary['steps']} steps), nothing to do")
             return manifest
         stop = StopRequest()

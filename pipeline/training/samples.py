@@ -1,6 +1,6 @@
 """A few responses of a few steps, token by token, for people to look at: the report's acceptance map.
 
-The file holds one record per sampled step and is small (at most ``STEPS`` records of ``ROWS`` responses), so it is
+The file holds one record per sampled step and is small (at most 8 records of 4 responses), so it is
 written anew and atomically each time. Reading it needs neither PyTorch nor a tokenizer.
 """
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tropd.pipeline.objectives.partition import acceptance
 from tropd.storage.atomic import write_text_atomic
-from tropd.storage.step_log import log_line, read_log, resume_log
+from tropd.storage.step_log import log_line, read_log, resume_log, sampled_steps, spread
 
 if TYPE_CHECKING:
     from tropd.pipeline.prompts import Prompt
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tropd.pipeline.training.step import StepInputs
 
 FILE_NAME = "samples.jsonl"
-STEPS = 8
 ROWS = 4
 MAX_TOKENS = 400
 """Of the student's tokens in a response, this many from the first one are kept."""
@@ -86,18 +85,6 @@ class StepSample(_Part):
     responses: list[SampledResponse]
 
 
-def sampled_steps(total: int) -> tuple[int, ...]:
-    """The steps (from 0) that are kept of ``total``: first, last, and evenly between."""
-    return _spread(total, STEPS)
-
-
-def _spread(total: int, most: int) -> tuple[int, ...]:
-    """At most ``most`` of the numbers below ``total``, first and last among them, evenly."""
-    if total <= most:
-        return tuple(range(total))
-    return tuple(round(i * (total - 1) / (most - 1)) for i in range(most))
-
-
 def write_sample(
     folder: Path, step: int, total_steps: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any
 ) -> None:
@@ -142,7 +129,7 @@ def take_sample(step: int, inputs: StepInputs, prompts: Sequence[Prompt], tokeni
         step=step,
         responses=[
             _response(inputs, index, int(first[index]), prompts, tokenizer)
-            for index in (written[place] for place in _spread(len(written), ROWS))
+            for index in (written[place] for place in spread(len(written), ROWS))
         ],
     )
 

@@ -30,6 +30,9 @@ VOLATILE = ("logs/", "report/", "train/tensorboard/", ".")
 UNCHECKED = (*VOLATILE, "config.toml", "rejects/")
 
 
+WRITTEN = {"train": ("train/",), "evaluate": ("eval/",)}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command has done: exit code, what it said, and what it left, where that must not depend on chance."""
@@ -122,8 +125,8 @@ def _others(workspace: Path, name: str) -> Iterator[Path]:
 def answer(workspace: Path, command: str, code: int, said: str) -> Answer:
     """What a command has answered, without times and paths."""
     said = re.sub(r"\s+", " ", said.replace(str(workspace), "W"))
-    stage = read_manifest(workspace / {"train": "train", "evaluate": "eval"}[command])
-    if code or stage is None:
+    stage = None if code else read_manifest(workspace / {"train": "train", "evaluate": "eval"}[command])
+    if stage is None:
         return Answer(code, said, None)
     left: dict[str, Any] = {"summary": stage.summary, "fingerprint": stage.fingerprint}
     if command == "train":
@@ -133,7 +136,9 @@ def answer(workspace: Path, command: str, code: int, said: str) -> Answer:
     else:
         names = list(stage.shards)
     left["shards"] = {name: stage.shards[name].sha256 for name in names}
-    left["files"] = {name: content_digest(workspace / stage.stage / name) for name in names}
+    # Nothing is made from a finished run's checkpoints any more; ``verify`` reads them.
+    of_use = [name for name in names if not name.startswith("checkpoints/")]
+    left["files"] = {name: content_digest(workspace / stage.stage / name) for name in of_use}
     return Answer(code, "", left)
 
 
@@ -189,7 +194,9 @@ def fault(
     named = _is_named(name, output)
     if found == expected:
         kept = (
-            before if found.code else {n: d for n, d in before.items() if not n.startswith(_written(command))}
+            before
+            if found.code
+            else {n: d for n, d in before.items() if not n.startswith(WRITTEN.get(command, ()))}
         )
         if command == "verify" and not name.startswith(UNCHECKED):
             return "verify has not seen it"
@@ -200,22 +207,27 @@ def fault(
         return _beyond(name, found, expected) or _lost(
             name, {n: d for n, d in before.items() if not n.startswith("train/")}, workspace
         )
-    if found.code not in ((0, 1, 2) if command == "report" else (1, 2)):
+    if found.code not in ((1, 2) if command in WRITTEN else (0, 1, 2)):
         return f"exit code {found.code}"
     return _lost(name, before, workspace)
 
 
-def _written(command: str) -> tuple[str, ...]:
-    return {"train": ("train/",), "evaluate": ("eval/",)}.get(command, ())
-
-
 def _is_named(name: str, output: str) -> bool:
-    """The file, or the shard or model that it belongs to; the lines of an error may be wrapped anywhere."""
+    """The file, or the shard or model that it belongs to; the lines of an error may be wrapped anywhere.
+
+    A report names a stage and what in it. An older manifest is as good as any: its stage is named as unfinished, or what
+    lies beside it and is not in it.
+    """
     text = re.sub(r"\s+", "", output)
-    parts = name.split("/")
-    paths = ["/".join(parts[:n]) for n in range(2, len(parts) + 1)] or [name]
-    return any(path in text for path in [*paths, *(["config.toml"] if name == "config.toml" else [])]) or (
-        f"{parts[0]}:" in text and "/".join(parts[1:]) in text
+    stage, _, rest = name.partition("/")
+    parts = rest.split("/") if rest else []
+    inside = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    if not parts:
+        return name in text
+    if parts == ["manifest.json"] and any(f"{stage}{mark}" in text for mark in ("/", ":")):
+        return True
+    return any(f"{stage}/{path}" in text for path in inside if path != "checkpoints") or (
+        f"{stage}:" in text and any(path in text for path in inside if path != "checkpoints")
     )
 
 

@@ -24,16 +24,15 @@ from tropd.pipeline.training.samples import (
     MAX_GUIDANCE,
     MAX_TOKENS,
     ROWS,
-    STEPS,
     read_samples,
     resume_samples,
-    sampled_steps,
     take_sample,
     token_texts,
     write_sample,
 )
 from tropd.pipeline.training.step import StepInputs
 from tropd.pipeline.training.teacher_data import TeacherData
+from tropd.storage.step_log import SAMPLED_STEPS, sampled_steps
 
 PROMPTS = [Prompt(id=f"p{i}", text=f"{i}+1=", answer="1") for i in range(40)]
 LOG = math.log
@@ -67,7 +66,7 @@ def make_row(index: int, prefix: str, tokens: str, logprob: float = -1.0) -> Row
 @given(total=st.integers(0, 5000))
 def test_sampled_steps_are_few_and_even(total: int) -> None:
     steps = sampled_steps(total)
-    assert len(steps) == min(total, STEPS)
+    assert len(steps) == min(total, SAMPLED_STEPS)
     assert list(steps) == sorted(set(steps))
     if total > 1:
         assert (steps[0], steps[-1]) == (0, total - 1)
