@@ -13,7 +13,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps docs lint types format clean
+.PHONY: help install demo demo-mismatch test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps models docs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -89,6 +89,10 @@ bench-logprobs: $(STAMP)  ## Memory and time of log-probs at a vocabulary of 151
 
 bench-service: $(STAMP)  ## The teacher service under load and fire, and beside vLLM's JSON (docs/service.md)
 	$(BIN)/python tests/benchmarks/bench_service.py
+
+# MODELS="llama gemma2" makes these lines anew, and leaves the others.
+models: $(STAMP)  ## The table of docs/models.md: what works with each architecture of transformers (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/models/table.py $(MODELS) --into docs/models.md
 
 docs: $(STAMP)  ## Pages of the Python API from its docstrings, in build/api
 	$(BIN)/python -m pdoc --output-directory build/api $(API)

@@ -234,7 +234,7 @@ class VllmConfig(Spec):
     quantization: str | None = None
     """Quantisation method of the weights (`fp8`, `awq`, …); what the model says if not set."""
     check_every: int = Field(default=10, ge=1, le=MOST)
-    """In training, steps between two checks (the first is after the first update) that engine and trainer agree."""
+    """In training, steps between two checks that engine and trainer agree (besides that after the first update)."""
     max_mean_difference: float = Field(default=0.1, gt=0.0, le=100.0)
     """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
 

@@ -36,7 +36,7 @@ from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
 from tropd.pipeline.stops import differing_stops, stop_ids
 from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
 from tropd.storage.atomic import content_digest, write_text_atomic
-from tropd.storage.errors import DamagedShardError, DataError, TropdError
+from tropd.storage.errors import ConfigError, DamagedShardError, DataError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
 from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.manifest import Manifest, holds_output, read_manifest
@@ -198,7 +198,14 @@ def role_tokenizer(run: Run, role: str) -> Any:
 
 def role_room(run: Run, role: str) -> int:
     """Most tokens that a role's engine takes, from the configurations of model and run."""
-    longest = context_length(_role_config(run, role))
+    config = _role_config(run, role)
+    longest = context_length(config)
+    claimed = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest < claimed:
+        run.reporter.warning(
+            f"{role}.model takes {claimed} tokens, but here its sequences end at {longest}: beyond, its rotary positions "
+            "become others for a whole batch, so that log-probs would depend on the rows beside a row"
+        )
     settings: ModelConfig = getattr(run.config, role)
     return longest if settings.engine == "transformers" else run.config.vllm.room(longest)
 
@@ -228,12 +235,26 @@ def check_pair(run: Run) -> None:
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
     """The training prompts with their token ids; each leaves room for a response in ``max_length``."""
     data = run.config.data
-    room = max_length - run.config.rollout.max_tokens
+    room = _room(max_length, run.config.rollout.max_tokens)
     need_answer = run.config.prefixes.keep == "correct"
     left_out = _contaminated(run)
     return _usable_prompts(
         run, data, _data_file(run, "prompts"), "prompts", tokenizer, room, data.limit, need_answer, left_out
     )
+
+
+def _room(max_length: int, max_tokens: int) -> int:
+    """What a response of so many tokens leaves for a prompt.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    if max_tokens >= max_length:
+        raise ConfigError(
+            f"responses of {max_tokens} tokens leave no room for a prompt: the model takes {max_length}",
+            hint=f"set rollout.max_tokens (evaluation.max_tokens where that is set) below {max_length}",
+        )
+    return max_length - max_tokens
 
 
 def _contaminated(run: Run) -> set[str]:
@@ -257,7 +278,7 @@ def evaluation_problems(
 ) -> Encoded:
     """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids."""
     data = run.config.problem_files[name]
-    room = max_length - (run.config.evaluation_sets[name].max_tokens or run.config.rollout.max_tokens)
+    room = _room(max_length, run.config.evaluation_sets[name].max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
         run,
         data,

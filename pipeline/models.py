@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHOWN_DIFFERENCES = 5
 MADE = "models"
 """The stage that makes models of its own."""
+SWITCHING_ROTARY = ("dynamic", "longrope")
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -282,9 +283,27 @@ def stop_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def context_length(model_config: Any) -> int:
-    """Longest sequence a model takes (unbounded if its config does not say)."""
+    """Longest sequence a model takes (unbounded if its config does not say), but see ``rotary_switch``."""
     length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else 2**31 - 1
+    return min(int(length) if length and length > 0 else 2**31 - 1, rotary_switch(model_config) or 2**31 - 1)
+
+
+def rotary_switch(model_config: Any) -> int | None:
+    """The length beyond which a model's rotary angles become others, for all of a sequence; None where they do not.
+
+    transformers takes the angles from the longest row of a batch (scaling "dynamic" and "longrope"). A token would have
+    one log-prob when it is sampled and another once its row, or one beside it, is longer.
+    """
+    config = model_config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    sets = parameters.values() if all(isinstance(p, dict) for p in parameters.values()) else [parameters]
+    lengths = [
+        p.get("original_max_position_embeddings") or config.max_position_embeddings
+        for p in sets
+        if p.get("rope_type") in SWITCHING_ROTARY
+    ]
+    return int(min(lengths)) if lengths else None
 
 
 @functools.cache

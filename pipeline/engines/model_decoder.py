@@ -5,6 +5,7 @@ Legend: B rows · S columns of the cache · H heads · D head size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ class ModelDecoder:
         self._sampling = sampling
         self._last_position = longest - 1
         self._cache = DynamicCache(config=model.config)
+        # State-space models call it otherwise, and their masks are for new tokens only.
+        self._is_recurrent = "cache_params" in inspect.signature(model.forward).parameters
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=model.device)
         self._next = torch.zeros(0, dtype=torch.long, device=model.device)
         """``[B]`` positions of the next tokens."""
@@ -68,12 +71,15 @@ class ModelDecoder:
         self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
 
     def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
-        logits = self._split.next_logits(
-            input_ids=ids,
-            attention_mask=self._mask[:, : self._length],
-            position_ids=positions,
-            past_key_values=self._cache,
-        )
+        mask = self._mask[:, : self._length]
+        if self._is_recurrent:
+            logits = self._split.next_logits(
+                input_ids=ids, attention_mask=mask[:, -ids.shape[1] :], cache_params=self._cache
+            )
+        else:
+            logits = self._split.next_logits(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache
+            )
         choice = sample_tokens(logits, draws, self._sampling)
         self._tokens = choice[0]
         return choice

@@ -1,4 +1,4 @@
-"""The engine on transformers: decoding, and scoring of given tokens."""
+"""The engine on transformers: decoding, and scoring of given tokens. It proves itself at first use (see ``proof``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tropd.pipeline.engines import compiled
+from tropd.pipeline.engines import compiled, proof
 from tropd.pipeline.engines.base import (
     Generation,
     Sampling,
@@ -58,6 +58,7 @@ class TransformersEngine:
         self._stop_ids = sorted(stop_ids)
         self._compiles = compiles
         self._has_scored = False
+        self._has_generated = False
         self._prepared: set[Sampling] = set()
         if compiles:
             compiled.check_compiler()
@@ -105,8 +106,25 @@ class TransformersEngine:
         seeds: Sequence[int],
         max_tokens: Sequence[int],
     ) -> list[Generation]:
-        """See ``Engine.generate``. Rows are sorted by length, so that little is padded."""
+        """See ``Engine.generate``. Rows are sorted by length, so that little is padded.
+
+        Raises:
+            ConfigError: at the first call, the model cannot be decoded right.
+        """
         self._check_sequences(prompts, [1] * len(prompts))
+        if prompts and not self._has_generated:
+            self._prove_decoding(prompts, sampling)
+            self._has_generated = True
+        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids)
+
+    def _continue(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[Generation]:
         longest_row = self.max_length
         limits = [min(m, longest_row - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
@@ -124,7 +142,7 @@ class TransformersEngine:
                     [prompts[i] for i in rows],
                     seeds=[seeds[i] for i in rows],
                     limits=[limits[i] for i in rows],
-                    stop_ids=self._stop_ids,
+                    stop_ids=stop_ids,
                     device=self.model.device,
                 )
                 for i, generation in zip(rows, generations, strict=True):
@@ -158,11 +176,17 @@ class TransformersEngine:
         topk_where: TopkWhere = everywhere,
         vocab_limit: int | None = None,
     ) -> list[SequenceScores]:
-        """See ``Engine.score``. Only the scored positions go through the output layer."""
+        """See ``Engine.score``. Only the scored positions go through the output layer.
+
+        Raises:
+            ConfigError: at the first call, the model cannot be scored right.
+        """
         self._check_sequences(sequences, starts)
         if self._compiles and not self._has_scored:
             compiled.compile_layers(self.model)
-        self._has_scored = True
+        if sequences and not self._has_scored:
+            self._has_scored = True
+            self._prove_scores(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         results: list[SequenceScores | None] = [None] * len(sequences)
         with self._inference(self._autocast):
@@ -224,6 +248,35 @@ class TransformersEngine:
             )
             for r in range(len(batch))
         ]
+
+    # --------------------------------------------------------------------------------------- proof
+
+    def _prove_decoding(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        rows = proof.few(prompts, self.max_length - proof.NEW_TOKENS)
+        # Greedy, but compiled code is made for a way of sampling.
+        how = sampling if self._compiles else Sampling(0.0)
+        name = type(self.model).__name__
+        plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
+        with proof.refusing(name):
+            for prompts in (rows, rows[:1]):  # with padding, and without
+                counts = [proof.NEW_TOKENS] * len(prompts)
+                drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
+                tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
+                proof.check_decoding(name, prompts, tokens, logprobs, plain, self._tolerance)
+
+    def _prove_scores(self, sequences: Sequence[Sequence[int]]) -> None:
+        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
+            return [scores.sampled for scores in self.score(rows, starts)]
+
+        name = type(self.model).__name__
+        plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
+        with proof.refusing(name):
+            rows = proof.few(sequences, self.max_length)
+            proof.check_scores(name, rows, scored, plain, self._tolerance)
+
+    @property
+    def _tolerance(self) -> float:
+        return proof.tolerance(self._autocast or self.model.dtype)
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         longest, vocab_size = self.max_length, self.vocab_size

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from tropd.pipeline.config import Dtype, VllmConfig
+from tropd.pipeline.engines import proof
 from tropd.pipeline.engines.base import (
     Generation,
     Sampling,
@@ -33,6 +34,7 @@ from tropd.pipeline.engines.base import (
     TopkWhere,
     everywhere,
 )
+from tropd.pipeline.models import DTYPES
 from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.trajectories import FinishReason
 
@@ -85,6 +87,9 @@ class VllmEngine:
         self._parallel = settings.tensor_parallel_size
         self._in_training = in_training
         self._max_length = settings.room(max_length)
+        self._name = folder.name
+        self._tolerance = proof.tolerance(DTYPES[dtype])
+        self._is_proven = False
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
         if in_training:
             options["hf_overrides"] = {"tie_word_embeddings": False}
@@ -136,8 +141,22 @@ class VllmEngine:
 
         It reports one kind of log-probs. A student in training needs two where its sampling is not plain: then its
         responses are scored as well. Elsewhere those at temperature 1 are the only ones.
+
+        Raises:
+            ConfigError: at the first call, what is decoded and what is scored differ.
         """
         self._check(prompts, [1] * len(prompts))
+        self._prove(prompts)
+        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids)
+
+    def _continue(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[Generation]:
         limits = [min(m, self._max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         room = [i for i, limit in enumerate(limits) if limit > 0]
         parameters = [
@@ -148,7 +167,7 @@ class VllmEngine:
                 max_tokens=limits[i],
                 logprobs=0,
                 ignore_eos=True,  # the stop ids are all given
-                stop_token_ids=self._stop_ids,
+                stop_token_ids=list(stop_ids),
                 detokenize=False,
                 flat_logprobs=True,
             )
@@ -191,7 +210,8 @@ class VllmEngine:
         """See ``Engine.score``.
 
         Raises:
-            ConfigError: ``entropy`` is asked for, which vLLM does not give.
+            ConfigError: ``entropy`` is asked for, which vLLM does not give; or, at the first call, what is decoded and
+                what is scored differ.
             TropdError: a log-prob that is none, or too few alternatives below ``vocab_limit``.
         """
         if entropy:
@@ -200,6 +220,7 @@ class VllmEngine:
                 hint='set teacher.engine = "transformers"',
             )
         self._check(sequences, starts)
+        self._prove(sequences)
         limit = self._vocab_size if vocab_limit is None else vocab_limit
         k = min(k, limit)
         if k and topk_where is everywhere:
@@ -237,6 +258,30 @@ class VllmEngine:
                 save_file(tensors, Path(folder) / "model.safetensors")
                 self._reload(weights_path=folder)
         self._call(self._llm.reset_prefix_cache)
+
+    def _prove(self, rows: Sequence[Sequence[int]]) -> None:
+        """Tokens that are decoded, across the cache and beside other rows, have the log-probs that scoring gives them.
+
+        Whether these are the model's own is seen in training, where the trainer has it too.
+        """
+        if self._is_proven or not rows:
+            return
+        self._is_proven = True  # scoring asks
+        prompts = proof.few(rows, self._max_length - proof.NEW_TOKENS)
+        counts = [proof.NEW_TOKENS] * len(prompts)
+
+        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
+            return [scores.sampled for scores in self.score(rows, starts)]
+
+        try:
+            # In training it reports what tokens are drawn from, which is this only where sampling is plain.
+            how = Sampling() if self._in_training else Sampling(0.0)
+            drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
+            tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
+            proof.check_decoding(f"{self._name} in vLLM", prompts, tokens, logprobs, scored, self._tolerance)
+        except BaseException:
+            self._is_proven = False
+            raise
 
     def _reload(self, **weights: Any) -> None:
         self._call(self._llm.collective_rpc, "reload_weights", kwargs=weights)

@@ -37,6 +37,7 @@ from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.inputs import read_inputs
 from tropd.pipeline.training.optimizer import make_optimizer
+from tropd.pipeline.training.proof import prove_pass
 from tropd.pipeline.training.rolling import rollout_engine
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
 from tropd.pipeline.training.student import StudentPass, shard, trainable_student, whole_student
@@ -178,6 +179,8 @@ def open_session(
             "in one line apart",
             hint='set train.attention = "auto"',
         )
+    if world.size == 1:  # sharded, its parts are in main memory here
+        prove_pass(passes, inputs.encoded, precision)
     if student.compiles:
         compile_layers(student.model)
     shard(passes, world, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tropd.pipeline.config import VllmConfig
+from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.vllm import VllmEngine, _Answer, _checked, _scores
 from tropd.storage.errors import ConfigError, TropdError
 
@@ -68,3 +70,45 @@ def test_a_build_for_gpus_without_one_is_explained(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="built for GPUs, and PyTorch sees none"):
         make(tmp_path)
+
+
+def scripted(decoded: float, scored: float) -> VllmEngine:
+    """An engine around an LLM that always writes token 5, and gives it these log-probs."""
+
+    def generate(inputs: list[Any], parameters: list[Any], **_: Any) -> list[Any]:
+        outputs = []
+        for given, asked in zip(inputs, parameters, strict=True):
+            new = [5] * asked.max_tokens
+            prompt = flat(*[[(t, scored)] for t in given["prompt_token_ids"][1:]])
+            logprobs = SimpleNamespace(logprobs=[decoded] * len(new), start_indices=list(range(len(new))))
+            answer = SimpleNamespace(token_ids=new, logprobs=logprobs, finish_reason="length")
+            outputs.append(SimpleNamespace(outputs=[answer], prompt_logprobs=prompt))
+        return outputs
+
+    engine = object.__new__(VllmEngine)
+    engine.__dict__ |= {
+        "_vllm": SimpleNamespace(SamplingParams=SimpleNamespace),
+        "_llm": SimpleNamespace(generate=generate),
+        "_thread": ThreadPoolExecutor(1),
+        "_stop_ids": [1],
+        "_vocab_size": 24,
+        "_max_length": 64,
+        "_name": "Tiny",
+        "_tolerance": 1e-3,
+        "_is_proven": False,
+        "_in_training": False,
+    }
+    return engine
+
+
+def test_vllm_refuses_a_model_whose_decoding_and_scoring_differ() -> None:
+    sound, broken = scripted(-1.0, -1.0), scripted(-1.0, -3.5)
+    (answer,) = sound.generate([[3, 4]], Sampling(), seeds=[0], max_tokens=[4])
+    assert answer.tokens == [5] * 4
+    for _ in range(2):  # and again, should anyone go on
+        with pytest.raises(
+            ConfigError, match=r"Tiny in vLLM: log-probs of sampled tokens differ .* 2.5 nats"
+        ):
+            broken.generate([[3, 4]], Sampling(), seeds=[0], max_tokens=[4])
+        with pytest.raises(ConfigError, match="Tiny in vLLM"):
+            broken.score([[3, 4, 5]], [1])

@@ -12,6 +12,16 @@ import torch
 
 pytest.importorskip("peft", reason="the extra 'lora' is not installed")
 
+from tiny_runs import TINY
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
 from tropd.pipeline.config import LoraSettings
 from tropd.pipeline.engines.base import Sampling
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -96,6 +106,73 @@ def test_a_checkpoint_holds_adapters_and_resumes_bit_for_bit(tiny_model: Any, tm
     train(resumed, resumed_optimizer, 2)
     for (name, one), (_, other) in zip(resumed.named_parameters(), straight.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (Qwen3MoeForCausalLM, Qwen3MoeConfig(**TINY, **EXPERTS, num_experts=4, head_dim=8)),
+        (MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)),
+    ],
+    ids=["qwen3_moe", "mixtral"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_experts_are_merged_too(model_class: Any, config: Any, dtype: torch.dtype) -> None:
+    """Experts are one tensor, which peft adapts in layers around layers."""
+    torch.manual_seed(0)
+    plain = model_class(config).to(dtype).eval()
+    model = adapted(plain)
+    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)  # trying left nothing behind
+    assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+    train(model, optimizer_of(model), 5)
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(merged_state(model))
+    expected, tolerance = model(input_ids=IDS).logits, 1e-4 if dtype == torch.float32 else 0.2
+    assert torch.allclose(merged(input_ids=IDS).logits, expected, atol=tolerance)
+    assert not torch.allclose(plain(input_ids=IDS).logits, expected, atol=2 * tolerance)
+
+
+def test_what_peft_cannot_adapt_is_refused() -> None:
+    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    with pytest.raises(ConfigError, match="not possible with MambaForCausalLM: peft cannot adapt it"):
+        adapted(MambaForCausalLM(MambaConfig(**sizes, state_size=8)))
+
+
+def test_adapters_that_do_nothing_or_are_merged_otherwise_are_refused(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    with monkeypatch.context() as patch:
+        delta = Linear.get_delta_weight
+        patch.setattr(Linear, "get_delta_weight", lambda self, name: 1.5 * delta(self, name))
+        with pytest.raises(ConfigError, match="merged, they change its logits otherwise"):
+            adapted(tiny_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "forward", lambda self, x, *_, **__: self.base_layer(x))
+        with pytest.raises(ConfigError, match="its forward pass does not use them"):
+            adapted(tiny_model)
+
+
+def test_layers_that_share_a_weight_are_refused(tiny_model: Any) -> None:
+    shared = copy.deepcopy(tiny_model)
+    one, other = (layer.mlp for layer in shared.model.layers)
+    one.up_proj.weight = other.up_proj.weight
+    with pytest.raises(ConfigError, match="share their weights"):
+        adapted(shared)
+
+
+def test_a_layer_that_is_used_twice_is_merged_under_both_names(tiny_model: Any) -> None:
+    twice = copy.deepcopy(tiny_model)
+    twice.model.layers[1].mlp = twice.model.layers[0].mlp
+    model = adapted(twice)
+    train(model, optimizer_of(model), 5)
+    merged = copy.deepcopy(twice)
+    merged.load_state_dict(merged_state(model))
+    assert torch.allclose(merged(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-4)
 
 
 def test_a_missing_peft_is_asked_for(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
