@@ -39,7 +39,8 @@ from tropd.storage.workspace import Workspace
 STAGES = ("data", "models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
 CACHE_STAGES = ("prefixes", "scores", "rollouts", "rollout-scores")
 # Folders that ``tropd prepare`` fills, or the user.
-BROUGHT = ("data", "models")
+PROBLEMS = "data"
+BROUGHT = (PROBLEMS, "models")
 # Scores and the trajectories that they are of.
 SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
 TRAIN, METRICS, SAMPLES = "train", "metrics.jsonl", "samples.jsonl"
@@ -122,7 +123,10 @@ def _verify_stage(
                 continue
             problems = [error.message.replace(f"{folder / shard.name} ", "")]
         for problem in problems:
-            yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
+            if stage == PROBLEMS:  # which people edit; what was made of them knows them by their content
+                yield Finding("note", stage, f"{stage}/{shard.name}", f"{problem}: edited or damaged")
+            else:
+                yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
     if stage == TRAIN:
         for name, steps in (
             (METRICS, range(trained_steps(manifest))),

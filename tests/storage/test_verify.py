@@ -314,3 +314,17 @@ def test_checkpoint_retired_during_the_check_is_no_finding(
 
     monkeypatch.setattr(verify, "check_shard", retiring)
     assert verify_workspace(workspace) == []
+
+
+def test_problems_that_were_edited_are_noted_and_left_to_their_owner(workspace: Workspace) -> None:
+    folder = workspace.stage("data")
+    with open_stage(folder, "data", Fingerprint({})) as stage:
+        write_text_atomic(folder / "train.jsonl", "{}\n")
+        stage.commit("train.jsonl", 1)
+        stage.finish()
+    write_text_atomic(folder / "train.jsonl", "{}\n{}\n")
+    finding = only(verify_workspace(workspace))
+    assert (finding.severity, finding.path) == ("note", "data/train.jsonl")
+    assert "edited or damaged" in finding.problem
+    assert repair(workspace, [finding]) == []
+    assert (folder / "train.jsonl").read_text() == "{}\n{}\n"
