@@ -135,6 +135,25 @@ def test_samples_depend_on_their_seed_and_report_raw_logprobs(
         assert 1 not in generation.tokens[:-1]
 
 
+def test_sequences_of_full_length(engine: VllmEngine) -> None:
+    longest = engine.max_length
+    assert longest == LONGEST - 1
+    (full,) = engine.generate([[3] * longest], Sampling(), seeds=[0], max_tokens=[5])
+    assert (full.tokens, full.finish_reason) == ([], "length")
+    (nearly,) = engine.generate([[3] * (longest - 2)], Sampling(0.0), seeds=[0], max_tokens=[5])
+    assert 1 <= len(nearly.tokens) <= 2
+    with pytest.raises(ValueError, match=f"{LONGEST} tokens, the engine takes {longest}"):
+        engine.score([[3] * LONGEST], [1])
+    with pytest.raises(ValueError, match="outside 0"):
+        engine.score([[3, V]], [1])
+
+
+def test_entropy_is_refused(engine: VllmEngine) -> None:
+    with pytest.raises(ConfigError, match="entropy"):
+        engine.score([[3, 4]], [1], entropy=True)
+
+
+# Tests with an engine of their own come last: where one ends, the module's cannot go on.
 def test_rows_that_are_no_tokens_play_no_part(model: Any, tmp_path: Path, sequences: list[list[int]]) -> None:
     padded = copy.deepcopy(model)
     padded.resize_token_embeddings(V + 40, mean_resizing=False)
@@ -175,24 +194,6 @@ def test_a_student_reports_what_its_tokens_were_drawn_from(
         nucleus = torch.zeros_like(logits).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
         expected = nucleus.gather(-1, torch.tensor(found.tokens).unsqueeze(-1)).squeeze(-1).log()
         np.testing.assert_allclose(found.drawn_logprobs, expected, atol=TOLERANCE)
-
-
-def test_sequences_of_full_length(engine: VllmEngine) -> None:
-    longest = engine.max_length
-    assert longest == LONGEST - 1
-    (full,) = engine.generate([[3] * longest], Sampling(), seeds=[0], max_tokens=[5])
-    assert (full.tokens, full.finish_reason) == ([], "length")
-    (nearly,) = engine.generate([[3] * (longest - 2)], Sampling(0.0), seeds=[0], max_tokens=[5])
-    assert 1 <= len(nearly.tokens) <= 2
-    with pytest.raises(ValueError, match=f"{LONGEST} tokens, the engine takes {longest}"):
-        engine.score([[3] * LONGEST], [1])
-    with pytest.raises(ValueError, match="outside 0"):
-        engine.score([[3, V]], [1])
-
-
-def test_entropy_is_refused(engine: VllmEngine) -> None:
-    with pytest.raises(ConfigError, match="entropy"):
-        engine.score([[3, 4]], [1], entropy=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])
