@@ -22,7 +22,8 @@ from tropd.pipeline.model_files import CONFIG, COPY_AGAIN, GENERATION_CONFIG, ch
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.whole_models import check_headers, check_report
 from tropd.storage.atomic import content_digest
-from tropd.storage.errors import ConfigError, DataError
+from tropd.storage.errors import ConfigError, DamagedShardError, DataError
+from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.manifest import check_shard, read_manifest
 from tropd.storage.workspace import Workspace
 
@@ -94,8 +95,15 @@ def _check_made(folder: Path) -> None:
         DamagedShardError: it is not what the manifest beside it says, or that is not readable.
     """
     manifest = read_manifest(folder.parent)
-    if manifest is not None and folder.name in manifest.shards:
+    if manifest is None or folder.name not in manifest.shards:
+        return
+    try:
         check_shard(folder.parent, manifest.shards[folder.name])
+    except DamagedShardError as error:
+        raise DamagedShardError(
+            error.message,
+            hint=f"{error.hint}; if it is another model on purpose, remove {folder.parent / MANIFEST}",
+        ) from error
 
 
 def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:

@@ -187,6 +187,7 @@ def test_truncated_inputs_are_named(
     tropd: Any, finished: Path, copy: Any, path: str, size: int, words: str
 ) -> None:
     workspace = copy(finished, "prefixes", "scores", "train", "eval")
+    (workspace / "models" / "manifest.json").unlink()  # models of the user's own
     with (workspace / path).open("r+b") as stream:
         stream.truncate(size)
     result = tropd("generate-prefixes", "-w", workspace)
@@ -220,6 +221,10 @@ def test_another_teacher_behind_the_address_is_refused(
     workspace = copy(prepared)
     shutil.rmtree(workspace / "models" / "teacher")
     shutil.copytree(workspace / "models" / "student", workspace / "models" / "teacher")
+    result = tropd("train", "-w", workspace, *with_url(teacher_url))
+    assert result.code == 1, result.output
+    assert "if it is another model on purpose, remove" in " ".join(result.output.split())
+    (workspace / "models" / "manifest.json").unlink()  # models of the user's own
     result = tropd("train", "-w", workspace, *with_url(teacher_url))
     assert result.code == 2, result.output
     assert "has another teacher than" in result.output

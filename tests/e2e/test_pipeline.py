@@ -320,6 +320,7 @@ def test_bad_input_is_refused_before_any_work(tropd: Any, finished: Path, copy: 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tropd: Any, finished: Path, copy: Any) -> None:
     workspace = copy(finished, "prefixes", "scores", "train", "eval")
+    (workspace / "models" / "manifest.json").unlink()  # models of the user's own
     path = workspace / "models" / "teacher" / "tokenizer.json"
     path.write_text(path.read_text().replace('"+": 12', '"@": 12'))
     result = tropd("generate-prefixes", "-w", workspace)
@@ -346,6 +347,7 @@ def test_offline_training_needs_no_teacher_and_refuses_anothers_scores(
     result = tropd.ok("train", "-w", workspace, *offline, "--json")
     assert as_json(result.output)["teacher_tokens_scored"] == 0
     shutil.rmtree(workspace / "train")
+    (workspace / "models" / "manifest.json").unlink()  # models of the user's own
     os.rename(workspace / "models" / "teacher", workspace / "models" / "other")
     shutil.copytree(workspace / "models" / "student", workspace / "models" / "teacher")
     refused = tropd("train", "-w", workspace, *offline)

@@ -87,6 +87,7 @@ def test_a_vllm_server_teaches_the_same(tropd: Any, prepared: Path, finished: Pa
 
 def test_a_teacher_that_is_too_short_is_refused(tropd: Any, prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
+    (workspace / "models" / "manifest.json").unlink()  # models of the user's own
     path = workspace / "models" / "teacher" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"max_position_embeddings": 30}))
