@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -111,6 +113,26 @@ def test_sigterm_while_training_saves_a_checkpoint(
     (checkpoint,) = (workspace / "train" / "checkpoints").iterdir()
     steps = int(checkpoint.name.removeprefix("step-"))
     assert [r["step"] for r in metrics(workspace)] == list(range(steps))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_hint_of_a_stopped_run_does_what_it_says_as_it_stands(
+    tropd: Any, prepared: Path, finished: Path, copy: Any, teacher_url: str, force: bool
+) -> None:
+    workspace = copy(prepared)
+    if force:
+        shutil.copytree(finished / "train", workspace / "train")
+    options = [*arguments("train", workspace, teacher_url), "--set", "train.keep_checkpoints=3"]
+    stopped = tropd(*options, *(["--force"] if force else []), stop_at=2)
+    assert stopped.code == 130, stopped.output
+    found = re.search(r"→ tropd (.*) goes on from there", stopped.output)
+    assert found is not None, stopped.output
+    words = shlex.split(found[1])
+    assert "--force" not in words
+    assert words.count("--set") == 2
+    assert "resuming after step 3 of 8" in tropd.ok(*words).output
+    assert state(workspace, "train") == state(finished, "train")
+    assert (workspace / "train.old-1").exists() == force
 
 
 def test_the_local_teacher_ends_with_a_killed_trainer(tropd: Any, prepared: Path, copy: Any) -> None:
