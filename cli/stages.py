@@ -53,7 +53,7 @@ def init(
     recipe: Annotated[str, typer.Option(help="Packaged recipe to start from.")] = "demo",
 ) -> None:
     """Make a workspace with a config.toml from a packaged recipe."""
-    from tropd.pipeline.configuration import parse_config, recipe_text, with_template_date
+    from tropd.pipeline.configuration import dated_recipe, parse_config, recipe_text
     from tropd.storage.atomic import write_text_atomic
     from tropd.storage.errors import ConfigError
     from tropd.storage.workspace import Workspace
@@ -63,7 +63,7 @@ def init(
     made = Workspace.create(workspace)
     if made.config_path.exists():
         raise ConfigError(f"{made.config_path} exists already", hint="edit it, or choose another directory")
-    write_text_atomic(made.config_path, with_template_date(text, datetime.date.today()))
+    write_text_atomic(made.config_path, dated_recipe(text, datetime.date.today()))
     say(f"made {made.config_path} from recipe {recipe!r}")
 
 

@@ -21,10 +21,14 @@ from pathlib import Path
 
 from tropd.pipeline.config import Config
 from tropd.pipeline.configuration import dump_config, load_config, load_objective, parse_config
-from tropd.pipeline.context import Run, finished, with_template_date
+from tropd.pipeline.context import (
+    Run,
+    finished,
+)
 from tropd.pipeline.evaluation.evaluate import Who, evaluate
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.prefixes import generate_rollouts
+from tropd.pipeline.problems.selection import with_template_date
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.scoring import score_teacher
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command

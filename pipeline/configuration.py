@@ -68,7 +68,7 @@ def recipe_text(name: str, kind: str = "runs") -> str:
     return (resources.files("tropd.pipeline.recipes") / kind / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def with_template_date(text: str, date: datetime.date) -> str:
+def dated_recipe(text: str, date: datetime.date) -> str:
     """A recipe's text that also says which date chat templates tell, where it uses them."""
     document = tomlkit.parse(text)
     data = document.get("data", {})

@@ -15,18 +15,17 @@ from typing import Any, Literal
 from tropd.pipeline.context import (
     Run,
     check_pair,
-    data_fields,
     engine_fields,
     model_fields,
     role_room,
     role_tokenizer,
-    training_prompts,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import RULES, check_expected, grade
 from tropd.pipeline.identity import fingerprint_of, stop_fields, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import data_fields, training_prompts
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import (

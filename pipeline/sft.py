@@ -11,7 +11,11 @@ from dataclasses import replace
 
 from tropd.pipeline.compare import link_shared
 from tropd.pipeline.configuration import dump_config, load_objective, parse_config
-from tropd.pipeline.context import Run, finished, with_template_date
+from tropd.pipeline.context import (
+    Run,
+    finished,
+)
+from tropd.pipeline.problems.selection import with_template_date
 from tropd.pipeline.training.loop import train
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.manifest import Manifest

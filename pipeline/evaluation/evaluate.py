@@ -20,9 +20,7 @@ import pyarrow.parquet as pq
 from tropd.pipeline.config import EvaluationConfig
 from tropd.pipeline.context import (
     Run,
-    data_fields,
     engine_fields,
-    evaluation_problems,
     finished,
     model_fields,
     open_engine,
@@ -44,6 +42,7 @@ from tropd.pipeline.identity import (
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import model_directory
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import data_fields, evaluation_problems
 from tropd.pipeline.prompts import Prompt
 from tropd.storage.atomic import atomic_file
 from tropd.storage.fingerprint import Fingerprint, Scalar

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from tropd.pipeline.context import (
     Run,
-    evaluation_problems,
     finished,
     role_room,
     role_tokenizer,
-    training_prompts,
 )
 from tropd.pipeline.objectives.spec import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import evaluation_problems, training_prompts
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES, check_token_ids
 from tropd.pipeline.teacher.connection import teacher_fields

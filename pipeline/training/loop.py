@@ -14,7 +14,6 @@ from tropd.pipeline.config import TrainConfig, to_plain
 from tropd.pipeline.context import (
     Run,
     check_pair,
-    data_fields,
     engine_fields,
     finished,
     model_fields,
@@ -26,6 +25,7 @@ from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import data_fields
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.teachers import teachers_in_use, with_only

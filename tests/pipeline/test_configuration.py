@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tropd.pipeline.config import Config, to_plain
 from tropd.pipeline.config_problems import unusual
 from tropd.pipeline.configuration import (
+    dated_recipe,
     dump_config,
     explain,
     load_config,
@@ -24,7 +25,6 @@ from tropd.pipeline.configuration import (
     parse_config,
     recipe_names,
     recipe_text,
-    with_template_date,
 )
 from tropd.storage.errors import ConfigError
 
@@ -312,9 +312,9 @@ def test_one_teacher_service_or_several() -> None:
 
 def test_a_recipe_with_a_chat_template_gets_the_date_that_templates_tell() -> None:
     day = datetime.date(2025, 3, 7)
-    text = with_template_date(recipe_text("qwen3-sft-1.7b"), day)
+    text = dated_recipe(recipe_text("qwen3-sft-1.7b"), day)
     config = parse_config(text).config
     assert config.data.template_date == day
     assert parse_config(dump_config(config)).config == config
-    assert with_template_date(text, datetime.date(2026, 1, 1)) == text
-    assert with_template_date(recipe_text("demo"), day) == recipe_text("demo")
+    assert dated_recipe(text, datetime.date(2026, 1, 1)) == text
+    assert dated_recipe(recipe_text("demo"), day) == recipe_text("demo")

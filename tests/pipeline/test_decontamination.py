@@ -12,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import make_models, make_run
 
-from tropd.pipeline.context import Run, data_fields, role_tokenizer, training_prompts
+from tropd.pipeline.context import (
+    Run,
+    role_tokenizer,
+)
 from tropd.pipeline.decontamination import overlaps, stretches
+from tropd.pipeline.problems.selection import data_fields, training_prompts
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.prompts import Prompt
 

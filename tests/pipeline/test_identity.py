@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from tiny_runs import make_models, make_run
 
-from tropd.pipeline.context import Run, with_template_date
+from tropd.pipeline.context import (
+    Run,
+)
 from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.prefixes import generate_prefixes
 from tropd.pipeline.problems import encoding
+from tropd.pipeline.problems.selection import with_template_date
 from tropd.pipeline.progress import SILENT
 from tropd.storage.errors import FingerprintMismatchError
 from tropd.storage.fingerprint import Fingerprint
