@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -34,13 +33,13 @@ from tropd.pipeline.engines.base import (
     TopkWhere,
     everywhere,
 )
+from tropd.pipeline.engines.vllm_answers import Answer, answer_scores, checked_logprobs
 from tropd.pipeline.models import DTYPES
-from tropd.storage.errors import ConfigError, TropdError
+from tropd.storage.errors import ConfigError
 from tropd.storage.trajectories import FinishReason
 
 # Alternatives beyond k that are asked for where fewer ids are wanted than the engine has, since others may be among them.
 SPARE = 8
-LOGPROB_SLACK = 1e-3
 # In this process, where weights can be given to it; and standard output is ours.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 # On a CPU: a small cache, no pinning of threads (other processes run beside), no compilation, which takes longer than
@@ -180,7 +179,7 @@ class VllmEngine:
             # Each position lists the sampled token first.
             logprobs = np.asarray(answer.logprobs.logprobs, dtype=np.float32)[answer.logprobs.start_indices]
             reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-            results[i] = Generation(list(answer.token_ids), _checked(logprobs).tolist(), reason)
+            results[i] = Generation(list(answer.token_ids), checked_logprobs(logprobs).tolist(), reason)
         return self._with_drawn(prompts, results) if self._in_training and not sampling.plain else results
 
     def _with_drawn(
@@ -226,7 +225,7 @@ class VllmEngine:
         if k and topk_where is everywhere:
             answers = self._prompt_logprobs(sequences, self._width(k, limit))
             return [
-                _scores(answer, start, np.arange(len(s) - start), k, limit)
+                answer_scores(answer, start, np.arange(len(s) - start), k, limit)
                 for answer, s, start in zip(answers, sequences, starts, strict=True)
             ]
         own = [
@@ -239,7 +238,7 @@ class VllmEngine:
         cut = [sequences[i][: starts[i] + int(chosen[i][-1]) + 1] for i in asked]
         alternatives = dict(zip(asked, self._prompt_logprobs(cut, self._width(k, limit)), strict=True))
         return [
-            _scores(alternatives[i], starts[i], chosen[i], k, limit, own[i])
+            answer_scores(alternatives[i], starts[i], chosen[i], k, limit, own[i])
             if i in alternatives
             else SequenceScores(
                 own[i], None, nowhere, np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
@@ -289,13 +288,13 @@ class VllmEngine:
     def _width(self, k: int, limit: int) -> int:
         return min(k + SPARE, self._vocab_size) if limit < self._vocab_size else k
 
-    def _prompt_logprobs(self, sequences: Sequence[Sequence[int]], width: int) -> list[_Answer]:
+    def _prompt_logprobs(self, sequences: Sequence[Sequence[int]], width: int) -> list[Answer]:
         """Own log-prob and ``width`` alternatives of every token but the first of each sequence."""
         parameters = self._vllm.SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=width, detokenize=False, flat_logprobs=True
         )
         return [
-            _Answer(output.prompt_logprobs, width)
+            Answer(output.prompt_logprobs, width)
             for output in self._run(sequences, [parameters] * len(sequences))
         ]
 
@@ -335,54 +334,6 @@ def keep_rows(number: int, model: torch.nn.Module) -> bool:
     for layer in layers:
         layer.org_vocab_size = min(layer.org_vocab_size, number)
     return bool(layers)
-
-
-class _Answer:
-    """The flat log-probs of a prompt: per token its own, then ``width`` alternatives, likeliest first."""
-
-    def __init__(self, flat: Any, width: int) -> None:
-        # The first token has none.
-        shape = (len(flat.start_indices) - 1, width + 1)
-        self._logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)
-        self.ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(shape)[:, 1:]
-        self.topk = self._logprobs[:, 1:]
-        self.sampled: npt.NDArray[np.float32] = np.concatenate([[0.0], self._logprobs[:, 0]]).astype(
-            np.float32
-        )
-        """``[T]``; that of the first token has no meaning."""
-
-
-def _scores(
-    answer: _Answer,
-    start: int,
-    positions: npt.NDArray[np.int64],
-    k: int,
-    limit: int,
-    own: npt.NDArray[np.float32] | None = None,
-) -> SequenceScores:
-    """Alternatives below ``limit`` at the given positions, counted from ``start``."""
-    rows = positions + start - 1
-    ids, logprobs = answer.ids[rows], answer.topk[rows]
-    order = np.argsort(ids >= limit, axis=1, kind="stable")[:, :k]  # tokens first, in their order
-    ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-    if (ids >= limit).any():
-        raise TropdError(
-            f"fewer than {k} of the teacher's likeliest {answer.ids.shape[1]} ids are tokens",
-            hint="its output layer prefers rows that are no tokens; is this the right model?",
-        )
-    sampled = answer.sampled[start:] if own is None else own
-    return SequenceScores(_checked(sampled), None, positions, ids, _checked(logprobs))
-
-
-def _checked(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """vLLM has been seen to return garbage for cached positions: what is no log-prob never goes on."""
-    if not (logprobs <= LOGPROB_SLACK).all():
-        raise TropdError(
-            f"vLLM returned {float(np.nanmax(logprobs)):.3g} as a log-prob",
-            hint="of a student in training: its weights are out of bounds, and a lower train.learning_rate helps; "
-            "else another version of vLLM may. Nothing was written for this batch",
-        )
-    return np.minimum(logprobs, np.float32(0.0))
 
 
 def _import_vllm() -> Any:

@@ -14,7 +14,8 @@ import torch
 
 from tropd.pipeline.config import VllmConfig
 from tropd.pipeline.engines.base import Sampling
-from tropd.pipeline.engines.vllm import VllmEngine, _Answer, _checked, _scores
+from tropd.pipeline.engines.vllm import VllmEngine
+from tropd.pipeline.engines.vllm_answers import Answer, answer_scores, checked_logprobs
 from tropd.storage.errors import ConfigError, TropdError
 
 
@@ -29,27 +30,29 @@ def flat(*positions: list[tuple[int, float]]) -> Any:
 
 
 def test_own_logprob_first_then_the_alternatives() -> None:
-    answer = _Answer(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
-    scores = _scores(answer, 1, np.arange(2), 2, 24)
+    answer = Answer(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
+    scores = answer_scores(answer, 1, np.arange(2), 2, 24)
     np.testing.assert_allclose(scores.sampled, [-2.0, -0.1])
     assert scores.topk_ids.tolist() == [[3, 7], [5, 4]]
     np.testing.assert_allclose(scores.topk_logprobs, [[-0.5, -2.0], [-0.1, -3.0]])
-    later = _scores(answer, 2, np.array([0]), 1, 24)
+    later = answer_scores(answer, 2, np.array([0]), 1, 24)
     assert (later.sampled.tolist(), later.topk_ids.tolist()) == ([pytest.approx(-0.1)], [[5]])
 
 
 def test_ids_that_are_no_tokens_give_way_to_the_next() -> None:
-    answer = _Answer(flat([(7, -2.0), (30, -0.2), (3, -1.7), (7, -2.0)]), 3)
-    assert _scores(answer, 1, np.arange(1), 2, 24).topk_ids.tolist() == [[3, 7]]
+    answer = Answer(flat([(7, -2.0), (30, -0.2), (3, -1.7), (7, -2.0)]), 3)
+    assert answer_scores(answer, 1, np.arange(1), 2, 24).topk_ids.tolist() == [[3, 7]]
     with pytest.raises(TropdError, match="fewer than 3"):
-        _scores(answer, 1, np.arange(1), 3, 24)
+        answer_scores(answer, 1, np.arange(1), 3, 24)
 
 
 def test_what_is_no_logprob_does_not_go_on() -> None:
-    np.testing.assert_array_equal(_checked(np.array([5e-4, -1.0], np.float32)), np.float32([0.0, -1.0]))
+    np.testing.assert_array_equal(
+        checked_logprobs(np.array([5e-4, -1.0], np.float32)), np.float32([0.0, -1.0])
+    )
     for value in (0.146, np.nan):
         with pytest.raises(TropdError, match="as a log-prob"):
-            _checked(np.array([-1.0, value], dtype=np.float32))
+            checked_logprobs(np.array([-1.0, value], dtype=np.float32))
 
 
 def make(folder: Path) -> VllmEngine:
