@@ -13,7 +13,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps models docs lint types format clean
+.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps models docs lint types format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,7 +31,10 @@ demo: $(STAMP)  ## The whole pipeline on two tiny models; leaves runs/demo/repor
 demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-policy distillation collapses
 	$(BIN)/tropd demo --workspace runs/demo-mismatch --recipe demo-mismatch
 
-test: $(STAMP)  ## All tests but the slowest eight (minutes on two cores)
+demo-llm: $(STAMP)  ## The same with a real language model of 135M parameters (a download of 91 MB); leaves runs/llm
+	$(BIN)/tropd demo --workspace runs/llm --recipe demo-llm
+
+test: $(STAMP)  ## All tests but the slowest nine (minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slowest"
 
 # The libraries that only some tests need. A program from Debian's packages: where there are none, bring a Chromium.

@@ -14,6 +14,7 @@ from typing import NoReturn
 # before PyTorch is loaded; a user's own setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
 
 import typer
 

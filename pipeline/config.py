@@ -491,10 +491,13 @@ class EvaluationConfig(Spec):
 
 
 class DemoConfig(Spec):
-    """The embedded task and its two tiny models; only `tropd prepare` reads this."""
+    """The embedded tasks and their models; only `tropd prepare` reads this."""
 
     enabled: bool = False
     """Whether `tropd prepare` makes the models and problems of this run."""
+    models: Literal["tiny", "smollm2"] = "tiny"
+    """`tiny`: two tiny models, trained on the spot, and arithmetic; `smollm2`: SmolLM2-135M-Instruct from the package
+    registry, a student cut out of it, and short questions. Of what is below, it takes the numbers of problems only."""
     train_problems: int = Field(default=2000, ge=1, le=MOST)
     """Training problems written to data.prompts."""
     eval_problems: int = Field(default=500, ge=1, le=MOST)

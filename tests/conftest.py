@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 
-# What no installation can mend: problem files that may not be copied, and what the machine does not permit.
-NOT_OURS_TO_MEND = ("beside the project", "not permitted here", "hands out huge pages")
+# What no installation can mend: problem files that may not be copied, what the machine does not permit, no network.
+NOT_OURS_TO_MEND = (
+    "beside the project",
+    "not permitted here",
+    "hands out huge pages",
+    "the package registry cannot be reached",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

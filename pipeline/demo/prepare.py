@@ -12,8 +12,11 @@ import torch
 
 from tropd.pipeline.config import Config, DemoConfig
 from tropd.pipeline.context import Run, section_fields
+from tropd.pipeline.demo import smollm2
+from tropd.pipeline.demo.questions import VERSION as QUESTIONS_VERSION
+from tropd.pipeline.demo.questions import draw_questions
 from tropd.pipeline.demo.second_process import SecondProcess
-from tropd.pipeline.demo.task import Problem, answer, draw_set
+from tropd.pipeline.demo.task import answer, draw_set
 from tropd.pipeline.demo.tiny_models import train_student, train_teacher
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.storage.atomic import atomic_directory, write_text_atomic
@@ -30,9 +33,10 @@ TASK_VERSION = 1
 PATHS = {"teacher.model": "models/teacher", "student.model": "models/student"}
 DATA_PATHS = {"data.prompts": "data/train.jsonl", "data.evaluation": "data/eval.jsonl"}
 
-# Fields that decide the problems, but not the models.
+# Fields that do not decide the tiny models: most of them decide the problems.
 DATA_ONLY = {
     "enabled",
+    "models",
     "train_problems",
     "eval_problems",
     "train_max_operations",
@@ -52,22 +56,32 @@ def prepare(run: Run, *, force: bool = False) -> Manifest:
     config = run.config
     _check(config)
     _write_problems(run, force)
-    fields = section_fields("demo", config.demo, without=DATA_ONLY)
-    fingerprint = Fingerprint({**fields, "run.seed": config.run.seed, "demo.version": TASK_VERSION})
     folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint, force=force, timings=run.timings) as stage:
+    with open_stage(folder, STAGE, Fingerprint(_fields(run)), force=force, timings=run.timings) as stage:
         if stage.complete:
             run.reporter.info("prepare: done before, nothing to do")
             return stage.manifest
-        _train_missing(run, stage)
+        if config.demo.models == "smollm2":
+            smollm2.make_models(stage, run.reporter)
+        else:
+            _train_missing(run, stage)
         stage.finish()
         return stage.manifest
+
+
+def _fields(run: Run) -> dict[str, Scalar]:
+    """What decides the models."""
+    demo = run.config.demo
+    if demo.models == "smollm2":
+        return smollm2.fields()
+    fields = section_fields("demo", demo, without=DATA_ONLY)
+    return {**fields, "run.seed": run.config.run.seed, "demo.version": TASK_VERSION}
 
 
 def _check(config: Config) -> None:
     if not config.demo.enabled:
         raise ConfigError(
-            "tropd prepare makes the tiny models of the demo recipes, and demo.enabled is false",
+            "tropd prepare makes the models of the demo recipes, and demo.enabled is false",
             hint="for your own models set teacher.model and student.model, and go on with generate-prefixes",
         )
     given = {
@@ -85,36 +99,55 @@ def _check(config: Config) -> None:
 
 def _write_problems(run: Run, force: bool) -> None:
     demo = run.config.demo
-    ranges = {
+    counts = {"train": demo.train_problems, "eval": demo.eval_problems}
+    fields: dict[str, Scalar] = {
+        "run.seed": run.config.run.seed,
+        "demo.train_problems": demo.train_problems,
+        "demo.eval_problems": demo.eval_problems,
+    }
+    if demo.models == "smollm2":
+        fields |= {"demo.models": demo.models, "demo.version": QUESTIONS_VERSION}
+    else:
+        ranges = _operations(demo)
+        fields |= {"demo.version": TASK_VERSION}
+        fields |= {f"demo.{name}_operations": "{} to {}".format(*ranges[name]) for name in counts}
+    folder = run.workspace.stage(DATA_STAGE)
+    with open_stage(folder, DATA_STAGE, Fingerprint(fields), force=force, timings=run.timings) as stage:
+        for name, count in counts.items():
+            file = f"{name}.jsonl"
+            if not stage.has(file):
+                problems = _draw(run, name, count)
+                lines = [_line(name, number, *problem) for number, problem in enumerate(problems)]
+                write_text_atomic(folder / file, "".join(lines))
+                stage.commit(file, rows=len(problems))
+        if not stage.complete:
+            stage.finish()
+
+
+def _operations(demo: DemoConfig) -> dict[str, tuple[int, int]]:
+    """Fewest and most operations of the arithmetic problems in each file."""
+    return {
         "train": (demo.min_operations, demo.train_max_operations or demo.max_operations),
         "eval": (
             demo.eval_min_operations or demo.min_operations,
             demo.eval_max_operations or demo.max_operations,
         ),
     }
-    fields: dict[str, Scalar] = {
-        "run.seed": run.config.run.seed,
-        "demo.version": TASK_VERSION,
-        "demo.train_problems": demo.train_problems,
-        "demo.eval_problems": demo.eval_problems,
-        "demo.train_operations": "{} to {}".format(*ranges["train"]),
-        "demo.eval_operations": "{} to {}".format(*ranges["eval"]),
-    }
-    folder = run.workspace.stage(DATA_STAGE)
-    with open_stage(folder, DATA_STAGE, Fingerprint(fields), force=force, timings=run.timings) as stage:
-        for name, count in (("train", demo.train_problems), ("eval", demo.eval_problems)):
-            file = f"{name}.jsonl"
-            if not stage.has(file):
-                seed = derive_seed(run.config.run.seed, "demo", name)
-                problems = draw_set(seed, count, *ranges[name], held_out=name == "eval")
-                write_text_atomic(folder / file, "".join(_line(name, i, p) for i, p in enumerate(problems)))
-                stage.commit(file, rows=len(problems))
-        if not stage.complete:
-            stage.finish()
 
 
-def _line(name: str, number: int, problem: Problem) -> str:
-    record = {"id": f"{name}-{number:05d}", "prompt": problem.prompt, "answer": answer(problem)}
+def _draw(run: Run, name: str, count: int) -> list[tuple[str, str | None]]:
+    """The prompts and answers of a file."""
+    seed, held_out = derive_seed(run.config.run.seed, "demo", name), name == "eval"
+    if run.config.demo.models == "smollm2":
+        return [(q.text, q.answer) for q in draw_questions(seed, count, held_out=held_out)]
+    ranges = _operations(run.config.demo)
+    return [(p.prompt, answer(p)) for p in draw_set(seed, count, *ranges[name], held_out=held_out)]
+
+
+def _line(name: str, number: int, prompt: str, expected: str | None) -> str:
+    record = {"id": f"{name}-{number:05d}", "prompt": prompt}
+    if expected is not None:
+        record["answer"] = expected
     return json.dumps(record) + "\n"
 
 
