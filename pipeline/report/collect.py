@@ -15,10 +15,12 @@ from tropd.pipeline.configuration import ResolvedConfig, config_text, explain, p
 from tropd.pipeline.prompts import scan_prompts
 from tropd.pipeline.report.acceptance import summarize_samples
 from tropd.pipeline.report.evaluations import MODES, EvaluationFiles, pick_samples, summarize_evaluation
+from tropd.pipeline.report.headline import headline
 from tropd.pipeline.report.metrics import read_metrics, summarize_training
 from tropd.pipeline.report.provenance import describe_provenance
 from tropd.pipeline.report.runs import summarize_runs
 from tropd.pipeline.report.schema import Cache, Evaluation, Report, StageReport, Training
+from tropd.pipeline.report.verdicts import find_verdicts
 from tropd.pipeline.status import (
     EVALUATED,
     METRICS_FILE,
@@ -29,9 +31,17 @@ from tropd.pipeline.status import (
 from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
 from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
+from tropd.storage.fingerprint import flatten
 from tropd.storage.manifest import Manifest, read_manifest, trained_steps
 from tropd.storage.step_log import spans, steps_with_samples
 from tropd.storage.workspace import Workspace
+
+_DECIDES: Mapping[str, str | tuple[str, ...]] = {
+    "scores": "scores.",
+    "train": ("train.", "objective."),
+    "eval": "evaluation.",
+}
+"""Which sections' values are those of a stage's manifest."""
 
 
 def build_report(workspace: Workspace, others: Sequence[Workspace] = ()) -> Report:
@@ -61,8 +71,10 @@ def _build_report(workspace: Workspace) -> Report:
         stage_seconds=next((stage.seconds for stage in stages if stage.name == "train"), None),
     )
     files = EvaluationFiles(workspace.stage("eval"))
-    evaluation = summarize_evaluation(files)
-    samples = pick_samples(files, _prompt_texts(workspace, resolved))
+    prompts = _prompt_texts(workspace, resolved)
+    evaluation = summarize_evaluation(files, prompts)
+    samples = pick_samples(files, prompts)
+    cache = _cache(manifests)
     acceptance_map, sample_problems = _read_samples(workspace, training, manifests.get("train"))
 
     for stage in (stage for stage in stages if is_needed(stage, stages)):
@@ -71,10 +83,12 @@ def _build_report(workspace: Workspace) -> Report:
     missing += _missing_results(stages, training, trained, evaluation)
     return Report(
         workspace=workspace.root.name,
+        headline=headline(evaluation),
+        verdicts=find_verdicts(evaluation, training, cache, _settings(resolved, manifests)),
         stages={stage.name: _stage_report(stage, manifests.get(stage.name)) for stage in stages},
         evaluation=evaluation,
         training=training,
-        cache=_cache(manifests),
+        cache=cache,
         samples=samples,
         acceptance=summarize_samples(acceptance_map),
         acceptance_map=acceptance_map,
@@ -94,6 +108,15 @@ def _read_config(workspace: Workspace, missing: list[str]) -> ResolvedConfig | N
     except (TropdError, OSError, ValueError) as error:
         missing.append(f"config: {error}")
     return None
+
+
+def _settings(resolved: ResolvedConfig | None, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Values by dotted path: those of the configuration, or where a stage has run with others, these."""
+    settings: dict[str, Any] = flatten("", to_plain(resolved.config)) if resolved else {}
+    for name, sections in _DECIDES.items():
+        fields = manifests[name].fields if name in manifests else {}
+        settings |= {path: value for path, value in fields.items() if path.startswith(sections)}
+    return settings
 
 
 def _read_samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,11 @@ from tropd.pipeline.report.intervals import accuracy_interval, paired_interval
 from tropd.pipeline.report.schema import (
     Accuracy,
     Answer,
+    Answers,
     Comparison,
     Contender,
     Evaluation,
+    Example,
     Gain,
     Gains,
     Mode,
@@ -29,11 +31,12 @@ from tropd.storage.errors import TropdError
 from tropd.storage.manifest import check_shard, read_manifest
 
 MODES: tuple[Mode, ...] = ("sampled", "greedy")
-_COLUMNS = ["mode", "prompt_id", "correct", "num_tokens", "finish_reason"]
+_COLUMNS = ["mode", "prompt_id", "correct", "num_tokens", "finish_reason", "answer", "expected"]
 _NEEDED = {"mode", "prompt_id", "correct"}
 # Which kinds of problem are shown, and how many of each: also those that training made worse.
 _SHOWN = (((False, True), 3), ((True, False), 2), ((True, True), 1), ((False, False), 1))
 MAX_SHOWN_CHARACTERS = 4000
+_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 200
 
 
 @dataclass
@@ -43,6 +46,10 @@ class _Graded:
     correct: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    answers: Counter[str | None] = field(default_factory=Counter)
+    expected: Counter[str] = field(default_factory=Counter)
+    unanswered: list[str] = field(default_factory=list)
+    """Problems whose first response has no answer."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -91,11 +98,13 @@ class EvaluationFiles:
         return rows
 
 
-def summarize_evaluation(files: EvaluationFiles) -> Evaluation:
+def summarize_evaluation(files: EvaluationFiles, prompts: Mapping[str, str]) -> Evaluation:
     """Accuracy of every model in every mode that there are responses of."""
     graded = {who: _grade(files, who) for who in EVALUATED}
     contenders = {
-        who: Contender(**{mode: _accuracy(one) for mode, one in modes.items()})
+        who: Contender(
+            **{mode: _accuracy(one, _answers(files, who, mode, one, prompts)) for mode, one in modes.items()}
+        )
         for who, modes in graded.items()
         if modes
     }
@@ -120,17 +129,53 @@ def _grade(files: EvaluationFiles, who: str) -> dict[Mode, _Graded]:
             ungraded += 1
             continue
         one = modes.setdefault(row["mode"], _Graded())
-        one.correct[str(row["prompt_id"])].append(bool(row["correct"]))
+        problem = str(row["prompt_id"])
+        if row.get("answer") is None and problem not in one.correct:
+            one.unanswered.append(problem)
+        one.correct[problem].append(bool(row["correct"]))
         if row.get("num_tokens") is not None:
             one.tokens.append(int(row["num_tokens"]))
         if row.get("finish_reason") is not None:
             one.truncated.append(row["finish_reason"] == "length")
+        if row.get("expected") is not None:
+            one.answers[row.get("answer")] += 1
+            one.expected[str(row["expected"])] += 1
     if ungraded:
         files.problems.append(f"eval: {ungraded} response(s) of {who} have no grade and are left out")
     return modes
 
 
-def _accuracy(graded: _Graded) -> Accuracy:
+def _answers(
+    files: EvaluationFiles, who: str, mode: Mode, graded: _Graded, prompts: Mapping[str, str]
+) -> Answers | None:
+    """What was found in the responses, with examples of what was not."""
+    total = graded.answers.total()
+    if not total:
+        return None
+    found = Counter({answer: count for answer, count in graded.answers.items() if answer is not None})
+    commonest, count = found.most_common(1)[0] if found else (None, 0)
+    wrong = [problem for problem, marks in graded.correct.items() if not marks[0]]
+    chosen = list(dict.fromkeys(graded.unanswered or wrong))[:_EXAMPLES]
+    return Answers(
+        unanswered=graded.answers[None] / total,
+        commonest=None if commonest is None else shorten(str(commonest), _EXAMPLE_CHARACTERS),
+        commonest_fraction=count / total,
+        expected_fraction=graded.expected.most_common(1)[0][1] / total,
+        examples=[
+            Example(
+                prompt=shorten(prompts[problem], _EXAMPLE_CHARACTERS) if problem in prompts else None,
+                response=shorten(str(row.get("response") or ""), _EXAMPLE_CHARACTERS),
+                answer=None
+                if row.get("answer") is None
+                else shorten(str(row["answer"]), _EXAMPLE_CHARACTERS),
+                expected=shorten(str(row.get("expected") or ""), _EXAMPLE_CHARACTERS),
+            )
+            for problem, row in _responses(files, who, mode, chosen).items()
+        ],
+    )
+
+
+def _accuracy(graded: _Graded, answers: Answers | None) -> Accuracy:
     means = np.array(list(graded.means.values()))
     samples = sum(len(right) for right in graded.correct.values())
     low, high = accuracy_interval(means, samples)
@@ -142,6 +187,7 @@ def _accuracy(graded: _Graded) -> Accuracy:
         samples=samples,
         mean_tokens=float(np.mean(graded.tokens)) if graded.tokens else None,
         truncated_fraction=float(np.mean(graded.truncated)) if graded.truncated else None,
+        answers=answers,
     )
 
 
@@ -191,6 +237,8 @@ def _responses(
     files: EvaluationFiles, who: str, mode: Mode, problems: list[str]
 ) -> dict[str, dict[str, Any]]:
     """First graded response to each of a few problems. Only their texts are read: there may be many."""
+    if not problems:
+        return {}
     columns = ["mode", "prompt_id", "response", "answer", "expected", "correct"]
     chosen = set(problems)
     found: dict[str, dict[str, Any]] = {}
@@ -210,7 +258,7 @@ def _compare(
     return Comparison(
         prompt_id=problem,
         mode=mode,
-        prompt=None if prompt is None else _shorten(prompt),
+        prompt=None if prompt is None else shorten(prompt),
         expected=None if expected is None else str(expected),
         before=_answer(before),
         after=_answer(after),
@@ -220,15 +268,15 @@ def _compare(
 def _answer(row: Mapping[str, Any]) -> Answer:
     answer = row.get("answer")
     return Answer(
-        text=_shorten(str(row.get("response") or "")),
-        answer=None if answer is None else _shorten(str(answer)),
+        text=shorten(str(row.get("response") or "")),
+        answer=None if answer is None else shorten(str(answer)),
         correct=bool(row["correct"]),
     )
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str, longest: int = MAX_SHOWN_CHARACTERS) -> str:
     """Beginning and end of a long text."""
-    if len(text) <= MAX_SHOWN_CHARACTERS:
+    if len(text) <= longest:
         return text
-    half = MAX_SHOWN_CHARACTERS // 2
+    half = longest // 2
     return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"

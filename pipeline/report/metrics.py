@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from tropd.pipeline.report.schema import RegionFraction, Training
 from tropd.storage.step_log import read_log, spans
@@ -42,6 +43,8 @@ def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
         step = int(entry["step"])
         row: Row = {}
         for name, value in entry.items():
+            if name == "teacher_retries":
+                value = total_of_servers(value)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if math.isfinite(value):
@@ -57,6 +60,12 @@ def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
         more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
         problems.append(f"train: {name} is not a finite number at step {steps[0]}{more}")
     return [rows[step] for step in sorted(rows)], problems
+
+
+def total_of_servers(counts: Any) -> Any:
+    """The sum of what is counted by server; anything else as it is."""
+    whole = isinstance(counts, list) and all(isinstance(one, int) for one in counts)
+    return sum(counts) if whole else counts
 
 
 def summarize_training(

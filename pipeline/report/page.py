@@ -24,7 +24,6 @@ from tropd.pipeline.report.drawing import Plot
 from tropd.pipeline.report.formats import count, duration, human_bytes, percent, points, visible
 from tropd.pipeline.report.plots import WHO_COLORS, draw_report
 from tropd.pipeline.report.schema import Evaluation, Mode, Report
-from tropd.pipeline.status import EVALUATED
 from tropd.pipeline.training.samples import MAX_GUIDANCE, MAX_TOKENS
 from tropd.storage.atomic import atomic_directory, write_text_atomic
 from tropd.storage.fingerprint import flatten
@@ -75,6 +74,7 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         duration=duration,
         points=points,
         subscripts=_subscripts,
+        code=_code,
     )
     groups: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("outcome", "runs", "main", "time", "more")
@@ -87,7 +87,6 @@ def render_page(report: Report, plots: list[Plot]) -> str:
     html = environment.get_template("page.html.j2").render(
         report=report,
         css=Markup(_resource("page.css")),
-        headline=headline(report.evaluation),
         subtitle=_subtitle(report),
         benchmarks=benchmarks,
         paper=any(row.paper is not None for row in benchmarks),
@@ -111,28 +110,6 @@ def render_page(report: Report, plots: list[Plot]) -> str:
 def _hash(script: str) -> str:
     """As a content security policy names a script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def headline(evaluation: Evaluation) -> str:
-    """The outcome in one sentence, in sampled answers where there are any."""
-    for mode in ("sampled", "greedy"):
-        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
-        beside = f"; the teacher has {percent(teacher.accuracy)}" if teacher else ""
-        if before and after:
-            verb = "fell" if after.accuracy < before.accuracy else "went"
-            return (
-                f"The student {verb} from {percent(before.accuracy)} to {percent(after.accuracy)} "
-                f"of {mode} answers right{beside}."
-            )
-        if after:
-            return f"The trained student has {percent(after.accuracy)} of {mode} answers right{beside}."
-        if before:
-            return (
-                f"Before training the student has {percent(before.accuracy)} of {mode} answers right{beside}."
-            )
-        if teacher:
-            return f"The teacher has {percent(teacher.accuracy)} of {mode} answers right."
-    return "This run has not been evaluated yet."
 
 
 def _subtitle(report: Report) -> list[str]:
@@ -278,6 +255,11 @@ def _config_rows(report: Report) -> dict[str, list[dict[str, str]]]:
 def _subscripts(text: str) -> Markup:
     """π_T and its like as one writes them; everything else is escaped."""
     return Markup(re.sub(r"(π|P)_(\w+)", r"\1<sub>\2</sub>", str(escape(text))))
+
+
+def _code(text: str) -> Markup:
+    """What stands in backticks as code; everything is escaped."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _resource(name: str) -> str:

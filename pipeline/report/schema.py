@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tropd.pipeline.report.verdict_rules import Level
 from tropd.pipeline.status import State
 from tropd.pipeline.training.samples import StepSample
 
@@ -38,6 +39,30 @@ class StageReport(Record):
     summary: dict[str, Any] = {}
 
 
+class Example(Record):
+    """One response, shortened, as evidence."""
+
+    prompt: str | None
+    response: str
+    answer: str | None
+    expected: str
+
+
+class Answers(Record):
+    """What the grader took for the answers of one model in one mode."""
+
+    unanswered: float
+    """Share of responses in which it found none."""
+    commonest: str | None
+    """The answer that is given most often."""
+    commonest_fraction: float
+    """Its share of the responses."""
+    expected_fraction: float
+    """Share of the commonest expected answer, for comparison."""
+    examples: list[Example]
+    """The first few responses without an answer; without such, the first wrong ones."""
+
+
 class Accuracy(Record):
     """Share of right answers, and its 95 % interval (see ``Evaluation.interval_method``)."""
 
@@ -50,6 +75,7 @@ class Accuracy(Record):
     mean_tokens: float | None = None
     truncated_fraction: float | None = None
     """Share of responses that reached the length limit."""
+    answers: Answers | None = None
 
 
 class Contender(Record):
@@ -199,10 +225,33 @@ class Provenance(Record):
     """Hashes of models, tokenizers and files, as the stages recorded them."""
 
 
+class Verdict(Record):
+    """Something that is off, as a careful colleague would say it. A healthy run has none."""
+
+    name: str
+    """See ``verdict_rules.RULES``, and docs/troubleshooting.md."""
+    level: Level
+    """problem: the result is not what it seems, or the run fails; warning: to be looked at."""
+    sentence: str
+    evidence: list[str]
+    """Numbers with their steps, or responses."""
+    advice: str
+    """What to do, with settings by name in backticks."""
+
+    @property
+    def line(self) -> str:
+        """Sentence and advice in one line."""
+        return f"{self.sentence} {self.advice}"
+
+
 class Report(Record):
     """Everything that is known about a run."""
 
     workspace: str
+    headline: str
+    """The outcome in one sentence."""
+    verdicts: list[Verdict]
+    """What is off, problems first."""
     stages: dict[str, StageReport]
     evaluation: Evaluation
     training: Training | None

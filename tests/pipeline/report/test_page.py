@@ -13,7 +13,7 @@ from page_checks import HOSTILE, text_of
 
 from tropd.pipeline.report.collect import build_report
 from tropd.pipeline.report.curves import CURVES
-from tropd.pipeline.report.page import headline, write_report
+from tropd.pipeline.report.page import write_report
 from tropd.pipeline.training.samples import StepSample
 from tropd.storage.workspace import Workspace
 
@@ -162,12 +162,13 @@ def test_the_headline_says_what_happened(empty_workspace: Workspace, tools: Tool
     def said(**parts: str) -> str:
         rows = {who: tools["evaluation_rows"](like, 60) for who, like in parts.items()}
         tools["write_evaluation"](empty_workspace.root, rows)
-        return headline(build_report(empty_workspace).evaluation).replace("\u00a0", " ")
+        return build_report(empty_workspace).headline.replace("\u00a0", " ")
 
     assert re.fullmatch(
         r"The student went from [\d.]+ % to [\d.]+ % of sampled answers right; the teacher has [\d.]+ %\.",
         said(before="before", after="after", teacher="teacher"),
     )
     assert said(before="after", after="before").startswith("The student fell from")
+    assert said(before="before", after="before").startswith("The student stayed at")
     assert said(before="before").startswith("Before training the student has")
     assert said(after="after").startswith("The trained student has")
