@@ -187,16 +187,17 @@ def evaluate(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy on held-out problems: student before and after, and teacher."""
+    """Accuracy on held-out problems, and distance to the teacher: student before and after, and teacher."""
     from tropd.pipeline.evaluation.evaluate import evaluate as stage
 
     manifest = stage(open_run(workspace, with_skip_bad(settings, skip_bad)), force=force)
     if as_json:
         print_json(manifest.summary)
         return
-    for who, modes in manifest.summary["accuracy"].items():
-        shown = ", ".join(f"{mode} {value:.1%}" for mode, value in modes.items())
-        say(f"{who:>8}: {shown}")
+    for line in _accuracies(manifest.summary["accuracy"]):
+        say(line)
+    if "distance" in manifest.summary:
+        print_table(*_distances(manifest.summary["distance"]))
     rows = [
         (name, who, f"avg@{found['samples']} {_interval(found['average'])}", *_passes(found["pass_at"]))
         for name, models in manifest.summary["sampled"].items()
@@ -213,6 +214,38 @@ def evaluate(
     ]
     if tasks:
         print_table(("lm-eval", "who", "metric", "value ± standard error"), tasks)
+
+
+def _accuracies(accuracy: dict[str, dict[str, float | None]]) -> list[str]:
+    """A line for each model; none where no problem has an answer."""
+    known = {
+        who: [f"{mode} {value:.1%}" for mode, value in modes.items() if value is not None]
+        for who, modes in accuracy.items()
+    }
+    return [f"{who:>8}: {', '.join(shown)}" for who, shown in known.items() if shown]
+
+
+def _distances(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table of distances; a teacher has none to itself."""
+
+    def cell(one: dict[str, float | None] | None, digits: int) -> str:
+        if one is None or one["mean"] is None:
+            return ""
+        ends = "" if one["low"] is None else f" [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+        return f"{one['mean']:.{digits}f}{ends}"
+
+    digits = {"reverse_kl": 3, "forward_kl": 3, "acceptance": 3, "length": 1}
+    rows = [
+        (
+            who,
+            *(cell(one[name], places) for name, places in digits.items()),
+            one["method"],
+            str(one["prompts"]),
+        )
+        for who, one in found.items()
+    ]
+    columns = ("distance", "reverse KL", "forward KL", "acceptance", "length", "method", "prompts")
+    return columns, rows
 
 
 def _interval(estimate: dict[str, float]) -> str:
@@ -380,5 +413,5 @@ def run_all(run: Run) -> None:
         manifest = stage(run)
         if manifest.stage != "eval":
             _print_summary(manifest.stage, manifest.summary)
-    for who, modes in manifest.summary["accuracy"].items():
-        tell(f"{who:>8}: " + ", ".join(f"{m} {v:.1%}" for m, v in modes.items()))
+    for line in _accuracies(manifest.summary["accuracy"]):
+        tell(line)

@@ -106,7 +106,7 @@ class DataConfig(Spec):
     prompts: str = "data/train.jsonl"
     """Training prompts. A relative path is inside the workspace."""
     evaluation: str = "data/eval.jsonl"
-    """Evaluation problems; each needs an answer."""
+    """Evaluation problems; what is to be graded needs an answer."""
     id_field: str = "id"
     """Field with a unique name of the prompt; where absent or null, the line number is used."""
     prompt_field: str = "prompt"
@@ -449,7 +449,7 @@ class HarnessTask(Spec):
 
 
 class EvaluationConfig(Spec):
-    """Accuracy on held-out problems: before, after, and the teacher's."""
+    """Accuracy on held-out problems, and distance to the teacher: before, after, and the teacher's own."""
 
     samples: int = Field(default=1, ge=1, le=MOST_ROWS)
     """Sampled responses per problem (greedy decoding is always evaluated too)."""
@@ -461,6 +461,9 @@ class EvaluationConfig(Spec):
     """Longest response; rollout.max_tokens if not set."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
+    distance_prompts: int = Field(default=64, ge=0, le=MOST)
+    """Prompts, spread over all problems, on which the distance between student and teacher is measured: reverse and
+    forward KL, acceptance and lengths. These need no answer; what has none is not graded. 0: no distance."""
     batch_size: int = Field(default=128, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     grader: GraderName = "pattern"

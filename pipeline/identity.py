@@ -28,6 +28,8 @@ RECENT = (
     "data.template_date",
     "data.domain_field",
     "evaluation.grading_rules",
+    "evaluation.distance_prompts",
+    "evaluation.distance_teacher",
     ".stop_ids",
     ".generation_config",
     ".chat_template",

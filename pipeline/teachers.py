@@ -90,6 +90,10 @@ class EngineSlot:
             self._name = name
         return self._opened
 
+    def close(self) -> None:
+        """Free its memory."""
+        self._opened = None
+
 
 def batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
     """Consecutive parts of at most ``size``."""

@@ -9,7 +9,8 @@ tokens        prompt_id, sample_index, position, token, sampled_logprob (of the 
               model that sampled), teacher_logprob, num_alternatives,              scores/\\*.zarr
               tail_logprob (null where the teacher has not scored yet)
 metrics       step and whatever numbers the trainer recorded                       train/metrics.jsonl
-evaluations   as in ``EVALUATIONS``                                                eval/\\*.parquet
+evaluations   as in ``EVALUATIONS``                                                eval/\\*/part-\\*.parquet
+distances     as in ``DISTANCES``: a row per prompt, means over its tokens         eval/distance-\\*.parquet
 ============= ==================================================================== =======================
 
 Only shards that a manifest names are visible; a stage that has not run gives an empty view. Views are Arrow
@@ -70,7 +71,26 @@ EVALUATIONS = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
+DISTANCES = pa.schema(
+    [
+        ("who", pa.string()),
+        ("prompt_id", pa.string()),
+        ("student_tokens", pa.int32()),
+        ("student_finish_reason", pa.string()),
+        ("reverse_kl", pa.float64()),
+        ("acceptance", pa.float64()),
+        ("student_entropy", pa.float64()),
+        ("teacher_tokens", pa.int32()),
+        ("teacher_finish_reason", pa.string()),
+        ("forward_kl", pa.float64()),
+        ("teacher_entropy", pa.float64()),
+        ("method", pa.string()),
+    ]
+)
+"""Of a student (before or after training) and the teacher on a held-out prompt: means over the tokens of a response."""
 _LINES_PER_BATCH = 4096
+DISTANCE, RESPONSES = "distance-", "responses-"
+"""How names of files begin in eval/: distances per prompt, and the responses that they were measured on."""
 _PROMPT_FILES = {".jsonl", ".json", ".parquet", ".csv"}
 _ABOUT = ".sources.json"
 """How names of files end that say what a prompt file was made of."""
@@ -119,7 +139,7 @@ class _Lazy:
 
 
 def open_catalog(workspace: Workspace) -> duckdb.DuckDBPyConnection:
-    """A connection with the five views and no way to any file; close it after use.
+    """A connection with the six views and no way to any file; close it after use.
 
     Raises:
         DamagedShardError: a manifest is damaged, or a shard that it names is missing.
@@ -134,7 +154,8 @@ def _open(workspace: Workspace, failures: list[TropdError]) -> duckdb.DuckDBPyCo
         connection.register("trajectories", _dataset(workspace.stage("prefixes"), TRAJECTORIES))
         connection.register("tokens", _Lazy(TOKENS, lambda: _tokens(workspace), failures))
         connection.register("metrics", _metrics(workspace.stage("train") / "metrics.jsonl"))
-        connection.register("evaluations", _dataset(workspace.stage("eval"), EVALUATIONS))
+        connection.register("evaluations", _dataset(workspace.stage("eval"), EVALUATIONS, "part-"))
+        connection.register("distances", _dataset(workspace.stage("eval"), DISTANCES, DISTANCE))
         connection.execute(_LOCK_DOWN)
     except BaseException:
         connection.close()
@@ -172,7 +193,7 @@ def run_query(workspace: Workspace, sql: str) -> QueryResult:
             ) from None
         raise DataError(
             f"the query failed: {error}",
-            hint="views: prompts, trajectories, tokens, metrics, evaluations; DESCRIBE tokens lists columns",
+            hint="views: prompts, trajectories, tokens, metrics, evaluations, distances; DESCRIBE tokens lists columns",
         ) from None
     finally:
         connection.close()
@@ -190,9 +211,9 @@ def _shards(folder: Path, suffix: str) -> list[Path]:
     return paths
 
 
-def _dataset(folder: Path, schema: pa.Schema) -> Any:
+def _dataset(folder: Path, schema: pa.Schema, prefix: str = "") -> Any:
     # An empty list of files would need a file system to guess from; an empty table needs nothing.
-    if not (files := [str(path) for path in _shards(folder, ".parquet")]):
+    if not (files := [str(path) for path in _shards(folder, ".parquet") if path.name.startswith(prefix)]):
         return schema.empty_table()
     options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     return ds.dataset(

@@ -17,7 +17,7 @@ from typing import Literal
 
 from tropd.storage.aside import set_aside
 from tropd.storage.atomic import TEMPORARY_PREFIX
-from tropd.storage.catalog import EVALUATIONS
+from tropd.storage.catalog import DISTANCE, DISTANCES, EVALUATIONS, RESPONSES
 from tropd.storage.checks import belongs_to, check_rows, check_score_rows, check_scores, check_trajectories
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Fingerprint
@@ -148,7 +148,9 @@ def _inside(
     if stage in SCORED.values() and path.suffix == ".parquet":
         return check_trajectories(path, shard, seen)
     if stage == "eval" and path.suffix == ".parquet":
-        return check_rows(path, shard, EVALUATIONS)
+        if path.name.startswith(RESPONSES):
+            return check_trajectories(path, shard, {})
+        return check_rows(path, shard, DISTANCES if path.name.startswith(DISTANCE) else EVALUATIONS)
     if stage in SCORED:
         scored = _scored_shard(workspace, manifest, shard, source)
         if path.suffix == ".zarr":

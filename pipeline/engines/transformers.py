@@ -22,7 +22,7 @@ from tropd.pipeline.engines.decoding import Decoder, decode
 from tropd.pipeline.engines.head_scores import score_states, topk_of
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.model_decoder import ModelDecoder
-from tropd.pipeline.head import split_model
+from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention
 
 
@@ -181,17 +181,10 @@ class TransformersEngine:
         Raises:
             ConfigError: at the first call, the model cannot be scored right.
         """
-        self._check_sequences(sequences, starts)
-        if self._compiles and not self._has_scored:
-            compiled.compile_layers(self.model)
-        if sequences and not self._has_scored:
-            self._has_scored = True
-            self._prove_scores(sequences)
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        self._get_ready_to_score(sequences, starts)
         results: list[SequenceScores | None] = [None] * len(sequences)
         with self._inference(self._autocast):
-            for rows in _token_budget_batches([len(sequences[i]) for i in order], self._batch_tokens):
-                batch = [order[r] for r in rows]
+            for batch in batches_of(sequences, self._batch_tokens):
                 scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)
                 for i, scores in zip(batch, scored, strict=True):
                     results[i] = scores
@@ -208,12 +201,7 @@ class TransformersEngine:
         vocab_limit: int | None,
     ) -> list[SequenceScores]:
         device = self.model.device
-        width = max(len(sequences[i]) for i in batch)
-        ids, mask = _right_pad([sequences[i] for i in batch], width, device)
-        hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
-        # The hidden state at position t predicts token t + 1.
-        targets = torch.cat([ids[r, starts[i] : len(sequences[i])] for r, i in enumerate(batch)])
-        states = torch.cat([hidden[r, starts[i] - 1 : len(sequences[i]) - 1] for r, i in enumerate(batch)])
+        targets, states = self._states([sequences[i] for i in batch], [starts[i] for i in batch])
         k = min(k, self.vocab_size, self.vocab_size if vocab_limit is None else vocab_limit)
         at_once = k if topk_where is everywhere else 0
         found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
@@ -248,6 +236,45 @@ class TransformersEngine:
             )
             for r in range(len(batch))
         ]
+
+    @contextmanager
+    def states(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens ``[n]`` of all ``sequence[start:]``, and the hidden states ``[n, H]`` that predict them.
+
+        One pass for all of them. While the block runs, ``split`` gives logits in the engine's precision.
+
+        Raises:
+            ValueError: as ``score``.
+            ConfigError: at the first call, the model cannot be scored right.
+        """
+        self._get_ready_to_score(sequences, starts)
+        with self._inference(self._autocast):
+            yield self._states(sequences, starts)
+
+    @property
+    def split(self) -> SplitModel:
+        """The model as backbone and output layer."""
+        return self._split
+
+    def _states(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = _right_pad(sequences, max(map(len, sequences)), self.model.device)
+        hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
+        spans = [(row, start, len(sequences[row])) for row, start in enumerate(starts)]
+        # The hidden state at position t predicts token t + 1.
+        targets = torch.cat([ids[row, start:end] for row, start, end in spans])
+        return targets, torch.cat([hidden[row, start - 1 : end - 1] for row, start, end in spans])
+
+    def _get_ready_to_score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        self._check_sequences(sequences, starts)
+        if self._compiles and not self._has_scored:
+            compiled.compile_layers(self.model)
+        if sequences and not self._has_scored:
+            self._has_scored = True
+            self._prove_scores(sequences)
 
     # --------------------------------------------------------------------------------------- proof
 
@@ -295,6 +322,13 @@ def _right_pad(
     ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], device=device)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
     return ids, mask
+
+
+def batches_of(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of sequences that go through a model together: shortest first, at most ``budget`` tokens with padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for rows in _token_budget_batches([len(sequences[i]) for i in order], budget):
+        yield [order[r] for r in rows]
 
 
 def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:

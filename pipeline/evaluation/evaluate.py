@@ -1,16 +1,19 @@
-"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher.
+"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher; and how far
+the students are from the teacher.
 
-The problems of ``[evaluation]`` are answered once by greedy decoding and n times by sampling, in ``part-<who>.parquet``;
-those of each benchmark n times by sampling, in ``<benchmark>/part-<who>.parquet``. While a model is evaluated, its
-responses are committed batch by batch (``…-00000.parquet``), so that a killed stage loses one batch.
+The problems of ``[evaluation]`` that have an answer are answered once by greedy decoding and n times by sampling, in
+``part-<who>.parquet``; those of each benchmark n times by sampling, in ``<benchmark>/part-<who>.parquet``. While a model
+is evaluated, its responses are committed batch by batch (``…-00000.parquet``), so that a killed stage loses one batch.
+Distances are in ``distance-<who>.parquet``, the responses that they were measured on in ``responses-<who>.parquet``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +31,22 @@ from tropd.pipeline.context import (
     role_tokenizer,
     section_fields,
 )
-from tropd.pipeline.engines.base import Sampler, Sampling
-from tropd.pipeline.evaluation.grading import RULES, check_expected, grade
+from tropd.pipeline.engines.base import Sampler
+from tropd.pipeline.evaluation.distance_summary import summarize_distance
+from tropd.pipeline.evaluation.grading import RULES, check_expected
 from tropd.pipeline.evaluation.harness import check_harness, harness_fields, run_task
+from tropd.pipeline.evaluation.held_out import (
+    NUM_PROMPTS,
+    TEACHER,
+    HeldOut,
+    held_out_fields,
+    held_out_prompts,
+    responses_file,
+    sample_responses,
+    tell_ungraded,
+)
+from tropd.pipeline.evaluation.measuring import check_teachers, measure, read_responses, write_responses
+from tropd.pipeline.evaluation.responses import SCHEMA, Mode, Response, respond
 from tropd.pipeline.evaluation.statistics import average, pass_at
 from tropd.pipeline.identity import (
     fingerprint_of,
@@ -39,54 +55,23 @@ from tropd.pipeline.identity import (
     tell_unrecorded,
     token_fields,
 )
-from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import model_directory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import data_fields, evaluation_problems
 from tropd.pipeline.prompts import Prompt
+from tropd.pipeline.teacher.connection import local_teacher
+from tropd.pipeline.teachers import GENERAL, EngineSlot, batched
 from tropd.storage.atomic import atomic_file
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
-from tropd.storage.seeds import derive_seed
 from tropd.storage.stage import Stage, open_stage
+from tropd.storage.trajectories import Trajectory
 
 STAGE = "eval"
 Who = Literal["before", "after", "teacher"]
-Mode = Literal["greedy", "sampled"]
 WHO: tuple[Who, ...] = ("before", "after", "teacher")
 
 _PIECE = re.compile(r"part-[a-z]+-\d{5}\.parquet$")
-
-SCHEMA = pa.schema(
-    [
-        pa.field("who", pa.string(), nullable=False),
-        pa.field("mode", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("response", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("expected", pa.string(), nullable=False),
-        pa.field("correct", pa.bool_(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),
-    ],
-    metadata={b"tropd.schema": b"evaluations", b"tropd.schema_version": b"1"},
-)
-
-
-@dataclass(frozen=True)
-class Response:
-    """One graded response."""
-
-    mode: Mode
-    prompt_id: str
-    sample_index: int
-    response: str
-    answer: str | None
-    expected: str
-    correct: bool
-    num_tokens: int
-    finish_reason: str
 
 
 @dataclass(frozen=True)
@@ -112,8 +97,8 @@ def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
     found = {}
     for role in dict.fromkeys("teacher" if who == "teacher" else "student" for who in whom):
         tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
-        for name, settings in run.config.evaluation_sets.items():
-            found[name, role] = evaluation_problems(run, tokenizer, longest, settings.limit, name)
+        for name in run.config.evaluation_sets:
+            found[name, role] = evaluation_problems(run, tokenizer, longest, name)
     return found
 
 
@@ -127,11 +112,19 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
         own |= section_fields(
             "evaluation",
             settings,
-            without={"batch_size", "max_tokens", "pass_at", "benchmarks", "harness", "grading_seconds"},
+            without={
+                "batch_size",
+                "max_tokens",
+                "pass_at",
+                "benchmarks",
+                "harness",
+                "grading_seconds",
+                "distance_prompts",
+            },
         )
         own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
         fields |= {f"{prefix}{k}": v for k, v in own.items()}
-    fields |= harness_fields(run)
+    fields |= harness_fields(run) | held_out_fields(run)
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | stop_fields(run, role, folder) | engine_fields(run, role)
@@ -159,19 +152,42 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     final = run.workspace.stage("train") / "final"
     if "after" in whom:
         check_shard(final.parent, finished(run, "train", "train").shards[final.name])
+    whom = _present(run, whom)
     folder = run.workspace.stage(STAGE)
     problems = read_problems(run, whom)
     identity = fingerprint(run, final, whom, problems)
     with open_stage(folder, STAGE, identity, force=force, timings=run.timings) as stage:
+        measures = run.config.evaluation.distance_prompts > 0 and NUM_PROMPTS not in stage.unrecorded
+        stage.unrecorded = [name for name in stage.unrecorded if name not in (NUM_PROMPTS, TEACHER)]
         tell_unrecorded(run, stage)
+        if not measures and run.config.evaluation.distance_prompts:
+            run.reporter.info(
+                f"evaluate: {folder} was begun by an older version of tropd, which did not measure distances to the "
+                "teacher; --force evaluates anew, with them"
+            )
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
         check_harness(run)
-        for who in whom:
-            missing = [n for n in run.config.evaluation_sets if not stage.has(_part(n, who))]
-            if missing:
-                _evaluate_one(run, stage, who, missing, problems, *_model_of(who, final))
+        tell_ungraded(run, next(found.prompts for (name, _), found in problems.items() if not name))
+        students: dict[str, Path | None] = {who: _model_of(who, final)[1] for who in whom if who != "teacher"}
+        held_out = None
+        if measures and students:
+            held_out = held_out_prompts(run, problems["", "student"])
+            check_teachers(run, held_out)
+        for who in (who for who in whom if who != "teacher"):
+            _evaluate_one(run, stage, who, problems, held_out, partial(_open, run, who, final))
+        slot = EngineSlot(
+            run,
+            "teacher",
+            batch_size=run.config.evaluation.batch_size,
+            batch_tokens=run.config.scores.batch_tokens,
+        )
+        if held_out is not None:
+            measure(run, stage, held_out, students, slot)
+        if "teacher" in whom:
+            _evaluate_one(run, stage, "teacher", problems, held_out, partial(slot.open, GENERAL))
+        slot.close()
         _run_harness(run, stage, whom, final)
         _drop_pieces(stage)
         _tell_unanswered(run, folder, whom)
@@ -179,11 +195,26 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
         return stage.manifest
 
 
+def _present(run: Run, whom: Sequence[Who]) -> Sequence[Who]:
+    """Whom there is a model of on this machine: a teacher may be elsewhere."""
+    if "teacher" not in whom or local_teacher(run) is not None:
+        return whom
+    run.reporter.warning(
+        f"teacher.model = {run.config.teacher.model!r} is not on this machine: the teacher is not evaluated, and of the "
+        "distances to it there is no forward KL, which needs its responses"
+    )
+    return [who for who in whom if who != "teacher"]
+
+
+def _open(run: Run, who: Who, final: Path) -> tuple[Sampler, Any]:
+    return open_engine(run, *_model_of(who, final), batch_size=run.config.evaluation.batch_size)
+
+
 def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
     """Warn of sets where no response of anybody has an answer: it is the grader that does not fit then."""
     for name, settings in run.config.evaluation_sets.items():
         answers = [pq.read_table(folder / _part(name, who), columns=["answer"])["answer"] for who in whom]
-        if all(column.null_count == len(column) for column in answers):
+        if any(len(column) for column in answers) and all(c.null_count == len(c) for c in answers):
             rule = " with evaluation.answer_pattern" if settings.grader == "pattern" else ""
             run.reporter.warning(
                 f"{name or 'evaluation'}: no response of {', '.join(whom)} has an answer that the grader "
@@ -200,15 +231,22 @@ def _evaluate_one(
     run: Run,
     stage: Stage,
     who: Who,
-    names: Sequence[str],
     problems: Problems,
-    role: str,
-    folder: Path | None,
+    held_out: HeldOut | None,
+    open_model: Callable[[], tuple[Sampler, Any]],
 ) -> None:
-    """Responses of one model to some sets of problems, each batch of them committed."""
-    sets = run.config.evaluation_sets
+    """Responses of one model to the sets of problems that it lacks, each batch of them committed; a student's to the
+    held-out prompts first."""
+    sets, role = run.config.evaluation_sets, "teacher" if who == "teacher" else "student"
+    names = [name for name in sets if not stage.has(_part(name, who))]
+    responds = held_out is not None and who != "teacher" and not stage.has(responses_file(who))
+    if not names and not responds:
+        return
     batches = {name: _batches(sets[name], name, problems[name, role]) for name in names}
-    engine, tokenizer = open_engine(run, role, folder, batch_size=run.config.evaluation.batch_size)
+    engine, tokenizer = open_model()
+    if held_out is not None and responds:
+        write_responses(stage, who, sample_responses(run, engine, tokenizer, held_out, "student"))
+    known = _known(stage.folder, who, held_out) if held_out is not None else {}
     total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
     with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
         for name, group in batches.items():
@@ -225,13 +263,21 @@ def _evaluate_one(
                         batch.encoded,
                         batch.mode,
                         batch.samples,
+                        {} if name else known,
                     )
                     _write(stage.folder / piece, who, responses)
                     stage.commit(piece, rows=len(responses))
                 task.advance(len(batch.problems) * batch.samples)
-            tables = [pq.read_table(stage.folder / piece) for piece in pieces]
+            tables = [pq.read_table(stage.folder / piece) for piece in pieces] or [SCHEMA.empty_table()]
             _write_table(stage.folder / part, pa.concat_tables(tables))
             stage.commit(part, rows=sum(table.num_rows for table in tables))
+
+
+def _known(folder: Path, who: Who, held_out: HeldOut) -> Mapping[str, Trajectory]:
+    """Its responses to held-out prompts; some of a teacher's may be another's, of their domain."""
+    own = held_out.of(GENERAL) if who == "teacher" else held_out
+    ids = {prompt.id for prompt in own.prompts}
+    return {name: found for name, found in read_responses(folder, who).items() if name in ids}
 
 
 def _run_harness(run: Run, stage: Stage, whom: Sequence[Who], final: Path) -> None:
@@ -269,24 +315,27 @@ def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_
     modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
     if not name:
         modes.insert(0, ("greedy", 1))
+    graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
     batches = []
     for mode, samples in modes:
-        step = max(1, settings.batch_size // samples)
-        for low in range(0, len(problems.prompts), step):
-            part = slice(low, low + step)
-            batches.append(_Batch(mode, samples, problems.prompts[part], problems.tokens[part]))
+        for some in batched(graded, max(1, settings.batch_size // samples)):
+            prompts, tokens = [problems.prompts[i] for i in some], [problems.tokens[i] for i in some]
+            batches.append(_Batch(mode, samples, prompts, tokens))
     return batches
 
 
 def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
-    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics."""
-    accuracy: dict[str, dict[str, float]] = {}
+    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics; and
+    distances to the teacher. Where no problem has an answer, accuracy is None, and there is no avg@n."""
+    accuracy: dict[str, dict[str, float | None]] = {}
     sampled: dict[str, dict[str, Any]] = {}
     for name, settings in run.config.evaluation_sets.items():
         for who in whom:
             marks = read_marks(folder / _part(name, who))
             if not name:
                 accuracy[who] = {mode: _share(marks.get(mode, {})) for mode in ("greedy", "sampled")}
+            if not marks:
+                continue
             correct = list(marks["sampled"].values())
             sampled.setdefault(name or STAGE, {})[who] = {
                 "samples": settings.samples,
@@ -303,7 +352,13 @@ def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
         }
         for task in run.config.evaluation.harness
     }
-    return {"accuracy": accuracy, "sampled": sampled, **({"harness": harness} if harness else {})}
+    distance = summarize_distance(folder, whom, run.config.run.seed)
+    return {
+        "accuracy": accuracy,
+        "sampled": sampled,
+        **({"distance": distance} if distance else {}),
+        **({"harness": harness} if harness else {}),
+    }
 
 
 def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
@@ -314,53 +369,9 @@ def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
     return found
 
 
-def _share(marks: dict[str, list[bool]]) -> float:
+def _share(marks: dict[str, list[bool]]) -> float | None:
     every = [mark for group in marks.values() for mark in group]
-    return sum(every) / max(len(every), 1)
-
-
-def respond(
-    run: Run,
-    settings: EvaluationConfig,
-    engine: Sampler,
-    tokenizer: Any,
-    problems: Sequence[Prompt],
-    encoded: Sequence[Sequence[int]],
-    mode: Mode,
-    samples: int,
-) -> list[Response]:
-    """Graded responses to some problems. Seeds depend on problem and sample, not on the model: paired comparisons."""
-    config = run.config
-    jobs = [(p, t, i) for p, t in zip(problems, encoded, strict=True) for i in range(samples)]
-    greedy = mode == "greedy"
-    with within_memory("responses to be evaluated", "lower evaluation.batch_size or evaluation.max_tokens"):
-        generations = engine.generate(
-            [tokens for _, tokens, _ in jobs],
-            Sampling(0.0 if greedy else settings.temperature, 1.0 if greedy else settings.top_p),
-            seeds=[derive_seed(config.run.seed, STAGE, problem.id, sample) for problem, _, sample in jobs],
-            max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(jobs),
-        )
-    texts = [tokenizer.decode(g.written, skip_special_tokens=True) for g in generations]
-    marks = grade(
-        texts,
-        [problem.answer for problem, _, _ in jobs],
-        settings,
-        cut_off=[generation.finish_reason == "length" for generation in generations],
-    )
-    return [
-        Response(
-            mode=mode,
-            prompt_id=problem.id,
-            sample_index=sample,
-            response=text,
-            answer=mark.answer,
-            expected=problem.answer or "",
-            correct=mark.correct,
-            num_tokens=len(generation.tokens),
-            finish_reason=generation.finish_reason,
-        )
-        for (problem, _, sample), generation, text, mark in zip(jobs, generations, texts, marks, strict=True)
-    ]
+    return sum(every) / len(every) if every else None
 
 
 def _write(path: Path, who: Who, responses: Sequence[Response]) -> None:

@@ -1,7 +1,8 @@
-"""avg@n and pass@k over problems with several responses each, with bootstrap intervals."""
+"""avg@n and pass@k over problems with several responses each, and means over tokens, with bootstrap intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -35,6 +36,48 @@ def pass_at(k: int, correct: Sequence[Sequence[bool]], *, seed: int = 0) -> Esti
         ValueError: a problem has fewer than k responses.
     """
     return _bootstrap(np.array([pass_probability(len(m), sum(m), k) for m in correct]), seed)
+
+
+def token_mean(
+    sums: Sequence[float], tokens: Sequence[float], *, bounds: tuple[float, float], seed: int = 0
+) -> Estimate:
+    """A mean over tokens: Σ sums / Σ tokens over problems, each with the sum over its tokens and their number.
+
+    Tokens of one problem are alike, so that problems are resampled. The interval is studentized (Efron and Tibshirani
+    1993, §12.5, with the standard error of a ratio): KLs are so skewed that percentiles, BCa too, cover 0.86 to 0.92 with
+    16 to 64 problems. Its ends are NaN where there are fewer than three problems.
+
+    Args:
+        bounds: between which such a mean lies.
+    """
+    totals, counts = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    value = float(totals.sum() / counts.sum()) if counts.sum() else math.nan
+    if len(totals) < 3:
+        return Estimate(value, math.nan, math.nan)
+    _, error = _ratio(totals, counts)
+    if not error > 0.0:
+        return Estimate(value, value, value)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.integers(len(totals), size=(RESAMPLES, len(totals)))
+    ratios, errors = _ratio(totals[drawn], counts[drawn])
+    varied = errors > 0.0
+    quotients = (ratios[varied] - value) / errors[varied]
+    most, least = np.quantile(quotients, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
+    low, high = (float(np.clip(value - q * error, *bounds)) for q in (most, least))
+    return Estimate(value, low, high)
+
+
+def _ratio(
+    totals: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Σ totals / Σ counts over the last axis ``[…, problems]``, and its linearized standard error (0: nothing varies)."""
+    problems = totals.shape[-1]
+    ratios = totals.sum(axis=-1) / counts.sum(axis=-1)
+    residuals = totals - ratios[..., None] * counts
+    squares = np.square(residuals).sum(axis=-1)
+    # Below this it is rounding.
+    squares = np.where(squares > 1e-20 * np.square(totals).sum(axis=-1), squares, 0.0)
+    return ratios, np.sqrt(squares * problems / (problems - 1)) / counts.sum(axis=-1)
 
 
 def pass_probability(n: int, c: int, k: int) -> float:

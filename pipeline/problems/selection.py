@@ -60,12 +60,13 @@ def _contaminated(run: Run) -> set[str]:
     return {overlap.prompt for overlap in found}
 
 
-def evaluation_problems(
-    run: Run, tokenizer: Any, max_length: int, limit: int | None, name: str = ""
-) -> Encoded:
-    """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids."""
-    data = run.config.problem_files[name]
-    room = _room(max_length, run.config.evaluation_sets[name].max_tokens or run.config.rollout.max_tokens)
+def evaluation_problems(run: Run, tokenizer: Any, max_length: int, name: str = "") -> Encoded:
+    """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids.
+
+    Those of [evaluation] itself need no answer where the distance to the teacher is measured on them.
+    """
+    data, settings = run.config.problem_files[name], run.config.evaluation_sets[name]
+    room = _room(max_length, settings.max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
         run,
         data,
@@ -73,9 +74,15 @@ def evaluation_problems(
         name or "evaluation",
         tokenizer,
         room,
-        limit,
-        need_answer=True,
+        settings.limit,
+        need_answer=bool(name) or not settings.distance_prompts,
     )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Indices of at most so many of ``count`` things in a row, evenly over all of them."""
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
 
 
 def _usable_prompts(

@@ -19,7 +19,7 @@ from tropd.pipeline.context import (
     model_fields,
     section_fields,
 )
-from tropd.pipeline.evaluation.evaluate import Mode, Response, respond
+from tropd.pipeline.evaluation.responses import Mode, Response, respond
 from tropd.pipeline.identity import fingerprint_of, stop_fields, tell_unrecorded, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device

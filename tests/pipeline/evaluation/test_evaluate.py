@@ -59,7 +59,10 @@ def test_each_set_of_problems_has_its_own_settings(run: Run) -> None:
     folder = run.workspace.stage("eval")
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.parquet")) == [
         "boxed/part-before.parquet",
+        "distance-before.parquet",
         "part-before.parquet",
+        "responses-before.parquet",
+        "responses-teacher.parquet",
     ]
     own, boxed = rows(folder / "part-before.parquet"), rows(folder / "boxed" / "part-before.parquet")
     assert [(r["mode"], r["prompt_id"], r["sample_index"]) for r in own[:11]] == [

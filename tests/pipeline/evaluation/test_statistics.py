@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tropd.pipeline.evaluation.statistics import average, pass_at, pass_probability
+from tropd.pipeline.evaluation.statistics import average, pass_at, pass_probability, token_mean
 
 
 @given(
@@ -59,3 +59,33 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(problems: int, sample
         found = average(correct, seed=seed)
         hits += found.low <= truth <= found.high
     assert 0.90 <= hits / rounds <= 0.98
+
+
+def skewed(generator: np.random.Generator, problems: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Sums over tokens and their number: KLs of most tokens are near 0, problems differ, long ones more."""
+    tokens = np.maximum(1, generator.lognormal(3.0, 0.6, problems)).astype(int)
+    scale = generator.gamma(1.5, 1 / 1.5, problems) * (tokens / 20) ** 0.2
+    return generator.gamma(0.15 * tokens, scale / 0.15), tokens
+
+
+@pytest.mark.parametrize("problems", [24, 64])
+def test_the_interval_of_a_mean_over_tokens_covers(problems: int) -> None:
+    generator = np.random.default_rng(1)
+    sums, tokens = skewed(generator, 1_000_000)
+    truth, hits, rounds = sums.sum() / tokens.sum(), 0, 400
+    for seed in range(rounds):
+        found = token_mean(*skewed(generator, problems), bounds=(0.0, np.inf), seed=seed)
+        assert 0.0 <= found.low <= found.value <= found.high
+        hits += found.low <= truth <= found.high
+    assert 0.90 <= hits / rounds <= 0.98
+
+
+def test_a_mean_over_tokens_weighs_problems_by_their_tokens() -> None:
+    found = token_mean([1.0, 9.0, 2.0], [1, 3, 4], bounds=(0.0, 2.0))
+    assert found.value == 12 / 8
+    assert found.high == 2.0
+    assert token_mean([2.0, 4.0, 6.0], [1, 2, 3], bounds=(0.0, 9.0)).high == 2.0  # nothing varies
+    few = token_mean([1.0, 4.0], [1, 2], bounds=(0.0, 9.0))
+    assert few.value == 5 / 3
+    assert np.isnan([few.low, few.high]).all()
+    assert np.isnan(token_mean([], [], bounds=(0.0, 1.0)).value)
