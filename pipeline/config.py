@@ -376,9 +376,9 @@ class TrainConfig(Spec):
     trace: bool = False
     """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
     evaluate_every: int = Field(default=0, ge=0, le=MOST)
-    """Steps between evaluations during training; 0 is never."""
+    """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
     evaluate_problems: int = Field(default=100, ge=1, le=MOST)
-    """Problems per such evaluation."""
+    """Problems per such evaluation of accuracy, spread over all. The distance has evaluation.distance_prompts."""
 
 
 class SftConfig(Spec):

@@ -5,9 +5,12 @@ A run with one teacher is what everything else knows; ``with_only`` makes such a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from tropd.pipeline.config import TeacherConfig
 from tropd.pipeline.context import Run, open_engine
@@ -91,8 +94,11 @@ class EngineSlot:
         return self._opened
 
     def close(self) -> None:
-        """Free its memory."""
+        """Free its memory, also for other processes."""
         self._opened = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def batched(items: Sequence[int], size: int) -> list[Sequence[int]]:

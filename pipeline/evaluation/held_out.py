@@ -41,8 +41,12 @@ class HeldOut:
 
     def of(self, teacher: str) -> HeldOut:
         """Those of one teacher."""
-        mine = [i for i, name in enumerate(self.teachers) if name == teacher]
-        return HeldOut([self.prompts[i] for i in mine], [self.tokens[i] for i in mine], [teacher] * len(mine))
+        return self.at([i for i, name in enumerate(self.teachers) if name == teacher])
+
+    def at(self, indices: Sequence[int]) -> HeldOut:
+        """Some of them."""
+        parts = ([values[i] for i in indices] for values in (self.prompts, self.tokens, self.teachers))
+        return HeldOut(*parts)  # type: ignore[arg-type]
 
 
 def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
@@ -81,7 +85,7 @@ def tell_ungraded(run: Run, problems: Sequence[Prompt]) -> None:
     without = sum(prompt.answer is None for prompt in problems)
     if not without:
         return
-    where = f"evaluate: {run.config.data.evaluation}"
+    where = run.config.data.evaluation
     field = f"(field {run.config.data.answer_field!r})"
     if without == len(problems):
         run.reporter.info(f"{where}: no problem has an answer {field}: none is graded, there is no accuracy")

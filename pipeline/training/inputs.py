@@ -10,9 +10,10 @@ from tropd.pipeline.context import (
     role_room,
     role_tokenizer,
 )
+from tropd.pipeline.evaluation.held_out import tell_ungraded
 from tropd.pipeline.objectives.spec import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.selection import evaluation_problems, spread, training_prompts
+from tropd.pipeline.problems.selection import evaluation_problems, training_prompts
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.scoring import STAGES, check_token_ids
 from tropd.pipeline.teacher.connection import teacher_fields
@@ -34,7 +35,7 @@ class Inputs:
     stored: TrajectoryStore | None
     """Stored student rollouts, for objectives that train on them."""
     cached: CachedScores | None
-    problems: tuple[list[Prompt], list[list[int]]] | None
+    problems: Encoded | None
     """To evaluate on along the way."""
 
 
@@ -80,10 +81,8 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
         cached = _cache(run, "rollouts", "score-teacher --source rollouts", tokens)
     problems = None
     if config.train.evaluate_every:
-        of_file = evaluation_problems(run, tokenizer, longest)
-        graded = [i for i, prompt in enumerate(of_file.prompts) if prompt.answer is not None]
-        some = [graded[i] for i in spread(len(graded), config.train.evaluate_problems)]
-        problems = [of_file.prompts[i] for i in some], [of_file.tokens[i] for i in some]
+        problems = evaluation_problems(run, tokenizer, longest)
+        tell_ungraded(run, problems.prompts)
     return Inputs(prompts, encoded, store, stored, cached, problems)
 
 

@@ -19,7 +19,6 @@ from tropd.pipeline.context import (
     model_fields,
     section_fields,
 )
-from tropd.pipeline.evaluation.responses import Mode, Response, respond
 from tropd.pipeline.identity import fingerprint_of, stop_fields, tell_unrecorded, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
@@ -30,6 +29,7 @@ from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
 from tropd.pipeline.teachers import teachers_in_use, with_only
 from tropd.pipeline.training.agreement import check_engine
+from tropd.pipeline.training.along import evaluate_student
 from tropd.pipeline.training.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -240,7 +240,7 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
                 done = step + 1
                 if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
                     preparation.rows_ahead(done)
-                    record |= _evaluate(session)
+                    record |= evaluate_student(session)
                 if log is not None:
                     log.write(record)
                     also_log(record)
@@ -329,23 +329,3 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     if config.schedule == "linear":
         return config.learning_rate * (1.0 - progress)
     return config.learning_rate
-
-
-def _evaluate(session: Session) -> Record:
-    if session.problems is None:
-        return {}
-    session.refresh_engine()
-    record: Record = {}
-    problems, encoded = session.problems
-    modes: tuple[Mode, ...] = ("greedy", "sampled")
-
-    def answer(share: list[int]) -> list[Response]:
-        tokenizer = session.student.tokenizer
-        own = [problems[i] for i in share], [encoded[i] for i in share]
-        settings = session.run.config.evaluation
-        return respond(session.run, settings, session.engine, tokenizer, *own, mode, 1)
-
-    for mode in modes:
-        marks = session.world.spread(range(len(problems)), answer)
-        record[f"accuracy_{mode}"] = sum(m.correct for m in marks) / len(marks)
-    return record

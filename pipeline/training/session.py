@@ -27,6 +27,7 @@ from tropd.pipeline.models import (
 )
 from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import spread
 from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.connection import connect_teachers, start_teachers
@@ -35,6 +36,7 @@ from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
+from tropd.pipeline.training.held_out import HeldOutSet, read_held_out
 from tropd.pipeline.training.inputs import read_inputs
 from tropd.pipeline.training.optimizer import make_optimizer
 from tropd.pipeline.training.proof import prove_pass
@@ -80,6 +82,9 @@ class Session:
     cached: CachedScores | None
     reference: Engine | None
     problems: tuple[list[Prompt], list[list[int]]] | None
+    """Those with an answer that are evaluated along the way, spread over all."""
+    held_out: HeldOutSet | None
+    """What the student is compared with its teacher on along the way."""
 
     @property
     def ahead(self) -> bool:
@@ -158,6 +163,10 @@ def open_session(
     precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
     _check_settings(run, world)
     inputs = read_inputs(run, needs, prompts)  # before anything is loaded or started
+    # Before services take memory: a teacher is loaded here for it.
+    held_out = None
+    if inputs.problems is not None and config.evaluation.distance_prompts:
+        held_out = world.tell(read_held_out(run, inputs.problems) if world.leads else None)
     asks = needs.sampled and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.engine, config.student.engine)
@@ -205,8 +214,17 @@ def open_session(
         scorers=scorers,
         cached=inputs.cached,
         reference=_reference(run, folder),
-        problems=inputs.problems,
+        problems=_graded(run, inputs.problems),
+        held_out=held_out,
     )
+
+
+def _graded(run: Run, problems: Encoded | None) -> tuple[list[Prompt], list[list[int]]] | None:
+    if problems is None:
+        return None
+    graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
+    some = [graded[i] for i in spread(len(graded), run.config.train.evaluate_problems)]
+    return [problems.prompts[i] for i in some], [problems.tokens[i] for i in some]
 
 
 def _check_settings(run: Run, world: World) -> None:
