@@ -40,6 +40,9 @@ def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         for s in found.stages
     ]
     print_table(("stage", "state", "progress", "size", "time"), rows)
+    for stage in found.stages:
+        if stage.state == "complete" and stage.problem:
+            say(f"{stage.name}: {stage.problem}")
     say(f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else ""))
 
 

@@ -17,6 +17,7 @@ from tropd.pipeline.objectives.spec import Importance, Objective, Spec
 from tropd.storage.topk_encoding import Precision
 
 Dtype = Literal["float32", "bfloat16"]
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
 EngineName = Literal["transformers", "vllm"]
 GraderName = Literal["pattern", "math", "choice", "exact"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -61,9 +62,9 @@ class RuntimeConfig(Spec):
 
     device: Device = "auto"
     """Where models run: auto takes CUDA if there is one."""
-    threads: int = Field(default=1, ge=0, le=4096)
-    """Intra-op CPU threads per process; 0 leaves PyTorch's choice. Tiny models are fastest with 1: waiting
-    threads spin, and slow each other down on a busy machine."""
+    threads: int | None = Field(default=None, ge=0, le=4096)
+    """Intra-op CPU threads per process; 0 leaves PyTorch's choice, usually a thread for each core. If not set: 1 for tiny
+    models (weights below 64 MB), whose threads would mostly wait, spin, and slow each other down; otherwise as 0."""
     compile: bool = False
     """Compile the layers of models (torch.compile): training and scoring take 10 to 25 % less time, sampling on a CPU
     about 40 %, after up to a minute at the start of each process. Needs a C++ compiler on a CPU. A resumed run may then
@@ -141,13 +142,21 @@ class ModelConfig(Spec):
 
     model: str
     """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
-    dtype: Dtype = "bfloat16"
+    dtype: DtypeChoice = "auto"
     """Precision of the weights in memory; of a student in training, whose weights are float32, that of matrix
-    products. Logits and log-probs are float32 in any case."""
+    products. Logits and log-probs are float32 in any case. auto: what earlier stages of the workspace took; in a new
+    one bfloat16 on CUDA and float32 on a CPU, of which many have no instructions for bfloat16."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
     engine: EngineName = "transformers"
     """What samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
+
+    @property
+    def settled_dtype(self) -> Dtype:
+        """``dtype`` of an open run, whose automatic settings are decided (see ``automatic``)."""
+        if self.dtype == "auto":
+            raise ValueError(f"dtype of {self.model} is not decided yet: read it from Run.config")
+        return self.dtype
 
 
 class ServedTeacher(ModelConfig):
@@ -340,7 +349,7 @@ class TrainConfig(Spec):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after warm-up."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST)
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; in a shorter run, all steps but the last."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1000.0)
@@ -353,7 +362,7 @@ class TrainConfig(Spec):
     importance_clip: float = Field(default=2.0, gt=0.0, le=1e9)
     """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
     own (older weights, another engine, another temperature or top-p), where the objective does not set its own."""
-    micro_batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
+    micro_batch_tokens: int = Field(default=4096, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -379,6 +388,11 @@ class TrainConfig(Spec):
     """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
     evaluate_problems: int = Field(default=100, ge=1, le=MOST)
     """Problems per such evaluation of accuracy, spread over all. The distance has evaluation.distance_prompts."""
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up that there are: the last step of a short trial has the whole learning rate."""
+        return min(self.warmup_steps, self.steps - 1)
 
 
 class SftConfig(Spec):
@@ -466,7 +480,7 @@ class EvaluationConfig(Spec):
     forward KL, acceptance and lengths. These need no answer; what has none is not graded. 0: no distance."""
     batch_size: int = Field(default=128, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
-    grader: GraderName = "pattern"
+    grader: GraderName = "math"
     """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
     after ####, stated, or the last number; equal as mathematics), `choice` (the declared letter A to J; an expected
     index counts from 0), `exact` (all of the response). What thinking holds, or the length cut off, is no answer."""
@@ -561,10 +575,6 @@ class Config(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps:
-            raise ValueError(
-                f"train.warmup_steps ({self.train.warmup_steps}) must be below train.steps ({self.train.steps})"
-            )
         longest = self.prefixes.max_tokens or self.rollout.max_tokens
         if longest > self.rollout.max_tokens:
             raise ValueError(

@@ -105,6 +105,12 @@ def unusual(config: Config, origins: Origins) -> list[str]:
         if is_unusual(value):
             shown = list(value) if isinstance(value, tuple) else value
             found.append(f"{path} = {shown} is unusual: {reason} ({origins.of(tuple(path.split('.')))})")
+    train = config.train
+    if train.warmup < train.warmup_steps:
+        found.append(
+            f"train.warmup_steps = {train.warmup_steps} is no less than train.steps = {train.steps}: the learning rate "
+            f"rises over the first {train.warmup} ({origins.of(('train', 'warmup_steps'))})"
+        )
     return found
 
 

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tropd.pipeline.automatic import settled
 from tropd.pipeline.config import Config, ModelConfig, to_plain
 from tropd.pipeline.configuration import ResolvedConfig
 from tropd.pipeline.engines.base import Engine
@@ -50,9 +52,10 @@ class Run:
     assignments: tuple[str, ...] = ()
     """The ``--set`` overrides that the configuration was read with, to pass on to processes started for the run."""
 
-    @property
+    @cached_property
     def config(self) -> Config:
-        return self.resolved.config
+        """The checked configuration, with what was left automatic decided (see ``automatic``)."""
+        return settled(self.workspace, self.resolved.config, self.resolved.origins)
 
     @property
     def timings(self) -> Path:
@@ -122,7 +125,7 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     with loading(run, role, folder):
         model = load_model(
-            folder, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code
+            folder, dtype=settings.settled_dtype, device=device, trust_remote_code=settings.trust_remote_code
         )
     ends = stop_ids(run.workspace, run.config, role, folder)
     return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
@@ -163,7 +166,7 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
             folder,
             stop_ids(run.workspace, run.config, role, folder),
             run.config.vllm,
-            dtype=settings.dtype,
+            dtype=settings.settled_dtype,
             num_tokens=num_tokens(tokenizer),
             max_length=context_length(config),
             most_topk=max(run.config.scores.k, run.config.objective.k),
@@ -241,7 +244,7 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
     return {
         f"{role}.weights": digest,
         f"{role}.tokenizer": tokenizer_identity(tokenizer).digest,
-        f"{role}.dtype": settings.dtype,
+        f"{role}.dtype": settings.settled_dtype,
     }
 
 

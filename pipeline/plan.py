@@ -72,7 +72,7 @@ def memory_parts(
         teacher: None where another device has it (``teacher.url``).
         processes: those that torchrun starts; weights, gradients and moments are shared out.
     """
-    compute = BYTES[config.student.dtype]
+    compute = BYTES[config.student.settled_dtype]
     cached = BYTES["float32"] if config.runtime.device == "cpu" else compute  # see engines.lean
     adapters = config.student.lora
     trained = trained_parameters(config, student)
@@ -108,7 +108,7 @@ def memory_parts(
     elif processes > 1:
         parts.append(Part("whole student for rollouts", compute * student.parameters, ""))
     if teacher is not None:
-        size = BYTES[config.teacher.dtype]
+        size = BYTES[config.teacher.settled_dtype]
         parts.append(Part("teacher", size * teacher.parameters, "teacher.url on another GPU"))
         logits = min(LOGIT_ELEMENTS, config.service.batch_tokens * teacher.vocab)
         scoring = 3.0 * 4 * logits + config.service.batch_tokens * size * 4 * (
@@ -153,7 +153,7 @@ def disk_bytes(config: Config, student: ModelShape) -> dict[str, float]:
     return {
         "prefixes and scores": float((8 + CACHE_BYTES) * tokens),
         "checkpoints": 12.0 * trained_parameters(config, student) * (config.train.keep_checkpoints + 1),
-        "final student": float(BYTES[config.student.dtype] * student.parameters),
+        "final student": float(BYTES[config.student.settled_dtype] * student.parameters),
     }
 
 

@@ -63,7 +63,7 @@ class StageStatus(BaseModel):
     """Time spent, over all sessions; None if there is no record."""
     fingerprint: str | None = None
     problem: str = ""
-    """What is damaged or stale, in words."""
+    """What is damaged, stale or other than config.toml says, in words."""
     lost: bool = False
     """Whether running the stage again cannot make it good: files are put back, or it is started over."""
 
@@ -188,7 +188,8 @@ def _stage_status(
         bytes=size,
         seconds=spent,
         fingerprint=manifest.fingerprint,
-        problem="; ".join(broken.values()),
+        problem="; ".join(broken.values())
+        or (_trial(workspace, manifest, config, total) if name == "train" else ""),
         lost=bool(broken) and not can_go_on(manifest, broken),
     )
 
@@ -230,7 +231,7 @@ def _progress(
     shards = len(manifest.shards)
     if name == "train":
         steps = count_steps(workspace.stage("train") / METRICS_FILE)
-        return steps, config.train.steps if config else None, "steps"
+        return steps, _asked_steps(manifest, config), "steps"
     if name == "eval":
         return shards, max(shards, len(EVALUATED)), "parts"
     if name == "models":
@@ -242,6 +243,24 @@ def _progress(
         upstream = next((s for s in earlier if s.name == "prefixes" and s.state == "complete"), None)
         return shards, upstream.done if upstream else None, "shards"
     return shards, _prefix_shards(workspace, config), "shards"
+
+
+def _asked_steps(manifest: Manifest, config: Config | None) -> int | None:
+    """Steps that training was, or is to be, done for: where it is complete, those it was told."""
+    asked = manifest.fields.get("train.steps")
+    if manifest.complete and isinstance(asked, int):
+        return asked
+    return config.train.steps if config else None
+
+
+def _trial(workspace: Workspace, manifest: Manifest, config: Config | None, total: int | None) -> str:
+    """In words, where training is complete for another number of steps than the configuration has."""
+    if config is None or not manifest.complete or total in (None, config.train.steps):
+        return ""
+    return (
+        f"complete for train.steps = {total}, while config.toml says {config.train.steps}: "
+        f"{workspace.command('train')} --force trains anew"
+    )
 
 
 def _prefix_shards(workspace: Workspace, config: Config | None) -> int | None:

@@ -147,7 +147,7 @@ def read_metrics(results: dict[str, Any], task: str) -> list[Metric]:
 
 def _model_arguments(run: Run, role: str, folder: Path) -> list[str]:
     settings: ModelConfig = getattr(run.config, role)
-    arguments: dict[str, Any] = {"pretrained": folder, "dtype": settings.dtype}
+    arguments: dict[str, Any] = {"pretrained": folder, "dtype": settings.settled_dtype}
     if settings.trust_remote_code:
         arguments["trust_remote_code"] = True
     if settings.engine == "vllm":

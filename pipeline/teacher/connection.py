@@ -96,7 +96,7 @@ def _fields(run: Run) -> dict[str, Scalar]:
     return {
         "teacher.weights": info.weights,
         "teacher.tokenizer": tokenizer,  # a vLLM server's is compared with the student's by its texts
-        "teacher.dtype": run.config.teacher.dtype,
+        "teacher.dtype": run.config.teacher.settled_dtype,
     }
 
 

@@ -321,9 +321,10 @@ def _step(
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
     """Learning rate of the step with this number (from 0): linear warm-up, then the schedule down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = config.warmup
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
     if config.schedule == "linear":

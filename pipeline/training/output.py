@@ -30,7 +30,7 @@ def export_student(session: Session, stage: Stage) -> None:
             )
             model.load_state_dict(state)
         set_stops(model.generation_config, session.student.stop_ids)
-        model.to(DTYPES[settings.dtype]).save_pretrained(folder)
+        model.to(DTYPES[settings.settled_dtype]).save_pretrained(folder)
         session.student.tokenizer.save_pretrained(folder)
     stage.commit(FINAL, rows=session.run.config.train.steps)
 

@@ -59,7 +59,7 @@ def rollout_engine(
     if settings.engine == "transformers":
         autocast = None if sharded else precision
         if run.config.train.max_staleness:
-            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.dtype
+            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.settled_dtype
             return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
         loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)

@@ -160,7 +160,8 @@ def open_session(
     needs = teacher_needs(objective)
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
-    precision = None if config.student.dtype == "float32" else DTYPES[config.student.dtype]
+    dtype = config.student.settled_dtype
+    precision = None if dtype == "float32" else DTYPES[dtype]
     _check_settings(run, world)
     inputs = read_inputs(run, needs, prompts)  # before anything is loaded or started
     # Before services take memory: a teacher is loaded here for it.

@@ -132,7 +132,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     settings = run.config.student
     remote = settings.trust_remote_code
     alone = world.size == 1
-    dtype: Dtype = settings.dtype if settings.lora is not None and alone else "float32"
+    dtype: Dtype = settings.settled_dtype if settings.lora is not None and alone else "float32"
     device = device if alone else torch.device("cpu")
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     _adapt(run, model)
@@ -142,7 +142,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.config.train.attention != "auto":
         _attend(model, run, world)
-    elif settings.dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
+    elif settings.settled_dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
         attend_in_float32(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     ends = stop_ids(run.workspace, run.config, "student", folder)
@@ -152,7 +152,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
 def _attend(model: Any, run: Run, world: World) -> None:
     attention = run.config.train.attention
     on_gpu = pick_device(run.config.runtime.device).type == "cuda"
-    if run.config.student.dtype == "float32" or not on_gpu or world.size > 1:
+    if run.config.student.settled_dtype == "float32" or not on_gpu or world.size > 1:
         raise ConfigError(
             f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and so far a single process",
             hint='set train.attention = "auto", or student.dtype = "bfloat16"',

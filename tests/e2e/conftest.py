@@ -50,6 +50,7 @@ learning_rate = 1e-3
 checkpoint_every = 2
 
 [evaluation]
+grader = "pattern"
 limit = 16
 
 [demo]

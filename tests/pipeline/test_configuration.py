@@ -26,6 +26,7 @@ from tropd.pipeline.configuration import (
     recipe_names,
     recipe_text,
 )
+from tropd.pipeline.training.loop import learning_rate_at
 from tropd.storage.errors import ConfigError
 
 DEMO = recipe_text("demo")
@@ -52,7 +53,6 @@ def test_packaged_recipes_are_valid_and_name_themselves(name: str) -> None:
         ),
         ("objective.outlier.loss.estimator='nll'", ["own samples"]),
         ("objective.schedule.kind='none'", ["no prefix tokens"]),
-        ("train.warmup_steps=100", ["train.warmup_steps (100)", "train.steps (100)"]),
         ("prefixes.max_tokens=99", ["prefixes.max_tokens (99)", "rollout.max_tokens (36)"]),
         ("objective={name='tropd-cached', k=9}", ["objective.k (9)", "scores.k (5)"]),
         ("teacher.url=localhost:8000", ["teacher.url", "http://host:port", "'localhost:8000'"]),
@@ -126,8 +126,8 @@ SERVED = "[[teacher.by_domain]]\ndomain = 'a'\nmodel = 'm'\ntimeout_seconds = tr
         ),
         (
             "[train]",
-            ["train.warmup_steps=200"],
-            "train.warmup_steps: --set train.warmup_steps=200; train.steps: W/config.toml line {steps = 100}",
+            ["prefixes.max_tokens=99"],
+            "prefixes.max_tokens: --set prefixes.max_tokens=99; rollout.max_tokens: W/config.toml line {max_tokens = 36}",
         ),
         ("[train]", ["demo.min_operations=9"], "min_operations: --set demo.min_operations=9"),
         ("[x]\ny = 1\n[train]", [], "W/config.toml line {[x]}: x: unknown field"),
@@ -157,6 +157,17 @@ def test_the_absurd_is_possible_but_said() -> None:
     for name in recipe_names():
         resolved = parse_config(recipe_text(name))
         assert not unusual(resolved.config, resolved.origins)
+
+
+def test_warm_up_of_a_short_trial_is_cut_with_a_word() -> None:
+    resolved = parse_config(DEMO, ["train.steps=3"], where="W/config.toml")
+    train = resolved.config.train
+    assert [learning_rate_at(train, step) / train.learning_rate for step in range(3)] == [0.5, 1, 1]
+    (sentence,) = unusual(resolved.config, resolved.origins)
+    assert sentence.startswith("train.warmup_steps = 5 is no less than train.steps = 3: ")
+    assert "rises over the first 2 (W/config.toml line" in sentence
+    one = parse_config(DEMO, ["train.steps=1"]).config.train
+    assert learning_rate_at(one, 0) == one.learning_rate
 
 
 def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:

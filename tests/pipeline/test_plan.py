@@ -87,7 +87,9 @@ def test_activations_are_estimated_within_a_third(kind: str) -> None:
 
 def paper_config() -> Config:
     return parse_config(
-        '[objective]\nname = "tropd"\n[train]\ngradient_checkpointing = true\n', where="paper"
+        '[student]\ndtype = "bfloat16"\n[objective]\nname = "tropd"\n'
+        "[train]\ngradient_checkpointing = true\nmicro_batch_tokens = 16384\n",
+        where="paper",
     ).config
 
 
@@ -133,7 +135,9 @@ def test_known_sizes_and_what_more_processes_save() -> None:
     one, eight = ({p.name: p.bytes for p in memory_parts(config, shape, None, n)} for n in (1, 8))
     assert one["AdamW's moments"] == 8 * eight["AdamW's moments"] == 8 * shape.parameters
     assert eight["whole student for rollouts"] == 2 * shape.parameters
-    with_teacher = {p.name: p.bytes for p in memory_parts(config, shape, shape, 1)}
+    teacher = config.teacher.model_copy(update={"dtype": "bfloat16"})
+    here = config.model_copy(update={"teacher": teacher})
+    with_teacher = {p.name: p.bytes for p in memory_parts(here, shape, shape, 1)}
     assert with_teacher["teacher"] == 2 * shape.parameters
     assert disk_bytes(config, shape)["checkpoints"] == 12 * shape.parameters * 3
 
@@ -143,7 +147,9 @@ def test_a_cpu_keeps_keys_and_values_in_float32() -> None:
     decoder = LeanDecoder(LeanModel(model), 7, Sampling())
     decoder.start([[1, 2, 3]] * 5, 3, torch.zeros(5))
     shape = ModelShape.of(model.config)
-    text = "[rollout]\nbatch_size = 5\nmax_tokens = 7\n[runtime]\ndevice = 'cpu'"
+    text = (
+        "[rollout]\nbatch_size = 5\nmax_tokens = 7\n[runtime]\ndevice = 'cpu'\n[student]\ndtype = 'bfloat16'"
+    )
     (planned,) = (
         part.bytes
         for part in memory_parts(parse_config(text).config, shape, None, 1)
@@ -166,7 +172,7 @@ def test_adapters_take_less_than_all_weights() -> None:
     shape = ModelShape(*(10**9, 28, 2048, 6144, 16, 8, 128, 151_936))
 
     def total(text: str) -> float:
-        config = parse_config(f"[student]\nmodel = 'x'\n{text}").config
+        config = parse_config(f"[student]\ndtype = 'bfloat16'\n{text}").config
         return sum(part.bytes for part in memory_parts(config, shape, None, 1))
 
     everything, adapters = total(""), total("lora = { rank = 16 }")

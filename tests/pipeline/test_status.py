@@ -234,3 +234,20 @@ def test_the_report_is_stale_once_results_change(tmp_path: Path) -> None:
 def test_it_is_plain_data(tmp_path: Path) -> None:
     status = workspace_status(make(tmp_path))
     assert Status.model_validate_json(status.model_dump_json()) == status
+
+
+def test_a_trial_is_complete_for_its_own_steps(tmp_path: Path) -> None:
+    workspace = make(tmp_path)
+    finish(workspace)
+    metrics(workspace, 3)
+    folder = workspace.stage("train")
+    manifest = Manifest.start("train", Fingerprint({"train.steps": 3}))
+    shards = {"final": describe_shard(folder, "final", 3)}
+    write_manifest(folder, manifest.model_copy(update={"shards": shards, "complete": True}))
+    train = workspace_status(workspace).stage("train")
+    assert train is not None
+    assert (train.state, train.progress_text) == ("complete", "step 3 of 3")
+    command = f"tropd train -w '{workspace.root}' --force"
+    assert train.problem == (
+        f"complete for train.steps = 3, while config.toml says 20: {command} trains anew"
+    )

@@ -49,7 +49,7 @@ def test_answers_agree_with_an_independent_evaluator(problem: Problem) -> None:
 def test_clean_and_terse_chains_end_with_the_answer(problem: Problem) -> None:
     for terse in (False, True):
         chain = write_chain(problem, terse=terse)
-        (mark,) = grade([chain.text], [answer(problem)], EvaluationConfig())
+        (mark,) = grade([chain.text], [answer(problem)], EvaluationConfig(grader="pattern"))
         assert mark.correct
         assert not any(chain.injected)
         assert len(chain.injected) == len(chain.text)

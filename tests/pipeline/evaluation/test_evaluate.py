@@ -141,7 +141,8 @@ def test_a_grader_that_finds_nothing_in_any_response_is_told(run: Run) -> None:
         def warning(self, message: str) -> None:
             warnings.append(message)
 
-    settings = run.config.evaluation.model_copy(update={"answer_pattern": "(never)", "benchmarks": ()})
+    never = {"grader": "pattern", "answer_pattern": "(never)", "benchmarks": ()}
+    settings = run.config.evaluation.model_copy(update=never)
     config = run.config.model_copy(update={"evaluation": settings})
     run = replace(run, resolved=replace(run.resolved, config=config), reporter=Told())
     evaluate(run, whom=("before", "teacher"))

@@ -110,8 +110,8 @@ def test_the_other_graders_know_what_was_cut_off() -> None:
     def answer(response: str, **options: Any) -> str | None:
         return grade([response], ["B"], EvaluationConfig(**options), cut_off=[True])[0].answer
 
-    assert answer("2+2=4#4") is None
-    assert answer("2+2=4#4 is", answer_pattern=r"#(\d)") == "4"
+    assert answer("2+2=4#4", grader="pattern") is None
+    assert answer("2+2=4#4 is", grader="pattern", answer_pattern=r"#(\d)") == "4"
     assert answer("yes", grader="exact") is None
     assert answer("The answer is B", grader="choice") is None
     assert answer("The answer is B.", grader="choice") == "B"
@@ -176,7 +176,11 @@ def test_choices_as_data_sets_write_them(field: str, letter: str | None) -> None
 
 
 def test_pattern_and_exact() -> None:
-    assert marks(["1+1=2#2", "3", "x#2 "], ["2", "3", "2"], EvaluationConfig()) == [True, False, True]
+    assert marks(["1+1=2#2", "3", "x#2 "], ["2", "3", "2"], EvaluationConfig(grader="pattern")) == [
+        True,
+        False,
+        True,
+    ]
     exact = EvaluationConfig(grader="exact")
     assert marks([" yes\n", "yes, sir"], ["yes", "yes"], exact) == [True, False]
     assert marks(["\\boxed{1}"], [None]) == [False]

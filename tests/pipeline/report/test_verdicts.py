@@ -172,7 +172,7 @@ def test_a_grader_that_finds_nothing(finished: Workspace, tools: Tools) -> None:
     assert names(report) == ["grader-misfit"], "nothing else is said of accuracies that mean nothing"
     (verdict,) = report.verdicts
     assert verdict.level == "problem"
-    assert verdict.sentence.startswith("The grader 'pattern' finds no answer in any response of the teacher")
+    assert verdict.sentence.startswith("The grader 'math' finds no answer in any response of the teacher")
     assert verdict.evidence[0] == "“6+4*7-0=” → “6+4=0;0*7=0;0-0=6;#6”: no answer found, expected “6”"
     assert len(verdict.evidence) == 3
     text = page_text(finished)
