@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,15 +71,6 @@ def with_skip_bad(settings: list[str] | None, skip_bad: bool) -> list[str]:
 def open_run(workspace: Path, assignments: list[str] | None) -> Run:
     """The run in a workspace, with progress shown on this terminal."""
     from tropd.cli.render import make_reporter
-    from tropd.pipeline.config_problems import unusual
-    from tropd.pipeline.configuration import load_config
-    from tropd.pipeline.context import Run
-    from tropd.storage.workspace import Workspace
+    from tropd.pipeline.api import load_run
 
-    opened = Workspace.open(workspace)
-    given = tuple(assignments or ())
-    run = Run(opened, load_config(opened.config_path, given), make_reporter(), given)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
-        for sentence in unusual(run.config, run.resolved.origins):
-            run.reporter.warning(sentence)
-    return run
+    return load_run(workspace, tuple(assignments or ()), make_reporter())
