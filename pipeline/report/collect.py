@@ -14,12 +14,13 @@ from tropd.pipeline.config import to_plain
 from tropd.pipeline.configuration import ResolvedConfig, config_text, explain, parse_config
 from tropd.pipeline.prompts import scan_prompts
 from tropd.pipeline.report.acceptance import summarize_samples
+from tropd.pipeline.report.distances import read_distances
 from tropd.pipeline.report.evaluations import MODES, EvaluationFiles, pick_samples, summarize_evaluation
 from tropd.pipeline.report.headline import headline
 from tropd.pipeline.report.metrics import read_metrics, summarize_training
 from tropd.pipeline.report.provenance import describe_provenance
 from tropd.pipeline.report.runs import summarize_runs
-from tropd.pipeline.report.schema import Cache, Evaluation, Report, StageReport, Training
+from tropd.pipeline.report.schema import Cache, Distance, Evaluation, Report, StageReport, Training
 from tropd.pipeline.report.verdicts import find_verdicts
 from tropd.pipeline.status import (
     EVALUATED,
@@ -72,7 +73,7 @@ def _build_report(workspace: Workspace) -> Report:
     )
     files = EvaluationFiles(workspace.stage("eval"))
     prompts = _prompt_texts(workspace, resolved)
-    evaluation = summarize_evaluation(files, prompts)
+    evaluation = summarize_evaluation(files, prompts, _distances(manifests))
     samples = pick_samples(files, prompts)
     cache = _cache(manifests)
     acceptance_map, sample_problems = _read_samples(workspace, training, manifests.get("train"))
@@ -182,6 +183,10 @@ def _cache(manifests: Mapping[str, Manifest]) -> Cache:
     )
 
 
+def _distances(manifests: Mapping[str, Manifest]) -> dict[str, Distance]:
+    return read_distances(manifests["eval"].summary) if "eval" in manifests else {}
+
+
 def _number(summary: Mapping[str, Any], name: str) -> float | None:
     value = summary.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -236,7 +241,7 @@ def _missing_results(
     if training is None and (trained or states.get("train") in ("complete", "damaged")):
         lines.append(f"train: there is no step in {METRICS_FILE}, so there are no curves")
     if states.get("eval") != "not started":
-        for who in EVALUATED:
+        for who in EVALUATED if evaluation.graded or not evaluation.compared else ():
             modes = [mode for mode in MODES if evaluation.accuracy(who, mode) is None]  # type: ignore[arg-type]
             if modes:
                 subject = who if who == "teacher" else f"the student {who} training"

@@ -32,10 +32,47 @@ class Curve:
     healthy: str
     percent: bool = False
     from_zero: bool = False
-    group: Literal["main", "time", "more"] = "main"
+    group: Literal["distance", "main", "time", "more"] = "main"
 
 
 CURVES: tuple[Curve, ...] = (
+    Curve(
+        "distance",
+        "KL on held-out prompts",
+        (
+            Line("distance_reverse_kl", "reverse, on the student's responses", BLUE, smooth=False),
+            Line("distance_forward_kl", "forward, on the teacher's", PURPLE, smooth=False),
+        ),
+        "nats per token",
+        "How far student and teacher are apart on prompts that are not trained on, along the way: reverse KL from the "
+        "student's sampled tokens (K1), forward KL from the teacher's likeliest tokens and the rest.",
+        "both fall, and level off well below where they began.",
+        from_zero=True,
+        group="distance",
+    ),
+    Curve(
+        "distance_acceptance",
+        "Acceptance on held-out prompts",
+        (Line("distance_acceptance", "acceptance", BLUE, smooth=False),),
+        "mean over tokens",
+        "Mean of min(π_T/π_S, 1) on the student's responses to them: an estimate of Σ min(π_S, π_T).",
+        "rises towards 100 %.",
+        percent=True,
+        group="distance",
+    ),
+    Curve(
+        "distance_length",
+        "Lengths on held-out prompts",
+        (
+            Line("distance_length", "student", BLUE, smooth=False),
+            Line("distance_teacher_length", "teacher", PURPLE, smooth=False),
+        ),
+        "tokens",
+        "Mean length of both's responses to them.",
+        "the student's comes to the teacher's.",
+        from_zero=True,
+        group="distance",
+    ),
     Curve(
         "accuracy",
         "Accuracy during training",

@@ -19,6 +19,7 @@ from tropd.pipeline.report.schema import (
     Answers,
     Comparison,
     Contender,
+    Distance,
     Evaluation,
     Example,
     Gain,
@@ -98,15 +99,18 @@ class EvaluationFiles:
         return rows
 
 
-def summarize_evaluation(files: EvaluationFiles, prompts: Mapping[str, str]) -> Evaluation:
-    """Accuracy of every model in every mode that there are responses of."""
+def summarize_evaluation(
+    files: EvaluationFiles, prompts: Mapping[str, str], distances: Mapping[str, Distance]
+) -> Evaluation:
+    """Accuracy of every model in every mode that there are responses of, and their distances."""
     graded = {who: _grade(files, who) for who in EVALUATED}
     contenders = {
         who: Contender(
-            **{mode: _accuracy(one, _answers(files, who, mode, one, prompts)) for mode, one in modes.items()}
+            **{mode: _accuracy(one, _answers(files, who, mode, one, prompts)) for mode, one in modes.items()},
+            distance=distances.get(who),
         )
         for who, modes in graded.items()
-        if modes
+        if modes or who in distances
     }
     gains = {
         mode: _gain(graded["before"][mode].means, graded["after"][mode].means)

@@ -20,6 +20,7 @@ from tropd.pipeline.report import drawing
 from tropd.pipeline.report.acceptance import show_samples
 from tropd.pipeline.report.benchmarks import benchmark_rows
 from tropd.pipeline.report.collect import build_report
+from tropd.pipeline.report.distances import NAMES, distance_note, distance_rows
 from tropd.pipeline.report.drawing import Plot
 from tropd.pipeline.report.formats import count, duration, human_bytes, percent, points, visible
 from tropd.pipeline.report.plots import WHO_COLORS, draw_report
@@ -77,7 +78,7 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         code=_code,
     )
     groups: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("outcome", "runs", "main", "time", "more")
+        name: [] for name in ("outcome", "distance", "runs", "main", "time", "more")
     }
     for plot in plots:
         card = {"title": plot.title, "caption": _subscripts(plot.caption), "healthy": plot.healthy}
@@ -90,7 +91,9 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         subtitle=_subtitle(report),
         benchmarks=benchmarks,
         paper=any(row.paper is not None for row in benchmarks),
-        contenders=_contenders(report.evaluation),
+        contenders=_contenders(report.evaluation) if report.evaluation.graded else [],
+        distances=distance_rows(report.evaluation),
+        distance_note=distance_note(report.evaluation),
         figures=_key_figures(report),
         plots=groups,
         times=_times(report),
@@ -126,11 +129,10 @@ def _subtitle(report: Report) -> list[str]:
 
 
 def _contenders(evaluation: Evaluation) -> list[dict[str, Any]]:
-    names = {"before": "Student before", "after": "Student after", "teacher": "Teacher"}
     return [
         {
             "who": who,
-            "name": names[who],
+            "name": NAMES[who],
             "sampled": evaluation.accuracy(who, "sampled"),  # type: ignore[arg-type]
             "greedy": evaluation.accuracy(who, "greedy"),  # type: ignore[arg-type]
         }
@@ -142,6 +144,12 @@ def _contenders(evaluation: Evaluation) -> list[dict[str, Any]]:
 def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     """(value, what it is, detail): the handful of numbers that one asks for first."""
     figures: list[tuple[str, str, str]] = []
+    before, after = report.evaluation.distance("before"), report.evaluation.distance("after")
+    if after and after.reverse_kl:
+        detail = f"{before.reverse_kl.mean:.3g} before training" if before and before.reverse_kl else ""
+        figures.append(
+            (f"{after.reverse_kl.mean:.3g}", "nats of reverse KL to the teacher, per token", detail)
+        )
     modes: tuple[Mode, ...] = ("sampled", "greedy")
     for mode in modes:
         gain = getattr(report.evaluation.gain, mode)
@@ -182,6 +190,7 @@ def _run_rows(report: Report) -> list[dict[str, Any]]:
             "sampled": run.evaluation.accuracy("after", "sampled"),
             "greedy": run.evaluation.accuracy("after", "greedy"),
             "gain": run.evaluation.gain.sampled,
+            "distance": run.evaluation.distance("after"),
         }
         rows.append({**run.model_dump(exclude={"evaluation", "series"}), **shown})
     return rows

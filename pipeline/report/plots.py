@@ -16,12 +16,14 @@ from tropd.pipeline.report.schema import Evaluation, Mode, Report, Training
 
 WHO_COLORS = {"before": GREY, "after": BLUE, "teacher": PURPLE}
 _EXPECTED_ELSEWHERE = {"step", "time_total", "time_optimizer", "time_sync", "time_checkpoint"}
+# Numbers of prompts and problems, which do not change.
+_EXPECTED_ELSEWHERE |= {"distance_prompts", "accuracy_problems"}
 
 
 def draw_report(report: Report) -> list[Plot]:
     """Every plot that there is data for, in the order of the page."""
     plots: list[Plot] = []
-    if any((report.evaluation.before, report.evaluation.after, report.evaluation.teacher)):
+    if report.evaluation.graded:
         plots.append(_draw_outcome(report.evaluation))
     if report.training is not None:
         clip = ((report.config or {}).get("train") or {}).get("max_grad_norm")

@@ -27,8 +27,13 @@ def draw_runs(runs: Sequence[RunSummary]) -> list[Plot]:
     """Accuracies of all runs, and every compared metric that one of them has."""
     if not runs:
         return []
-    plots = [_draw_accuracies(runs)] if any(run.evaluation.after for run in runs) else []
+    plots = [_draw_accuracies(runs)] if any(_is_graded(run) for run in runs) else []
     return [*plots, *(plot for name in COMPARED if (plot := _draw_metric(name, runs)) is not None)]
+
+
+def _is_graded(run: RunSummary) -> bool:
+    after = run.evaluation.after
+    return after is not None and bool(after.sampled or after.greedy)
 
 
 def _draw_metric(metric: str, runs: Sequence[RunSummary]) -> Plot | None:

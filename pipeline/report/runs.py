@@ -8,6 +8,8 @@ from pathlib import Path
 from tropd.pipeline.report.schema import Report, RunSummary
 
 COMPARED = (
+    "distance_reverse_kl",
+    "distance_forward_kl",
     "accuracy_sampled",
     "accuracy_greedy",
     "loss",

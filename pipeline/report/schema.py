@@ -78,11 +78,36 @@ class Accuracy(Record):
     answers: Answers | None = None
 
 
+class Measure(Record):
+    """A mean over tokens, or responses, and its 95 % interval over prompts."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    """None with fewer than three prompts."""
+
+
+class Distance(Record):
+    """How far a model is from the teacher on held-out prompts; nats and shares per token. A teacher's own has no KL."""
+
+    reverse_kl: Measure | None
+    forward_kl: Measure | None
+    acceptance: Measure | None
+    length: Measure | None
+    """Tokens of a response."""
+    truncated: Measure | None
+    """Share of responses that reached the length limit."""
+    entropy: Measure | None
+    prompts: int
+    method: Literal["exact", "topk"]
+    """Sums over all tokens, or from sampled tokens and the teacher's likeliest."""
+
+
 class Contender(Record):
-    """One model's accuracy: the student before or after training, or the teacher."""
+    """What one model can do: the student before or after training, or the teacher."""
 
     greedy: Accuracy | None = None
     sampled: Accuracy | None = None
+    distance: Distance | None = None
 
 
 class Gain(Record):
@@ -109,8 +134,24 @@ class Evaluation(Record):
     gain: Gains = Gains()
     interval_method: str = (
         "accuracy: Wilson score interval at the effective sample size of responses clustered by problem; "
-        "gain: normal interval of the paired per-problem difference"
+        "gain: normal interval of the paired per-problem difference; "
+        "distance: studentized bootstrap over prompts"
     )
+
+    @property
+    def graded(self) -> bool:
+        """Whether there is any accuracy: problems need no answers."""
+        contenders = [one for one in (self.before, self.after, self.teacher) if one is not None]
+        return any(one.greedy or one.sampled for one in contenders)
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is any distance."""
+        return any(one is not None and one.distance for one in (self.before, self.after, self.teacher))
+
+    def distance(self, who: Who) -> Distance | None:
+        contender: Contender | None = getattr(self, who)
+        return contender.distance if contender else None
 
     def accuracy(self, who: Who, mode: Mode) -> Accuracy | None:
         contender: Contender | None = getattr(self, who)

@@ -21,6 +21,7 @@ from tropd.pipeline.training.samples import (
     StudentToken,
     sampled_steps,
 )
+from tropd.storage.catalog import EVALUATIONS
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest, describe_shard, write_manifest
 from tropd.storage.workspace import Workspace
@@ -93,6 +94,13 @@ def metric_rows(steps: int) -> list[dict[str, Any]]:
             "clip_fraction": float(noise.random()),
         }
         if (step + 1) % 20 == 0:
+            row["distance_prompts"] = 64
+            row["distance_reverse_kl"] = 0.6 * math.exp(-2 * share)
+            row["distance_forward_kl"] = 0.4 * math.exp(-2 * share)
+            row["distance_acceptance"] = 1 - 0.4 * math.exp(-2 * share)
+            row["distance_length"] = 26 + 8 * math.exp(-share)
+            row["distance_teacher_length"] = 26.4
+            row["accuracy_problems"] = 100
             row["accuracy_greedy"] = min(1.0, 0.97 + 0.0003 * step)
             row["accuracy_sampled"] = 0.42 + 0.3 * (1 - math.exp(-3 * share))
         rows.append(row)
@@ -186,12 +194,40 @@ def evaluation_rows(who: str, problems: int = 120) -> list[dict[str, Any]]:
     return rows
 
 
-def write_evaluation(root: Path, parts: dict[str, list[dict[str, Any]]], *, complete: bool = True) -> None:
+def distance(reverse: float | None, forward: float | None, acceptance: float | None) -> dict[str, Any]:
+    """What the stage's summary says of one model."""
+
+    def interval(mean: float | None, width: float) -> dict[str, float] | None:
+        return None if mean is None else {"mean": mean, "low": mean - width, "high": mean + width}
+
+    return {
+        "reverse_kl": interval(reverse, 0.01),
+        "forward_kl": interval(forward, 0.01),
+        "acceptance": interval(acceptance, 0.01),
+        "length": interval(26.4, 1.5),
+        "truncated": interval(0.0, 0.0),
+        "entropy": interval(0.3, 0.1),
+        "prompts": 64,
+        "method": "exact",
+    }
+
+
+DISTANCES = {
+    "before": distance(0.603, 0.444, 0.61),
+    "after": distance(0.128, 0.104, 0.93),
+    "teacher": distance(None, None, None),
+}
+
+
+def write_evaluation(
+    root: Path, parts: dict[str, list[dict[str, Any]]], *, complete: bool = True, **summary: Any
+) -> None:
     (root / "eval").mkdir(exist_ok=True)
     for who, rows in parts.items():
-        pq.write_table(pa.Table.from_pylist(rows), root / "eval" / f"part-{who}.parquet")
+        table = pa.Table.from_pylist(rows, schema=None if rows else EVALUATIONS)
+        pq.write_table(table, root / "eval" / f"part-{who}.parquet")
     shards = {f"part-{who}.parquet": len(rows) for who, rows in parts.items()}
-    write_stage(root, "eval", shards, complete=complete)
+    write_stage(root, "eval", shards, complete=complete, **summary)
 
 
 @pytest.fixture
@@ -232,7 +268,7 @@ def fill(workspace: Workspace, steps: int = 100) -> None:
     write_metrics(root, metric_rows(steps))
     write_samples(root, [step_sample(step) for step in sampled_steps(steps)])
     write_stage(root, "train", {"final": 1}, steps=steps, final_loss=0.07, objective="tropd")
-    write_evaluation(root, {who: evaluation_rows(who) for who in ACCURACIES})
+    write_evaluation(root, {who: evaluation_rows(who) for who in ACCURACIES}, distance=DISTANCES)
     (root / "logs").mkdir()
     lines = [json.dumps({"stage": name, "seconds": value}) for name, value in SECONDS.items()]
     (root / "logs" / "stages.jsonl").write_text("\n".join(lines) + "\n")
@@ -256,4 +292,5 @@ def tools() -> dict[str, Callable[..., Any]]:
         "write_stage": write_stage,
         "evaluation_rows": evaluation_rows,
         "write_evaluation": write_evaluation,
+        "DISTANCES": DISTANCES,
     }
