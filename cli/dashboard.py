@@ -80,6 +80,8 @@ class Dashboard:
             ("K1", _number, k1),
             ("outliers", _percent, column(self.records, "region_fraction_outlier")),
             ("accuracy", _percent, accuracy) if measured else ("reward", _number, reward),
+            ("reverse KL", _number, column(self.records, "distance_reverse_kl")),
+            ("forward KL", _number, column(self.records, "distance_forward_kl")),
         ]
 
     def _facts(self) -> RenderableType:
@@ -89,6 +91,7 @@ class Dashboard:
             ("step", _step_time(self.records)),
             ("teacher", _teacher(self.records)),
             ("length", _lengths(self.records[-1])),
+            ("held-out", _held_out(self.records)),
             ("memory", _memory(self.records[-1])),
         ):
             if words:
@@ -176,6 +179,19 @@ def _lengths(record: Record) -> str:
     if length is None:
         return ""
     return f"{length:.1f} tokens" + ("" if prefix is None else f", {prefix:.1f} of them from the teacher")
+
+
+def _held_out(records: Sequence[Record]) -> str:
+    """Of the newest evaluation; the KLs have curves."""
+    found = next((record for record in reversed(records) if "distance_length" in record), {})
+    length, teacher, acceptance = (
+        column([found], f"distance_{name}")[0] for name in ("length", "teacher_length", "acceptance")
+    )
+    if length is None:
+        return ""
+    beside = "" if teacher is None else f" (teacher {teacher:.1f})"
+    accepted = "" if acceptance is None else f", acceptance {_percent(acceptance)}"
+    return f"{length:.1f} tokens{beside}{accepted}"
 
 
 def _memory(record: Record) -> str:

@@ -350,11 +350,16 @@ def compare(
         low, mean, high = (scale.format(100 * v) for v in (estimate.low, estimate.mean, estimate.high))
         return f"{mean} [{low}, {high}]"
 
+    def distance(estimate: Any) -> str:
+        return "" if estimate is None else f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
     rows = [
         (
             method.objective,
-            cell(method.accuracy["greedy"]),
-            cell(method.accuracy["sampled"]),
+            distance(method.distance.get("reverse_kl")),
+            distance(method.distance.get("forward_kl")),
+            cell(method.accuracy["greedy"]) if method.accuracy else "",
+            cell(method.accuracy["sampled"]) if method.accuracy else "",
             cell(method.difference["sampled"], "{:+.1f}") if method.difference else "",
             method.steps,
             round(method.teacher_tokens_scored),
@@ -364,6 +369,8 @@ def compare(
     ]
     columns = (
         "method",
+        "reverse KL",
+        "forward KL",
         "greedy %",
         "sampled %",
         f"sampled − {found.baseline}",
@@ -372,8 +379,11 @@ def compare(
         "bytes",
     )
     print_table(columns, rows)
-    before, teacher = (", ".join(f"{m} {v:.1%}" for m, v in w.items()) for w in (found.before, found.teacher))
-    say(f"before: {before}; teacher: {teacher}; 95 % intervals over seeds and problems")
+    start = [f"{name.replace('_kl', ' KL')} {one.mean:.3f}" for name, one in found.distance_before.items()]
+    before = ", ".join([*start, *(f"{mode} {value:.1%}" for mode, value in found.before.items())])
+    teacher = ", ".join(f"{mode} {value:.1%}" for mode, value in found.teacher.items())
+    beside = f"; teacher: {teacher}" if teacher else ""
+    say(f"before: {before}{beside}; 95 % intervals over seeds and problems")
     say(f"page: {page}")
 
 

@@ -11,15 +11,17 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from tropd.pipeline.compare import FOLDER, REFERENCE, Cell
+from tropd.pipeline.report.comparison_distance import BOOTSTRAP_DRAWS, Estimate, distances_of
 from tropd.pipeline.training.metrics import read_metrics
 from tropd.storage.manifest import read_manifest
 from tropd.storage.seeds import derive_seed
 from tropd.storage.workspace import Workspace
 
-BOOTSTRAP_DRAWS = 2000
 MODES = ("greedy", "sampled")
 BASELINE = "opd"
 CURVES = (
+    "distance_reverse_kl",
+    "distance_forward_kl",
     "accuracy_greedy",
     "accuracy_sampled",
     "grad_norm",
@@ -35,20 +37,13 @@ CURVES = (
 Marks = npt.NDArray[np.float64]
 
 
-class Estimate(BaseModel):
-    """A mean with its 95 % bootstrap interval over seeds and problems."""
-
-    mean: float
-    low: float
-    high: float
-
-
 class MethodResult(BaseModel):
     """One method over all its seeds."""
 
     objective: str
     seeds: list[int]
     accuracy: dict[str, Estimate]
+    """By mode; empty where no problem has an answer."""
     per_seed: dict[str, list[float]]
     difference: dict[str, Estimate]
     """To the baseline: same seeds, same problems. Empty for the baseline itself."""
@@ -61,6 +56,8 @@ class MethodResult(BaseModel):
     seconds: float
     curves: dict[str, list[float | None]]
     """Mean over seeds per step."""
+    distance: dict[str, Estimate] = {}
+    """To the teacher on held-out prompts, after training: reverse_kl, forward_kl, acceptance, length."""
 
 
 class Comparison(BaseModel):
@@ -72,6 +69,8 @@ class Comparison(BaseModel):
     before: dict[str, float]
     teacher: dict[str, float]
     methods: list[MethodResult]
+    distance_before: dict[str, Estimate] = {}
+    """Of the student that all begin with."""
 
 
 def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Comparison:
@@ -95,10 +94,19 @@ def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Compariso
         workspace=workspace.root.name,
         baseline=baseline,
         problems=marks[baseline]["greedy"].shape[1],
-        before={mode: float(_marks(reference, "before", mode).mean()) for mode in MODES},
-        teacher={mode: float(_marks(reference, "teacher", mode).mean()) for mode in MODES},
+        before=_accuracies(reference, "before"),
+        teacher=_accuracies(reference, "teacher"),
         methods=[_method(workspace, group, marks, baseline) for group in by_objective.values()],
+        distance_before=distances_of([reference], "before", "before"),
     )
+
+
+def _accuracies(folder: Path, who: str) -> dict[str, float]:
+    """By mode; none of a teacher that is not on this machine, and where no problem has an answer."""
+    if not (folder / "eval" / f"part-{who}.parquet").exists():
+        return {}
+    marks = {mode: _marks(folder, who, mode) for mode in MODES}
+    return {mode: float(found.mean()) for mode, found in marks.items() if len(found)}
 
 
 def _marks(folder: Path, who: str, mode: str) -> Marks:
@@ -116,6 +124,7 @@ def _method(
 ) -> MethodResult:
     name = cells[0].objective
     own = marks[name]
+    modes = [mode for mode in MODES if own[mode].size]
     records = [read_metrics(c.folder(workspace.root) / "train" / "metrics.jsonl") for c in cells]
     totals = [_train_summary(c.folder(workspace.root)) for c in cells]
 
@@ -125,14 +134,15 @@ def _method(
     return MethodResult(
         objective=name,
         seeds=[c.seed for c in cells],
-        accuracy={mode: bootstrap(own[mode], derive_seed("bootstrap", name, mode)) for mode in MODES},
-        per_seed={mode: own[mode].mean(axis=1).tolist() for mode in MODES},
+        accuracy={mode: bootstrap(own[mode], derive_seed("bootstrap", name, mode)) for mode in modes},
+        per_seed={mode: own[mode].mean(axis=1).tolist() for mode in modes},
         difference={}
         if name == baseline
         else {
             mode: bootstrap(own[mode] - marks[baseline][mode], derive_seed("difference", name, mode))
-            for mode in MODES
+            for mode in modes
         },
+        distance=distances_of([c.folder(workspace.root) for c in cells], "after", name),
         steps=int(totals[0]["steps"]),
         tokens_on_policy=mean_total("tokens_on_policy"),
         teacher_tokens_scored=mean_total("teacher_tokens_scored"),

@@ -12,11 +12,14 @@ from markupsafe import Markup
 
 from tropd.pipeline.compare import FOLDER
 from tropd.pipeline.report import drawing
-from tropd.pipeline.report.comparison import Comparison, Estimate
+from tropd.pipeline.report.comparison import Comparison
+from tropd.pipeline.report.comparison_distance import Estimate
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.workspace import Workspace
 
 TITLES = {
+    "distance_reverse_kl": ("Reverse KL on held-out prompts", "nats per token", False),
+    "distance_forward_kl": ("Forward KL on held-out prompts", "nats per token", False),
     "accuracy_greedy": ("Accuracy during training, greedy", "right answers", True),
     "accuracy_sampled": ("Accuracy during training, sampled", "right answers", True),
     "grad_norm": ("Gradient norm, before clipping", "L2 norm", False),
@@ -48,6 +51,7 @@ def render_comparison(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    outcome = [_outcome(comparison)] if any(m.accuracy for m in comparison.methods) else []
     environment.filters.update(
         percent=lambda value: f"{100 * value:.1f}\u00a0%",
         points=lambda value: f"{100 * value:+.1f}".replace("-", "−"),
@@ -57,16 +61,35 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         css=Markup(_resource("page.css")),
         headline=_headline(comparison),
-        plots=[_outcome(comparison), *(p for name in TITLES if (p := _curve(comparison, name)) is not None)],
+        plots=[*outcome, *(p for name in TITLES if (p := _curve(comparison, name)) is not None)],
     )
 
 
 def _headline(comparison: Comparison) -> str:
+    if not any(method.accuracy for method in comparison.methods):
+        return _closest(comparison)
     best = max(comparison.methods, key=lambda m: m.accuracy["sampled"].mean)
-    return (
-        f"{best.objective} has the most sampled answers right: {100 * best.accuracy['sampled'].mean:.1f} % "
-        f"(before {100 * comparison.before['sampled']:.1f} %, teacher {100 * comparison.teacher['sampled']:.1f} %)."
+    beside = ", ".join(
+        f"{who} {100 * accuracy['sampled']:.1f} %"
+        for who, accuracy in (("before", comparison.before), ("teacher", comparison.teacher))
+        if accuracy
     )
+    right = f"{100 * best.accuracy['sampled'].mean:.1f} %"
+    return f"{best.objective} has the most sampled answers right: {right}" + (
+        f" ({beside})." if beside else "."
+    )
+
+
+def _closest(comparison: Comparison) -> str:
+    """The same of distances, where no problem has an answer."""
+    measured = [method for method in comparison.methods if "reverse_kl" in method.distance]
+    if not measured:
+        return f"{len(comparison.methods)} methods"
+    best = min(measured, key=lambda method: method.distance["reverse_kl"].mean)
+    start = comparison.distance_before.get("reverse_kl")
+    beside = f" (before {start.mean:.3f})" if start else ""
+    found = best.distance["reverse_kl"].mean
+    return f"{best.objective} comes closest to the teacher: reverse KL {found:.3f} nats per token{beside}."
 
 
 def _outcome(comparison: Comparison) -> dict[str, Any]:

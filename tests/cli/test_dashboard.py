@@ -102,3 +102,20 @@ def test_recent_means_forget_the_first_steps() -> None:
     records = [{"time_total": 100.0}] * 10 + [{"time_total": 1.0}] * 20
     assert recent_mean(records, "time_total") == 1.0
     assert recent_mean([{}], "time_total") is None
+
+
+def test_the_distance_to_the_teacher_has_curves_and_a_line() -> None:
+    measured = {
+        "distance_reverse_kl": 0.25,
+        "distance_forward_kl": 0.125,
+        "distance_acceptance": 0.9,
+        "distance_length": 31.0,
+        "distance_teacher_length": 20.5,
+    }
+    records = [record(n, **(measured if n == 4 else {})) for n in range(8)]
+    text = shown(Dashboard("x", records, 9))
+    assert "reverse KL    0.25" in text
+    assert "forward KL   0.125" in text
+    assert "held-out 31.0 tokens (teacher 20.5), acceptance 90.0 %" in text
+    only = {name: value for name, value in measured.items() if name == "distance_length"}
+    assert "held-out 31.0 tokens\n" in shown(Dashboard("x", [record(0, **only)], 9)) + "\n"
