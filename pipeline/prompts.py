@@ -65,9 +65,13 @@ class Reject:
 
 
 def scan_prompts(
-    path: Path, config: DataConfig, *, need_answer: bool = False
+    path: Path, config: DataConfig, *, need_answer: bool = False, check_answer: bool = False
 ) -> tuple[list[Prompt], list[Reject]]:
     """The usable prompts of a file (JSON lines, one JSON array, Parquet or CSV), and its bad records.
+
+    Args:
+        need_answer: a record without an answer is bad.
+        check_answer: so is one whose answer is there, and no text; otherwise nobody looks at it.
 
     Raises:
         DataError: the file is missing, cannot be read, or has no records.
@@ -84,7 +88,7 @@ def scan_prompts(
         try:
             if record.fields is None:
                 raise ValueError(record.problem)
-            prompt = _prompt(record.fields, record.number, config, need_answer)
+            prompt = _prompt(record.fields, record.number, config, need_answer, check_answer)
             if prompt.id in seen:
                 unit = record_unit(path)
                 raise ValueError(f"id {short(prompt.id)} is also on {unit} {seen[prompt.id]}")
@@ -207,16 +211,19 @@ def short(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}…"
 
 
-def _prompt(record: Mapping[str, Any], number: int, config: DataConfig, need_answer: bool) -> Prompt:
+def _prompt(
+    record: Mapping[str, Any], number: int, config: DataConfig, need_answer: bool, check_answer: bool
+) -> Prompt:
     text, messages = prompt_text(record, config.prompt_field, "data.prompt_field", chat=config.chat)
     messages = in_template(messages, config.template) if messages else ()
     name = field_text(record, config.id_field, "data.id_field")
     try:
         answer: str | None = answer_text(record, config.answer_field, "data.answer_field")
     except ValueError:
-        if need_answer:
+        given = value_at(record, config.answer_field)
+        if need_answer or (check_answer and given is not None and str(given).strip()):
             raise
-        answer = None  # nobody will ask for it
+        answer = None
     return Prompt(
         id=str(number) if name is None else name,
         text=as_text(messages) if messages else config.template.replace("{prompt}", text),

@@ -97,7 +97,7 @@ def _usable_prompts(
     left_out: Collection[str] = (),
 ) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
-    prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer)
+    prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer, check_answer=what != "prompts")
     prompts = [prompt for prompt in prompts if prompt.id not in left_out]
     date = _template_date(run)
     encoded = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit, date=date)

@@ -167,3 +167,13 @@ def test_rejects_of_files_that_have_no_lines(tmp_path: Path) -> None:
             refuse(tmp_path / name, rejects)
         write_rejects(tmp_path / name, rejects, target := tmp_path / "rejects.jsonl")
         assert json.loads(target.read_text())["text"] == '{"prompt": null}'
+
+
+def test_an_answer_that_may_be_missing_may_not_be_anything(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    records = [{"prompt": "a", "answer": "1"}, {"prompt": "b"}, {"prompt": "c", "answer": None}]
+    records += [{"prompt": "d", "answer": " "}, {"prompt": "e", "answer": ["5"]}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prompts, rejects = scan_prompts(path, DataConfig(), check_answer=True)
+    assert [prompt.answer for prompt in prompts] == ["1", None, None, None]
+    assert [(reject.line, "is a list of 1 values" in reject.reason) for reject in rejects] == [(5, True)]

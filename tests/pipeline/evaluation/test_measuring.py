@@ -14,7 +14,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
 
+from running import running
 from tiny_runs import make_models, make_run
 
 from tropd.pipeline.configuration import parse_config
@@ -25,6 +27,8 @@ from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.evaluation.held_out import NUM_PROMPTS, TEACHER
 from tropd.pipeline.problems.selection import spread
 from tropd.pipeline.progress import SILENT
+from tropd.pipeline.teacher.serve import load_service
+from tropd.pipeline.teacher.service import create_app
 from tropd.storage.atomic import content_digest
 from tropd.storage.catalog import run_query
 from tropd.storage.errors import FingerprintMismatchError
@@ -259,3 +263,21 @@ def test_prompts_are_spread_over_the_file() -> None:
     assert spread(10, 4) == [0, 2, 5, 7]
     assert spread(3, 64) == [0, 1, 2]
     assert spread(0, 5) == spread(5, 0) == []
+
+
+def test_a_teacher_that_is_only_a_service_is_asked(run: Run, tmp_path: Path) -> None:
+    exact = evaluate(run, whom=("before",)).summary["distance"]["before"]
+    engine, info = load_service(run)
+    with running(create_app(engine, info, run.config.service, None)) as url:
+        text = run.workspace.config_path.read_text()
+        place = next(line for line in text.splitlines() if line.startswith("model"))
+        elsewhere = with_config(run, f"[teacher]\n{place}", f'[teacher]\nmodel = "elsewhere"\nurl = "{url}"')
+        summary = evaluate(elsewhere, whom=("before", "teacher"), force=True).summary
+    assert "the teacher is not evaluated" in said(elsewhere)
+    found = summary["distance"]["before"]
+    assert list(summary["distance"]) == list(summary["accuracy"]) == ["before"]
+    assert (found["method"], found["forward_kl"]) == ("topk", None)
+    assert found["length"] == exact["length"]
+    assert found["reverse_kl"]["mean"] == pytest.approx(exact["reverse_kl"]["mean"], rel=0.7)
+    assert found["acceptance"]["mean"] == pytest.approx(exact["acceptance"]["mean"], abs=0.2)
+    assert not [f for f in verify_workspace(elsewhere.workspace) if f.stage == "eval"]
