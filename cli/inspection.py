@@ -132,25 +132,39 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(help="GB per GPU: exit 1 if training does not fit.")
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Load the models for a short measurement, and estimate times too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Memory and disk that training would need, from the models' configurations; nothing is loaded."""
-    from tropd.pipeline.plan import disk_bytes, memory_parts, shapes
+    """Memory and disk that training would need, from the models' configurations; with --time, how long stages take."""
+    from tropd.pipeline.plan import disk_bytes, memory_parts, prompt_tokens, shapes
+    from tropd.pipeline.timing import duration, estimate
 
     run = open_run(workspace, settings)
     student, teacher = shapes(run)
     # With several processes only the first has the teacher beside it: it is the one that must fit.
-    parts = memory_parts(run.config, student, teacher, gpus)
+    prompts = prompt_tokens(run)
+    longest = max(map(len, prompts), default=0)
+    parts = memory_parts(run.config, student, teacher, gpus, longest_prompt=longest)
     disk = disk_bytes(run.config, student)
     total = sum(part.bytes for part in parts)
+    seconds = {}
+    if time:
+        with run.reporter.waiting("measuring: the teacher answers a few prompts, the student trains once"):
+            seconds = estimate(run, prompts)
     if as_json:
-        print_json({"memory": {p.name: p.bytes for p in parts}, "total": total, "disk": disk})
+        shown = {"memory": {p.name: p.bytes for p in parts}, "total": total, "disk": disk}
+        print_json(shown | ({"seconds": seconds} if time else {}))
     else:
         rows = [(p.name, _size(p.bytes), p.smaller) for p in sorted(parts, key=lambda p: -p.bytes)]
         print_table(
             (f"per process, of {gpus}", "memory", "smaller with"), [*rows, ("total", _size(total), "")]
         )
         print_table(("on disk, at most", "size"), [(name, _size(size)) for name, size in disk.items()])
+        if seconds:
+            times = [(name, duration(value)) for name, value in seconds.items()]
+            print_table(("estimated from a measurement", "time"), times)
     if gpu_memory is not None and total > gpu_memory * 1e9:
         largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
         advice = "; ".join(f"{p.name} ({_size(p.bytes)}): {p.smaller}" for p in largest)

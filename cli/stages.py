@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ DEMO_WORKSPACE = Path("runs/demo")
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("init")(init)
+    app.command("run")(run)
     app.command("prepare")(prepare)
     app.command("generate-prefixes")(generate_prefixes)
     app.command("generate-rollouts")(generate_rollouts)
@@ -50,19 +52,82 @@ def register(app: typer.Typer) -> None:
 
 def init(
     workspace: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],
-    recipe: Annotated[str, typer.Option(help="Packaged recipe to start from.")] = "demo",
+    teacher: Annotated[str, typer.Option(help="Model that teaches: a directory, or a name on the hub.")] = "",
+    student: Annotated[str, typer.Option(help="Model that learns, with the same tokenizer.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts: JSON lines, JSON, Parquet or CSV, one prompt a record.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Problems to evaluate on; if not given, some prompts are held out.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="Method (tropd objectives lists them).")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="Field of the prompt; found if not given.")] = None,
+    answer_field: Annotated[str | None, typer.Option(help="Field of the answer; found if not given.")] = None,
+    settings: SetOption = None,
+    measure: Annotated[
+        bool, typer.Option(help="Load the models for seconds, to see how long answers and steps take.")
+    ] = True,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Packaged recipe to start from, instead of all this.", show_default=False),
+    ] = None,
 ) -> None:
-    """Make a workspace with a config.toml from a packaged recipe."""
-    from tropd.pipeline.configuration import dated_recipe, parse_config, recipe_text
-    from tropd.storage.atomic import write_text_atomic
+    """Make a workspace for your own models (--teacher, --student, --prompts), or from a packaged recipe (--recipe)."""
     from tropd.storage.errors import ConfigError
+    from tropd.storage.workspace import Workspace
+
+    own = (teacher, student, prompts)
+    if recipe is not None and not any((*own, evaluation, objective, prompt_field, answer_field, settings)):
+        _init_recipe(workspace, recipe)
+        return
+    if recipe is not None or not all(own):
+        folder = shlex.quote(str(workspace))
+        raise ConfigError(
+            "tropd init takes --teacher, --student and --prompts for your own models, or else --recipe alone",
+            hint=f"tropd init {folder} --teacher /models/large --student /models/small --prompts prompts.jsonl\n"
+            f"  → tropd init {folder} --recipe demo",
+        )
+    from tropd.pipeline.starting.draft import Request
+    from tropd.pipeline.starting.start import start_run
+
+    assert prompts is not None
+    request = Request(
+        workspace=Workspace(workspace),
+        teacher=_model_name(teacher),
+        student=_model_name(student),
+        prompts=prompts.absolute(),
+        evaluation=None if evaluation is None else evaluation.absolute(),
+        objective=objective,
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        assignments=tuple(settings or ()),
+        measures=measure,
+    )
+    draft = start_run(request, make_reporter())
+    rows = [(c.path, str(c.value), c.why) for c in draft.choices]
+    print_table(("setting", "value", "why"), rows)
+    for note in draft.notes:
+        say(note)
+    made = request.workspace
+    say(f"made {made.config_path}; next: {made.command('run')}, then {made.command('report')}")
+
+
+def _model_name(given: str) -> str:
+    """A directory as an absolute path; a name on the hub as it is."""
+    folder = Path(given).expanduser()
+    return str(folder.absolute()) if folder.exists() else given
+
+
+def _init_recipe(workspace: Path, recipe: str) -> None:
+    from tropd.pipeline.configuration import dated_recipe, parse_config, recipe_text
+    from tropd.pipeline.starting.start import refuse_existing
+    from tropd.storage.atomic import write_text_atomic
     from tropd.storage.workspace import Workspace
 
     text = recipe_text(recipe)
     parse_config(text, where=f"recipe {recipe}")
     made = Workspace.create(workspace)
-    if made.config_path.exists():
-        raise ConfigError(f"{made.config_path} exists already", hint="edit it, or choose another directory")
+    refuse_existing(made)
     write_text_atomic(made.config_path, dated_recipe(text, datetime.date.today()))
     say(f"made {made.config_path} from recipe {recipe!r}")
 
@@ -97,6 +162,13 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
             )
             parts.append(f"{name.replace('_', ' ')} {shown}")
     tell(f"{stage}: {', '.join(parts) or 'done'}")
+
+
+def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
+    """All stages of a run in order, up to the evaluation; what is done is skipped, what was interrupted goes on."""
+    summary = run_all(open_run(workspace, with_skip_bad(settings, skip_bad)))
+    if "distance" in summary:
+        print_table(*_distances(summary["distance"]))
 
 
 def prepare(
@@ -409,19 +481,24 @@ def demo(
     report(workspace, as_json=as_json)
 
 
-def run_all(run: Run) -> None:
-    """All stages of a run in order; what is done already is skipped."""
+def run_all(run: Run) -> dict[str, Any]:
+    """All stages of a run in order; what is done already is skipped. Returns the summary of the evaluation."""
     from tropd.pipeline.demo.prepare import prepare as run_prepare
     from tropd.pipeline.evaluation.evaluate import evaluate as run_evaluate
     from tropd.pipeline.prefixes import generate_prefixes as run_prefixes
+    from tropd.pipeline.prefixes import generate_rollouts as generate_stored
     from tropd.pipeline.scoring import score_teacher as run_scores
     from tropd.pipeline.training.loop import train as run_train
 
     if run.config.demo.enabled:
         run_prepare(run)
+    if run.config.objective.rollouts == "stored":
+        generate_stored(run)
+        run_scores(run, source_stage="rollouts")
     for stage in (run_prefixes, run_scores, run_train, run_evaluate):
         manifest = stage(run)
         if manifest.stage != "eval":
             _print_summary(manifest.stage, manifest.summary)
     for line in _accuracies(manifest.summary["accuracy"]):
         tell(line)
+    return manifest.summary

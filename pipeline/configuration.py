@@ -97,7 +97,9 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> ResolvedConfig:
     """
     if not path.exists():
         folder = shlex.quote(str(path.parent))
-        raise ConfigError(f"{path} does not exist", hint=f"tropd init {folder} --recipe demo")
+        raise ConfigError(
+            f"{path} does not exist", hint=f"tropd init {folder}, with your own models or a recipe"
+        )
     return parse_config(config_text(path, str(path)), assignments, where=str(path))
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ MAX_SHOWN_DIFFERENCES = 5
 MADE = "models"
 """The stage that makes models of its own."""
 SWITCHING_ROTARY = ("dynamic", "longrope")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
+HUB_PATTERNS = ["*.safetensors", *DESCRIPTION_PATTERNS]
 
 
 def configure_runtime(runtime: RuntimeConfig) -> torch.device:
@@ -113,6 +114,17 @@ def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:
     )
 
 
+def described_directory(workspace: Workspace, config: ModelConfig, role: str) -> Path:
+    """As ``model_directory``, but of a hub model that is not here, only what describes it is downloaded: no weights.
+
+    Raises:
+        ConfigError, DataError: as there.
+    """
+    if model_is_here(workspace, config) or not _is_hub_name(config.model):
+        return model_directory(workspace, config, role)
+    return _download(config.model, role, DESCRIPTION_PATTERNS)
+
+
 def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~", "models/"))
 
@@ -128,11 +140,11 @@ def _downloaded(name: str) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _download(name: str, role: str) -> Path:
+def _download(name: str, role: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     from huggingface_hub import snapshot_download  # only where a hub model is used
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         raise ConfigError(
             f"{role}.model = {name!r} cannot be fetched from the Hugging Face hub: {error}"

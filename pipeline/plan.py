@@ -10,15 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tropd.pipeline.config import Config, ModelConfig
-from tropd.pipeline.context import Run
+from tropd.pipeline.context import Run, role_room, role_tokenizer
 from tropd.pipeline.engines.head_scores import LOGIT_ELEMENTS
 from tropd.pipeline.models import load_model_config, model_directory, model_without_weights, num_parameters
+from tropd.pipeline.problems.encoding import encode_prompts
+from tropd.pipeline.prompts import scan_prompts
 from tropd.pipeline.training.logprobs import CHUNK_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # What allocators and kernels take besides, as a share.
 OVERHEAD = 0.1
+LOOKED_AT = 2000
+"""Prompts whose lengths are counted."""
+LIBRARIES = 0.6e9
+"""Main memory of a process that has loaded Python, PyTorch and transformers."""
 CACHE_BYTES = 95
 """Per token of the teacher cache (docs/cache.md)."""
 
@@ -64,24 +72,33 @@ class Part:
 
 
 def memory_parts(
-    config: Config, student: ModelShape, teacher: ModelShape | None, processes: int
+    config: Config,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    processes: int,
+    *,
+    longest_prompt: int = 0,
 ) -> list[Part]:
     """Memory of each training process on its device, by what it is for.
 
     Args:
         teacher: None where another device has it (``teacher.url``).
         processes: those that torchrun starts; weights, gradients and moments are shared out.
+        longest_prompt: in tokens, where it is known.
     """
     compute = BYTES[config.student.settled_dtype]
-    cached = BYTES["float32"] if config.runtime.device == "cpu" else compute  # see engines.lean
+    on_cpu = _on_cpu(config)
+    cached = BYTES["float32"] if on_cpu else compute  # see engines.lean
     adapters = config.student.lora
     trained = trained_parameters(config, student)
     # Frozen weights of a single process keep their own precision; what is sharded is float32.
     width = compute if adapters is not None and processes == 1 else BYTES["float32"]
     frozen = student.parameters if adapters is not None else 0
     share = trained / processes
-    longest = config.rollout.max_tokens
-    tokens = max(config.train.micro_batch_tokens, longest)
+    longest = longest_prompt + config.rollout.max_tokens
+    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens = min(max(config.train.micro_batch_tokens, longest), rows * longest)
+    scored = min(max(config.service.batch_tokens, longest), rows * longest)
     parts = [
         *([Part("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
         Part("weights, float32" if not frozen else "adapters", 4 * share, "more processes"),
@@ -96,11 +113,14 @@ def memory_parts(
         Part("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
         Part(
             "KV cache of rollouts",
-            config.rollout.batch_size * longest * kv_bytes_per_token(student, cached),
+            min(config.rollout.batch_size, rows) * longest * kv_bytes_per_token(student, cached),
             "rollout.batch_size, rollout.max_tokens",
         ),
     ]
-    if config.runtime.device == "cpu" and config.student.engine == "transformers":
+    if on_cpu:
+        processes_here = 1 if teacher is None else 2
+        parts.append(Part("programs and libraries", LIBRARIES * processes_here, ""))
+    if on_cpu and config.student.engine == "transformers":
         parts.append(Part("weights arranged for sampling", compute * student.parameters, ""))
     if config.train.max_staleness and config.student.engine == "transformers":
         whole = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
@@ -110,13 +130,16 @@ def memory_parts(
     if teacher is not None:
         size = BYTES[config.teacher.settled_dtype]
         parts.append(Part("teacher", size * teacher.parameters, "teacher.url on another GPU"))
-        logits = min(LOGIT_ELEMENTS, config.service.batch_tokens * teacher.vocab)
-        scoring = 3.0 * 4 * logits + config.service.batch_tokens * size * 4 * (
-            teacher.hidden + teacher.intermediate
-        )
+        logits = min(LOGIT_ELEMENTS, scored * teacher.vocab)
+        scoring = 3.0 * 4 * logits + scored * size * 4 * (teacher.hidden + teacher.intermediate)
         parts.append(Part("teacher: a scoring pass", scoring, "service.batch_tokens"))
     total = sum(part.bytes for part in parts)
     return [*parts, Part("allocator and kernels (estimate)", OVERHEAD * total, "")]
+
+
+def _on_cpu(config: Config) -> bool:
+    device = config.runtime.device
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def trained_parameters(config: Config, student: ModelShape) -> int:
@@ -166,3 +189,15 @@ def _shape(run: Run, role: str) -> ModelShape:
     settings: ModelConfig = getattr(run.config, role)
     folder = model_directory(run.workspace, settings, role)
     return ModelShape.of(load_model_config(folder, trust_remote_code=settings.trust_remote_code))
+
+
+def prompt_tokens(run: Run) -> list[list[int]]:
+    """The first training prompts as token ids; none while the file is not there. Bad and long ones are passed over."""
+    path = run.workspace.resolve(run.config.data.prompts)
+    if not path.is_file():
+        return []
+    prompts, _ = scan_prompts(path, run.config.data)
+    room = min(role_room(run, role) for role in ("student", "teacher"))
+    tokenizer = role_tokenizer(run, "student")
+    chat, date = run.config.data.chat, run.config.data.template_date
+    return encode_prompts(prompts[:LOOKED_AT], tokenizer, chat=chat, max_length=room, date=date).tokens

@@ -161,7 +161,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         subprocess.run(
-            [Path(sys.executable).with_name("tropd"), "init", folder], check=True, capture_output=True
+            [Path(sys.executable).with_name("tropd"), "init", folder, "--recipe", "demo"],
+            check=True,
+            capture_output=True,
         )
         make_inputs(folder)
         rounds = [

@@ -138,7 +138,7 @@ def prepared(tropd: Tropd, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with models, prefixes and scores."""
 
     def make(workspace: Path) -> None:
-        tropd.ok("init", workspace)
+        tropd.ok("init", workspace, "--recipe", "demo")
         (workspace / "config.toml").write_text(CONFIG)
         for stage in ("prepare", "generate-prefixes", "score-teacher"):
             tropd.ok(stage, "-w", workspace)

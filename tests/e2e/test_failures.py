@@ -245,7 +245,7 @@ def test_missing_problems_are_found_before_the_first_step(tropd: Any, prepared: 
 def test_places_where_no_workspace_can_be(tropd: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "inside"):
-        result = tropd("init", place)
+        result = tropd("init", place, "--recipe", "demo")
         assert result.code == 2, result.output
         assert "cannot make a workspace at" in result.output
     assert tropd("demo", "-w", tmp_path / "new", "--recipe", "nope").code == 2

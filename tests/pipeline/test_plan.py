@@ -87,7 +87,7 @@ def test_activations_are_estimated_within_a_third(kind: str) -> None:
 
 def paper_config() -> Config:
     return parse_config(
-        '[student]\ndtype = "bfloat16"\n[objective]\nname = "tropd"\n'
+        '[runtime]\ndevice = "cuda"\n[student]\ndtype = "bfloat16"\n[objective]\nname = "tropd"\n'
         "[train]\ngradient_checkpointing = true\nmicro_batch_tokens = 16384\n",
         where="paper",
     ).config
@@ -172,7 +172,7 @@ def test_adapters_take_less_than_all_weights() -> None:
     shape = ModelShape(*(10**9, 28, 2048, 6144, 16, 8, 128, 151_936))
 
     def total(text: str) -> float:
-        config = parse_config(f"[student]\ndtype = 'bfloat16'\n{text}").config
+        config = parse_config(f"[runtime]\ndevice = 'cuda'\n[student]\ndtype = 'bfloat16'\n{text}").config
         return sum(part.bytes for part in memory_parts(config, shape, None, 1))
 
     everything, adapters = total(""), total("lora = { rank = 16 }")
