@@ -25,6 +25,8 @@ Device = Literal["auto", "cpu", "cuda"]
 # Every number has bounds: what is beyond them is a slip of the pen, and would fail late or never end.
 MOST = 1_000_000_000
 """Most of anything that is counted: steps, prompts, problems."""
+MOST_ALTERNATIVES = 1024
+"""Most alternatives of a token."""
 MOST_TOKENS = 1 << 30
 """Most tokens of a sequence, a batch or a queue."""
 MOST_ROWS = 1 << 20
@@ -277,8 +279,8 @@ class PrefixesConfig(Spec):
 class ScoresConfig(Spec):
     """Stage 2: the teacher's top-k log-probs of its trajectories, cached on disk."""
 
-    k: int = Field(default=64, ge=1, le=1024)
-    """At most this many alternatives per token."""
+    k: int = Field(default=64, ge=1, le=MOST_ALTERNATIVES)
+    """At most this many alternatives per token. `tropd score-teacher` warns where they hold little of the probability."""
     mass: float = Field(default=0.999, gt=0.0, le=1.0)
     """Keep alternatives until they hold this much probability."""
     precision: Precision = "float16"

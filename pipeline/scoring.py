@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tropd.pipeline.config import MOST_ALTERNATIVES
 from tropd.pipeline.context import (
     Run,
     engine_fields,
@@ -26,6 +27,7 @@ from tropd.pipeline.context import (
 )
 from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.identity import fingerprint_of
+from tropd.pipeline.kept_mass import LOW, kept_mass, low_mass_warning, needed_alternatives
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
@@ -115,11 +117,23 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
             parts.append(_score(engine, rows, config.k, config.mass))
             advance(len(rows))
         data = concatenate(parts)
+        if number == 0:
+            _tell_low_mass(run, engine, source_folder / shard.name, data)
         write_topk(folder / _cache_name(shard.name), data, precision=config.precision)
         _write_rows(folder / shard.name, keys, data)
         return {_cache_name(shard.name): len(keys), shard.name: len(keys)}
 
     return make
+
+
+def _tell_low_mass(run: Run, engine: Engine, shard: Path, data: TopK) -> None:
+    """Warn where a shard's alternatives hold little of the probability, with the k that would hold more."""
+    kept, config = kept_mass(data), run.config.scores
+    if kept >= LOW or config.k >= engine.vocab_size or run.config.teacher.engine != "transformers":
+        return
+    with within_memory("the teacher's whole distribution at some tokens", "lower scores.batch_tokens"):
+        needed = needed_alternatives(engine, list(islice(read_trajectories(shard), ROWS_PER_CALL)))
+    run.reporter.warning(low_mass_warning(kept, config.k, needed, MOST_ALTERNATIVES))
 
 
 def check_token_ids(run: Run, largest: int, num_tokens: int, command: str) -> None:

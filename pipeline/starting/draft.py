@@ -277,13 +277,11 @@ def _choose_sizes(
     per_step = draft.choose(
         "rollout.prompts_per_step",
         min(rows, len(data.prompts)),
-        "a step of some seconds on a CPU" if rows <= len(data.prompts) else "all prompts in each step",
+        "fewer than the default 128, for a CPU" if rows <= len(data.prompts) else "all prompts in each step",
     )
     draft.choose("rollout.samples_per_prompt", samples, "more prompts teach more than more responses to one")
     passes = math.ceil(PASSES * len(data.prompts) / per_step)
-    reason = (
-        f"{PASSES} passes over the prompts" if passes < STEPS[device] else "an hour or so on a CPU, not days"
-    )
+    reason = f"{PASSES} passes over the prompts" if passes < STEPS[device] else "half the default, for a CPU"
     steps = draft.choose("train.steps", min(STEPS[device], max(20, passes)), reason)
     needed = steps * per_step
     if needed < len(data.prompts):
