@@ -267,7 +267,8 @@ class PrefixesConfig(Spec):
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Only the first this many training prompts get trajectories; on the others the student starts from the prompt."""
     keep: Literal["all", "correct"] = "all"
-    """Keep all trajectories, or only those whose answer is right."""
+    """Keep all trajectories, or only those whose answer is right. The others are kept in rejects/, so that another choice
+    here, or another grader, filters again and samples nothing."""
     max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest trajectory; rollout.max_tokens if not set."""
     batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)

@@ -21,12 +21,21 @@ from tropd.pipeline.context import (
     role_tokenizer,
 )
 from tropd.pipeline.engines.base import Engine, Generation, Sampling
-from tropd.pipeline.evaluation.grading import RULES, check_expected, grade
+from tropd.pipeline.evaluation.grading import RULES, check_expected
 from tropd.pipeline.identity import fingerprint_of, stop_fields, token_fields
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import data_fields, training_prompts
 from tropd.pipeline.prompts import Prompt
+from tropd.pipeline.refilter import (
+    Answered,
+    is_whole,
+    only_filters_changed,
+    open_filter,
+    rejects_folder,
+    separate,
+    write_rejects,
+)
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import (
     GENERAL,
@@ -39,7 +48,7 @@ from tropd.pipeline.teachers import (
 )
 from tropd.storage.errors import DataError
 from tropd.storage.fingerprint import Fingerprint, Scalar
-from tropd.storage.manifest import Manifest
+from tropd.storage.manifest import Manifest, read_manifest
 from tropd.storage.seeds import derive_seed
 from tropd.storage.stage import Stage
 from tropd.storage.trajectories import Author, Trajectory, read_trajectories, write_trajectories
@@ -163,27 +172,57 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
     if source.keep == "correct":
         check_expected(run.config.evaluation.grader, prompts.prompts)
 
+    identity = fingerprint(run, source, prompts)
+    rejects = rejects_folder(run, identity)
+    batches = [
+        Batch(name, [prompts.prompts[i] for i in part], [prompts.tokens[i] for i in part])
+        for name, indices in grouped(run, prompts.prompts)
+        for part in batched(indices, source.shard_prompts)
+    ]
+    made = None if force or execution != HERE else _to_filter(run, source, identity, batches, rejects)
+
     def plan() -> Work:
-        batches = [
-            Batch(name, [prompts.prompts[i] for i in part], [prompts.tokens[i] for i in part])
-            for name, indices in grouped(run, prompts.prompts)
-            for part in batched(indices, source.shard_prompts)
-        ]
         shards = [
             ShardSpec(number, (_shard_name(number),), len(batch.prompts))
             for number, batch in enumerate(batches)
         ]
-        opener = partial(open_generator, source, batches)
+        opener = partial(open_generator, source, batches, rejects)
+        if made is not None:
+            asked = [batch.prompts for batch in batches]
+            opener = partial(open_filter, source.stage, made, rejects, source.keep, asked)
         return Work(f"{source.author} {source.stage}", "prompts", shards, opener)
 
     def finish(stage: Stage) -> None:
         _finish(stage, len(prompts.prompts), source.samples_per_prompt)
 
-    identity = fingerprint(run, source, prompts)
-    return run_stage(run, source.stage, identity, plan, finish, execution=execution, force=force)
+    anew = force or made is not None
+    return run_stage(run, source.stage, identity, plan, finish, execution=execution, force=anew)
 
 
-def open_generator(source: Source, batches: Sequence[Batch], run: Run) -> Maker:
+def _to_filter(
+    run: Run, source: Source, identity: Fingerprint, batches: Sequence[Batch], rejects: Path
+) -> Manifest | None:
+    """The stage on disk, if it is complete and differs from what is asked for only in what it keeps, and if all that it
+    left out is there."""
+    folder = run.workspace.stage(source.stage)
+    made = read_manifest(folder)
+    changed = only_filters_changed(identity, made) if made is not None and made.complete else []
+    expected = [
+        {(prompt.id, sample) for prompt in batch.prompts for sample in range(source.samples_per_prompt)}
+        for batch in batches
+    ]
+    if made is None or not changed or len(made.shards) != len(batches):
+        return None
+    if not is_whole([folder / name for name in sorted(made.shards)], rejects, expected):
+        return None
+    run.reporter.info(
+        f"{source.stage}: only {', '.join(changed)} changed: what is there is filtered again and nothing is sampled; the "
+        "old output is moved aside"
+    )
+    return made
+
+
+def open_generator(source: Source, batches: Sequence[Batch], rejects: Path, run: Run) -> Maker:
     """What is returned writes one shard of trajectories after another; the author is loaded at the first."""
     authors = EngineSlot(run, source.author, batch_size=source.batch_size)
     step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
@@ -192,10 +231,15 @@ def open_generator(source: Source, batches: Sequence[Batch], run: Run) -> Maker:
         batch = batches[number]
         engine, tokenizer = authors.open(batch.teacher if source.author == "teacher" else GENERAL)
         rows: list[Trajectory] = []
+        left_out: list[Trajectory] = []
         for low in range(0, len(batch.prompts), step):
             prompts = batch.prompts[low : low + step]
-            rows += _sample(run, source, engine, tokenizer, prompts, batch.encoded[low : low + step])
+            sampled = _sample(run, source, engine, tokenizer, prompts, batch.encoded[low : low + step])
+            kept, others = separate(run, source.keep, sampled)
+            rows, left_out = rows + kept, left_out + others
             advance(len(prompts))
+        if source.keep != "all" or rejects.is_dir():
+            write_rejects(rejects, _shard_name(number), left_out)
         return {_shard_name(number): write_trajectories(folder / _shard_name(number), rows)}
 
     return make
@@ -212,8 +256,8 @@ def _sample(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     encoded: Sequence[Sequence[int]],
-) -> list[Trajectory]:
-    """Trajectories of some prompts, in order, those with wrong answers left out if so configured."""
+) -> list[Answered]:
+    """Trajectories of some prompts, in order, with the prompts' answers."""
     jobs = [
         (prompt, tokens, sample)
         for prompt, tokens in zip(prompts, encoded, strict=True)
@@ -232,19 +276,10 @@ def _sample(
             ],
             max_tokens=[source.max_tokens] * len(jobs),
         )
-    rows = [
-        to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author)
+    return [
+        (to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author), prompt.answer)
         for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True)
     ]
-    if source.keep == "all":
-        return rows
-    marks = grade(
-        [row.text for row in rows],
-        [p.answer for p, _, _ in jobs],
-        run.config.evaluation,
-        cut_off=[row.finish_reason == "length" for row in rows],
-    )
-    return [row for row, mark in zip(rows, marks, strict=True) if mark.correct]
 
 
 def to_trajectory(
