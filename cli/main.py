@@ -18,7 +18,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
 
 import typer
 
-from tropd.cli import cache, data, inspection, reproduction, stages
+from tropd.cli import cache, data, inspection, reproduction, shipping, stages
 from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.pipeline.memory import memory_error
@@ -59,6 +59,7 @@ inspection.register(app)
 cache.register(app)
 data.register(app)
 reproduction.register(app)
+shipping.register(app)
 
 
 def main() -> None:

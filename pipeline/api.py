@@ -112,6 +112,12 @@ class Distillation:
 
         return write_report(self.run.workspace)
 
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Copy the trained student to a new folder, with a model card; returns the folder."""
+        from tropd.pipeline.export import export_to
+
+        return export_to(self.run, Path(folder).expanduser())
+
     @property
     def metrics(self) -> pa.Table:
         """What was measured at each training step so far: a column each, null where a step has no such number."""

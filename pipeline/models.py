@@ -34,7 +34,7 @@ MAX_SHOWN_DIFFERENCES = 5
 MADE = "models"
 """The stage that makes models of its own."""
 SWITCHING_ROTARY = ("dynamic", "longrope")
-DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
+DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 HUB_PATTERNS = ["*.safetensors", *DESCRIPTION_PATTERNS]
 
 
@@ -73,7 +73,7 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     """
     folder = workspace.resolve(config.model)
     if not folder.exists():
-        if not _is_hub_name(config.model):
+        if not is_hub_name(config.model):
             raise ConfigError(
                 f"{role}.model = {config.model!r}: {folder} does not exist",
                 hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
@@ -110,7 +110,7 @@ def _check_made(folder: Path) -> None:
 def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:
     """Whether ``model_directory`` would find the model without downloading it."""
     return workspace.resolve(config.model).exists() or (
-        _is_hub_name(config.model) and _downloaded(config.model)
+        is_hub_name(config.model) and _downloaded(config.model)
     )
 
 
@@ -120,12 +120,13 @@ def described_directory(workspace: Workspace, config: ModelConfig, role: str) ->
     Raises:
         ConfigError, DataError: as there.
     """
-    if model_is_here(workspace, config) or not _is_hub_name(config.model):
+    if model_is_here(workspace, config) or not is_hub_name(config.model):
         return model_directory(workspace, config, role)
     return _download(config.model, role, DESCRIPTION_PATTERNS)
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a model that is no folder may be one of the Hugging Face hub."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~", "models/"))
 
 

@@ -49,6 +49,24 @@ def test_the_chain_leaves_a_report_and_a_plain_model(tropd: Any, finished: Path,
     assert AutoTokenizer.from_pretrained(final)("1+2=")["input_ids"] == [3, 12, 4, 15]
 
 
+def test_the_student_is_exported_with_a_card(tropd: Any, finished: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "student"
+    tropd.ok("export", finished, "--to", out)
+    final = finished / "train" / "final"
+    assert {p.name for p in out.iterdir()} == {*(p.name for p in final.iterdir()), "README.md"}
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, final))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "student before" in card.text
+    assert tropd("export", finished, "--to", out).code == 2
+    assert tropd("export", finished).code == 2
+    assert tropd("export", finished, "--to", tmp_path / "other", "--public").code == 2
+
+
 def test_only_on_policy_tokens_are_scored_and_only_outliers_get_alternatives(
     tropd: Any, finished: Path
 ) -> None:
