@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Trust Region On-Policy Distillation: distil a large language model into a small one.\n\n"
     "Stages, each resumable on its own: init → prepare (demo) → generate-prefixes → score-teacher → train → "
-    "evaluate → report. `tropd demo` runs all of them on two tiny models.",
+    "evaluate → report. `tropd run` does those of a workspace in order, `tropd demo` all of them on two tiny models.",
 )
 INTERRUPTED = 130
 INTERRUPTED_MESSAGE = "interrupted; the same command goes on where it stopped"

@@ -86,7 +86,8 @@ def tell_ungraded(run: Run, problems: Sequence[Prompt]) -> None:
     if not without:
         return
     where = run.config.data.evaluation
-    field = f"(field {run.config.data.answer_field!r})"
+    name = run.config.data.answer_field
+    field = f"(field {name!r})" if name else "(data.answer_field is empty)"
     if without == len(problems):
         run.reporter.info(f"{where}: no problem has an answer {field}: none is graded, there is no accuracy")
     else:
