@@ -26,7 +26,8 @@ from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import Workspace
 
 TRAIN_FILE, EVALUATION_FILE = "data/train.jsonl", "data/eval.jsonl"
-HELD_OUT = 0.1
+HELD_OUT, ENOUGH = 0.1, 16
+"""Share of the prompts that is held out; of few prompts up to a quarter, for an interval that says something."""
 MOST_HELD_OUT = {"cuda": 500, "cpu": 64}
 STEPS = {"cuda": 200, "cpu": 100}
 PASSES = 5
@@ -203,7 +204,8 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
         draft.choose("data.prompts", str(data.path), f"{len(data.prompts):,} prompts")
         draft.choose("data.evaluation", str(graded.path), f"{num_problems:,} problems")
     else:
-        held_out = min(MOST_HELD_OUT[device], max(1, round(HELD_OUT * len(data.prompts))))
+        total = len(data.prompts)
+        held_out = min(MOST_HELD_OUT[device], max(1, round(HELD_OUT * total), min(ENOUGH, total // 4)))
         seed = int(draft.given.get("run.seed", 0))
         trained, held = split(data.prompts, held_out, seed, data.path)
         draft.files[TRAIN_FILE] = record_lines(data.path, trained)

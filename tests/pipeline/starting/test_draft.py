@@ -65,9 +65,9 @@ def test_held_out_prompts_are_written_and_told(request_: Request) -> None:
         [json.loads(line)["prompt"] for line in (root / "data" / name).read_text().splitlines()]
         for name in ("train.jsonl", "eval.jsonl")
     )
-    assert (len(trained), len(held)) == (54, 6)
+    assert (len(trained), len(held)) == (45, 15)
     assert not set(trained) & set(held)
-    assert "6 of 60 prompts" in draft.notes[0]
+    assert "15 of 60 prompts" in draft.notes[0]
     config = load_config(request_.workspace.config_path).config
     assert (config.data.prompts, config.data.evaluation) == ("data/train.jsonl", "data/eval.jsonl")
 
