@@ -36,6 +36,10 @@ def test_the_chain_leaves_a_report_and_a_plain_model(tropd: Any, finished: Path,
     for who in ("before", "after", "teacher"):
         for mode in ("greedy", "sampled"):
             assert 0 <= found["evaluation"][who][mode]["accuracy"] <= 1
+        assert found["evaluation"][who]["distance"]["length"]["mean"] > 0
+    for name in ("reverse_kl", "forward_kl", "acceptance"):
+        measured = found["evaluation"]["after"]["distance"][name]
+        assert 0 <= measured["interval"][0] <= measured["mean"] <= measured["interval"][1]
     training = found["training"]
     assert training["steps"] == 8
     assert sum(training["region_fraction"].values()) == pytest.approx(1)
@@ -391,6 +395,8 @@ def test_compare_is_resumed_and_pairs_its_runs(tropd: Any, prepared: Path, copy:
     assert [m["objective"] for m in first["methods"]] == ["opd", "tropd-mask"]
     assert first["methods"][0]["difference"] == {}
     assert set(first["methods"][1]["difference"]) == {"greedy", "sampled"}
+    assert set(first["methods"][0]["distance"]) == {"reverse_kl", "forward_kl", "acceptance", "length"}
+    assert first["distance_before"]["reverse_kl"]["mean"] > 0
     assert (workspace / "compare" / "index.html").exists()
     cell = workspace / "compare" / "opd" / "seed-1"
     assert "complete" in tropd.ok("status", "-w", cell).output
