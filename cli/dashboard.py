@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tropd.cli.terminal import shown
+
+if TYPE_CHECKING:
+    from tropd.pipeline.report.schema import Verdict
+
 Record = Mapping[str, Any]
 BLOCKS = "▁▂▃▄▅▆▇█"
+VERDICT_STYLES = {"problem": "bold red", "warning": "yellow"}
 RECENT = 20
 WIDE = 96
 
@@ -31,6 +37,8 @@ class Dashboard:
     """Planned steps."""
     state: str = ""
     """A remark beside the title: finished, waiting, …"""
+    verdicts: Sequence[Verdict] = ()
+    """What is off."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE
@@ -45,6 +53,10 @@ class Dashboard:
             yield both
         else:
             yield Group(curves, facts)
+        for verdict in self.verdicts:
+            yield Text.assemble(
+                (f"{verdict.level}: ", VERDICT_STYLES[verdict.level]), shown(verdict.sentence)
+            )
 
     def _progress(self, width: int) -> RenderableType:
         done = int(self.records[-1]["step"]) + 1 if self.records else 0

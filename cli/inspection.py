@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell
+from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell, tell_verdicts
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
 objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
@@ -28,12 +28,14 @@ def register(app: typer.Typer) -> None:
 
 def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
     """Stages of a run: state, progress, size, time, and what to do next."""
+    from tropd.pipeline.report.collect import build_report
     from tropd.pipeline.status import workspace_status
     from tropd.storage.workspace import Workspace
 
-    found = workspace_status(Workspace.open(workspace))
+    opened = Workspace.open(workspace)
+    found, verdicts = workspace_status(opened), build_report(opened).verdicts
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json({**found.model_dump(mode="json"), "verdicts": [v.model_dump() for v in verdicts]})
         return
     rows = [
         (s.name, s.state, s.progress_text, _size(s.bytes), f"{s.seconds:.1f} s" if s.seconds else "")
@@ -44,6 +46,7 @@ def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         if stage.state == "complete" and stage.problem:
             say(f"{stage.name}: {stage.problem}")
     say(f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else ""))
+    tell_verdicts(verdicts)
 
 
 def _size(num_bytes: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import threading
@@ -27,11 +28,12 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from tropd.cli.dashboard import Dashboard
+from tropd.cli.dashboard import VERDICT_STYLES, Dashboard
 from tropd.cli.terminal import shown, takes_unicode
 from tropd.pipeline.progress import Reporter, Steps, Task
 
 if TYPE_CHECKING:
+    from tropd.pipeline.report.schema import Verdict
     from tropd.pipeline.watching import TrainingProgress
 
 # Progress and messages go to stderr, so that stdout holds results only.
@@ -60,6 +62,12 @@ def say(text: str, *, style: str = "", end: str = "\n") -> None:
 def tell(text: str, *, label: str = "", style: str = "") -> None:
     """A message, on standard error; the label before it has the style."""
     stderr.print(Text.assemble((label, style), shown(text)))
+
+
+def tell_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """What is off with a run, and what to do about it: a line each."""
+    for verdict in verdicts:
+        tell(verdict.line, label=f"{verdict.level}: ", style=VERDICT_STYLES[verdict.level])
 
 
 _started = threading.Event()
@@ -91,16 +99,42 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="dim")
 
 
+class _Verdicts:
+    """Verdicts on the steps so far, looked for now and then: they go through all steps."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._found: list[Verdict] = []
+        self._looked = -math.inf
+
+    def of(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        from tropd.pipeline.report.training_verdicts import columns_of, training_verdicts
+
+        now = time.monotonic()
+        if now - self._looked >= PLAIN_INTERVAL_SECONDS:
+            self._looked = now
+            self._found = training_verdicts(columns_of(records), self._settings)
+        return self._found
+
+
 class _LiveSteps:
     """The dashboard on a terminal, renewed with every step."""
 
-    def __init__(self, live: Live, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        live: Live,
+        title: str,
+        total: int,
+        earlier: Sequence[Mapping[str, Any]],
+        settings: Mapping[str, Any],
+    ) -> None:
         self._live, self._title, self._total = live, title, total
-        self._records = list(earlier)
+        self._records, self._verdicts = list(earlier), _Verdicts(settings)
 
     def step(self, record: Mapping[str, Any]) -> None:
         self._records.append(record)
-        self._live.update(Dashboard(shown(self._title), self._records, self._total))
+        verdicts = self._verdicts.of(self._records)
+        self._live.update(Dashboard(shown(self._title), self._records, self._total, verdicts=verdicts))
 
 
 class _BarTask:
@@ -137,14 +171,20 @@ class _PlainTask:
 
 
 class _PlainSteps:
-    def __init__(self, total: int, done: int) -> None:
-        self._task = _PlainTask("train", total, done, "steps")
+    def __init__(self, total: int, earlier: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+        self._task = _PlainTask("train", total, len(earlier), "steps")
+        self._records, self._verdicts = list(earlier), _Verdicts(settings)
+        self._told: set[str] = set()
 
     def step(self, record: Mapping[str, Any]) -> None:
         shown = {"loss": "loss", "k1": "k1_mean", "outlier": "region_fraction_outlier"}
         shown |= {"accuracy": "accuracy_sampled"} if "accuracy_sampled" in record else {}
         shown |= {f"{way} KL": f"distance_{way}_kl" for way in ("reverse", "forward")}
         self._task.advance(1, **{name: record.get(metric) for name, metric in shown.items()})
+        self._records.append(record)
+        new = [found for found in self._verdicts.of(self._records) if found.name not in self._told]
+        self._told |= {found.name for found in new}
+        tell_verdicts(new)
 
 
 class _Messages:
@@ -178,9 +218,11 @@ class _TerminalReporter(_Messages):
             yield
 
     @contextmanager
-    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
+    def training(
+        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Iterator[Steps]:
         with Live(Dashboard(shown(title), earlier, total), console=stderr, refresh_per_second=2) as live:
-            yield _LiveSteps(live, title, total, earlier)
+            yield _LiveSteps(live, title, total, earlier, settings)
 
 
 class _PlainReporter(_Messages):
@@ -196,8 +238,10 @@ class _PlainReporter(_Messages):
             speaker.join()
 
     @contextmanager
-    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
-        yield _PlainSteps(total, len(earlier))
+    def training(
+        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Iterator[Steps]:
+        yield _PlainSteps(total, earlier, settings)
 
     @contextmanager
     def task(self, description: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
@@ -209,7 +253,10 @@ def follow(look: Callable[[], TrainingProgress]) -> None:
     with Live(console=stdout, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             found = look()
-            live.update(Dashboard(shown(found.title), found.records, found.total, found.state), refresh=True)
+            title = shown(found.title)
+            live.update(
+                Dashboard(title, found.records, found.total, found.state, found.verdicts), refresh=True
+            )
             if found.state == "finished":
                 return
             time.sleep(WATCH_INTERVAL_SECONDS)

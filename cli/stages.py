@@ -25,7 +25,7 @@ from tropd.cli.options import (
     open_run,
     with_skip_bad,
 )
-from tropd.cli.render import make_reporter, print_json, print_table, say, tell
+from tropd.cli.render import make_reporter, print_json, print_table, say, tell, tell_verdicts
 
 if TYPE_CHECKING:
     from tropd.pipeline.context import Run
@@ -166,9 +166,15 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
 
 def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
     """All stages of a run in order, up to the evaluation; what is done is skipped, what was interrupted goes on."""
+    from tropd.pipeline.report.collect import build_report
+    from tropd.storage.workspace import Workspace
+
     summary = run_all(open_run(workspace, with_skip_bad(settings, skip_bad)))
     if "distance" in summary:
         print_table(*_distances(summary["distance"]))
+    found = build_report(Workspace.open(workspace))
+    say(found.headline)
+    tell_verdicts(found.verdicts)
 
 
 def prepare(
@@ -248,8 +254,12 @@ def train(
 ) -> None:
     """Stage 3: distil the student; starts a local teacher service unless teacher.url is set."""
     from tropd.pipeline.training.loop import train as stage
+    from tropd.pipeline.watching import training_progress
+    from tropd.storage.workspace import Workspace
 
     _stage(stage, workspace, with_skip_bad(settings, skip_bad), force, as_json)
+    if os.environ.get("RANK", "0") == "0":
+        tell_verdicts(training_progress(Workspace.open(workspace)).verdicts)
 
 
 def evaluate(
@@ -261,8 +271,11 @@ def evaluate(
 ) -> None:
     """Accuracy on held-out problems, and distance to the teacher: student before and after, and teacher."""
     from tropd.pipeline.evaluation.evaluate import evaluate as stage
+    from tropd.pipeline.report.collect import build_report
+    from tropd.storage.workspace import Workspace
 
     manifest = stage(open_run(workspace, with_skip_bad(settings, skip_bad)), force=force)
+    tell_verdicts(build_report(Workspace.open(workspace)).verdicts)
     if as_json:
         print_json(manifest.summary)
         return
@@ -338,17 +351,20 @@ def report(
 ) -> None:
     """Write the report page, for one run or several side by side; with --json, print its numbers."""
     from tropd.pipeline.report.collect import build_report
-    from tropd.pipeline.report.page import write_report
+    from tropd.pipeline.report.page import write_page
     from tropd.storage.workspace import Workspace
 
     opened = Workspace.open(workspace)
     beside = [Workspace.open(other) for other in others or []]
     with make_reporter().waiting("drawing the report"):
-        page = write_report(opened, beside)
+        found = build_report(opened, beside)
+        page = write_page(opened, found)
     if as_json:
-        print_json(build_report(opened, beside).model_dump(mode="json"))
-    else:
-        say(f"report: {page}")
+        print_json(found.model_dump(mode="json"))
+        return
+    say(found.headline)
+    tell_verdicts(found.verdicts)
+    say(f"report: {page}")
 
 
 def serve_teacher(

@@ -29,9 +29,13 @@ class Reporter(Protocol):
     ) -> AbstractContextManager[Task]: ...
 
     def training(
-        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]
+        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     ) -> AbstractContextManager[Steps]:
-        """Training of ``total`` steps, of which those in ``earlier`` are done."""
+        """Training of ``total`` steps, of which those in ``earlier`` are done.
+
+        Args:
+            settings: values by dotted path, for verdicts on the steps so far.
+        """
 
     def waiting(self, description: str) -> AbstractContextManager[None]:
         """Something without steps that may take a while, such as loading a model."""
@@ -55,7 +59,9 @@ class _Silent:
         yield _SilentTask()
 
     @contextmanager
-    def training(self, title: str, total: int, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Steps]:
+    def training(
+        self, title: str, total: int, earlier: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Iterator[Steps]:
         yield _SilentTask()
 
     @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tropd.pipeline.configuration import load_config
+from tropd.pipeline.report.schema import Verdict
+from tropd.pipeline.report.training_verdicts import columns_of, training_verdicts
 from tropd.pipeline.status import METRICS_FILE
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import read_manifest
@@ -32,10 +34,17 @@ class TrainingProgress:
     """Metrics per step, oldest first."""
     total: int
     """Planned steps."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Values by dotted path that it runs with."""
 
     @property
     def done(self) -> int:
         return int(self.records[-1]["step"]) + 1 if self.records else 0
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What is off in the steps so far."""
+        return training_verdicts(columns_of(self.records), self.settings)
 
 
 def training_progress(workspace: Workspace) -> TrainingProgress:
@@ -62,7 +71,7 @@ def training_progress(workspace: Workspace) -> TrainingProgress:
         state = "finished"
     elif records:
         state = "silent" if _is_silent(folder / METRICS_FILE, records) else "running"
-    return TrainingProgress(f"{workspace.root.name} · {name} · seed {seed}", state, records, total)
+    return TrainingProgress(f"{workspace.root.name} · {name} · seed {seed}", state, records, total, fields)
 
 
 def _is_silent(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:

@@ -49,8 +49,11 @@ class _Graded:
     truncated: list[bool] = field(default_factory=list)
     answers: Counter[str | None] = field(default_factory=Counter)
     expected: Counter[str] = field(default_factory=Counter)
-    unanswered: list[str] = field(default_factory=list)
-    """Problems whose first response has no answer."""
+    whole: int = 0
+    """Responses that were not cut off; of these"""
+    unanswered: int = 0
+    """have no answer, as the first responses to these problems."""
+    without: list[str] = field(default_factory=list)
 
     @property
     def means(self) -> dict[str, float]:
@@ -134,8 +137,11 @@ def _grade(files: EvaluationFiles, who: str) -> dict[Mode, _Graded]:
             continue
         one = modes.setdefault(row["mode"], _Graded())
         problem = str(row["prompt_id"])
-        if row.get("answer") is None and problem not in one.correct:
-            one.unanswered.append(problem)
+        if row.get("finish_reason") != "length":
+            one.whole += 1
+            one.unanswered += row.get("answer") is None
+            if row.get("answer") is None and problem not in one.correct:
+                one.without.append(problem)
         one.correct[problem].append(bool(row["correct"]))
         if row.get("num_tokens") is not None:
             one.tokens.append(int(row["num_tokens"]))
@@ -159,9 +165,9 @@ def _answers(
     found = Counter({answer: count for answer, count in graded.answers.items() if answer is not None})
     commonest, count = found.most_common(1)[0] if found else (None, 0)
     wrong = [problem for problem, marks in graded.correct.items() if not marks[0]]
-    chosen = list(dict.fromkeys(graded.unanswered or wrong))[:_EXAMPLES]
+    chosen = list(dict.fromkeys(graded.without or wrong))[:_EXAMPLES]
     return Answers(
-        unanswered=graded.answers[None] / total,
+        unanswered=graded.unanswered / graded.whole if graded.whole else None,
         commonest=None if commonest is None else shorten(str(commonest), _EXAMPLE_CHARACTERS),
         commonest_fraction=count / total,
         expected_fraction=graded.expected.most_common(1)[0][1] / total,

@@ -41,12 +41,15 @@ _STEP_PARTS = {
 
 
 def write_report(workspace: Workspace, others: Sequence[Workspace] = ()) -> Path:
+    """Build the report and write its page; with ``others`` it also has their runs beside that of ``workspace``."""
+    return write_page(workspace, build_report(workspace, others))
+
+
+def write_page(workspace: Workspace, report: Report) -> Path:
     """Write ``report/index.html``, ``report/report.json`` and ``report/plots``; returns the page's path.
 
-    With ``others`` the page also has their runs beside that of ``workspace``. Each file is replaced atomically, the
-    page last.
+    Each file is replaced atomically, the page last.
     """
-    report = build_report(workspace, others)
     plots = draw_report(report)
     folder = workspace.stage("report")
     with atomic_directory(folder / "plots") as temporary:

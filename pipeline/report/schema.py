@@ -51,8 +51,8 @@ class Example(Record):
 class Answers(Record):
     """What the grader took for the answers of one model in one mode."""
 
-    unanswered: float
-    """Share of responses in which it found none."""
+    unanswered: float | None
+    """Share of the responses that were not cut off in which it found none; null if all were cut off."""
     commonest: str | None
     """The answer that is given most often."""
     commonest_fraction: float

@@ -14,8 +14,26 @@ from tropd.pipeline.report.verdict_rules import LIMITS, RULES
 
 Columns = Mapping[str, Sequence[float | None]]
 """Metrics, each with a value per step."""
+Rows = Sequence[Mapping[str, float]]
+"""Per step, the metrics that are known of those that are used here."""
 Points = list[tuple[int, float]]
 """(step, value), where the value is known."""
+_DISTANCE = "distance_reverse_kl"
+_USED = (
+    "loss",
+    "k1_mean",
+    "acceptance_mean",
+    "student_entropy",
+    "region_fraction_trust",
+    "region_fraction_outlier",
+    "prefix_length_mean",
+    "response_length_mean",
+    "truncated_fraction",
+    "tokens_on_policy",
+    "grad_norm",
+    "sampler_logprob_difference_max",
+    "teacher_retries",
+)
 
 
 def verdict(name: str, sentence: str, *evidence: str) -> Verdict:
@@ -27,9 +45,11 @@ def verdict(name: str, sentence: str, *evidence: str) -> Verdict:
 
 
 def columns_of(records: Sequence[Mapping[str, Any]]) -> Columns:
-    """Training records as columns. Retries, which are counted by server, are added up."""
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [_number(total_of_servers(record.get(name))) for record in records] for name in names}
+    """The metrics that verdicts use, as columns. Retries, which are counted by server, are added up."""
+    return {
+        name: [_number(total_of_servers(record.get(name))) for record in records]
+        for name in ("step", _DISTANCE, *_USED)
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -46,12 +66,13 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
         settings: values by dotted path. Used are ``objective.rollouts``, ``train.steps``, ``train.max_grad_norm``; where
             one is missing, the verdicts that need it are not given.
     """
+    rows = _rows(columns)
     found = [
-        _no_student_token(columns, settings),
-        _never_stops(columns),
-        _grows(columns, "k1-rising", "K1", lambda row: row.get("k1_mean"), LIMITS.k1_factor, LIMITS.k1_rise),
+        _no_student_token(rows, settings),
+        _never_stops(rows),
+        _grows(rows, "k1-rising", "K1", lambda row: row.get("k1_mean"), LIMITS.k1_factor, LIMITS.k1_rise),
         _grows(
-            columns,
+            rows,
             "loss-rising",
             "The loss",
             lambda row: row.get("loss"),
@@ -59,7 +80,7 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
             LIMITS.loss_rise,
         ),
         _grows(
-            columns,
+            rows,
             "outliers-growing",
             "The share of tokens that the teacher rejects",
             _outlier_share,
@@ -68,33 +89,35 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
             percent,
         ),
         _grows(
-            columns,
+            rows,
             "entropy-rising",
             "The student's entropy",
             lambda row: row.get("student_entropy"),
             LIMITS.entropy_factor,
             LIMITS.entropy_rise,
         ),
-        _entropy_collapsed(columns),
-        _gradient_clipped(columns, settings),
-        _sampler_mismatch(columns, settings),
-        _teacher_retries(columns),
+        _distance_grew(columns),
+        _entropy_collapsed(rows),
+        _teacher_rejects(rows),
+        _gradient_clipped(rows, settings),
+        _sampler_mismatch(rows, settings),
+        _teacher_retries(rows),
     ]
     return [one for one in found if one is not None]
 
 
-def _rows(columns: Columns) -> list[dict[str, float]]:
-    """The known values of each step; lines that hold an evaluation only have no token counts and are left out."""
-    names = [name for name in columns if name != "step"]
+def _rows(columns: Columns) -> Rows:
+    """The known values of each step; lines that hold an evaluation only are left out."""
+    names = [name for name in _USED if name in columns]
     rows = []
     for index, step in enumerate(columns.get("step", ())):
         row = {name: value for name in names if (value := columns[name][index]) is not None}
-        if step is not None and any(not name.startswith(("accuracy_", "distance_")) for name in row):
+        if step is not None and row:
             rows.append({"step": step, **row})
     return rows
 
 
-def _points(rows: Sequence[Mapping[str, float]], name: str) -> Points:
+def _points(rows: Rows, name: str) -> Points:
     return [(int(row["step"]), row[name]) for row in rows if name in row]
 
 
@@ -115,7 +138,7 @@ def _steps(points: Points) -> str:
 
 
 def _grows(
-    columns: Columns,
+    rows: Rows,
     name: str,
     what: str,
     value: Callable[[Mapping[str, float]], float | None],
@@ -124,13 +147,7 @@ def _grows(
     form: Callable[[float], str] = "{:.3g}".format,
 ) -> Verdict | None:
     """A metric that is ``factor`` times what it was at first and ``rise`` more, on steps without much of a prefix."""
-    points = [
-        (int(row["step"]), found)
-        for row in _rows(columns)
-        if row.get("prefix_length_mean", 0.0)
-        <= LIMITS.with_prefix * row.get("response_length_mean", math.inf)
-        and (found := value(row)) is not None
-    ]
+    points = [(int(row["step"]), found) for row in _on_policy(rows) if (found := value(row)) is not None]
     ends = _ends(points)
     if ends is None:
         return None
@@ -142,6 +159,16 @@ def _grows(
     return verdict(name, f"{what} grew from {form(early)} to {form(late)}{unit}.", evidence)
 
 
+def _on_policy(rows: Rows) -> Rows:
+    """Steps without much of a prefix."""
+    most = LIMITS.with_prefix
+    return [
+        row
+        for row in rows
+        if row.get("prefix_length_mean", 0.0) <= most * row.get("response_length_mean", math.inf)
+    ]
+
+
 def _outlier_share(row: Mapping[str, float]) -> float | None:
     trust, outlier = row.get("region_fraction_trust"), row.get("region_fraction_outlier")
     if trust is None or outlier is None or trust + outlier == 0:
@@ -149,11 +176,11 @@ def _outlier_share(row: Mapping[str, float]) -> float | None:
     return outlier / (trust + outlier)
 
 
-def _no_student_token(columns: Columns, settings: Mapping[str, Any]) -> Verdict | None:
+def _no_student_token(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
     planned = settings.get("train.steps")
     if settings.get("objective.rollouts") != "student" or not isinstance(planned, int):
         return None
-    empty = [step for step, tokens in _points(_rows(columns), "tokens_on_policy") if tokens == 0]
+    empty = [step for step, tokens in _points(rows, "tokens_on_policy") if tokens == 0]
     if len(empty) < LIMITS.no_student * planned:
         return None
     return verdict(
@@ -163,8 +190,8 @@ def _no_student_token(columns: Columns, settings: Mapping[str, Any]) -> Verdict 
     )
 
 
-def _never_stops(columns: Columns) -> Verdict | None:
-    ends = _ends(_points(_rows(columns), "truncated_fraction"))
+def _never_stops(rows: Rows) -> Verdict | None:
+    ends = _ends(_points(_on_policy(rows), "truncated_fraction"))
     if ends is None or (late := _mean(ends[1])) < LIMITS.cut:
         return None
     return verdict(
@@ -174,8 +201,25 @@ def _never_stops(columns: Columns) -> Verdict | None:
     )
 
 
-def _entropy_collapsed(columns: Columns) -> Verdict | None:
-    rows = _rows(columns)
+def _distance_grew(columns: Columns) -> Verdict | None:
+    points = [
+        (int(step), value)
+        for step, value in zip(columns.get("step", ()), columns.get(_DISTANCE, ()), strict=False)
+        if step is not None and value is not None
+    ]
+    if len(points) < LIMITS.fewest_distances:
+        return None
+    best, last = min(points, key=lambda point: point[1]), points[-1]
+    if last[1] < LIMITS.again * best[1] or last[1] < best[1] + LIMITS.again_rise:
+        return None
+    return verdict(
+        "distance-grew",
+        f"The student moves away from the teacher again: reverse KL {last[1]:.3g} nats per token, after {best[1]:.3g}.",
+        f"least at step {best[0]}: {best[1]:.3g}; at step {last[0]}: {last[1]:.3g}",
+    )
+
+
+def _entropy_collapsed(rows: Rows) -> Verdict | None:
     entropy, accepted = (_ends(_points(rows, name)) for name in ("student_entropy", "acceptance_mean"))
     if entropy is None or accepted is None:
         return None
@@ -190,9 +234,23 @@ def _entropy_collapsed(columns: Columns) -> Verdict | None:
     )
 
 
-def _gradient_clipped(columns: Columns, settings: Mapping[str, Any]) -> Verdict | None:
+def _teacher_rejects(rows: Rows) -> Verdict | None:
+    ends = _ends(_points(_on_policy(rows), "acceptance_mean"))
+    if ends is None:
+        return None
+    early, late = _mean(ends[0]), _mean(ends[1])
+    if late >= LIMITS.half or late >= early + LIMITS.accepted_rise:
+        return None
+    return verdict(
+        "teacher-rejects",
+        f"The teacher accepts only {percent(late)} of what the student writes.",
+        f"{percent(early)} in {_steps(ends[0])}, {percent(late)} in {_steps(ends[1])}",
+    )
+
+
+def _gradient_clipped(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
     limit = settings.get("train.max_grad_norm")
-    points = _points(_rows(columns), "grad_norm")
+    points = _points(rows, "grad_norm")
     if not isinstance(limit, int | float) or len(points) < LIMITS.fewest_steps:
         return None
     late = points[len(points) // 2 :]
@@ -207,9 +265,9 @@ def _gradient_clipped(columns: Columns, settings: Mapping[str, Any]) -> Verdict 
     )
 
 
-def _sampler_mismatch(columns: Columns, settings: Mapping[str, Any]) -> Verdict | None:
+def _sampler_mismatch(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
     """Stored rollouts are of an older student on purpose."""
-    ends = _ends(_points(_rows(columns), "sampler_logprob_difference_max"))
+    ends = _ends(_points(rows, "sampler_logprob_difference_max"))
     if ends is None or settings.get("objective.rollouts") != "student":
         return None
     middle = median(value for _, value in ends[1])
@@ -222,8 +280,8 @@ def _sampler_mismatch(columns: Columns, settings: Mapping[str, Any]) -> Verdict 
     )
 
 
-def _teacher_retries(columns: Columns) -> Verdict | None:
-    points = _points(_rows(columns), "teacher_retries")
+def _teacher_retries(rows: Rows) -> Verdict | None:
+    points = _points(rows, "teacher_retries")
     retried = [(step, number) for step, number in points if number > 0]
     if len(retried) < max(LIMITS.fewest_retried, LIMITS.retried * len(points)):
         return None

@@ -38,10 +38,15 @@ class Limits:
     above_expected: float = 0.3
     kept_mass: float = 0.9
     no_student: float = 0.3
+    fewest_distances: int = 3
+    again: float = 1.2
+    again_rise: float = 0.1
     entropy_factor: float = 2.0
     entropy_rise: float = 0.5
     entropy_low: float = 0.05
     acceptance_low: float = 0.8
+    half: float = 0.5
+    accepted_rise: float = 0.05
     outlier_factor: float = 1.5
     outlier_rise: float = 0.1
     k1_factor: float = 1.5
@@ -75,34 +80,42 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "grader-misfit": Rule(
             "problem",
-            "the grader finds no answer in {unanswered:.0%} or more of the teacher's responses (of everybody's where the "
-            "teacher is not evaluated)",
+            "the grader finds no answer in {unanswered:.0%} or more of the teacher's responses that are not cut off (of "
+            "everybody's where the teacher is not evaluated)",
             "Choose the `evaluation.grader` that fits (`pattern` with `evaluation.answer_pattern`, `math`, `choice` or "
             "`exact`); `tropd config explain evaluation.grader` says what each takes for an answer.",
         ),
         "teacher-wrong": Rule(
             "problem",
-            "the teacher has {right:.0%} right or less, of {fewest_problems} problems or more",
+            "the teacher has {right:.0%} right or less, of {fewest_problems} problems or more, and is not cut off",
             "Compare its responses with the expected answers: `evaluation.grader`, `data.answer_field`, `data.template` "
             "and `data.chat` (on for a chat model) are the usual causes. Accuracy says nothing until then.",
         ),
         "teacher-behind": Rule(
             "problem",
-            "the teacher is {behind:.0%} points or more below the student before training, and the intervals are apart",
+            "the teacher is {behind:.0%} points or more below the student before training, with intervals that are apart",
             "Check `teacher.model`, `teacher.dtype`, `data.chat`, or take a better teacher: the student would unlearn.",
         ),
         "short-limit": Rule(
             "warning",
             "{teacher_cut:.0%} or more of the teacher's evaluated responses reach the length limit",
-            "Raise `rollout.max_tokens` (and `evaluation.max_tokens`, `prefixes.max_tokens` where they are set).",
+            "Raise `rollout.max_tokens` (and `evaluation.max_tokens`, `prefixes.max_tokens` where they are set), or see "
+            "that responses can end at all (`rollout.stop_ids`).",
         ),
         "never-stops": Rule(
             "problem",
             "{cut:.0%} or more of the trained student's evaluated responses, or of those in the last {part:.0%} of the "
             "steps, reach the length limit, and the teacher's do not",
-            "Check that the student can end a response (`rollout.stop_ids`, its `generation_config.json`); then more "
-            '`train.steps`, prefixes (`objective.name = "tropd"`), a larger `objective.guidance.weight`, or `tropd sft` '
-            "first.",
+            "Check that the student can end a response (`rollout.stop_ids`, its `generation_config.json`) and the room "
+            'for it (`rollout.max_tokens`); then more `train.steps`, prefixes (`objective.name = "tropd"`), a larger '
+            "`objective.guidance.weight`, or `tropd sft` first.",
+        ),
+        "no-answers": Rule(
+            "problem",
+            "the grader finds no answer in {unanswered:.0%} or more of the trained student's responses that are not cut "
+            "off, but does in the teacher's",
+            "See how its responses end: more `rollout.max_tokens` where they are cut off, a lower `train.learning_rate` "
+            "where they are no language any more, more `train.steps` where it has not learned the format yet.",
         ),
         "not-closer": Rule(
             "problem",
@@ -135,6 +148,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "A smaller `objective.schedule.fraction`, `objective.schedule.length = "
             '"uniform"`, a larger `rollout.max_tokens`, or more `train.steps`.',
         ),
+        "distance-grew": Rule(
+            "warning",
+            "of {fewest_distances} or more measurements of the reverse KL on held-out prompts in training, the last is "
+            "{again:g} times the least and {again_rise:g} nats more",
+            "Stop earlier (`train.steps`), lower `train.learning_rate`, or let it fall (`train.schedule`).",
+        ),
         "entropy-rising": Rule(
             "warning",
             "the student's entropy is {entropy_factor:g} times what it was, and {entropy_rise:g} nats more",
@@ -146,6 +165,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "accepts less than {acceptance_low:.0%}",
             'Lower `train.learning_rate`, `objective.name = "tropd"` or `"tropd-cached"`, or `tropd sft` first: it no '
             "longer tries anything else.",
+        ),
+        "teacher-rejects": Rule(
+            "problem",
+            "in the last {part:.0%} of the steps the teacher accepts less than {half:.0%} of what the student writes, "
+            "and not {accepted_rise:.0%} points more than in the first",
+            "Lower `train.learning_rate`, a larger `objective.guidance.weight`, or `tropd sft` first.",
         ),
         "outliers-growing": Rule(
             "warning",

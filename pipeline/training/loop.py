@@ -225,7 +225,8 @@ def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None
         )
         title = f"{run.workspace.root.name} · {run.config.objective.name} · seed {run.config.run.seed}"
         earlier = log.earlier if log is not None else []
-        with run.reporter.training(title, config.steps, earlier) as shown:
+        settings = stage.manifest.fields if stage is not None else {}
+        with run.reporter.training(title, config.steps, earlier, settings) as shown:
             for step in range(first, config.steps):
                 try:
                     record, inputs = _step(session, stage, step, preparation, timeline)

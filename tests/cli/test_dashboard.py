@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tropd.cli.dashboard import Dashboard, column, recent_mean, sparkline
+from tropd.pipeline.report.schema import Verdict
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -73,6 +74,12 @@ def test_accuracy_takes_the_place_of_the_reward_where_it_is_measured() -> None:
     text = shown(Dashboard("x", records, 9))
     assert "accuracy  70.0 %" in text
     assert "reward" not in text
+
+
+def test_what_is_off_is_said_below() -> None:
+    verdict = Verdict(name="k1-rising", level="problem", sentence="K1 \x1bgrew.", evidence=[], advice="")
+    lines = shown(Dashboard("run", [record(0)], 10, verdicts=[verdict])).splitlines()
+    assert lines[-1] == "problem: K1 \\x1bgrew."
 
 
 def test_nothing_yet_is_shown_as_that() -> None:

@@ -52,7 +52,7 @@ class Interrupting:
         self.messages.append(message)
 
     @contextmanager
-    def training(self, title: str, total: int, earlier: Any) -> Iterator[Steps]:
+    def training(self, title: str, total: int, earlier: Any, settings: Any) -> Iterator[Steps]:
         yield self
 
     def step(self, record: Mapping[str, Any]) -> None:

@@ -68,6 +68,11 @@ def test_a_finished_run(workspace: Workspace) -> None:
     assert (found.state, found.done, found.total) == ("finished", 7, 7)
 
 
+def test_what_is_off_is_known_while_it_runs(workspace: Workspace) -> None:
+    begin(workspace, *(json.dumps({"step": n, "k1_mean": 0.1 * n}) + "\n" for n in range(20)))
+    assert [verdict.name for verdict in training_progress(workspace).verdicts] == ["k1-rising"]
+
+
 @pytest.mark.parametrize("text", ["null\n", "[1]\n", '{"loss": 1}\n', "\x00\xff\n"])
 def test_lines_that_are_no_records_are_passed_over(workspace: Workspace, text: str) -> None:
     begin(workspace, line(0), text, line(1))

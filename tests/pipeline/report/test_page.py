@@ -25,7 +25,13 @@ def test_a_finished_run(finished: Workspace) -> None:
     assert page == finished.root / "report" / "index.html"
     text = text_of(page)
     assert "What is missing" not in text
-    for words in ("The student went from", "Teacher cache", "67,527", "Where the time went", "expected 6"):
+    for words in (
+        "The student came closer to the teacher: reverse KL from 0.60",
+        "Teacher cache",
+        "67,527",
+        "Where the time went",
+        "expected 6",
+    ):
         assert words in text
     with_data = [curve for curve in CURVES if curve.group != "more"]
     for curve in with_data:

@@ -131,6 +131,12 @@ def test_sure_of_what_the_teacher_rejects(rows: Rows) -> None:
     assert verdict.name == "entropy-collapsed"
 
 
+def test_a_teacher_that_goes_on_rejecting(rows: Rows) -> None:
+    (verdict,) = found(changed(rows, "acceptance_mean", lambda s: 0.3))
+    assert verdict.name == "teacher-rejects"
+    assert found(changed(rows, "acceptance_mean", lambda s: 0.1 + 0.003 * s)) == [], "it comes closer"
+
+
 def test_what_is_so_on_purpose_is_not_said(rows: Rows) -> None:
     apart = changed(rows, "sampler_logprob_difference_max", lambda s: 3.0)
     assert found(apart, objective__rollouts="stored") == []
@@ -144,6 +150,14 @@ def test_a_short_trial_without_a_student_token(rows: Rows) -> None:
     trial = changed(rows[:3], "tokens_on_policy", lambda s: 0)
     assert [v.name for v in found(trial, train__steps=3)] == ["no-student-token"]
     assert found(trial) == [], "three of a hundred steps"
+
+
+def test_columns_of_records_are_those_of_the_report(finished: Workspace, rows: Rows, tools: Tools) -> None:
+    """The dashboard and the report say the same of a run."""
+    bad = changed(changed(rows, "teacher_retries", lambda s: [1, 2]), "k1_mean", lambda s: 0.1 * s)
+    tools["write_metrics"](finished.root, bad)
+    assert build_report(finished).verdicts == found(bad)
+    assert [v.name for v in found(bad)] == ["k1-rising", "teacher-retries"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +187,7 @@ def test_a_grader_that_finds_nothing(finished: Workspace, tools: Tools) -> None:
     (verdict,) = report.verdicts
     assert verdict.level == "problem"
     assert verdict.sentence.startswith("The grader 'math' finds no answer in any response of the teacher")
-    assert verdict.evidence[0] == "“6+4*7-0=” → “6+4=0;0*7=0;0-0=6;#6”: no answer found, expected “6”"
+    assert verdict.evidence[0] == "“6+4*7-1=” → “6+4=0;0*7=0;0-1=6;#6”: no answer found, expected “6”"
     assert len(verdict.evidence) == 3
     text = page_text(finished)
     assert verdict.sentence in text
@@ -215,6 +229,56 @@ def test_lengths(finished: Workspace, tools: Tools) -> None:
     assert cut("before", "after", "teacher") == ["short-limit"]
 
 
+def test_a_student_that_gives_no_answer(finished: Workspace, tools: Tools) -> None:
+    report = evaluated(finished, tools, lambda who, row: {"answer": None} if who == "after" else {})
+    (verdict,) = report.verdicts
+    assert verdict.name == "no-answers"
+    assert verdict.sentence.startswith("100.0\u00a0% of the trained student's responses have no answer")
+    assert len(verdict.evidence) == 3
+
+
+def test_what_is_cut_off_is_not_the_graders_fault(finished: Workspace, tools: Tools) -> None:
+    cut = {"finish_reason": "length", "answer": None, "correct": False}
+    assert names(evaluated(finished, tools, lambda who, row: cut)) == ["short-limit"]
+
+
+def test_a_student_that_came_no_closer(finished: Workspace, tools: Tools) -> None:
+    def moved(before: float, after: float) -> Report:
+        there = tools["DISTANCES"]
+        far = {"before": before, "after": after}
+        summary = {
+            who: {**there[who], "reverse_kl": {"mean": kl, "low": 0.9 * kl, "high": 1.1 * kl}}
+            for who, kl in far.items()
+        }
+        parts = {who: tools["evaluation_rows"](who, 60) for who in ("before", "after", "teacher")}
+        tools["write_evaluation"](finished.root, parts, distance={**there, **summary})
+        return build_report(finished)
+
+    closer, same, farther, there = moved(2.0, 0.5), moved(2.0, 1.95), moved(0.5, 2.0), moved(0.004, 0.005)
+    assert [names(one) for one in (closer, same, farther, there)] == [[], ["not-closer"], ["not-closer"], []]
+    beginnings = [one.headline.split(":")[0] for one in (closer, same, farther, there)]
+    assert beginnings == [
+        "The student came closer to the teacher",
+        "The student did not come closer to the teacher",
+        "The student moved away from the teacher",
+        "The student is where the teacher is",
+    ]
+    assert "reverse KL from 2.00 to 0.50, forward KL from 0.44 to 0.10 nats per token" in closer.headline
+    assert (
+        farther.verdicts[0].evidence[0] == "reverse KL: 0.5 [0.45, 0.55] before, 2 [1.8, 2.2] after training"
+    )
+
+
+def test_a_distance_that_grows_again(rows: Rows) -> None:
+    (verdict,) = found(
+        changed(
+            rows, "distance_reverse_kl", lambda s: [0.9, 0.4, 0.5, 0.7][s // 25] if s % 25 == 24 else None
+        )
+    )
+    assert verdict.name == "distance-grew"
+    assert verdict.evidence == ["least at step 49: 0.4; at step 99: 0.7"]
+
+
 def test_a_constant_answer(finished: Workspace, tools: Tools) -> None:
     def answers(who: str, row: dict[str, Any], same: str) -> dict[str, Any]:
         expected = str(int(row["prompt_id"].removeprefix("eval-")) % 5)
@@ -223,7 +287,7 @@ def test_a_constant_answer(finished: Workspace, tools: Tools) -> None:
 
     report = evaluated(finished, tools, lambda who, row: answers(who, row, "2"))
     assert names(report) == ["constant-answer", "accuracy-fell"], "problems come first"
-    assert "“2” to 100.0\u00a0% of the problems" in report.verdicts[0].sentence
+    assert "100.0\u00a0% of its answers are “2”" in report.verdicts[0].sentence
     assert names(evaluated(finished, tools, lambda who, row: answers(who, row, ""))) == []
     rightly = evaluated(
         finished, tools, lambda who, row: {"expected": "yes", "answer": "yes", "correct": True}
