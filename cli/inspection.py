@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
 from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell, tell_verdicts
+
+if TYPE_CHECKING:
+    from tropd.pipeline.doctor.differences import Difference
 
 config_app = typer.Typer(help="Show and explain the configuration of a run.", no_args_is_help=True)
 objectives_app = typer.Typer(help="List the distillation methods and show their formulas.")
@@ -22,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("query")(query)
     app.command("verify")(verify)
     app.command("plan")(plan)
+    app.command("doctor")(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(objectives_app, name="objectives")
 
@@ -173,6 +177,52 @@ def plan(
         advice = "; ".join(f"{p.name} ({_size(p.bytes)}): {p.smaller}" for p in largest)
         tell(f"does not fit into {gpu_memory:g} GB: {_size(total)}. {advice}")
         raise typer.Exit(1)
+
+
+def doctor(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that the student answers.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """How far sampler, trainer and teacher are apart on the same weights; exit 1 if rounding does not explain it."""
+    from dataclasses import asdict
+
+    from tropd.pipeline.doctor.examine import examine
+
+    found = examine(open_run(workspace, settings), prompts=prompts, tokens=tokens)
+    if as_json:
+        differences = [asdict(one) | {"sound": one.sound} for one in found.differences]
+        print_json(asdict(found) | {"differences": differences, "sound": not found.advice})
+    else:
+        say(
+            f"{found.prompts} answers, {found.tokens} tokens; student in {found.student_dtype}, teacher in "
+            f"{found.teacher_dtype}; nats per token"
+        )
+        columns = ("compared", "", "mean", "p99", "largest", "importance weights")
+        rows = [
+            (d.one, d.other, *(_nats(v) for v in (d.mean, d.p99, d.largest)), _weights(d))
+            for d in found.differences
+        ]
+        print_table(columns, rows)
+        say(found.meaning)
+        for line in found.advice:
+            tell(line)
+        if not found.advice:
+            say("rounding explains every difference")
+    if found.advice:
+        raise typer.Exit(1)
+
+
+def _nats(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2g}"
+
+
+def _weights(found: Difference) -> str:
+    if found.lowest_weight is None:
+        return "none"
+    return f"{found.lowest_weight:.6g} to {found.highest_weight:.6g}"
 
 
 @config_app.command("show")

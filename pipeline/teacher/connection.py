@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.context import Run, model_fields, role_room, with_teacher
+from tropd.pipeline.context import Run, check_pair, model_fields, role_room, with_teacher
 from tropd.pipeline.models import (
     check_lengths,
     model_directory,
@@ -34,19 +34,27 @@ def local_teacher(run: Run) -> Path | None:
     return model_directory(run.workspace, teacher, "teacher")
 
 
+def check_pairs(run: Run) -> None:
+    """See ``check_pair``, for the student and every teacher on this machine."""
+    for name in teachers_in_use(run):
+        own = with_only(run, name)
+        if local_teacher(own) is not None:
+            check_pair(own)
+
+
 def teacher_fields(run: Run) -> dict[str, Scalar]:
     """Fingerprint fields of all teachers: of a directory, or what the servers say where there is none here."""
     return fields_of_all(run, teachers_in_use(run), _fields)
 
 
-def start_teachers(run: Run, stack: ExitStack) -> dict[str, LocalTeacher]:
+def start_teachers(run: Run, stack: ExitStack, log_name: str = "teacher-service") -> dict[str, LocalTeacher]:
     """Start a service for every teacher without an address; what was started is stopped when ``stack`` closes."""
     started = {}
     for name in teachers_in_use(run):
         if not with_only(run, name).config.teacher.urls:
-            run.reporter.info(f"train: starting a local teacher service{name and f' for {name}'}")
+            run.reporter.info(f"starting a local teacher service{name and f' for {name}'}")
             command = serve_command(run.workspace.root, run.assignments, name)
-            log = run.workspace.logs / f"teacher-service{name and f'-{name}'}.log"
+            log = run.workspace.logs / f"{log_name}{name and f'-{name}'}.log"
             started[name] = stack.enter_context(LocalTeacher(command, log))
     return started
 

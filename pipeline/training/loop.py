@@ -13,7 +13,6 @@ import torch
 from tropd.pipeline.config import TrainConfig, to_plain
 from tropd.pipeline.context import (
     Run,
-    check_pair,
     engine_fields,
     finished,
     model_fields,
@@ -26,8 +25,7 @@ from tropd.pipeline.objectives.spec import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import data_fields
 from tropd.pipeline.progress import SILENT
-from tropd.pipeline.teacher.connection import local_teacher, teacher_fields
-from tropd.pipeline.teachers import teachers_in_use, with_only
+from tropd.pipeline.teacher.connection import check_pairs, teacher_fields
 from tropd.pipeline.training.agreement import check_engine
 from tropd.pipeline.training.along import evaluate_student
 from tropd.pipeline.training.checkpoint import (
@@ -132,7 +130,7 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         if not world.leads:
             run = replace(run, reporter=SILENT)
         if world.leads:
-            _check_pairs(run)
+            check_pairs(run)
         # One process writes; the others learn whether there is anything to do, and from where.
         prompts = student_prompts(run) if world.leads else None
         stage = None if prompts is None else stack.enter_context(_open(run, prompts, force))
@@ -151,13 +149,6 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         stack.enter_context(stop_on_signal(stop))
         _run_steps(session, stage, stop)
         return world.tell(None if stage is None else stage.manifest) or manifest
-
-
-def _check_pairs(run: Run) -> None:
-    for name in teachers_in_use(run):
-        own = with_only(run, name)
-        if local_teacher(own) is not None:
-            check_pair(own)
 
 
 @contextmanager

@@ -30,22 +30,22 @@ def prove_pass(
 
     def scored(rows: proof.Rows, starts: Sequence[int]) -> list[proof.Floats]:
         with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
-            return _logprobs(passes, rows, starts)
+            written = [_row(list(row), start) for row, start in zip(rows, starts, strict=True)]
+            # In one batch, whatever its size: they are few.
+            return row_logprobs(passes, written, sum(len(row) for row in rows) * len(rows))
 
     with proof.refusing(name):
         plain = proof.plain_logprobs(model, precision, passes.split.limit)
         proof.check_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
 
 
-def _logprobs(passes: StudentPass, rows: proof.Rows, starts: Sequence[int]) -> list[proof.Floats]:
-    written = [_row(list(row), start) for row, start in zip(rows, starts, strict=True)]
-    layout = Layout(written, guided=False)
+def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[proof.Floats]:
+    """Log-probs of each row's student tokens, by the pass that trains, in micro-batches of ``budget`` tokens."""
+    layout = Layout(rows, guided=False)
     found = np.zeros(int(layout.student_counts.sum()), dtype=np.float32)
-    # In one batch, whatever its size: they are few.
-    budget = sum(len(row) for row in rows) * len(rows)
     for batch in micro_batches(layout, budget, passes.model.device, packing=passes.packing):
         nothing = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
-        found[batch.student_tokens] = passes(batch, nothing)[0].float().cpu().numpy()
+        found[batch.student_tokens] = passes(batch, nothing)[0].detach().float().cpu().numpy()
     return np.split(found, np.cumsum(layout.student_counts)[:-1])
 
 

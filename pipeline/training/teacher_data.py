@@ -132,7 +132,7 @@ def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData
         objective.partition,
         student_logprobs=_flat([row.sampler_logprobs for row in rows]),
         teacher_logprobs=teacher.logprobs,
-        uniforms=_draws(rows),
+        uniforms=partition_draws(rows),
         teacher_entropy=teacher.entropy,
     )
 
@@ -141,7 +141,7 @@ def _flat(rows: Sequence[Sequence[float]]) -> Floats32:
     return np.array([value for row in rows for value in row], dtype=np.float32)
 
 
-def _draws(rows: Sequence[Row]) -> npt.NDArray[np.float64]:
+def partition_draws(rows: Sequence[Row]) -> npt.NDArray[np.float64]:
     """One uniform number per student token, from the row's seed and the token's place in the sequence."""
     parts = [
         uniforms(partition_seed(row), np.arange(len(row.context), len(row.sequence)))
