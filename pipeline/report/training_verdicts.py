@@ -99,6 +99,7 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
         _distance_grew(columns),
         _entropy_collapsed(rows),
         _teacher_rejects(rows),
+        _far_from_teacher(rows),
         _gradient_clipped(rows, settings),
         _sampler_mismatch(rows, settings),
         _teacher_retries(rows),
@@ -239,13 +240,20 @@ def _teacher_rejects(rows: Rows) -> Verdict | None:
     if ends is None:
         return None
     early, late = _mean(ends[0]), _mean(ends[1])
-    if late >= LIMITS.half or late >= early + LIMITS.accepted_rise:
+    if late >= LIMITS.accepted or late >= early + LIMITS.accepted_rise:
         return None
-    return verdict(
-        "teacher-rejects",
-        f"The teacher accepts only {percent(late)} of what the student writes.",
-        f"{percent(early)} in {_steps(ends[0])}, {percent(late)} in {_steps(ends[1])}",
-    )
+    evidence = f"{percent(early)} in {_steps(ends[0])}, {percent(late)} in {_steps(ends[1])}"
+    sentence = f"The teacher accepts only {percent(late)} of what the student writes."
+    return verdict("teacher-rejects", sentence, evidence)
+
+
+def _far_from_teacher(rows: Rows) -> Verdict | None:
+    ends = _ends(_points(_on_policy(rows), "k1_mean"))
+    if ends is None or (late := _mean(ends[1])) < LIMITS.far:
+        return None
+    evidence = f"{_mean(ends[0]):.3g} in {_steps(ends[0])}, {late:.3g} in {_steps(ends[1])}"
+    sentence = f"The student is still far from the teacher: K1 is {late:.3g} nats per token."
+    return verdict("far-from-teacher", sentence, evidence)
 
 
 def _gradient_clipped(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:

@@ -36,7 +36,7 @@ class Limits:
     fell: float = 0.02
     constant: float = 0.6
     above_expected: float = 0.3
-    kept_mass: float = 0.9
+    kept_mass: float = 0.85
     no_student: float = 0.3
     fewest_distances: int = 3
     again: float = 1.2
@@ -45,7 +45,8 @@ class Limits:
     entropy_rise: float = 0.5
     entropy_low: float = 0.05
     acceptance_low: float = 0.8
-    half: float = 0.5
+    accepted: float = 0.4
+    far: float = 3.0
     accepted_rise: float = 0.05
     outlier_factor: float = 1.5
     outlier_rise: float = 0.1
@@ -80,8 +81,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "grader-misfit": Rule(
             "problem",
-            "the grader finds no answer in {unanswered:.0%} or more of the teacher's responses that are not cut off (of "
-            "everybody's where the teacher is not evaluated)",
+            "the grader finds no answer in {unanswered:.0%} or more of the teacher's responses that are not cut off "
+            "(where the teacher is not evaluated: of the student's, before and after training)",
             "Choose the `evaluation.grader` that fits (`pattern` with `evaluation.answer_pattern`, `math`, `choice` or "
             "`exact`); `tropd config explain evaluation.grader` says what each takes for an answer.",
         ),
@@ -168,9 +169,15 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "teacher-rejects": Rule(
             "problem",
-            "in the last {part:.0%} of the steps the teacher accepts less than {half:.0%} of what the student writes, "
-            "and not {accepted_rise:.0%} points more than in the first",
+            "in the last {part:.0%} of the steps the teacher accepts less than {accepted:.0%} of what the student "
+            "writes, and not {accepted_rise:.0%} points more than in the first",
             "Lower `train.learning_rate`, a larger `objective.guidance.weight`, or `tropd sft` first.",
+        ),
+        "far-from-teacher": Rule(
+            "problem",
+            "in the last {part:.0%} of the steps K1 is still {far:g} nats per token or more",
+            'Prefixes and a forward KL, which show the student what to do instead (`objective.name = "tropd"`, '
+            '`"tropd-cached"` or `"full-fkl"`), or `tropd sft` first.',
         ),
         "outliers-growing": Rule(
             "warning",

@@ -83,7 +83,9 @@ def _grading(evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Verdic
     teacher, before = _either(evaluation, "teacher"), _either(evaluation, "before")
     answers = {who: one.answers for who in _WHO if (one := _either(evaluation, who)) and one.answers}
     judges: dict[Who, Answers] = {"teacher": answers["teacher"]} if "teacher" in answers else answers
-    if judges and all((found.unanswered or 0.0) >= LIMITS.unanswered for found in judges.values()):
+    if judges.keys() & {"teacher", "before"} and all(
+        (found.unanswered or 0.0) >= LIMITS.unanswered for found in judges.values()
+    ):
         return [_misfit(judges, settings)]
     found: list[Verdict] = []
     cut = _cut(evaluation, "teacher") >= LIMITS.teacher_cut

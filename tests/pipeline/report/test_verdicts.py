@@ -131,6 +131,12 @@ def test_sure_of_what_the_teacher_rejects(rows: Rows) -> None:
     assert verdict.name == "entropy-collapsed"
 
 
+def test_a_student_that_stays_far_away(rows: Rows) -> None:
+    (verdict,) = found(changed(rows, "k1_mean", lambda s: 8.0 - 0.04 * s))
+    assert verdict.name == "far-from-teacher"
+    assert verdict.evidence == ["7.62 in steps 0 to 19, 4.42 in steps 80 to 99"]
+
+
 def test_a_teacher_that_goes_on_rejecting(rows: Rows) -> None:
     (verdict,) = found(changed(rows, "acceptance_mean", lambda s: 0.3))
     assert verdict.name == "teacher-rejects"
@@ -154,7 +160,7 @@ def test_a_short_trial_without_a_student_token(rows: Rows) -> None:
 
 def test_columns_of_records_are_those_of_the_report(finished: Workspace, rows: Rows, tools: Tools) -> None:
     """The dashboard and the report say the same of a run."""
-    bad = changed(changed(rows, "teacher_retries", lambda s: [1, 2]), "k1_mean", lambda s: 0.1 * s)
+    bad = changed(changed(rows, "teacher_retries", lambda s: [1, 2]), "k1_mean", lambda s: 0.02 * s)
     tools["write_metrics"](finished.root, bad)
     assert build_report(finished).verdicts == found(bad)
     assert [v.name for v in found(bad)] == ["k1-rising", "teacher-retries"]
@@ -233,6 +239,11 @@ def test_a_student_that_gives_no_answer(finished: Workspace, tools: Tools) -> No
     report = evaluated(finished, tools, lambda who, row: {"answer": None} if who == "after" else {})
     (verdict,) = report.verdicts
     assert verdict.name == "no-answers"
+    alone = [{**row, "answer": None} for row in tools["evaluation_rows"]("after", 60)]
+    tools["write_evaluation"](finished.root, {"after": alone})
+    assert names(build_report(finished)) == ["no-answers"], (
+        "as in a comparison, where the others are beside it"
+    )
     assert verdict.sentence.startswith("100.0\u00a0% of the trained student's responses have no answer")
     assert len(verdict.evidence) == 3
 
