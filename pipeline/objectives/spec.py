@@ -303,9 +303,10 @@ class Objective(Spec):
                 "trust/outlier.loss.estimator = 'nll' would train the student on its own samples; "
                 "use k1 or a top-k divergence"
             )
-        if self.rollouts == "teacher" and (self.schedule.kind, self.schedule.fraction) != ("constant", 1.0):
+        schedule = (self.schedule.kind, self.schedule.fraction, self.schedule.length)
+        if self.rollouts == "teacher" and schedule != ("constant", 1.0, "max"):
             raise ValueError(
-                "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0 }: "
+                "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0, length = 'max' }: "
                 "the whole response comes from the teacher"
             )
         if (

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.configuration import load_objective, recipe_names
+from tropd.pipeline.configuration import load_objective, parse_config, recipe_names
 from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives
 from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_step, region_losses
 from tropd.pipeline.objectives.partition import partition_tokens
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.objectives.weights import TokenStatistics
+from tropd.storage.errors import ConfigError
 
 # Token 0: the teacher likes it more than the student (0.5 against 0.25). Token 1: less (0.1 against 0.8).
 S = [0.25, 0.8]
@@ -238,3 +239,9 @@ def test_a_teacher_logprob_of_minus_infinity_is_an_outlier_and_no_nan() -> None:
     assert floored_log_ratio(floor, np.array([-0.1], dtype=np.float32))[0] == pytest.approx(
         LOGPROB_FLOOR + 0.1
     )
+
+
+def test_fine_tuning_on_the_teacher_takes_whole_responses() -> None:
+    """A part of them would leave the rest to the student, whose tokens nobody scores then."""
+    with pytest.raises(ConfigError, match="length = 'max'"):
+        parse_config('[objective]\nname = "sft"\nschedule = { length = "uniform" }\n')

@@ -44,7 +44,8 @@ def test_every_run_is_shown_with_what_there_is(three: list[Workspace], tools: To
     assert [run.objective for run in runs] == ["tropd", "opd", "tropd"], "as trained, where not as configured"
     assert [run.seed for run in runs] == [3, 4, None]
     assert [run.steps for run in runs] == [100, 40, 100]
-    assert [run.evaluation.after is not None for run in runs] == [True, False, False]
+    assert [run.evaluation.accuracy("after", "sampled") is not None for run in runs] == [True, False, False]
+    assert [run.evaluation.distance("after") is not None for run in runs] == [True, False, True]
     assert [len(run.series["k1_mean"]) for run in runs] == [100, 40, 100]
     rows = tools["metric_rows"](100)
     outliers = sum(row["teacher_topk_tokens"] for row in rows) / sum(row["tokens_on_policy"] for row in rows)
