@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tropd.storage.atomic import atomic_file
 from tropd.storage.manifest import Manifest, trained_steps
 
 Record = dict[str, Any]
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SAMPLED_STEPS = 8
 """Of so many steps of a run, responses are kept."""
 _SEALED = re.compile(rb'(.*), "checksum": "([0-9a-f]{16})"\}', re.DOTALL)
@@ -148,6 +149,16 @@ def check_log(path: Path, expected: Iterable[int]) -> list[str]:
         *([f"line {spans(damaged)} is damaged"] if damaged else []),
         *([f"has no record of step {spans(missing)}"] if missing else []),
     ]
+
+
+def log_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What is wrong with the logs of a training stage: name of the file, and the problem in words."""
+    for name, steps in (
+        (METRICS, range(trained_steps(manifest))),
+        (SAMPLES, steps_with_samples(manifest)),
+    ):
+        for problem in check_log(folder / name, steps):
+            yield name, problem
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -30,10 +30,9 @@ from tropd.storage.manifest import (
     check_shard,
     holds_output,
     read_manifest,
-    trained_steps,
 )
 from tropd.storage.stage import drop_shards, lock_stage
-from tropd.storage.step_log import check_log, steps_with_samples
+from tropd.storage.step_log import METRICS, SAMPLES, log_problems
 from tropd.storage.workspace import Workspace
 
 STAGES = ("data", "models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
@@ -43,7 +42,7 @@ PROBLEMS = "data"
 BROUGHT = (PROBLEMS, "models")
 # Scores and the trajectories that they are of.
 SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
-TRAIN, METRICS, SAMPLES = "train", "metrics.jsonl", "samples.jsonl"
+TRAIN = "train"
 # What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
 _COMPANIONS = {
     TRAIN: (
@@ -128,12 +127,8 @@ def _verify_stage(
             else:
                 yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
     if stage == TRAIN:
-        for name, steps in (
-            (METRICS, range(trained_steps(manifest))),
-            (SAMPLES, steps_with_samples(manifest)),
-        ):
-            for problem in check_log(folder / name, steps):
-                yield Finding("error", stage, f"{stage}/{name}", problem)
+        for name, problem in log_problems(folder, manifest):
+            yield Finding("error", stage, f"{stage}/{name}", problem)
 
 
 def _inside(

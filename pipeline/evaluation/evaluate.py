@@ -147,7 +147,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
 
     Raises:
         TropdError: the student after training is asked for, and training is not finished.
-        DamagedShardError: that student is not what training left.
+        DamagedShardError: that student is not what training left; or a file of an earlier evaluation is damaged.
     """
     final = run.workspace.stage("train") / "final"
     if "after" in whom:
@@ -165,6 +165,9 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
                 f"evaluate: {folder} was begun by an older version of tropd, which did not measure distances to the "
                 "teacher; --force evaluates anew, with them"
             )
+        # Small files, of which all figures are made: also those of a run that ended are read before they count.
+        for shard in stage.manifest.shards.values():
+            check_shard(folder, shard)
         if stage.complete:
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest

@@ -55,7 +55,7 @@ from tropd.storage.errors import InterruptedStageError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage, open_stage
-from tropd.storage.step_log import Record
+from tropd.storage.step_log import Record, log_problems
 
 STAGE = "train"
 _SMALLER = (
@@ -139,6 +139,10 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         if manifest.complete:
             if stage is not None:
                 check_shard(stage.folder, manifest.shards[FINAL])
+                for name, problem in log_problems(stage.folder, manifest):
+                    run.reporter.warning(
+                        f"train: {stage.folder / name}: {problem}; weights do not depend on it"
+                    )
             run.reporter.info(f"train: done before ({manifest.summary['steps']} steps), nothing to do")
             return manifest
         stop = StopRequest()

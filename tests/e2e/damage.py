@@ -132,13 +132,15 @@ def answer(workspace: Path, command: str, code: int, said: str) -> Answer:
     if command == "train":
         names = [*[n for n in stage.shards if n.startswith("checkpoints/")][-1:], "final"]
         left["metrics"] = _metrics(workspace)
-        left["samples"] = (workspace / "train" / "samples.jsonl").read_text().splitlines()
+        samples = workspace / "train" / "samples.jsonl"
+        left["samples"] = samples.read_bytes().splitlines() if samples.exists() else []
     else:
         names = list(stage.shards)
     left["shards"] = {name: stage.shards[name].sha256 for name in names}
     # Nothing is made from a finished run's checkpoints any more; ``verify`` reads them.
     of_use = [name for name in names if not name.startswith("checkpoints/")]
-    left["files"] = {name: content_digest(workspace / stage.stage / name) for name in of_use}
+    paths = {name: workspace / stage.stage / name for name in of_use}
+    left["files"] = {name: content_digest(path) for name, path in paths.items() if path.exists()}
     return Answer(code, "", left)
 
 

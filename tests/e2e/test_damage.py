@@ -32,8 +32,12 @@ SAMPLE = (
     ("interrupted", "verify", "deleted", "prefixes/manifest.json"),
     ("interrupted", "verify", "older", "train/samples.jsonl"),
     ("finished", "train", "emptied", "train/final/model.safetensors"),
+    ("finished", "train", "deleted", "train/samples.jsonl"),
+    ("finished", "train", "flipped", "train/metrics.jsonl"),
     ("finished", "evaluate", "flipped", "data/eval.jsonl"),
     ("finished", "evaluate", "halved", "eval/part-after.parquet"),
+    ("finished", "evaluate", "flipped", "eval/part-before.parquet"),
+    ("finished", "evaluate", "flipped", "eval/distance-after.parquet"),
     ("finished", "report", "torn", "eval/manifest.json"),
 )
 

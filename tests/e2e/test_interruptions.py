@@ -29,6 +29,8 @@ STAGES = {
     "train": ("train", ("train", "eval")),
     "evaluate": ("eval", ("eval",)),
 }
+# Training tiny models takes long; tests/pipeline/demo/test_prepare_resumed.py kills it without a command around it.
+COMMANDS = [pytest.param(c, marks=pytest.mark.slowest) if c == "prepare" else c for c in STAGES]
 
 
 def metrics(workspace: Path) -> list[dict[str, Any]]:
@@ -55,7 +57,7 @@ def arguments(command: str, workspace: Path, url: str) -> list[str]:
     return [command, "-w", str(workspace), *extra]
 
 
-@pytest.mark.parametrize("command", STAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_kill_and_rerun_equals_an_undisturbed_run(
     tropd: Any, finished: Path, copy: Any, teacher_url: str, command: str
 ) -> None:
@@ -84,7 +86,7 @@ def test_kill_and_rerun_equals_an_undisturbed_run(
     assert state(workspace, folder) == expected
 
 
-@pytest.mark.parametrize("command", STAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_exits_130_and_is_resumed(
     tropd: Any, finished: Path, copy: Any, teacher_url: str, command: str
 ) -> None:

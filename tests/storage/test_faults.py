@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("faults.py")
 # One operation in so many: of a kill, and of what takes longer.
-STRIDE, LONGER = (1, 4) if os.environ.get("TROPD_THOROUGH") else (8, 24)
+STRIDE, LONGER = (1, 4) if os.environ.get("TROPD_THOROUGH") else (16, 48)
 
 
 def run_faults(root: Path, mode: str, stride: int) -> list[dict[str, object]]:
