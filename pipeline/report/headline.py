@@ -29,7 +29,7 @@ def _moved(before: float, after: float) -> str:
 
 def _distances(before: Distance, after: Distance) -> str:
     parts = [
-        f"{name} from {_nats(start.mean)} to {_nats(end.mean)}"
+        f"{name} {_nats(start.mean)} → {_nats(end.mean)}"
         for name, start, end in (
             ("reverse KL", before.reverse_kl, after.reverse_kl),
             ("forward KL", before.forward_kl, after.forward_kl),
@@ -50,9 +50,7 @@ def _beside(evaluation: Evaluation) -> str:
         before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
         if before and after:
             beside = f" (teacher {percent(teacher.accuracy)})" if teacher else ""
-            return (
-                f"; {mode} answers right from {percent(before.accuracy)} to {percent(after.accuracy)}{beside}"
-            )
+            return f"; {mode} answers right {percent(before.accuracy)} → {percent(after.accuracy)}{beside}"
     return ""
 
 

@@ -150,9 +150,7 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     before, after = report.evaluation.distance("before"), report.evaluation.distance("after")
     if after and after.reverse_kl:
         detail = f"{before.reverse_kl.mean:.3g} before training" if before and before.reverse_kl else ""
-        figures.append(
-            (f"{after.reverse_kl.mean:.3g}", "nats of reverse KL to the teacher, per token", detail)
-        )
+        figures.append((f"{after.reverse_kl.mean:.3g}", "reverse KL, nats per token", detail))
     modes: tuple[Mode, ...] = ("sampled", "greedy")
     for mode in modes:
         gain = getattr(report.evaluation.gain, mode)

@@ -26,7 +26,7 @@ def test_a_finished_run(finished: Workspace) -> None:
     text = text_of(page)
     assert "What is missing" not in text
     for words in (
-        "The student came closer to the teacher: reverse KL from 0.60",
+        "The student came closer to the teacher: reverse KL 0.60",
         "Teacher cache",
         "67,527",
         "Where the time went",

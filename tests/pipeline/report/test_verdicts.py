@@ -274,7 +274,7 @@ def test_a_student_that_came_no_closer(finished: Workspace, tools: Tools) -> Non
         "The student moved away from the teacher",
         "The student is where the teacher is",
     ]
-    assert "reverse KL from 2.00 to 0.50, forward KL from 0.44 to 0.10 nats per token" in closer.headline
+    assert "reverse KL 2.00 → 0.50, forward KL 0.44 → 0.10 nats per token" in closer.headline
     assert (
         farther.verdicts[0].evidence[0] == "reverse KL: 0.5 [0.45, 0.55] before, 2 [1.8, 2.2] after training"
     )
