@@ -2,7 +2,7 @@
 
 The measurement samples from the teacher and trains the student on a few tokens. Other rates follow from the models'
 sizes: sampling and scoring take time in proportion to the parameters, and a forward pass is a third of a training pass.
-It is an estimate: within a factor of two where responses are as long as those measured.
+It is an estimate: a busy machine, or responses of another length than those measured, take several times as long.
 """
 
 from __future__ import annotations
