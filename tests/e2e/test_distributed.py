@@ -98,7 +98,7 @@ def test_two_processes_refuse_what_needs_one(prepared: Path, copy: Any) -> None:
     assert "train.region_gradients needs a single process" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_two_processes_train_adapters_as_one_does(
     tropd: Any, prepared: Path, copy: Any, teacher_url: str
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("stage_faults.py")
 # One operation in so many.
-STRIDE = 4 if os.environ.get("TROPD_THOROUGH") else 25
+STRIDE = 4 if os.environ.get("TROPD_THOROUGH") else 50
 
 
 @pytest.mark.timeout(300)

@@ -135,17 +135,19 @@ def test_an_unfinished_run(empty_workspace: Workspace, tools: Tools) -> None:
     assert "Gradient norm" in text
 
 
+GARBAGE = b"\xff\x00garbage"
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "content"),
     [
-        "config.toml",
-        "train/manifest.json",
-        "eval/manifest.json",
-        "train/metrics.jsonl",
-        "train/samples.jsonl",
+        ("config.toml", GARBAGE),
+        ("train/manifest.json", b""),
+        ("eval/manifest.json", GARBAGE),
+        ("train/metrics.jsonl", GARBAGE),
+        ("train/samples.jsonl", b""),
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\x00garbage"])
 def test_damaged_files_still_give_a_page(finished: Workspace, name: str, content: bytes) -> None:
     (finished.root / name).write_bytes(content)
     assert "Responses" in text_of(write_report(finished))

@@ -160,11 +160,11 @@ def test_flash_attention_is_refused_where_it_cannot_be(
     config = SimpleNamespace(
         train=SimpleNamespace(attention="flash_attention_2"),
         runtime=SimpleNamespace(device=device),
-        student=SimpleNamespace(dtype=dtype),
+        student=SimpleNamespace(settled_dtype=dtype),
     )
     with pytest.raises(ConfigError, match=r"flash_attention_2.*needs a CUDA GPU") as caught:
         _attend(student, cast(Run, SimpleNamespace(config=config)), World(size=processes))
     assert "train.attention" in str(caught.value.hint)
-    config.student.dtype, config.runtime.device = "bfloat16", "cuda"
+    config.student.settled_dtype, config.runtime.device = "bfloat16", "cuda"
     with pytest.raises(ConfigError, match="needs a package that is not installed"):
         _attend(student, cast(Run, SimpleNamespace(config=config)), World())

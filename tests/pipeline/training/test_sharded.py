@@ -45,7 +45,7 @@ def zeros() -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(value) for name, value in whole_tensors().items()}
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_two_processes_save_what_one_and_three_load(tmp_path: Path) -> None:
     for output in run("save", 2, tmp_path):
         apart, full = output.splitlines()
