@@ -18,7 +18,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
 
 import typer
 
-from tropd.cli import cache, data, inspection, reproduction, shipping, stages
+from tropd.cli import cache, comparing, data, inspection, reproduction, shipping, stages, starting
 from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.pipeline.memory import memory_error
@@ -54,7 +54,9 @@ def _global_options(
     quiet_libraries(debug or wants_debug())
 
 
+starting.register(app)
 stages.register(app)
+comparing.register(app)
 inspection.register(app)
 cache.register(app)
 data.register(app)

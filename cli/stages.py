@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,6 @@ DEMO_WORKSPACE = Path("runs/demo")
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("init")(init)
     app.command("run")(run)
     app.command("prepare")(prepare)
     app.command("generate-prefixes")(generate_prefixes)
@@ -46,90 +43,7 @@ def register(app: typer.Typer) -> None:
     app.command("serve-teacher")(serve_teacher)
     app.command("evaluate")(evaluate)
     app.command("report")(report)
-    app.command("compare")(compare)
     app.command("demo")(demo)
-
-
-def init(
-    workspace: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],
-    teacher: Annotated[str, typer.Option(help="Model that teaches: a directory, or a name on the hub.")] = "",
-    student: Annotated[str, typer.Option(help="Model that learns, with the same tokenizer.")] = "",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: JSON lines, JSON, Parquet or CSV, one prompt a record.")
-    ] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(help="Problems to evaluate on; if not given, some prompts are held out.")
-    ] = None,
-    objective: Annotated[str | None, typer.Option(help="Method (tropd objectives lists them).")] = None,
-    prompt_field: Annotated[str | None, typer.Option(help="Field of the prompt; found if not given.")] = None,
-    answer_field: Annotated[str | None, typer.Option(help="Field of the answer; found if not given.")] = None,
-    settings: SetOption = None,
-    measure: Annotated[
-        bool, typer.Option(help="Load the models for seconds, to see how long answers and steps take.")
-    ] = True,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Packaged recipe to start from, instead of all this.", show_default=False),
-    ] = None,
-) -> None:
-    """Make a workspace for your own models (--teacher, --student, --prompts), or from a packaged recipe (--recipe)."""
-    from tropd.storage.errors import ConfigError
-    from tropd.storage.workspace import Workspace
-
-    own = (teacher, student, prompts)
-    if recipe is not None and not any((*own, evaluation, objective, prompt_field, answer_field, settings)):
-        _init_recipe(workspace, recipe)
-        return
-    if recipe is not None or not all(own):
-        folder = shlex.quote(str(workspace))
-        raise ConfigError(
-            "tropd init takes --teacher, --student and --prompts for your own models, or else --recipe alone",
-            hint=f"tropd init {folder} --teacher /models/large --student /models/small --prompts prompts.jsonl\n"
-            f"  → tropd init {folder} --recipe demo",
-        )
-    from tropd.pipeline.starting.draft import Request
-    from tropd.pipeline.starting.start import start_run
-
-    assert prompts is not None
-    request = Request(
-        workspace=Workspace(workspace),
-        teacher=_model_name(teacher),
-        student=_model_name(student),
-        prompts=prompts.absolute(),
-        evaluation=None if evaluation is None else evaluation.absolute(),
-        objective=objective,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        assignments=tuple(settings or ()),
-        measures=measure,
-    )
-    draft = start_run(request, make_reporter())
-    rows = [(c.path, str(c.value), c.why) for c in draft.choices]
-    print_table(("setting", "value", "why"), rows)
-    for note in draft.notes:
-        say(note)
-    made = request.workspace
-    say(f"made {made.config_path}; next: {made.command('run')}, then {made.command('report')}")
-
-
-def _model_name(given: str) -> str:
-    """A directory as an absolute path; a name on the hub as it is."""
-    folder = Path(given).expanduser()
-    return str(folder.absolute()) if folder.exists() else given
-
-
-def _init_recipe(workspace: Path, recipe: str) -> None:
-    from tropd.pipeline.configuration import dated_recipe, parse_config, recipe_text
-    from tropd.pipeline.starting.start import refuse_existing
-    from tropd.storage.atomic import write_text_atomic
-    from tropd.storage.workspace import Workspace
-
-    text = recipe_text(recipe)
-    parse_config(text, where=f"recipe {recipe}")
-    made = Workspace.create(workspace)
-    refuse_existing(made)
-    write_text_atomic(made.config_path, dated_recipe(text, datetime.date.today()))
-    say(f"made {made.config_path} from recipe {recipe!r}")
 
 
 def _stage(
@@ -406,73 +320,6 @@ def serve_teacher(
     from tropd.pipeline.teacher.serve import serve
 
     serve(run, ready, exit_with_parent=exit_with_parent)
-
-
-def compare(
-    workspace: WorkspaceOption,
-    objectives: Annotated[
-        str,
-        typer.Option(
-            help="Methods, separated by commas (see tropd objectives); NAME:FIELD=VALUE+FIELD=VALUE is a variant."
-        ),
-    ],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Several methods side by side: same start, same prompts, same prefixes; resumable run by run."""
-    from tropd.pipeline.compare import compare as run_compare
-    from tropd.pipeline.report.comparison import collect_comparison
-    from tropd.pipeline.report.comparison_page import write_comparison
-
-    run = open_run(workspace, settings)
-    cells = run_compare(run, [n.strip() for n in objectives.split(",") if n.strip()], seeds, workers=workers)
-    found = collect_comparison(run.workspace, cells)
-    page = write_comparison(run.workspace, found)
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-        return
-
-    def cell(estimate: Any, scale: str = "{:.1f}") -> str:
-        low, mean, high = (scale.format(100 * v) for v in (estimate.low, estimate.mean, estimate.high))
-        return f"{mean} [{low}, {high}]"
-
-    def distance(estimate: Any) -> str:
-        return "" if estimate is None else f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-    rows = [
-        (
-            method.objective,
-            distance(method.distance.get("reverse_kl")),
-            distance(method.distance.get("forward_kl")),
-            cell(method.accuracy["greedy"]) if method.accuracy else "",
-            cell(method.accuracy["sampled"]) if method.accuracy else "",
-            cell(method.difference["sampled"], "{:+.1f}") if method.difference else "",
-            method.steps,
-            round(method.teacher_tokens_scored),
-            round(method.teacher_bytes_received),
-        )
-        for method in found.methods
-    ]
-    columns = (
-        "method",
-        "reverse KL",
-        "forward KL",
-        "greedy %",
-        "sampled %",
-        f"sampled − {found.baseline}",
-        "steps",
-        "teacher tokens",
-        "bytes",
-    )
-    print_table(columns, rows)
-    start = [f"{name.replace('_kl', ' KL')} {one.mean:.3f}" for name, one in found.distance_before.items()]
-    before = ", ".join([*start, *(f"{mode} {value:.1%}" for mode, value in found.before.items())])
-    teacher = ", ".join(f"{mode} {value:.1%}" for mode, value in found.teacher.items())
-    beside = f"; teacher: {teacher}" if teacher else ""
-    say(f"before: {before}{beside}; 95 % intervals over seeds and problems")
-    say(f"page: {page}")
 
 
 def demo(
