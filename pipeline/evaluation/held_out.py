@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tropd.pipeline.context import Run, role_room
 from tropd.pipeline.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.memory import within_memory
+from tropd.pipeline.prefixes import to_trajectory
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import spread
 from tropd.pipeline.prompts import Prompt
@@ -113,24 +113,8 @@ def sample_responses(
             seeds=[derive_seed(run.config.run.seed, "eval", prompt.id, 0) for prompt in held_out.prompts],
             max_tokens=[run.config.evaluation_max_tokens] * len(held_out.prompts),
         )
-    as_trajectory = partial(_trajectory, tokenizer, author)
-    return [as_trajectory(*one) for one in zip(held_out.prompts, held_out.tokens, generations, strict=True)]
-
-
-def _trajectory(
-    tokenizer: Any, author: Author, prompt: Prompt, tokens: Sequence[int], found: Generation
-) -> Trajectory:
-    text = tokenizer.decode(found.written, skip_special_tokens=True)
-    return Trajectory(
-        prompt_id=prompt.id,
-        sample_index=0,
-        prompt_tokens=tokens,
-        tokens=found.tokens,
-        sampled_logprobs=found.logprobs,
-        finish_reason=found.finish_reason,
-        text=text,
-        author=author,
-    )
+    rows = zip(held_out.prompts, held_out.tokens, generations, strict=True)
+    return [to_trajectory(prompt, tokens, 0, one, tokenizer, author) for prompt, tokens, one in rows]
 
 
 def as_generation(response: Trajectory) -> Generation:
