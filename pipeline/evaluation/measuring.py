@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,7 @@ from tropd.pipeline.teacher.connection import connect_teacher, local_teacher
 from tropd.pipeline.teachers import EngineSlot, with_only
 from tropd.storage.atomic import atomic_file
 from tropd.storage.catalog import DISTANCE, DISTANCES
+from tropd.storage.errors import TropdError
 from tropd.storage.stage import Stage
 from tropd.storage.trajectories import Trajectory, read_trajectories, write_trajectories
 
@@ -181,6 +183,7 @@ def _measure_one(
                     part = mine[low : low + ROWS_PER_CALL]
                     with within_memory("distances over the vocabulary", _SMALLER):
                         distances = compare(author, part)
+                    _check(who, author, part, distances)
                     found[author] |= {r.prompt_id: d for r, d in zip(part, distances, strict=True)}
                     task.advance(len(part))
             rows += [
@@ -190,6 +193,19 @@ def _measure_one(
                 for prompt in prompts
             ]
     return rows
+
+
+def _check(
+    who: str, author: str, responses: Sequence[Trajectory], distances: Sequence[TokenDistances]
+) -> None:
+    for response, found in zip(responses, distances, strict=True):
+        if not np.isfinite(found.kl).all():
+            writer = "teacher's" if author == "teacher" else "student's"
+            raise TropdError(
+                f"the distance of the student {who} training is not a number on the {writer} response to prompt "
+                f"{response.prompt_id!r}: one of the two models gives NaN",
+                hint='try student.dtype = "float32" and teacher.dtype = "float32"',
+            )
 
 
 def _compared(

@@ -1,4 +1,4 @@
-"""A look at two models and a file of prompts: what a configuration for them depends on. No weights are read."""
+"""A look at two models and a file of prompts: what a configuration for them depends on. Of weights, headers are read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from tropd.pipeline.config import DataConfig, ModelConfig
 from tropd.pipeline.models import (
+    check_model,
     context_length,
     described_directory,
     load_model_config,
@@ -75,7 +76,7 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
         chat: whether prompts are to be written with the chat template; if not given, where there is one.
 
     Raises:
-        ConfigError, DataError: one is not there or cannot be read, or their tokenizers differ.
+        ConfigError, DataError: one is not there, cannot be read or is not whole, or their tokenizers differ.
     """
     names = {"teacher": teacher, "student": student}
     settings = {role: ModelConfig(model=model) for role, model in names.items()}
@@ -84,12 +85,15 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
     configs = {role: load_model_config(folder) for role, folder in folders.items()}
     wanted = chat_template(tokenizers["teacher"]) is not None if chat is None else chat
     check_tokenizers(tokenizers["student"], tokenizers["teacher"], chat=wanted)
+    here = [role for role, own in settings.items() if model_is_here(workspace, own)]
+    for role in here:
+        check_model(folders[role], tokenizers[role])
     return Models(
         teacher=ModelShape.of(configs["teacher"]),
         student=ModelShape.of(configs["student"]),
         tokenizer=tokenizers["student"],
         context=min(context_length(config) for config in configs.values()),
-        here=all(model_is_here(workspace, own) for own in settings.values()),
+        here=len(here) == len(names),
         chat=wanted,
     )
 

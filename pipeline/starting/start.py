@@ -29,10 +29,10 @@ def start_run(request: Request, reporter: Reporter) -> Draft:
     """
     refuse_existing(request.workspace)
     draft = draft_run(request, reporter)
-    made = Workspace.create(request.workspace.root)
-    for path in map(made.resolve, draft.files):
+    for path in map(request.workspace.resolve, draft.files):
         if path.exists():
             raise ConfigError(f"{path} exists already", hint="move it away, or name it with --evaluation")
+    made = Workspace.create(request.workspace.root)
     for name, text in draft.files.items():
         path = made.resolve(name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.context import Run, load_role
 from tropd.pipeline.evaluation import evaluate as evaluation
 from tropd.pipeline.evaluation import measuring
+from tropd.pipeline.evaluation.distance import TokenDistances
 from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.evaluation.held_out import NUM_PROMPTS, TEACHER
 from tropd.pipeline.problems.selection import spread
@@ -31,7 +32,7 @@ from tropd.pipeline.teacher.serve import load_service
 from tropd.pipeline.teacher.service import create_app
 from tropd.storage.atomic import content_digest
 from tropd.storage.catalog import run_query
-from tropd.storage.errors import FingerprintMismatchError
+from tropd.storage.errors import FingerprintMismatchError, TropdError
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import read_manifest, write_manifest
 from tropd.storage.stage import Stage
@@ -281,3 +282,18 @@ def test_a_teacher_that_is_only_a_service_is_asked(run: Run, tmp_path: Path) -> 
     assert found["reverse_kl"]["mean"] == pytest.approx(exact["reverse_kl"]["mean"], rel=0.7)
     assert found["acceptance"]["mean"] == pytest.approx(exact["acceptance"]["mean"], abs=0.2)
     assert not [f for f in verify_workspace(elsewhere.workspace) if f.stage == "eval"]
+
+
+def test_what_is_no_number_is_no_distance(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = measuring.exact_distances
+
+    def spoiled(*arguments: Any, **options: Any) -> list[TokenDistances]:
+        found = exact(*arguments, **options)
+        return [*found[:-1], replace(found[-1], kl=np.full_like(found[-1].kl, np.nan))]
+
+    monkeypatch.setattr(measuring, "exact_distances", spoiled)
+    with pytest.raises(
+        TropdError, match="before training is not a number on the student's response to prompt 'p7'"
+    ):
+        evaluate(run, whom=("before",))
+    assert not (run.workspace.stage("eval") / "distance-before.parquet").exists()

@@ -147,8 +147,11 @@ def refusals(request: Request, tmp_path: Path) -> list[tuple[Request, str]]:
     turns = [{"messages": [{"role": "user", "content": "1+1="}]}] * 3
     other = write(tmp_path / "other.jsonl", sums(5, prompt="question"))
     long = write(tmp_path / "long.jsonl", [{"prompt": "1+" * 30 + "1="}, {"prompt": "1+1="}])
+    torn = shutil.copytree(request.student, tmp_path / "torn", dirs_exist_ok=True) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
     return [
         (replace(request, teacher="/nowhere"), "/nowhere does not exist"),
+        (replace(request, student=str(torn.parent)), "cannot be read"),
         (replace(request, prompts=tmp_path / "none.jsonl"), "does not exist"),
         (replace(request, objective="magic"), "unknown objective 'magic'"),
         (replace(request, evaluation=other), "rename it in one of the files"),
