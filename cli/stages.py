@@ -79,7 +79,7 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
 
 
 def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
-    """All stages of a run in order, up to the evaluation; what is done is skipped, what was interrupted goes on."""
+    """The stages that a run needs, in order, up to the evaluation; what is done is skipped, what was interrupted goes on."""
     from tropd.pipeline.report.collect import build_report
     from tropd.storage.workspace import Workspace
 
@@ -345,23 +345,18 @@ def demo(
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """All stages of a run in order; what is done already is skipped. Returns the summary of the evaluation."""
+    """The stages that a run needs, in order; what is done already is skipped. Returns the summary of the evaluation."""
+    from tropd.pipeline.api import stages_before_training
     from tropd.pipeline.demo.prepare import prepare as run_prepare
     from tropd.pipeline.evaluation.evaluate import evaluate as run_evaluate
-    from tropd.pipeline.prefixes import generate_prefixes as run_prefixes
-    from tropd.pipeline.prefixes import generate_rollouts as generate_stored
-    from tropd.pipeline.scoring import score_teacher as run_scores
     from tropd.pipeline.training.loop import train as run_train
 
     if run.config.demo.enabled:
         run_prepare(run)
-    if run.config.objective.rollouts == "stored":
-        generate_stored(run)
-        run_scores(run, source_stage="rollouts")
-    for stage in (run_prefixes, run_scores, run_train, run_evaluate):
-        manifest = stage(run)
-        if manifest.stage != "eval":
-            _print_summary(manifest.stage, manifest.summary)
-    for line in _accuracies(manifest.summary["accuracy"]):
+    for stage in (*stages_before_training(run), partial(run_train, run)):
+        manifest = stage()
+        _print_summary(manifest.stage, manifest.summary)
+    summary = run_evaluate(run).summary
+    for line in _accuracies(summary["accuracy"]):
         tell(line)
-    return manifest.summary
+    return summary

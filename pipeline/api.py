@@ -13,8 +13,9 @@ Everything that decides a result is in the workspace, so that ``tropd … -w run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from tropd.pipeline.problems.given import Given, records, write_records
 from tropd.pipeline.progress import SILENT, Reporter
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
-from tropd.storage.manifest import holds_output
+from tropd.storage.manifest import Manifest, holds_output
 from tropd.storage.workspace import Workspace
 
 if TYPE_CHECKING:  # PyTorch is loaded when there is a run to make, not before
@@ -83,20 +84,11 @@ class Distillation:
             InterruptedStageError: Ctrl-C, or the interrupt of a notebook's kernel; called again, training goes on.
             TropdError: whatever the stages refuse, with what to do in ``hint``.
         """
-        from tropd.pipeline.objectives.spec import teacher_needs
-        from tropd.pipeline.prefixes import generate_rollouts
-        from tropd.pipeline.scoring import score_teacher
         from tropd.pipeline.training.loop import train
 
         self._prepare()
-        objective = self.run.config.objective
-        if teacher_needs(objective).cached_topk:
-            self.score_teacher()
-        elif objective.schedule.kind != "none":
-            self.generate_prefixes()
-        if objective.rollouts == "stored":
-            generate_rollouts(self.run)
-            score_teacher(self.run, source_stage="rollouts")
+        for stage in stages_before_training(self.run):
+            stage()
         return dict(train(self.run, force=force).summary)
 
     def evaluate(self, *, force: bool = False) -> dict[str, Any]:
@@ -147,6 +139,25 @@ class Distillation:
             from tropd.pipeline.demo.prepare import prepare
 
             prepare(self.run)
+
+
+def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
+    """What the run's objective needs of the teacher's, and of stored rollouts, before it trains: stages to be called in
+    this order."""
+    from tropd.pipeline.objectives.spec import teacher_needs
+    from tropd.pipeline.prefixes import generate_prefixes, generate_rollouts
+    from tropd.pipeline.scoring import score_teacher
+
+    objective = run.config.objective
+    scores = teacher_needs(objective).cached_topk
+    stages: list[Callable[[], Manifest]] = []
+    if scores or objective.schedule.kind != "none":
+        stages.append(partial(generate_prefixes, run))
+    if scores:
+        stages.append(partial(score_teacher, run))
+    if objective.rollouts == "stored":
+        stages += [partial(generate_rollouts, run), partial(score_teacher, run, source_stage="rollouts")]
+    return stages
 
 
 def distill(
