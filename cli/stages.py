@@ -353,7 +353,8 @@ def run_all(run: Run) -> dict[str, Any]:
 
     if run.config.demo.enabled:
         run_prepare(run)
-    for stage in (*stages_before_training(run), partial(run_train, run)):
+    stages: list[Callable[[], Manifest]] = [*stages_before_training(run), partial(run_train, run)]
+    for stage in stages:
         manifest = stage()
         _print_summary(manifest.stage, manifest.summary)
     summary = run_evaluate(run).summary

@@ -14,7 +14,7 @@ from tropd.pipeline.config import Config, DemoConfig
 from tropd.pipeline.context import Run, section_fields
 from tropd.pipeline.demo import smollm2
 from tropd.pipeline.demo.questions import VERSION as QUESTIONS_VERSION
-from tropd.pipeline.demo.questions import draw_questions
+from tropd.pipeline.demo.questions import Conversation, conversation, draw_questions
 from tropd.pipeline.demo.second_process import SecondProcess
 from tropd.pipeline.demo.task import answer, draw_set
 from tropd.pipeline.demo.tiny_models import train_student, train_teacher
@@ -135,17 +135,17 @@ def _operations(demo: DemoConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _draw(run: Run, name: str, count: int) -> list[tuple[str, str | None]]:
+def _draw(run: Run, name: str, count: int) -> list[tuple[str | Conversation, str | None]]:
     """The prompts and answers of a file."""
     seed, held_out = derive_seed(run.config.run.seed, "demo", name), name == "eval"
     if run.config.demo.models == "smollm2":
-        return [(q.text, q.answer) for q in draw_questions(seed, count, held_out=held_out)]
+        return [(conversation(q), q.answer) for q in draw_questions(seed, count, held_out=held_out)]
     ranges = _operations(run.config.demo)
     return [(p.prompt, answer(p)) for p in draw_set(seed, count, *ranges[name], held_out=held_out)]
 
 
-def _line(name: str, number: int, prompt: str, expected: str | None) -> str:
-    record = {"id": f"{name}-{number:05d}", "prompt": prompt}
+def _line(name: str, number: int, prompt: str | Conversation, expected: str | None) -> str:
+    record: dict[str, Any] = {"id": f"{name}-{number:05d}", "prompt": prompt}
     if expected is not None:
         record["answer"] = expected
     return json.dumps(record) + "\n"

@@ -15,7 +15,8 @@ import numpy as np
 from tropd.storage.errors import ConfigError
 
 # Part of the fingerprint: raise it when the same seed draws other questions.
-VERSION = 1
+VERSION = 2
+INSTRUCTION = "Answer briefly."
 HELD_OUT_SHARE = 6  # one subject in six
 
 
@@ -25,6 +26,10 @@ class Question:
 
     text: str
     answer: str | None
+
+
+Conversation = list[dict[str, str]]
+"""Messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,12 @@ def all_questions(*, held_out: bool) -> Iterator[Question]:
             digest = hashlib.blake2b(f"{name}: {subject}".encode(), digest_size=2).digest()
             if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
                 yield from (Question(wording.format(subject), answer) for wording in kind.wordings)
+
+
+def conversation(question: Question) -> Conversation:
+    """A question as it is asked. The instruction takes the place of the longer one that the model's template has, for
+    each token of a prompt costs as much as one of a response."""
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question.text}]
 
 
 def draw_questions(seed: int, count: int, *, held_out: bool) -> list[Question]:
