@@ -79,7 +79,7 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
 
 
 def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
-    """The stages that a run needs, in order, up to the evaluation; what is done is skipped, what was interrupted goes on."""
+    """The stages that a run needs, up to the evaluation; what is done is skipped, what was interrupted goes on."""
     from tropd.pipeline.report.collect import build_report
     from tropd.storage.workspace import Workspace
 

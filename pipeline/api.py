@@ -143,13 +143,13 @@ class Distillation:
 
 def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
     """What the run's objective needs of the teacher's, and of stored rollouts, before it trains: stages to be called in
-    this order."""
+    this order. A demo shows all of the teacher's."""
     from tropd.pipeline.objectives.spec import teacher_needs
     from tropd.pipeline.prefixes import generate_prefixes, generate_rollouts
     from tropd.pipeline.scoring import score_teacher
 
     objective = run.config.objective
-    scores = teacher_needs(objective).cached_topk
+    scores = teacher_needs(objective).cached_topk or run.config.demo.enabled
     stages: list[Callable[[], Manifest]] = []
     if scores or objective.schedule.kind != "none":
         stages.append(partial(generate_prefixes, run))

@@ -16,7 +16,7 @@ from tropd.storage.errors import ConfigError
 
 # Part of the fingerprint: raise it when the same seed draws other questions.
 VERSION = 2
-INSTRUCTION = "Answer briefly."
+SYSTEM, INSTRUCTION = "You are a helpful assistant.", "Answer briefly."
 HELD_OUT_SHARE = 6  # one subject in six
 
 
@@ -176,9 +176,12 @@ def all_questions(*, held_out: bool) -> Iterator[Question]:
 
 
 def conversation(question: Question) -> Conversation:
-    """A question as it is asked. The instruction takes the place of the longer one that the model's template has, for
-    each token of a prompt costs as much as one of a response."""
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question.text}]
+    """A question as it is asked. The model's template has a longer system message, which is left out: each token of a
+    prompt costs as much as one of a response."""
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"{question.text} {INSTRUCTION}"},
+    ]
 
 
 def draw_questions(seed: int, count: int, *, held_out: bool) -> list[Question]:
