@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_runs import make_models
 
 from tropd.cli.stages import train
 from tropd.pipeline import Distillation, distill, open_run
+from tropd.pipeline.api import stages_before_training
 from tropd.pipeline.progress import SILENT, Steps
 from tropd.storage.atomic import content_digest
 from tropd.storage.errors import (
@@ -26,6 +28,7 @@ from tropd.storage.errors import (
     InterruptedStageError,
     TropdError,
 )
+from tropd.storage.workspace import Workspace
 
 PROMPTS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(8)]
 SETTINGS: dict[str, Any] = {
@@ -114,6 +117,25 @@ def test_other_arguments_are_refused_by_the_stage_and_change_nothing(
     make(models, done, reporter=listener).train()
     assert any("done before (3 steps)" in message for message in listener.messages)
     assert content_digest(done / "train" / "final") == before
+
+
+@pytest.mark.parametrize(
+    ("objective", "recipe", "expected"),
+    [
+        ("opd", "", []),
+        ("tropd", "", ["generate_prefixes"]),
+        ("tropd-cached", "", ["generate_prefixes", "score_teacher"]),
+        ("offline-opd", "", ["generate_rollouts", "score_teacher"]),
+        ("opd", "[demo]\nenabled = true\n", ["generate_prefixes", "score_teacher"]),
+    ],
+)
+def test_only_stages_that_the_objective_needs_come_before_training(
+    tmp_path: Path, objective: str, recipe: str, expected: list[str]
+) -> None:
+    workspace = Workspace.create(tmp_path)
+    workspace.config_path.write_text(f'{recipe}[objective]\nname = "{objective}"\n')
+    stages = stages_before_training(open_run(tmp_path, reporter=SILENT).run)
+    assert [stage.func.__name__ for stage in stages if isinstance(stage, partial)] == expected
 
 
 def test_overrides_of_open_run_are_those_of_set(done: Path) -> None:

@@ -150,6 +150,15 @@ def test_first_samples_are_those_that_are_graded(run: Run) -> None:
         assert all(graded[r.prompt_id] == r.text for r in responses)
 
 
+def test_what_is_graded_does_not_depend_on_the_distance(run: Run, tiny_models: Path, tmp_path: Path) -> None:
+    without = make_run(tmp_path / "without", tiny_models, extra="[evaluation]\ndistance_prompts = 0\n")
+    graded = []
+    for one in (run, without):
+        evaluate(one, whom=("before",))
+        graded.append(rows(one.workspace.stage("eval") / "part-before.parquet"))
+    assert graded[0] == graded[1]
+
+
 def test_responses_are_of_temperature_1_whatever_is_graded(run: Run) -> None:
     evaluate(run, whom=("before",))
     plain = content_digest(run.workspace.stage("eval") / "responses-before.parquet")
