@@ -34,7 +34,7 @@ demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-
 demo-llm: $(STAMP)  ## The same with a real language model of 135M parameters (a download of 91 MB); leaves runs/llm
 	$(BIN)/tropd demo --workspace runs/llm --recipe demo-llm
 
-test: $(STAMP)  ## All tests but the slowest (minutes on two cores)
+test: $(STAMP)  ## All tests but the slowest (ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slowest"
 
 # The libraries that only some tests need. A program from Debian's packages: where there are none, bring a Chromium.

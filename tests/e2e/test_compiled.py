@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMPILED = ("--set", "runtime.compile=true")
 
 
+@pytest.mark.slowest
 def test_gradients_by_region_are_refused(tropd: Any, prepared: Path, copy: Any, teacher_url: str) -> None:
     workspace = copy(prepared)
     options = ["--set", f"teacher.url={teacher_url}", "--set", "train.region_gradients=true", *COMPILED]
@@ -19,6 +22,7 @@ def test_gradients_by_region_are_refused(tropd: Any, prepared: Path, copy: Any, 
     assert "train.region_gradients and runtime.compile exclude each other" in result.output
 
 
+@pytest.mark.slowest
 def test_without_a_compiler_the_run_ends_before_it_begins(
     prepared: Path, copy: Any, teacher_url: str, tmp_path: Path
 ) -> None:

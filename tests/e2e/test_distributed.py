@@ -45,7 +45,7 @@ def records(workspace: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_two_processes_are_as_good_as_one(
     tropd: Any, prepared: Path, finished: Path, copy: Any, teacher_url: str
 ) -> None:

@@ -281,7 +281,9 @@ def test_prompts_without_trajectories_start_from_the_prompt(
     path.write_text(path.read_text().replace('"train-', '"other-'))
     tropd.ok("train", "-w", workspace, *with_url(teacher_url))
     assert {record["tokens_guidance"] for record in records(workspace)} == {0}
-    sft = tropd("train", "-w", workspace, "--force", "--set", "objective={name='sft'}")
+    sft = tropd(
+        "train", "-w", workspace, "--force", "--set", "objective={name='sft', schedule={length='max'}}"
+    )
     assert sft.code == 1, sft.output
     assert "no training prompt has a teacher trajectory" in sft.output
 

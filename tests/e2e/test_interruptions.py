@@ -152,6 +152,7 @@ def _processes(text: str) -> list[str]:
     return [line for line in listed.splitlines() if text in line and "serve-teacher" in line]
 
 
+@pytest.mark.slowest
 def test_a_teacher_that_dies_pauses_training_which_resumes_to_the_same_end(
     tropd: Any, prepared: Path, copy: Any, finished: Path
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_cache_can_be_measured_exported_merged_and_cleaned_up(
     assert not (workspace / "scores.old-1").exists()
 
 
+@pytest.mark.slowest
 def test_every_stage_works_in_bfloat16(tropd: Any, prepared: Path, copy: Any) -> None:
     """Which is what models are in unless something else is set; the other tests set float32."""
     workspace = copy(prepared, "prefixes", "scores")
@@ -378,6 +379,7 @@ def test_offline_training_needs_no_teacher_and_refuses_anothers_scores(
     assert "another teacher" in refused.output
 
 
+@pytest.mark.slowest
 def test_compare_is_resumed_and_pairs_its_runs(tropd: Any, prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
     argv = [

@@ -97,6 +97,7 @@ def test_a_teacher_that_is_too_short_is_refused(tropd: Any, prepared: Path, copy
     assert not (workspace / "train" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slowest
 def test_ctrl_c_while_the_teacher_is_away_acts_at_once(prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
     teacher = subprocess.Popen(

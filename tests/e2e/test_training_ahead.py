@@ -92,6 +92,7 @@ def test_sixty_steps_killed_at_random_end_as_if_undisturbed(
     assert result(workspace) == expected
 
 
+@pytest.mark.slowest
 def test_a_stopped_run_keeps_the_rows_that_are_there_already(
     prepared: Path, copy: Any, teacher_url: str
 ) -> None:

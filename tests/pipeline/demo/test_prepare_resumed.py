@@ -185,7 +185,7 @@ def test_a_kill_at_any_point_and_a_rerun_end_as_if_nothing_had_happened(
         assert digests(run) == digests(undisturbed), KILLS[number]
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_the_second_process_ends_with_a_killed_first(undisturbed: Run, tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"

@@ -78,10 +78,18 @@ def drip(connection: socket.socket, content: bytes, seconds: float = 10.0) -> tu
             connection.sendall(bytes([byte]))
             connection.settimeout(0.05)
             with contextlib.suppress(TimeoutError):
-                return connection.recv(4096), time.monotonic() - started
+                return _all(connection, connection.recv(4096)), time.monotonic() - started
             if time.monotonic() - started > seconds:
                 pytest.fail("nobody minded")
     return b"", time.monotonic() - started
+
+
+def _all(connection: socket.socket, said: bytes) -> bytes:
+    """The rest of an answer too, which may come in pieces."""
+    with contextlib.suppress(OSError):
+        while said and (more := connection.recv(4096)):
+            said += more
+    return said
 
 
 def eventually(happens: Callable[[], bool]) -> None:
