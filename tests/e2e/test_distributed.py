@@ -75,7 +75,7 @@ def test_two_processes_are_as_good_as_one(
         assert float((mine[name] - value).abs().max()) < 5e-3, name
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_two_processes_refuse_what_needs_one(prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
     command = [

@@ -26,7 +26,7 @@ def workspace(prepared: Path, copy: Any) -> Path:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_every_token_is_judged_by_the_teacher_of_its_domain(tropd: Any, workspace: Path) -> None:
     for stage in ("generate-prefixes", "score-teacher"):
         tropd.ok(stage, "-w", workspace)

@@ -67,7 +67,8 @@ def test_standard_output_holds_one_json_object_and_nothing_else(finished: Path, 
         assert field in json.loads(done.stdout), done.stdout
 
 
-@pytest.mark.parametrize("moment", ["import", pytest.param("training", marks=pytest.mark.slowest)])
+@pytest.mark.slowest
+@pytest.mark.parametrize("moment", ["import", "training"])
 def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
     tropd: Any, finished: Path, copy: Any, moment: str
 ) -> None:
@@ -102,6 +103,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
     assert content_digest(workspace / "models") == content_digest(finished / "models")
 
 
+@pytest.mark.slowest
 def test_a_killed_prepare_leaves_no_process_behind(finished: Path, copy: Any) -> None:
     workspace = copy(finished, "models", "prefixes", "scores", "train", "eval")
     long = ["--set", "demo.teacher_steps=5000", "--set", "demo.student_steps=5000"]

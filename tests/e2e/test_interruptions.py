@@ -137,6 +137,7 @@ def test_the_hint_of_a_stopped_run_does_what_it_says_as_it_stands(
     assert (workspace / "train.old-1").exists() == force
 
 
+@pytest.mark.slowest
 def test_the_local_teacher_ends_with_a_killed_trainer(tropd: Any, prepared: Path, copy: Any) -> None:
     workspace = copy(prepared)
     result = tropd("train", "-w", workspace, "--set", "train.steps=100000", after=12.0)

@@ -116,6 +116,7 @@ def test_a_stopped_run_keeps_the_rows_that_are_there_already(
     assert len(metrics(workspace)) == int(checkpoint.name.removeprefix("step-"))
 
 
+@pytest.mark.slowest
 def test_the_sampling_process_ends_with_a_killed_trainer(prepared: Path, copy: Any, teacher_url: str) -> None:
     workspace = copy(prepared)
     options = [*AHEAD, "--set", f"teacher.url={teacher_url}", "--set", "train.steps=100000"]

@@ -42,6 +42,7 @@ def faults(*arguments: str, **environment: str) -> int:
     not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""),
     reason="needs glibc",
 )
+@pytest.mark.slowest
 def test_later_steps_get_what_earlier_ones_freed() -> None:
     by_default = faults("leave")
     if by_default < PAGES / 10:

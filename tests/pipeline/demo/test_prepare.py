@@ -82,6 +82,7 @@ def digests(root: Path) -> tuple[str, str]:
     return content_digest(root / "models"), content_digest(root / "data")
 
 
+@pytest.mark.slowest
 def test_the_same_result_one_after_the_other_and_side_by_side(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_other_peoples_models_and_data_are_left_alone(tmp_path: Path, assignment
     assert [p.name for p in tmp_path.iterdir()] == ["workspace.json"]
 
 
+@pytest.mark.slowest
 def test_an_interruption_ends_the_child_and_is_resumed_to_the_same_result(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
