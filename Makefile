@@ -52,7 +52,7 @@ test-all: $(STAMP) $(ALL_TESTS) browser  ## All tests, none left out or skipped:
 test-thorough: $(STAMP)  ## Interruptions at many more points, every file damaged, input at random (40 minutes)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
-		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/pipeline/test_fuzz.py
+		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/pipeline/test_fuzz.py
 
 # DRY_RUN=1 shows what it would take; SEEDS and WORKERS as in tropd reproduce --help.
 reproduce-%: $(STAMP)  ## A table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks

@@ -30,6 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``thorough`` belong to ``make test-thorough`` alone."""
+    if "TROPD_THOROUGH" not in os.environ:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With ``--no-skips``, a test that was left out is a failure."""
     if session.exitstatus == pytest.ExitCode.OK and _wrongly_skipped(session.config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from damage import COMMANDS, DAMAGES, OLDER, Answer, answer, damage, fault, files, read_only, tree
 
-THOROUGH = bool(os.environ.get("TROPD_THOROUGH"))
 STATES = ("interrupted", "finished")
 # By default, for each command what it would be worst to get wrong, and one file of each kind.
 SAMPLE = (
@@ -106,19 +104,18 @@ def test_a_damaged_file_is_named_or_changes_nothing(
     assert bench.check(state, command, how, name) == ""
 
 
-if THOROUGH:  # thousands of commands: make test-thorough
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(7200)
-    @pytest.mark.parametrize("command", COMMANDS)
-    @pytest.mark.parametrize("state", STATES)
-    def test_every_file_damaged_in_every_way(bench: Bench, state: str, command: str) -> None:
-        faults, cases = [], 0
-        for name in files(bench.states[state]):
-            for how in (*DAMAGES, OLDER):
-                cases += 1
-                if found := bench.check(state, command, how, name):
-                    faults.append(f"{name} {how}: {found}")
-                    print(faults[-1], flush=True)
-        print(f"{state} {command}: {cases} cases")
-        assert faults == []
+@pytest.mark.thorough  # thousands of commands
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("state", STATES)
+def test_every_file_damaged_in_every_way(bench: Bench, state: str, command: str) -> None:
+    faults, cases = [], 0
+    for name in files(bench.states[state]):
+        for how in (*DAMAGES, OLDER):
+            cases += 1
+            if found := bench.check(state, command, how, name):
+                faults.append(f"{name} {how}: {found}")
+                print(faults[-1], flush=True)
+    print(f"{state} {command}: {cases} cases")
+    assert faults == []

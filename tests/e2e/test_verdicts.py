@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -95,7 +94,9 @@ def test_a_student_that_answers_everything_alike(tropd: Any, prepared: Path, cop
     assert verdicts(tropd, workspace)["constant-answer"]["evidence"][1].startswith("“")
 
 
-@pytest.mark.skipif("TROPD_THOROUGH" not in os.environ, reason="minutes: make test-thorough")
+@pytest.mark.thorough
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_demos_are_silent_where_they_go_well_and_tell_a_collapse(tropd: Any, tmp_path: Path) -> None:
     for recipe in ("demo", "demo-mismatch"):
         tropd.ok("demo", "-w", tmp_path / recipe, "--recipe", recipe)
