@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tropd.pipeline.config import Config
+from tropd.pipeline.config_paths import Location, fields_at
 from tropd.storage.errors import ConfigError
 from tropd.storage.toml_text import Plain, line_of
 
-Location = tuple[str | int, ...]
 Checked = TypeVar("Checked", bound=BaseModel)
 
-DISCRIMINATORS = ("rule", "estimator", "kind")
 _HIGH_RATE = (
     "updates of AdamW are about as large as the learning rate; 1e-6 to 1e-4 are usual, 1e-3 for tiny models"
 )
@@ -97,6 +96,20 @@ class Origins:
         return self.where
 
 
+RENAMED: Mapping[str, str] = {
+    "objective.trust.loss.k": "objective.k",
+    "objective.outlier.loss.k": "objective.k",
+    "objective.guidance.loss.k": "objective.k",
+    "objective.token_weights.k": "objective.k",
+}
+"""Fields that had another name or place in earlier versions, and what they are now; without numbers of elements."""
+
+
+def renamed(path: Location) -> str | None:
+    """What a field of an earlier version is called now; None if there was none of that name."""
+    return RENAMED.get(_dotted(tuple(part for part in path if isinstance(part, str))))
+
+
 def unusual(config: Config, origins: Origins) -> list[str]:
     """A sentence for each value that is possible, but hardly meant."""
     found = []
@@ -130,8 +143,8 @@ def checked(model: type[Checked], data: Plain, origins: Origins, prefix: Locatio
 
 
 def _sentence(model: type[BaseModel], problem: Any, origins: Origins, prefix: Location) -> str:
-    path = (*prefix, *(part for part in problem["loc"] if part not in _TAGS))
-    message = _explained(model, problem)
+    path = (*prefix, *fields_at(model, problem["loc"])[0])
+    message = _explained(model, problem, path)
     named = f"{_dotted(path)}: " if path else ""
     if problem["type"] != "value_error" or not isinstance(problem.get("input"), dict):
         return f"{origins.of(path)}: {named}{message}"
@@ -146,21 +159,13 @@ def _dotted(path: Location) -> str:
     return ".".join(str(part) for part in path)
 
 
-# What pydantic puts into locations for the members of unions.
-# fmt: off
-_TAGS = frozenset({
-    "all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy",
-    "zero", "k1", "nll", "topk_fkl", "topk_rkl", "topk_jsd",
-    "student_entropy_top", "advantage_floor", "soft_or_top", "prefix_importance", "overlap_drift",
-})
-# fmt: on
-
-
-def _explained(model: type[BaseModel], problem: Any) -> str:
+def _explained(model: type[BaseModel], problem: Any, path: Location) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
+        if (now := renamed(path)) is not None:
+            return f"this field of earlier versions is {now} now"
         name = str(problem["loc"][-1])
-        valid = _siblings(model, problem["loc"])
+        _, valid = fields_at(model, problem["loc"][:-1])
         return f"unknown field; {closest(name, valid)}valid: {', '.join(valid)}" if valid else "unknown field"
     if kind == "missing":
         return "required, but not given"
@@ -178,34 +183,3 @@ def closest(name: str, candidates: Sequence[str]) -> str:
     """``did you mean …? ``, if one of the candidates is like the name; else nothing."""
     close = difflib.get_close_matches(name[:100], candidates, n=1)
     return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names that are valid where an unknown one was given."""
-    current: Any = model
-    for part in location[:-1]:
-        fields = getattr(current, "model_fields", {})
-        if part in fields:
-            current = fields[part].annotation
-            continue
-        members = getattr(current, "__args__", ())
-        tagged = [
-            m
-            for m in _flatten_union(members)
-            if any(m.model_fields.get(d) and m.model_fields[d].default == part for d in DISCRIMINATORS)
-        ]
-        if tagged:
-            current = tagged[0]
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return list(current.model_fields)
-    return []
-
-
-def _flatten_union(members: Sequence[Any]) -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = []
-    for member in members:
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            found.append(member)
-        else:
-            found.extend(_flatten_union(getattr(member, "__args__", ())))
-    return found

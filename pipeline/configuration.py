@@ -15,10 +15,14 @@ import tomlkit
 from pydantic import BaseModel
 
 from tropd.pipeline.config import Config, to_plain
-from tropd.pipeline.config_problems import DISCRIMINATORS, Origins, checked, closest
+from tropd.pipeline.config_paths import discriminators
+from tropd.pipeline.config_problems import Origins, checked, closest, renamed
 from tropd.pipeline.objectives.spec import Objective, Spec
 from tropd.storage.errors import ConfigError
 from tropd.storage.toml_text import MOST_LEVELS, NotTomlError, Plain, parse_toml, read_text
+
+KINDS = frozenset(discriminators(Config))
+"""Fields that say of which kind a table is. A ``kind`` counts as one also where it tells no members of a union apart."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,10 @@ def explain(resolved: ResolvedConfig, path: str) -> list[FieldInfo]:
     everything = list(_walk(resolved, resolved.config, ""))
     found = [f for f in everything if not path or f.path == path or f.path.startswith(f"{path}.")]
     if not found:
-        names = [f.path for f in everything]
+        now, names = renamed(tuple(path.split("."))), [f.path for f in everything]
+        advice = f"it is {now} now; " if now is not None else closest(path, names)
         raise ConfigError(
-            f"there is no configuration field {path!r}",
-            hint=f"{closest(path, names)}tropd config show lists all",
+            f"there is no configuration field {path!r}", hint=f"{advice}tropd config show lists all"
         )
     return found
 
@@ -229,7 +233,7 @@ def _merge(base: Plain, override: Plain) -> Plain:
     for key, value in override.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            switched = any(d in value and d in old and value[d] != old[d] for d in DISCRIMINATORS)
+            switched = any(d in value and d in old and value[d] != old[d] for d in KINDS)
             merged[key] = dict(value) if switched else _merge(old, value)
         else:
             merged[key] = value
