@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import difflib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-skips",
         action="store_true",
         help="fail where a test is skipped for want of a library or a program",
+    )
+    parser.addoption(
+        "--renew", action="store_true", help="put on record what is now, where tests compare with a record"
     )
 
 
@@ -61,6 +67,26 @@ def _wrongly_skipped(config: pytest.Config) -> list[Any]:
 def _can_be_mended(report: Any) -> bool:
     reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return not any(words in reason for words in NOT_OURS_TO_MEND)
+
+
+@pytest.fixture
+def on_record(request: pytest.FixtureRequest) -> Callable[[Path, list[str]], None]:
+    """Compares lines with those of a file beside the test; with ``--renew``, writes them there."""
+
+    def compare(record: Path, lines: list[str]) -> None:
+        if request.config.getoption("--renew"):
+            record.write_text("\n".join(lines) + "\n")
+        before = record.read_text().splitlines() if record.exists() else []
+        changes = difflib.unified_diff(before, lines, "on record", "now", lineterm="", n=0)
+        test = request.path.relative_to(request.config.rootpath)
+        assert lines == before, "\n".join(
+            [
+                *changes,
+                f"Where this is meant: python -m pytest {test} --renew, and commit {record.name} with the change.",
+            ]
+        )
+
+    return compare
 
 
 @pytest.fixture(scope="session")
