@@ -2,6 +2,8 @@
 
 Defaults are the paper's settings (arXiv 2606.01249, section 4) where it gives them. A value comes from, in
 rising precedence: the default here, ``config.toml`` in the workspace, ``--set section.field=value``.
+
+A field decides the results of the stages that read its section, unless it is marked ``Inert`` or ``Apart``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tropd.pipeline.objectives.spec import Importance, Objective, Spec
+from tropd.pipeline.objectives.spec import Apart, Importance, Inert, Objective, Spec
 from tropd.storage.topk_encoding import Precision
 
 Dtype = Literal["float32", "bfloat16"]
@@ -107,9 +109,9 @@ class Source(Spec):
 class DataConfig(Spec):
     """Prompts to train on and problems to evaluate on: files of records (JSON lines, a JSON array, Parquet or CSV)."""
 
-    prompts: str = "data/train.jsonl"
+    prompts: Apart[str] = "data/train.jsonl"
     """Training prompts. A relative path is inside the workspace."""
-    evaluation: str = "data/eval.jsonl"
+    evaluation: Apart[str] = "data/eval.jsonl"
     """Evaluation problems; what is to be graded needs an answer."""
     id_field: str = "id"
     """Field with a unique name of the prompt; where absent or null, the line number is used."""
@@ -118,11 +120,11 @@ class DataConfig(Spec):
     lists and objects: `messages.1.content`."""
     answer_field: str = "answer"
     """Field with the expected answer; empty: there are none, and nothing is graded."""
-    domain_field: str = "domain"
+    domain_field: Apart[str] = "domain"
     """Field with the domain of the prompt, where there are several."""
-    sources: tuple[Source, ...] = ()
+    sources: Apart[tuple[Source, ...]] = ()
     """Where `tropd fetch` takes the files from."""
-    decontaminate: int | None = Field(default=None, ge=1, le=10_000)
+    decontaminate: Apart[int | None] = Field(default=None, ge=1, le=10_000)
     """Leave out training prompts that share this many consecutive words with an evaluation problem (13 is usual); they
     are listed in rejects/. `tropd contamination` shows what it would do."""
     template: Template = "{prompt}"
@@ -130,12 +132,12 @@ class DataConfig(Spec):
     chat: bool = False
     """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
     used as it is."""
-    template_date: datetime.date | None = None
+    template_date: Apart[datetime.date | None] = None
     """The date that a chat template tells which writes today's into prompts, as YYYY-MM-DD. `tropd init` sets it; if not
     set, the day on which such a template is first used is kept in workspace.json."""
-    limit: int | None = Field(default=None, ge=1, le=MOST)
+    limit: Apart[int | None] = Field(default=None, ge=1, le=MOST)
     """Use only the first this many training prompts."""
-    skip_bad: bool = False
+    skip_bad: Inert[bool] = False
     """Leave out lines that cannot be used (malformed, without text, a repeated id, too long) and list them in
     rejects/; otherwise they stop the stage before any model is loaded."""
 
@@ -271,7 +273,7 @@ class PrefixesConfig(Spec):
     here, or another grader, filters again and samples nothing."""
     max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest trajectory; rollout.max_tokens if not set."""
-    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
+    batch_size: Inert[int] = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     shard_prompts: int = Field(default=512, ge=1, le=MOST_ROWS)
     """Prompts per shard: what a crash can cost."""
@@ -287,7 +289,7 @@ class ScoresConfig(Spec):
     precision: Precision = "float16"
     """How log-probs are stored: `float16` (exact to 11 bits), or `q8` (about two thirds of the bytes, log-probs
     exact to about 2 %; docs/cache.md has the bounds)."""
-    batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
+    batch_tokens: Inert[int] = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward pass."""
 
 
@@ -331,10 +333,10 @@ class RolloutConfig(Spec):
     """Sampling temperature. Losses are at temperature 1, and corrected for what was sampled (train.importance_clip)."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
-    stop_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1)
+    stop_ids: Apart[tuple[TokenId, ...] | None] = Field(default=None, min_length=1)
     """Token ids that end a response, of student and teacher in all stages. If not set: a teacher's are those of its
     tokenizer and generation_config.json, the student's are its own and the teacher's."""
-    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
+    batch_size: Inert[int] = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
 
     @property
@@ -363,34 +365,34 @@ class TrainConfig(Spec):
     max_staleness: int = Field(default=0, ge=0, le=1)
     """1: the student's responses for the next step are sampled and scored while this step trains, so by weights that are
     one update older. 0: strictly on-policy."""
-    importance_clip: float = Field(default=2.0, gt=0.0, le=1e9)
+    importance_clip: Apart[float] = Field(default=2.0, gt=0.0, le=1e9)
     """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
     own (older weights, another engine, another temperature or top-p), where the objective does not set its own."""
-    micro_batch_tokens: int = Field(default=4096, ge=1, le=MOST_TOKENS)
+    micro_batch_tokens: Apart[int] = Field(default=4096, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Inert[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal["auto", "flash_attention_2", "flash_attention_3"] = "auto"
+    attention: Inert[Literal["auto", "flash_attention_2", "flash_attention_3"]] = "auto"
     """How the student attends in training. auto: PyTorch's scaled dot product, where rows that share a line need a mask
     of its length squared. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
     `flash_attn_3`), `student.dtype = "bfloat16"` and a single process."""
-    dropout: bool = False
+    dropout: Apart[bool] = False
     """Whether the student has the dropout that its config.json names while it trains. Off, gradients are those of the
     student that samples. On, what is dropped follows from the seed, the step, the process and the micro-batch."""
-    region_gradients: bool = False
+    region_gradients: Inert[bool] = False
     """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
     with runtime.compile."""
-    checkpoint_every: int = Field(default=50, ge=1, le=MOST)
+    checkpoint_every: Inert[int] = Field(default=50, ge=1, le=MOST)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1, le=MOST)
+    keep_checkpoints: Inert[int] = Field(default=2, ge=1, le=MOST)
     """Newest checkpoints that are kept."""
-    wandb_project: str | None = Field(default=None, min_length=1)
+    wandb_project: Inert[str | None] = Field(default=None, min_length=1)
     """Log metrics to this project of Weights & Biases too (pip install "tropd[wandb]")."""
-    trace: bool = False
+    trace: Inert[bool] = False
     """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
-    evaluate_every: int = Field(default=0, ge=0, le=MOST)
+    evaluate_every: Inert[int] = Field(default=0, ge=0, le=MOST)
     """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
-    evaluate_problems: int = Field(default=100, ge=1, le=MOST)
+    evaluate_problems: Inert[int] = Field(default=100, ge=1, le=MOST)
     """Problems per such evaluation of accuracy, spread over all. The distance has evaluation.distance_prompts."""
 
     @property
@@ -448,11 +450,11 @@ class Benchmark(Spec):
 class HarnessTask(Spec):
     """A task of lm-eval (pip install "tropd[bench]"), which runs it in a process of its own."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
+    name: Apart[str] = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
     """Name in tables."""
     task: str = Field(min_length=1)
     """Its name in lm-eval, such as `gpqa_diamond_cot_zeroshot`, `mmlu_redux_generative` or `ifeval`."""
-    folder: str | None = None
+    folder: Apart[str | None] = None
     """Folder with task files of your own; a relative path is inside the workspace."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
@@ -475,28 +477,28 @@ class EvaluationConfig(Spec):
     """Temperature of sampled responses."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling: keep the likeliest tokens up to this mass."""
-    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    max_tokens: Apart[int | None] = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest response; rollout.max_tokens if not set."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
-    distance_prompts: int = Field(default=64, ge=0, le=MOST)
+    distance_prompts: Apart[int] = Field(default=64, ge=0, le=MOST)
     """Prompts, spread over all problems, on which the distance between student and teacher is measured: reverse and
     forward KL, acceptance and lengths. These need no answer; what has none is not graded. 0: no distance."""
-    batch_size: int = Field(default=128, ge=1, le=MOST_ROWS)
+    batch_size: Inert[int] = Field(default=128, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     grader: GraderName = "math"
     """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
     after ####, stated, or the last number; equal as mathematics), `choice` (the declared letter A to J; an expected
     index counts from 0), `exact` (all of the response). What thinking holds, or the length cut off, is no answer."""
-    grading_seconds: float = Field(default=5.0, gt=0.0, le=3600.0)
+    grading_seconds: Inert[float] = Field(default=5.0, gt=0.0, le=3600.0)
     """Longest time that the comparison of one mathematical answer may take; then it is wrong."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"
     """Regular expression whose first group is the answer in a response, for the grader `pattern`."""
-    pass_at: tuple[Count, ...] = ()
+    pass_at: Inert[tuple[Count, ...]] = ()
     """The k of pass@k that are reported; each at most `samples`."""
-    benchmarks: tuple[Benchmark, ...] = ()
+    benchmarks: Apart[tuple[Benchmark, ...]] = ()
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
-    harness: tuple[HarnessTask, ...] = ()
+    harness: Apart[tuple[HarnessTask, ...]] = ()
     """Tasks of lm-eval, for what it has and we do not."""
 
     @field_validator("answer_pattern")
@@ -514,24 +516,24 @@ class EvaluationConfig(Spec):
 class DemoConfig(Spec):
     """The embedded tasks and their models; only `tropd prepare` reads this."""
 
-    enabled: bool = False
+    enabled: Inert[bool] = False
     """Whether `tropd prepare` makes the models and problems of this run."""
-    models: Literal["tiny", "smollm2"] = "tiny"
+    models: Apart[Literal["tiny", "smollm2"]] = "tiny"
     """`tiny`: two tiny models, trained on the spot, and arithmetic; `smollm2`: SmolLM2-135M-Instruct from the package
     registry, a student cut out of it, and short questions. Of what is below, it takes the numbers of problems only."""
-    train_problems: int = Field(default=2000, ge=1, le=MOST)
+    train_problems: Apart[int] = Field(default=2000, ge=1, le=MOST)
     """Training problems written to data.prompts."""
-    eval_problems: int = Field(default=500, ge=1, le=MOST)
+    eval_problems: Apart[int] = Field(default=500, ge=1, le=MOST)
     """Held-out problems written to data.evaluation, disjoint from all others."""
     min_operations: int = Field(default=3, ge=1, le=1000)
     """Fewest operations of a problem, and of those that the student was taught."""
     max_operations: int = Field(default=5, ge=1, le=1000)
     """Most operations of a problem, and of those that the student was taught."""
-    train_max_operations: int | None = Field(default=None, ge=1, le=1000)
+    train_max_operations: Apart[int | None] = Field(default=None, ge=1, le=1000)
     """Most operations of a training prompt; max_operations (which the student was taught) if not set."""
-    eval_min_operations: int | None = Field(default=None, ge=1, le=1000)
+    eval_min_operations: Apart[int | None] = Field(default=None, ge=1, le=1000)
     """Fewest operations of a held-out problem; min_operations if not set."""
-    eval_max_operations: int | None = Field(default=None, ge=1, le=1000)
+    eval_max_operations: Apart[int | None] = Field(default=None, ge=1, le=1000)
     """Most operations of a held-out problem; max_operations if not set."""
     teacher_steps: int = Field(default=800, ge=1, le=MOST)
     """Supervised steps of the teacher."""
@@ -561,18 +563,18 @@ class DemoConfig(Spec):
 class Config(Spec):
     """Everything that a run depends on."""
 
-    run: RunConfig = RunConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    run: Apart[RunConfig] = RunConfig()
+    runtime: Inert[RuntimeConfig] = RuntimeConfig()
     data: DataConfig = DataConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    student: StudentConfig = StudentConfig()
+    teacher: Apart[TeacherConfig] = TeacherConfig()
+    student: Apart[StudentConfig] = StudentConfig()
     prefixes: PrefixesConfig = PrefixesConfig()
     scores: ScoresConfig = ScoresConfig()
-    service: ServiceConfig = ServiceConfig()
-    vllm: VllmConfig = VllmConfig()
+    service: Inert[ServiceConfig] = ServiceConfig()
+    vllm: Apart[VllmConfig] = VllmConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: Objective
-    sft: SftConfig = SftConfig()
+    sft: Apart[SftConfig] = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     demo: DemoConfig = DemoConfig()

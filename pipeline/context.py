@@ -29,6 +29,7 @@ from tropd.pipeline.models import (
     model_directory,
     weights_digest,
 )
+from tropd.pipeline.objectives.spec import Spec, marks
 from tropd.pipeline.progress import Reporter
 from tropd.pipeline.stops import differing_stops, stop_ids
 from tropd.pipeline.tokenizers import check_tokenizers, num_tokens, tokenizer_identity
@@ -248,9 +249,10 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
     }
 
 
-def section_fields(section: str, spec: Any, *, without: Collection[str] = ()) -> dict[str, Scalar]:
-    """Fingerprint fields of a configuration section, less those that do not decide the result."""
-    return flatten(section, {k: v for k, v in to_plain(spec).items() if k not in without})
+def section_fields(section: str, spec: Spec, *, also: Collection[str] = ()) -> dict[str, Scalar]:
+    """Fingerprint fields of a configuration section: those without a mark (see ``Mark``), and ``also`` these."""
+    marked = marks(type(spec))
+    return flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
 
 
 def finished(run: Run, stage: str, command: str) -> Manifest:

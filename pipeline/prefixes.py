@@ -24,6 +24,7 @@ from tropd.pipeline.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.evaluation.grading import RULES, check_expected
 from tropd.pipeline.identity import fingerprint_of, stop_fields, token_fields
 from tropd.pipeline.memory import within_memory
+from tropd.pipeline.objectives.spec import marks
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import data_fields, training_prompts
 from tropd.pipeline.prompts import Prompt
@@ -61,7 +62,7 @@ BATCHES_PER_CALL = 4
 
 @dataclass(frozen=True)
 class Source:
-    """Who writes, how, and into which stage. Every field but ``batch_size`` decides the result."""
+    """Who writes, how, and into which stage, from the section of that author."""
 
     stage: str
     author: Author
@@ -121,10 +122,9 @@ def student_source(run: Run) -> Source:
 def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
     """Everything that decides which trajectories of these prompts are made."""
     section = "prefixes" if source.author == "teacher" else "rollout"
+    left_out = {"stage", "author"} | marks(type(getattr(run.config, section))).keys()
     fields: dict[str, Scalar] = {
-        f"{section}.{name}": value
-        for name, value in vars(source).items()
-        if name not in ("stage", "author", "batch_size")
+        f"{section}.{name}": value for name, value in vars(source).items() if name not in left_out
     }
     fields |= (
         data_fields(run, "prompts") | token_fields(prompts, "data.prompts") | _author_fields(run, source)

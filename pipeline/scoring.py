@@ -62,7 +62,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
         return fields | {"teacher.vocab_size": role_num_tokens(run, "teacher")}
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
-    fields |= section_fields("scores", run.config.scores, without={"batch_tokens"})
+    fields |= section_fields("scores", run.config.scores)
     return fingerprint_of(run, fields)
 
 

@@ -33,17 +33,6 @@ TASK_VERSION = 1
 PATHS = {"teacher.model": "models/teacher", "student.model": "models/student"}
 DATA_PATHS = {"data.prompts": "data/train.jsonl", "data.evaluation": "data/eval.jsonl"}
 
-# Fields that do not decide the tiny models: most of them decide the problems.
-DATA_ONLY = {
-    "enabled",
-    "models",
-    "train_problems",
-    "eval_problems",
-    "train_max_operations",
-    "eval_min_operations",
-    "eval_max_operations",
-}
-
 Trainer = Callable[[DemoConfig, int, Callable[[float], None]], Any]
 
 
@@ -57,7 +46,7 @@ def prepare(run: Run, *, force: bool = False) -> Manifest:
     _check(config)
     _write_problems(run, force)
     folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, Fingerprint(_fields(run)), force=force, timings=run.timings) as stage:
+    with open_stage(folder, STAGE, fingerprint(run), force=force, timings=run.timings) as stage:
         if stage.complete:
             run.reporter.info("prepare: done before, nothing to do")
             return stage.manifest
@@ -69,13 +58,13 @@ def prepare(run: Run, *, force: bool = False) -> Manifest:
         return stage.manifest
 
 
-def _fields(run: Run) -> dict[str, Scalar]:
-    """What decides the models."""
+def fingerprint(run: Run) -> Fingerprint:
+    """Everything that decides the models."""
     demo = run.config.demo
     if demo.models == "smollm2":
-        return smollm2.fields()
-    fields = section_fields("demo", demo, without=DATA_ONLY)
-    return {**fields, "run.seed": run.config.run.seed, "demo.version": TASK_VERSION}
+        return Fingerprint(smollm2.fields())
+    fields = section_fields("demo", demo)
+    return Fingerprint({**fields, "run.seed": run.config.run.seed, "demo.version": TASK_VERSION})
 
 
 def _check(config: Config) -> None:

@@ -109,19 +109,7 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
     for name, settings in config.evaluation_sets.items():
         prefix = f"benchmark.{name}." if name else ""
         own = data_fields(run, "evaluation", name)
-        own |= section_fields(
-            "evaluation",
-            settings,
-            without={
-                "batch_size",
-                "max_tokens",
-                "pass_at",
-                "benchmarks",
-                "harness",
-                "grading_seconds",
-                "distance_prompts",
-            },
-        )
+        own |= section_fields("evaluation", settings)
         own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
         fields |= {f"{prefix}{k}": v for k, v in own.items()}
     fields |= harness_fields(run) | held_out_fields(run)

@@ -21,11 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tropd.pipeline.config import HarnessTask, ModelConfig
-from tropd.pipeline.context import Run
+from tropd.pipeline.context import Run, section_fields
 from tropd.pipeline.models import pick_device
 from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import ConfigError, TropdError
-from tropd.storage.fingerprint import Scalar, flatten
+from tropd.storage.fingerprint import Scalar
 
 ISOLATED = ("unshare", "--user", "--map-root-user", "--net", "--")
 LOG_LINES = 15
@@ -56,8 +56,7 @@ def harness_fields(run: Run) -> dict[str, Scalar]:
         )
     fields: dict[str, Scalar] = {"harness.version": version("lm_eval"), "harness.chat": run.config.data.chat}
     for task in tasks:
-        settings = task.model_dump(mode="json", exclude={"name", "folder"})
-        fields |= flatten(f"harness.{task.name}", settings)
+        fields |= section_fields(f"harness.{task.name}", task)
         if task.folder is not None:
             fields[f"harness.{task.name}.folder"] = content_digest(run.workspace.resolve(task.folder))
     return fields

@@ -6,8 +6,10 @@ Everything here is plain configuration (pydantic, TOML); the formulas are in ``p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from enum import Enum
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +27,27 @@ class Spec(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class Mark(Enum):
+    """Why the fingerprint of a stage that takes a whole section leaves out one of its fields.
+
+    A field without a mark decides the result: with another value, what the stage has made is refused.
+    """
+
+    INERT = "no result depends on it"
+    APART = "the stages that depend on it record it by themselves: what it leads to, or only where it matters"
+
+
+T = TypeVar("T")
+Inert = Annotated[T, Mark.INERT]
+Apart = Annotated[T, Mark.APART]
+
+
+def marks(kind: type[Spec]) -> Mapping[str, Mark]:
+    """The marked fields of a section."""
+    found = ((name, m) for name, info in kind.model_fields.items() for m in info.metadata)
+    return {name: mark for name, mark in found if isinstance(mark, Mark)}
 
 
 # --------------------------------------------------------------------------------------- partition
@@ -262,13 +285,13 @@ class Objective(Spec):
 
     name: str
     """The method's name."""
-    title: str
+    title: Inert[str]
     """One line that describes it."""
-    source: str
+    source: Inert[str]
     """Where the definition comes from."""
-    confidence: str = "exact"
+    confidence: Inert[str] = "exact"
     """How sure the definition is: exact, or what was reconstructed."""
-    formula: str = ""
+    formula: Inert[str] = ""
     """The loss, in plain text."""
     rollouts: Literal["student", "teacher", "stored"] = "student"
     """Who wrote the response: the current student, the teacher (all of it), or a student once, stored on disk."""

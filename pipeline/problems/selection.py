@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.config import DataConfig, to_plain
-from tropd.pipeline.context import Run
+from tropd.pipeline.config import DataConfig
+from tropd.pipeline.context import Run, section_fields
 from tropd.pipeline.decontamination import find_overlaps
 from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.prompts import refuse, scan_prompts, write_rejects
 from tropd.storage.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
-from tropd.storage.fingerprint import Scalar, flatten
+from tropd.storage.fingerprint import Scalar
 
 
 def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
@@ -138,15 +138,14 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     data = run.config.problem_files[name]
     path = _data_file(run, which, name)
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
-    names = {"id_field", "prompt_field", "answer_field", "template", "chat"}
-    names |= {"limit"} if which == "prompts" else set()
-    names |= {"domain_field"} if which == "prompts" and run.config.teacher.by_domain else set()
+    also = {"limit"} if which == "prompts" else set()
+    also |= {"domain_field"} if which == "prompts" and run.config.teacher.by_domain else set()
     if which == "prompts" and data.decontaminate is not None:
-        names |= {"decontaminate"}
+        also |= {"decontaminate"}
         for benchmark in run.config.problem_files:
             problems = _data_file(run, "evaluation", benchmark)
             fields[f"data.decontaminate.{benchmark or 'evaluation'}"] = content_digest(problems)
-    return fields | flatten("data", {k: v for k, v in to_plain(data).items() if k in names})
+    return fields | section_fields("data", data, also=also)
 
 
 def _data_file(run: Run, which: str, name: str = "") -> Path:

@@ -78,25 +78,8 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     needs = teacher_needs(config.objective)
     fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
     fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
-    fields |= section_fields(
-        "objective", config.objective, without={"title", "source", "confidence", "formula"}
-    )
-    fields |= section_fields("rollout", config.rollout, without={"batch_size", "stop_ids"})
-    irrelevant = {
-        "micro_batch_tokens",
-        "gradient_checkpointing",
-        "attention",
-        "region_gradients",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "trace",
-        "wandb_project",
-        "importance_clip",
-        "evaluate_every",
-        "evaluate_problems",
-        "dropout",
-    }
-    fields |= section_fields("train", config.train, without=irrelevant)
+    fields |= section_fields("objective", config.objective)
+    fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
     fields |= engine_fields(run, "student")
     if config.student.lora is not None:
         fields |= section_fields("student.lora", config.student.lora)
