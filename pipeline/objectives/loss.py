@@ -107,8 +107,7 @@ def plan_step(
         weight = weight * token_weight(spec, statistics, progress)
     trust = regions.trust.astype(np.float64) * weight
     outlier = regions.outlier.astype(np.float64) * weight
-    guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
-    guidance = np.full(len(guidance_rows), 1.0 if guided else 0.0)
+    guidance = np.full(len(guidance_rows), 1.0 if objective.guides else 0.0)
     if objective.reduction == "region_mean":
         trust, outlier, guidance = _mean(trust), _mean(outlier), _mean(guidance)
     elif objective.reduction == "sequence_mean":

@@ -314,6 +314,11 @@ class Objective(Spec):
     reduction: Literal["token_mean", "region_mean", "weight_mean", "sequence_mean"] = "token_mean"
     """Denominator: all supervised tokens; per region its own tokens; the sum of weights; or per row, then rows."""
 
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher's prefix tokens have a part in the loss."""
+        return self.guidance.loss.estimator != "zero" and self.guidance.weight > 0
+
     @model_validator(mode="after")
     def _possible(self) -> Objective:
         if self.guidance.loss.estimator not in ("zero", "nll", "topk_fkl"):
@@ -332,11 +337,7 @@ class Objective(Spec):
                 "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0, length = 'max' }: "
                 "the whole response comes from the teacher"
             )
-        if (
-            self.guidance.weight > 0
-            and self.guidance.loss.estimator != "zero"
-            and self.schedule.kind == "none"
-        ):
+        if self.guides and self.schedule.kind == "none":
             raise ValueError(
                 "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; "
                 "set schedule.kind, or guidance.loss.estimator = 'zero'"

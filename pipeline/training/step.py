@@ -89,8 +89,7 @@ def backpropagate(
         NonFiniteError: a loss is NaN or infinite.
     """
     device = parameters[0].device
-    guided = objective.guidance.loss.estimator != "zero" and objective.guidance.weight > 0
-    layout = Layout(inputs.rows, guided)
+    layout = Layout(inputs.rows, objective.guides)
     share = (world.rank, world.size)
     batches = list(micro_batches(layout, micro_batch_tokens, device, share, packing=student.packing))
     rounds = max(world.gather(len(batches)))

@@ -252,6 +252,20 @@ def test_tokens_without_a_loss_are_not_counted_as_supervised(
     assert step_metrics(inputs, outcome)["tokens_supervised"] == expected[name]
 
 
+@pytest.mark.parametrize("guidance", [{"loss": {"estimator": "zero"}}, {"weight": 0.0}])
+def test_prefix_tokens_without_a_loss_are_not_counted_as_supervised(
+    student: Any, teacher_model: Any, guidance: dict[str, Any]
+) -> None:
+    objective = load_objective("tropd", {"k": 5, "guidance": guidance})
+    assert objective.schedule.kind == "cosine"
+    assert not objective.guides
+    inputs = make_inputs(objective, make_rows(student), teacher_model)
+    assert sum(len(row.plan.prefix_tokens) for row in inputs.rows) > 0
+    outcome, _ = run(student, objective, inputs)
+    assert outcome.losses["guidance"] == 0.0
+    assert step_metrics(inputs, outcome)["tokens_supervised"] == len(inputs.teacher.logprobs)
+
+
 def test_a_non_finite_loss_is_an_error(student: Any, teacher_model: Any) -> None:
     objective = load_objective("opd")
     inputs = make_inputs(objective, make_rows(student), teacher_model)
