@@ -367,7 +367,8 @@ class TrainConfig(Spec):
     one update older. 0: strictly on-policy."""
     importance_clip: Apart[float] = Field(default=2.0, gt=0.0, le=1e9)
     """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
-    own (older weights, another engine, another temperature or top-p), where the objective does not set its own."""
+    own (older weights, another engine, another temperature or top-p, or bfloat16, in which sampler and trainer round
+    differently), where the objective does not set its own."""
     micro_batch_tokens: Apart[int] = Field(default=4096, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
     gradient_checkpointing: Inert[bool] = False
@@ -626,11 +627,15 @@ class Config(Spec):
     def rollouts_differ(self) -> bool:
         """Whether the student samples its responses from another distribution than the one that is trained.
 
-        Stored responses are no samples of this run: an objective that trains on them says itself how it weighs them.
+        In bfloat16 it does: what is rounded depends on the order of sums, so on the shapes of batches, and log-probs of
+        sampler and trainer are some hundredths apart. Stored responses are no samples of this run: an objective that
+        trains on them says itself how it weighs them.
         """
         if self.objective.rollouts != "student":
             return False
-        return not self.rollout.plain or self.student.engine != "transformers" or self.train.max_staleness > 0
+        student = self.student
+        exact = student.engine == "transformers" and student.dtype != "bfloat16"
+        return not exact or not self.rollout.plain or self.train.max_staleness > 0
 
     @property
     def prefix_max_tokens(self) -> int:

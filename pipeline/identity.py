@@ -23,6 +23,7 @@ from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage import Stage
 
 AS_TOKENS = " as token ids"
+IMPORTANCE_CLIP = "train.importance_clip"
 RECENT = (
     AS_TOKENS,
     "data.template_date",
@@ -33,6 +34,7 @@ RECENT = (
     ".stop_ids",
     ".generation_config",
     ".chat_template",
+    IMPORTANCE_CLIP,
 )
 """Ends of names of fields that fingerprints have not always had."""
 OF_MODEL = (".weights", ".tokenizer", ".stop_ids", ".generation_config", ".chat_template")

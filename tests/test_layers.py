@@ -183,7 +183,6 @@ COVERED_BY = {
     "tropd.pipeline.training.held_out": "tests/pipeline/training/test_along.py",
     "tropd.pipeline.training.inputs": "tests/pipeline/test_padded_vocabulary.py",
     "tropd.pipeline.training.interrupt": "tests/pipeline/teacher/test_replicas.py",
-    "tropd.pipeline.training.loop": "tests/pipeline/training/test_along.py",
     "tropd.pipeline.training.output": "tests/e2e/test_pipeline.py",
     "tropd.pipeline.training.preparation": "tests/e2e/test_training_ahead.py",
     "tropd.pipeline.training.rolling": "tests/e2e/test_training_ahead.py",

@@ -18,7 +18,13 @@ from tropd.pipeline.context import (
     model_fields,
     section_fields,
 )
-from tropd.pipeline.identity import fingerprint_of, stop_fields, tell_unrecorded, token_fields
+from tropd.pipeline.identity import (
+    IMPORTANCE_CLIP,
+    fingerprint_of,
+    stop_fields,
+    tell_unrecorded,
+    token_fields,
+)
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
 from tropd.pipeline.objectives.spec import teacher_needs
@@ -87,7 +93,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
         # What is dropped depends on how a step is cut up.
         fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
     if config.rollouts_differ:
-        fields["train.importance_clip"] = config.train.importance_clip
+        fields[IMPORTANCE_CLIP] = config.train.importance_clip
     fields["run.seed"] = config.run.seed
     if config.objective.schedule.kind != "none":
         fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
@@ -142,6 +148,13 @@ def train(run: Run, *, force: bool = False) -> Manifest:
 def _open(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]:
     folder = run.workspace.stage(STAGE)
     with open_stage(folder, STAGE, fingerprint(run, prompts), force=force, timings=run.timings) as stage:
+        own = run.config.objective.importance.clip
+        if IMPORTANCE_CLIP in stage.unrecorded and not stage.complete and own is None:
+            run.reporter.warning(
+                f"{stage.folder} was begun by an older version of tropd, which did not weight responses sampled in "
+                "bfloat16: the steps that are still to come are weighted (train.importance_clip)"
+            )
+        stage.unrecorded = [name for name in stage.unrecorded if name != IMPORTANCE_CLIP]
         tell_unrecorded(run, stage)
         yield stage
 

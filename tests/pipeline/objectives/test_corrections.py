@@ -90,9 +90,34 @@ def test_at_another_temperature_the_expected_gradient_is_that_at_temperature_one
 
 
 @pytest.mark.parametrize(
+    "settings", ['name = "opd"', 'name = "tropd-noguidance"\npartition = { rule = "expected" }']
+)
+@pytest.mark.parametrize("clip", [1e9, 2.0], ids=["not clipped", "default"])
+def test_in_bfloat16_the_expected_gradient_is_that_of_the_student_without_rounding(
+    settings: str, clip: float
+) -> None:
+    """Tokens are drawn from logits that are off by what rounding does, and no weight comes near the clip."""
+    text = f"[train]\nimportance_clip = {clip}\n[objective]\n{settings}\nk = {K}\n[student]\ndtype = "
+    weighted, unweighted = (
+        parse_config(f'{text}"{dtype}"', where="test").config.training_objective
+        for dtype in ("bfloat16", "float32")
+    )
+    logits = logits_of_the_student()
+    noise = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sampler = torch.log_softmax(logits + 0.05 * noise, -1)
+    own = expected_gradient(unweighted, torch.log_softmax(logits, -1))
+    assert (expected_gradient(weighted, sampler) - own).abs().max() < 1e-6
+    assert (expected_gradient(unweighted, sampler) - own).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
     ("text", "weighted"),
     [
         ("", False),
+        ('[student]\ndtype = "float32"', False),
+        ('[student]\ndtype = "bfloat16"', True),
+        ('[teacher]\ndtype = "bfloat16"', False),
+        ('[student]\ndtype = "bfloat16"\n[objective]\nname = "offline-opd"', False),
         ("[rollout]\ntemperature = 0.6", True),
         ("[rollout]\ntop_p = 0.9", True),
         ("[train]\nmax_staleness = 1", True),

@@ -1,0 +1,87 @@
+"""Training in bfloat16 that was begun before its rollouts were weighted: finished it stays, else it says what changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tropd.pipeline.configuration import parse_config
+from tropd.pipeline.context import Run
+from tropd.pipeline.progress import SILENT
+from tropd.pipeline.training import loop
+from tropd.pipeline.training.inputs import student_prompts
+from tropd.pipeline.training.output import FINAL
+from tropd.storage.errors import FingerprintMismatchError, TropdError
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import Manifest, describe_shard, write_manifest
+
+CLIP = "train.importance_clip"
+
+
+class Listening:
+    """A reporter that keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(SILENT, name)
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def opened(run: Run, *assignments: str) -> tuple[Run, Listening]:
+    said, text = Listening(), run.workspace.config_path.read_text()
+    given = ['objective.name="opd"', 'student.dtype="bfloat16"', *assignments]
+    return replace(run, resolved=parse_config(text, given, where="config.toml"), reporter=said), said
+
+
+def begun_before(run: Run, *, complete: bool) -> Path:
+    """The stage's folder as an older version left it."""
+    folder = run.workspace.stage(loop.STAGE)
+    (folder / FINAL).mkdir(parents=True)
+    (folder / FINAL / "weights").write_text("as they are")
+    fields = {n: v for n, v in loop.fingerprint(run, student_prompts(run)).fields.items() if n != CLIP}
+    manifest = Manifest.start(loop.STAGE, Fingerprint(fields))
+    shards = {FINAL: describe_shard(folder, FINAL, 0)}
+    done = {"complete": complete, "summary": {"steps": 3}, "shards": shards}
+    write_manifest(folder, manifest.model_copy(update=done))
+    return folder
+
+
+def test_what_is_finished_is_done_before(tiny_run: Run) -> None:
+    run, said = opened(tiny_run)
+    begun_before(run, complete=True)
+    assert CLIP not in loop.train(run).fields
+    assert said.warnings == []
+    other, _ = opened(tiny_run, "train.learning_rate=1e-3")
+    with pytest.raises(FingerprintMismatchError, match=r"train\.learning_rate"):
+        loop.train(other)
+
+
+def test_the_rest_of_what_is_not_is_weighted_and_says_so(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise TropdError("here")
+
+    monkeypatch.setattr(loop, "open_session", stop)
+    run, said = opened(tiny_run)
+    begun_before(run, complete=False)
+    with pytest.raises(TropdError, match="here"):
+        loop.train(run)
+    [warning] = said.warnings
+    assert "the steps that are still to come are weighted (train.importance_clip)" in warning
+
+
+def test_what_is_begun_now_records_it(tiny_run: Run) -> None:
+    for assignments, recorded in (
+        (("train.importance_clip=3.0",), 3.0),
+        (('student.dtype="float32"',), None),
+    ):
+        run, _ = opened(tiny_run, *assignments)
+        assert loop.fingerprint(run, student_prompts(run)).fields.get(CLIP) == recorded
