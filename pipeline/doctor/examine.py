@@ -39,7 +39,7 @@ from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.proof import row_logprobs
 from tropd.pipeline.training.rolling import rollout_engine
-from tropd.pipeline.training.rollouts import Row, RowPlan, prompts_of_step, roll_out
+from tropd.pipeline.training.rollouts import Row, RowPlan, prompts_of_step, roll_out, sampler_logprobs
 from tropd.pipeline.training.student import StudentPass, trainable_student
 from tropd.pipeline.training.teacher_data import TeacherData, ask_teacher, draw_regions, partition_draws
 from tropd.pipeline.training.world import ALONE
@@ -151,7 +151,7 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
     with run.reporter.waiting("the training pass"), evaluation_mode(model), autocast(device, precision):
         trained = row_logprobs(passes, rows, config.train.micro_batch_tokens)
     low = precision or model.dtype
-    drawn = np.array([p for row in rows for p in row.sampler_logprobs], dtype=np.float32)
+    drawn = sampler_logprobs(rows).astype(np.float32)
     whole = str(model.dtype).removeprefix("torch.")
     return _Answers(
         folder=folder,

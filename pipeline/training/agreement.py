@@ -28,7 +28,7 @@ def check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepO
         scores = session.checked.score([row.sequence for row in rows], [len(row.context) for row in rows])
         engine = np.array([p for one in scores for p in one.sampled], dtype=np.float64)
     else:
-        engine = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float64)
+        engine = inputs.sampler_logprobs
     difference = np.abs(outcome.student_logprobs[: len(engine)] - engine)
     if len(difference) and float(difference.mean()) > config.max_mean_difference:
         raise TropdError(

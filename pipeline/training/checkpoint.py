@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tropd.pipeline.training.rollouts import Row, RowPlan
+from tropd.pipeline.training.rollouts import Row, RowPlan, mu_logprobs, sampler_logprobs
 from tropd.pipeline.training.sharded import copied, load_tensors, save_tensors, stored_tensors
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.aside import aside_folder, set_aside
@@ -127,11 +127,11 @@ def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     tensors = {
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
         "tokens": torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64),
-        "logprobs": torch.tensor([p for row in rows for p in row.sampler_logprobs], dtype=torch.float64),
+        "logprobs": torch.from_numpy(sampler_logprobs(rows)),
         "truncated": torch.tensor([row.truncated for row in rows], dtype=torch.bool),
     }
     if any(row.drawn_logprobs is not None for row in rows):
-        tensors["drawn"] = torch.tensor([p for row in rows for p in row.mu_logprobs], dtype=torch.float64)
+        tensors["drawn"] = torch.from_numpy(mu_logprobs(rows))
     return tensors
 
 

@@ -30,7 +30,7 @@ HISTOGRAM_BINS = 10
 
 def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
     """Everything that is known about a step's tokens, as flat numbers; the report says what each means."""
-    student = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
+    student = inputs.sampler_logprobs.astype(np.float32)
     teacher = inputs.teacher.logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
     k1 = -floored_log_ratio(teacher, student)
@@ -110,10 +110,7 @@ def _importance(inputs: StepInputs, outcome: StepOutcome) -> Record:
     Both are 1 and 0 but for rounding unless the sampler is another engine or has older weights; π_θ/μ also differs where
     the sampling is at another temperature or top-p.
     """
-    sampler, mu = (
-        np.array([p for row in inputs.rows for p in part(row)], dtype=np.float32)
-        for part in (lambda row: row.sampler_logprobs, lambda row: row.mu_logprobs)
-    )
+    sampler, mu = inputs.sampler_logprobs.astype(np.float32), inputs.mu_logprobs.astype(np.float32)
     difference = outcome.student_logprobs - sampler
     if not len(difference):
         return {"importance_mean": None, "importance_max": None, "sampler_logprob_difference_max": None}

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +25,8 @@ from tropd.pipeline.objectives.spec import Schedule
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.seeds import derive_seed, uniforms
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,19 @@ class Row:
     """log μ of ``tokens``, of the distribution that they were drawn from: at the sampling temperature, renormalised over
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
 
-    @property
-    def mu_logprobs(self) -> Sequence[float]:
+    @cached_property
+    def sampler_array(self) -> Floats:
+        """``sampler_logprobs`` as an array, made once: a step looks at millions of them, again and again."""
+        return np.asarray(self.sampler_logprobs, dtype=np.float64)
+
+    @cached_property
+    def mu_array(self) -> Floats:
         """log μ of ``tokens``, for importance weights."""
-        return self.sampler_logprobs if self.drawn_logprobs is None else self.drawn_logprobs
+        return (
+            self.sampler_array
+            if self.drawn_logprobs is None
+            else np.asarray(self.drawn_logprobs, dtype=np.float64)
+        )
 
     @property
     def context(self) -> list[int]:
@@ -70,6 +83,16 @@ class Row:
     @property
     def sequence(self) -> list[int]:
         return [*self.context, *self.tokens]
+
+
+def sampler_logprobs(rows: Sequence[Row]) -> Floats:
+    """``[T]`` log π_S of the tokens of all rows, in their order, as the sampling engine has it."""
+    return np.concatenate([np.zeros(0), *(row.sampler_array for row in rows)])
+
+
+def mu_logprobs(rows: Sequence[Row]) -> Floats:
+    """``[T]`` log μ likewise: of the distribution that the tokens were drawn from."""
+    return np.concatenate([np.zeros(0), *(row.mu_array for row in rows)])
 
 
 class TrajectoryStore:

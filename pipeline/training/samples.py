@@ -143,7 +143,7 @@ def _response(
     tokens = list(row.tokens)[:MAX_TOKENS]
     texts = token_texts(tokenizer, [*guidance, *tokens])
     span = slice(first, first + len(tokens))
-    student = np.array(row.sampler_logprobs[: len(tokens)], dtype=np.float32)
+    student = row.sampler_array[: len(tokens)].astype(np.float32)
     teacher = inputs.teacher.logprobs[span]
     probability = acceptance(student, teacher)
     alternatives = _alternatives(inputs.teacher.topk, first, len(tokens), tokenizer)

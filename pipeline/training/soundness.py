@@ -19,7 +19,7 @@ from tropd.pipeline.models import autocast
 from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR
 from tropd.pipeline.training.batch import Layout, micro_batches
 from tropd.pipeline.training.logprobs import Lookups
-from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.rollouts import Row, sampler_logprobs
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.step import StepInputs
 from tropd.pipeline.training.student import whole
@@ -38,7 +38,7 @@ def check_rollouts(session: Session, step: int, rows: Sequence[Row]) -> None:
     Raises:
         TropdError: one is NaN, infinite or positive.
     """
-    logprobs = np.array([p for row in rows for p in row.sampler_logprobs], dtype=np.float64)
+    logprobs = sampler_logprobs(rows)
     if not np.isfinite(logprobs).all() or (logprobs > LOGPROB_SLACK).any():
         raise stopped(session, step, rows, (), "the student's log-probs of its own tokens are not finite")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tropd.pipeline.objectives.weights import TokenStatistics
 from tropd.pipeline.training import dropout
 from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.logprobs import Lookups, TokenLogprobs
-from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.rollouts import Row, mu_logprobs, sampler_logprobs
 from tropd.pipeline.training.student import StudentPass
 from tropd.pipeline.training.teacher_data import TeacherData
 from tropd.pipeline.training.world import ALONE, World
@@ -47,6 +48,16 @@ class StepInputs:
     """Share of the training steps done."""
     dropout_seed: int | None = None
     """Root of what is dropped, where the student trains with dropout."""
+
+    @cached_property
+    def sampler_logprobs(self) -> Floats:
+        """``[T]`` (see ``rollouts``)."""
+        return sampler_logprobs(self.rows)
+
+    @cached_property
+    def mu_logprobs(self) -> Floats:
+        """``[T]`` (see ``rollouts``)."""
+        return mu_logprobs(self.rows)
 
 
 @dataclass(frozen=True)
@@ -204,11 +215,10 @@ def _token_batch(
     counts = _lookup_counts(micro_batch, topk, guidance_topk)
     student_entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
     students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
-    mu = np.array([p for row in inputs.rows for p in row.mu_logprobs], dtype=np.float64)
     return TokenBatch(
         student_logprobs=output.targets[is_student],
         teacher_logprobs=tensor(inputs.teacher.logprobs, students),
-        mu_logprobs=tensor(mu, students),
+        mu_logprobs=tensor(inputs.mu_logprobs, students),
         trust=tensor(plan.trust, students),
         outlier=tensor(plan.outlier, students),
         guidance=tensor(plan.guidance, prefixes),
@@ -275,8 +285,7 @@ def _statistics(
     world: World,
 ) -> TokenStatistics:
     """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
-    sampler = np.array([p for row in inputs.rows for p in row.sampler_logprobs], dtype=np.float32)
-    advantages = floored_log_ratio(inputs.teacher.logprobs, sampler)
+    advantages = floored_log_ratio(inputs.teacher.logprobs, inputs.sampler_logprobs.astype(np.float32))
     kinds = {weight.kind for weight in objective.token_weights}
     if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
         return TokenStatistics(layout.student_rows, advantages)

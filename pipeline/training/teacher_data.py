@@ -16,7 +16,7 @@ from tropd.pipeline.objectives.spec import Objective, TeacherNeeds
 from tropd.pipeline.teacher.protocol import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.teachers import GENERAL
 from tropd.pipeline.training.batch import Floats32, RaggedTopk
-from tropd.pipeline.training.rollouts import Row
+from tropd.pipeline.training.rollouts import Row, sampler_logprobs
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.seeds import derive_seed, uniforms
 
@@ -72,7 +72,7 @@ def ask_teacher(
             ScoreItem(
                 tokens=np.asarray(row.sequence, dtype=np.int32),
                 start=len(row.context),
-                student_logprobs=np.asarray(row.sampler_logprobs, dtype=np.float32),
+                student_logprobs=row.sampler_array.astype(np.float32),
                 seed=partition_seed(row),
             ),
         )
@@ -130,15 +130,11 @@ def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData
     """Partition the step's student tokens, with the same draws as the service."""
     return partition_tokens(
         objective.partition,
-        student_logprobs=_flat([row.sampler_logprobs for row in rows]),
+        student_logprobs=sampler_logprobs(rows).astype(np.float32),
         teacher_logprobs=teacher.logprobs,
         uniforms=partition_draws(rows),
         teacher_entropy=teacher.entropy,
     )
-
-
-def _flat(rows: Sequence[Sequence[float]]) -> Floats32:
-    return np.array([value for row in rows for value in row], dtype=np.float32)
 
 
 def partition_draws(rows: Sequence[Row]) -> npt.NDArray[np.float64]:

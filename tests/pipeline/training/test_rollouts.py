@@ -11,7 +11,14 @@ import torch
 from tropd.pipeline.config import RolloutConfig
 from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.spec import Schedule
-from tropd.pipeline.training.rollouts import RowPlan, TrajectoryStore, plan_rows, roll_out
+from tropd.pipeline.training.rollouts import (
+    RowPlan,
+    TrajectoryStore,
+    mu_logprobs,
+    plan_rows,
+    roll_out,
+    sampler_logprobs,
+)
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.stage import open_stage
 from tropd.storage.trajectories import Trajectory, write_trajectories
@@ -97,5 +104,7 @@ def test_rows_know_what_their_tokens_were_drawn_from(
     ordered, order = torch.softmax(logits.double() / temperature, -1).sort(dim=-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
     mu = torch.zeros_like(ordered).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
-    np.testing.assert_allclose(row.mu_logprobs, mu.gather(-1, tokens).squeeze(-1).log(), atol=1e-4)
+    np.testing.assert_allclose(mu_logprobs([row]), mu.gather(-1, tokens).squeeze(-1).log(), atol=1e-4)
     assert (row.drawn_logprobs is None) == (temperature == top_p == 1.0)
+    assert sampler_logprobs(rows).tolist() == [p for row in rows for p in row.sampler_logprobs]
+    assert mu_logprobs(rows).dtype == sampler_logprobs([]).dtype == np.float64

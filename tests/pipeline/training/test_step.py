@@ -18,6 +18,7 @@ from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.spec import Objective, teacher_needs
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
+from tropd.pipeline.training import rollouts, step
 from tropd.pipeline.training.batch import Packing, RaggedTopk, _fill_lines
 from tropd.pipeline.training.metrics import step_metrics
 from tropd.pipeline.training.rollouts import Row, RowPlan
@@ -250,6 +251,21 @@ def test_tokens_without_a_loss_are_not_counted_as_supervised(
     }
     assert outcome.supervised_tokens == expected[name]
     assert step_metrics(inputs, outcome)["tokens_supervised"] == expected[name]
+
+
+def test_log_probs_of_a_step_are_flattened_once(
+    student: Any, teacher_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flattened = []
+    for name in ("sampler_logprobs", "mu_logprobs"):
+        flatten = getattr(rollouts, name)
+        monkeypatch.setattr(
+            step, name, lambda rows, name=name, flatten=flatten: flattened.append(name) or flatten(rows)
+        )
+    inputs = make_inputs(load_objective("opd"), make_rows(student, count=40), teacher_model)
+    outcome, _ = run(student, load_objective("opd"), inputs, budget=1)
+    step_metrics(inputs, outcome)
+    assert sorted(flattened) == ["mu_logprobs", "sampler_logprobs"]
 
 
 @pytest.mark.parametrize("guidance", [{"loss": {"estimator": "zero"}}, {"weight": 0.0}])
