@@ -16,51 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-CONFIG = """
-[run]
-recipe = "demo"
-
-[teacher]
-dtype = "float32"
-timeout_seconds = 30
-
-[student]
-dtype = "float32"
-
-[prefixes]
-shard_prompts = 16
-batch_size = 16
-
-[scores]
-k = 5
-
-[rollout]
-prompts_per_step = 8
-samples_per_prompt = 2
-max_tokens = 24
-
-[objective]
-name = "tropd"
-k = 5
-schedule = { length = "uniform" }
-
-[train]
-steps = 8
-learning_rate = 1e-3
-checkpoint_every = 2
-
-[evaluation]
-grader = "pattern"
-limit = 16
-
-[demo]
-enabled = true
-train_problems = 64
-eval_problems = 32
-teacher_steps = 40
-student_steps = 20
-spoil_steps = 5
-"""
+CONFIG = Path(__file__).with_name("small.toml").read_text()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tropd.pipeline.training.rollouts import (
     TrajectoryStore,
     mu_logprobs,
     plan_rows,
+    prompts_of_step,
     roll_out,
     sampler_logprobs,
 )
@@ -64,6 +65,12 @@ def plans(store: TrajectoryStore, limit: int, continued: bool = True) -> dict[st
         continued=continued,
     )
     return {names[row.prompt_index]: row for row in rows}
+
+
+def test_the_order_of_prompts_and_the_seeds_of_rows_never_change(store: TrajectoryStore) -> None:
+    steps = [prompts_of_step(step, num_prompts=10, per_step=4, seed=0) for step in range(3)]
+    assert steps == [[4, 0, 1, 5], [3, 7, 8, 2], [9, 6, 0, 6]]
+    assert plans(store, limit=2)["whole"].seed == 4601863689009326234
 
 
 def test_a_trajectory_that_ended_by_its_length_is_continued(store: TrajectoryStore) -> None:
