@@ -290,7 +290,7 @@ def objectives_show(name: str, as_json: JsonOption = False) -> None:
     from tropd.pipeline.config import to_plain
     from tropd.pipeline.configuration import load_objective, recipe_text
     from tropd.pipeline.objectives.catalog import describe_needs
-    from tropd.pipeline.objectives.spec import teacher_needs
+    from tropd.pipeline.objectives.needs import teacher_needs
 
     objective = load_objective(name)
     if as_json:

@@ -144,7 +144,7 @@ class Distillation:
 def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
     """What the run's objective needs of the teacher's, and of stored rollouts, before it trains: stages to be called in
     this order. A demo shows all of the teacher's."""
-    from tropd.pipeline.objectives.spec import teacher_needs
+    from tropd.pipeline.objectives.needs import teacher_needs
     from tropd.pipeline.prefixes import generate_prefixes, generate_rollouts
     from tropd.pipeline.scoring import score_teacher
 

@@ -26,7 +26,7 @@ from tropd.pipeline.context import (
     finished,
 )
 from tropd.pipeline.evaluation.evaluate import Who, evaluate
-from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.prefixes import generate_rollouts
 from tropd.pipeline.problems.selection import with_template_date
 from tropd.pipeline.progress import SILENT

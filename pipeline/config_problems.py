@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -136,23 +136,24 @@ def checked(model: type[Checked], data: Plain, origins: Origins, prefix: Locatio
     try:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        lines = [_sentence(model, problem, origins, prefix) for problem in error.errors()]
+        lines = [line for problem in error.errors() for line in _sentences(model, problem, origins, prefix)]
         raise ConfigError(
             "\n  ".join(dict.fromkeys(lines)), hint="tropd config explain FIELD shows what a field takes"
         ) from error
 
 
-def _sentence(model: type[BaseModel], problem: Any, origins: Origins, prefix: Location) -> str:
+def _sentences(model: type[BaseModel], problem: Any, origins: Origins, prefix: Location) -> Iterator[str]:
     path = (*prefix, *fields_at(model, problem["loc"])[0])
     message = _explained(model, problem, path)
     named = f"{_dotted(path)}: " if path else ""
     if problem["type"] != "value_error" or not isinstance(problem.get("input"), dict):
-        return f"{origins.of(path)}: {named}{message}"
-    # Several fields do not go together; the message names them.
-    words = dict.fromkeys(re.findall(r"\w+(?:\.\w+)*", message))
-    places = {word: origins.given((*path, *word.split("."))) for word in words}
-    given = [f"{word}: {place}" for word, place in places.items() if place is not None]
-    return f"{named}{message} ({'; '.join(given)})" if given else f"{origins.of(path)}: {named}{message}"
+        yield f"{origins.of(path)}: {named}{message}"
+        return
+    for line in message.splitlines():  # fields that do not go together; each line names them
+        words = dict.fromkeys(re.findall(r"\w+(?:\.\w+)*", line))
+        places = {word: origins.given((*path, *word.split("."))) for word in words}
+        given = [f"{word}: {place}" for word, place in places.items() if place is not None]
+        yield f"{named}{line} ({'; '.join(given)})" if given else f"{origins.of(path)}: {named}{line}"
 
 
 def _dotted(path: Location) -> str:

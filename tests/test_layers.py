@@ -141,6 +141,7 @@ COVERED_BY = {
     "tropd.pipeline.objectives.catalog": "tests/e2e/test_docs_commands.py",
     "tropd.pipeline.objectives.estimators": "tests/pipeline/objectives/test_estimators_exact.py",
     "tropd.pipeline.objectives.loss": "tests/pipeline/objectives/test_recipes.py",
+    "tropd.pipeline.objectives.needs": "tests/pipeline/objectives/test_recipes.py",
     "tropd.pipeline.objectives.partition": "tests/pipeline/objectives/test_estimators_exact.py",
     "tropd.pipeline.objectives.spec": "tests/pipeline/objectives/test_recipes.py",
     "tropd.pipeline.objectives.weights": "tests/pipeline/objectives/test_recipes.py",

@@ -31,7 +31,7 @@ from tropd.pipeline.engines import proof
 from tropd.pipeline.engines.base import Sampler
 from tropd.pipeline.engines.compiled import compile_layers
 from tropd.pipeline.models import DTYPES, autocast, configure_runtime, evaluation_mode, model_directory
-from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.teacher.connection import check_pairs, connect_teachers, local_teacher, start_teachers
 from tropd.pipeline.teachers import teacher_of, with_only

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tropd.pipeline.configuration import load_objective, recipe_names
-from tropd.pipeline.objectives.spec import TeacherNeeds, teacher_needs
+from tropd.pipeline.objectives.needs import TeacherNeeds, teacher_needs
 
 
 @dataclass(frozen=True)

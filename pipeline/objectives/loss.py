@@ -51,8 +51,10 @@ class StepPlan:
     """``[T]``."""
     guidance: Floats
     """``[G]``."""
-    advantages: Floats | None
-    """``[T]`` final advantages, where they depend on more than their own token; None if elementwise."""
+    trust_advantages: Floats | None
+    """``[T]`` final advantages of K1 on trusted tokens, where they depend on more than their own token; None if not."""
+    outlier_advantages: Floats | None
+    """``[T]`` the same of K1 on outliers."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class TokenBatch:
     """``[g]``."""
     guidance_logprobs: Tensor
     """``[g]`` log π_S of the teacher's prefix tokens, with gradient."""
-    advantages: Tensor | None = None
-    """``[t]`` from the plan."""
+    trust_advantages: Tensor | None = None
+    """``[t]`` from the plan; likewise the next one."""
+    outlier_advantages: Tensor | None = None
     reference_logprobs: Tensor | None = None
     """``[t]`` log π_ref, where the objective scales rewards."""
     topk_index: Tensor | None = None
@@ -129,7 +132,8 @@ def plan_step(
         trust=trust * objective.trust.weight,
         outlier=outlier * objective.outlier.weight,
         guidance=guidance * objective.guidance.weight,
-        advantages=_planned_advantages(objective.trust.loss, statistics, groups),
+        trust_advantages=_planned_advantages(objective.trust.loss, statistics, groups),
+        outlier_advantages=_planned_advantages(objective.outlier.loss, statistics, groups),
     )
 
 
@@ -139,9 +143,16 @@ def _mean(weights: Floats) -> Floats:
 
 
 def _planned_advantages(loss: Estimator, statistics: TokenStatistics, groups: Ints) -> Floats | None:
+    """``[T]`` over all student tokens of the step, whatever region they are in."""
     if not isinstance(loss, K1) or not (loss.returns or loss.standardize):
         return None
-    rewards = proximal_advantage(torch.from_numpy(statistics.advantages), loss.proximal or 1.0).numpy()
+    rewards = statistics.advantages
+    if loss.reward_scale != 1.0:
+        if statistics.gain is None:
+            raise ValueError("k1 with reward_scale needs the reference model's log-probs")
+        rewards = rewards + (loss.reward_scale - 1.0) * statistics.gain
+    if loss.proximal is not None:
+        rewards = proximal_advantage(torch.from_numpy(rewards), loss.proximal).numpy()
     if loss.returns:
         rewards = rewards + mean_of_later(rewards, statistics.rows)
     if loss.standardize:
@@ -151,12 +162,18 @@ def _planned_advantages(loss: Estimator, statistics: TokenStatistics, groups: In
 
 def region_losses(objective: Objective, batch: TokenBatch) -> Mapping[str, Tensor]:
     """The loss of a micro-batch as scalars per region (``trust``, ``outlier``, ``guidance``); the loss is their sum."""
-    student = _student_losses(objective.trust.loss, objective, batch, batch.trust)
-    outlier = _student_losses(objective.outlier.loss, objective, batch, batch.outlier)
-    return {"trust": student, "outlier": outlier, "guidance": _guidance_loss(objective, batch)}
+    return {
+        "trust": _student_losses(objective.trust.loss, objective, batch, batch.trust, batch.trust_advantages),
+        "outlier": _student_losses(
+            objective.outlier.loss, objective, batch, batch.outlier, batch.outlier_advantages
+        ),
+        "guidance": _guidance_loss(objective, batch),
+    }
 
 
-def _student_losses(loss: Estimator, objective: Objective, batch: TokenBatch, coefficients: Tensor) -> Tensor:
+def _student_losses(
+    loss: Estimator, objective: Objective, batch: TokenBatch, coefficients: Tensor, planned: Tensor | None
+) -> Tensor:
     # Coefficient 0 must mean no contribution even where a loss is huge, so tokens are selected, not multiplied.
     zero = batch.student_logprobs.sum() * 0.0
     if loss.estimator == "zero":
@@ -166,7 +183,7 @@ def _student_losses(loss: Estimator, objective: Objective, batch: TokenBatch, co
         importance = _importance(objective, batch)
         values = k1_policy_gradient(
             batch.student_logprobs[used],
-            k1_advantages(loss, batch)[used],
+            (k1_advantages(loss, batch) if planned is None else planned)[used],
             None if importance is None else importance[used],
         )
         return (coefficients[used] * values).sum() + zero
@@ -199,9 +216,7 @@ def _topk_loss(loss: Estimator, alternatives: Alternatives) -> Tensor:
 
 
 def k1_advantages(loss: K1, batch: TokenBatch) -> Tensor:
-    """``[t]`` advantages after every transform of the specification, detached."""
-    if batch.advantages is not None and (loss.returns or loss.standardize):
-        return batch.advantages
+    """``[t]`` advantages after every transform of the specification that looks at one token, detached."""
     student = batch.student_logprobs.detach()
     if loss.reward_scale != 1.0:
         if batch.reference_logprobs is None:

@@ -6,8 +6,7 @@ Everything here is plain configuration (pydantic, TOML); the formulas are in ``p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Annotated, Literal, TypeVar
 
@@ -127,7 +126,8 @@ class Zero(Spec):
 
 
 class K1(Spec):
-    """Policy gradient on the sampled token: -sg[A]·log π_S, with A = log π_T - log π_S unless changed below."""
+    """Policy gradient on the sampled token: -sg[A]·log π_S, with A = log π_T - log π_S unless changed below, in this
+    order: `reward_scale`, `proximal`, `returns`, `standardize` (or `baseline`), `floor`."""
 
     estimator: Literal["k1"] = "k1"
     floor: float | None = Field(default=None, ge=-MOST_FACTOR, lt=0.0)
@@ -135,11 +135,12 @@ class K1(Spec):
     proximal: float | None = Field(default=None, gt=0.0, le=1.0)
     """α of the proximal teacher α·π_T + (1-α)·π_S: A becomes log(α·e^A + 1-α) (TOP-D)."""
     returns: bool = False
-    """Add to each token's reward the mean reward of the tokens after it (TOP-D, eq. 8)."""
+    """Add to each token's reward the mean reward of the tokens after it, in whatever region they are (TOP-D, eq. 8)."""
     standardize: bool = False
-    """Subtract the mean and divide by the standard deviation of the rollouts of the same prompt (TOP-D)."""
+    """Subtract the mean and divide by the standard deviation of all tokens of the same prompt's rollouts (TOP-D)."""
     baseline: Literal["none", "kl"] = "none"
-    """`kl` adds KL(π_S‖π_T), a state's expected advantage with the sign turned: a control variate (vOPD)."""
+    """`kl` adds KL(π_S‖π_T), a state's expected advantage with the sign turned: a control variate (vOPD). It fits the
+    advantage of a token alone: not with `returns` or `standardize`."""
     reward_scale: float = Field(default=1.0, gt=0.0, le=MOST_FACTOR)
     """λ: A = λ(log π_T - log π_ref) - (log π_S - log π_ref); 1 is plain K1 (ExOPD: 1.25)."""
 
@@ -253,9 +254,6 @@ TokenWeight = Annotated[
     Field(discriminator="kind"),
 ]
 
-TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
-"""Token weights that look at the teacher's alternatives of every token."""
-
 # ------------------------------------------------------------------------------------- the whole
 
 
@@ -321,91 +319,80 @@ class Objective(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Objective:
-        if self.guidance.loss.estimator not in ("zero", "nll", "topk_fkl"):
-            raise ValueError(
-                f"guidance.loss.estimator = {self.guidance.loss.estimator!r}: prefix tokens were written by the "
-                "teacher, so only zero, nll and topk_fkl (from the cache) apply"
-            )
-        if self.trust.loss.estimator == "nll" or self.outlier.loss.estimator == "nll":
-            raise ValueError(
-                "trust/outlier.loss.estimator = 'nll' would train the student on its own samples; "
-                "use k1 or a top-k divergence"
-            )
-        schedule = (self.schedule.kind, self.schedule.fraction, self.schedule.length)
-        if self.rollouts == "teacher" and schedule != ("constant", 1.0, "max"):
-            raise ValueError(
-                "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0, length = 'max' }: "
-                "the whole response comes from the teacher"
-            )
-        if self.guides and self.schedule.kind == "none":
-            raise ValueError(
-                "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; "
-                "set schedule.kind, or guidance.loss.estimator = 'zero'"
-            )
-        if self.rollouts == "stored" and self.schedule.kind != "none":
-            raise ValueError("rollouts = 'stored' have no teacher prefix: set schedule.kind = 'none'")
-        if self.rollouts == "stored" and self.partition.rule == "teacher_entropy":
-            raise ValueError(
-                "partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, "
-                "which the cache of stored rollouts does not hold"
-            )
+        if reasons := list(_conflicts(self)):
+            raise ValueError("\n".join(reasons))
         return self
 
 
-@dataclass(frozen=True)
-class TeacherNeeds:
-    """What an objective asks of the teacher for the student's tokens; nothing else is fetched."""
-
-    sampled: bool
-    """The teacher's log-prob of each student token."""
-    topk: Literal["none", "outliers", "all"]
-    """On which student tokens alternatives are needed."""
-    k: int
-    """How many (0 if none)."""
-    entropy: bool
-    """The teacher's full-vocabulary entropy of each student token."""
-    cached_topk: bool
-    """Top-k of prefix tokens, from the cache (never from the service)."""
-
-
-def teacher_needs(objective: Objective) -> TeacherNeeds:
-    """Derive the needs from the parts of an objective."""
-    cached_topk = objective.guidance.loss.estimator == "topk_fkl"
-    if objective.rollouts == "teacher":
-        return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
-    rule = objective.partition.rule
-    outliers = rule != "all" and needs_topk(objective.outlier.loss)
-    everywhere = (
-        any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
-        or (rule != "none" and needs_topk(objective.trust.loss))
-        or (rule == "none" and outliers)
-    )
-    topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
-    return TeacherNeeds(
-        sampled=True,
-        topk=topk,
-        k=0 if topk == "none" else objective.k,
-        entropy=rule == "teacher_entropy",
-        cached_topk=cached_topk,
-    )
+def _conflicts(objective: Objective) -> Iterator[str]:
+    """A line for each reason to refuse an objective: why, and what to set instead. Fields are named by their paths."""
+    guidance = objective.guidance.loss.estimator
+    if guidance not in ("zero", "nll", "topk_fkl"):
+        yield (
+            f"guidance.loss.estimator = {guidance!r}: prefix tokens were written by the teacher, so only zero, nll and "
+            "topk_fkl (from the cache) apply"
+        )
+    for name, loss in (("trust.loss", objective.trust.loss), ("outlier.loss", objective.outlier.loss)):
+        if loss.estimator == "nll":
+            yield f"{name}.estimator = 'nll' would train the student on its own samples; use k1 or a top-k divergence"
+        if isinstance(loss, K1) and loss.baseline == "kl" and (loss.returns or loss.standardize):
+            option = f"{name}.returns" if loss.returns else f"{name}.standardize"
+            yield (
+                f"{name}.baseline = 'kl' belongs to a token's own advantage, and {option} = true changes that: set "
+                f"{option} = false, or {name}.baseline = 'none'"
+            )
+    yield from _rollout_conflicts(objective)
+    yield from _without_effect(objective)
 
 
-def needs_student_tail(objective: Objective) -> bool:
-    """Whether a part of an objective works on the student's mass outside the teacher's alternatives."""
-    losses = (objective.trust.loss, objective.outlier.loss, objective.guidance.loss)
-    return any(_has_tail(loss) for loss in losses) or any(
-        weight.kind == "soft_or_top" for weight in objective.token_weights
-    )
+def _rollout_conflicts(objective: Objective) -> Iterator[str]:
+    schedule = objective.schedule
+    whole = (schedule.kind, schedule.fraction, schedule.length) == ("constant", 1.0, "max")
+    if objective.rollouts == "teacher" and not whole:
+        yield (
+            "rollouts = 'teacher' needs schedule = { kind = 'constant', fraction = 1.0, length = 'max' }: the whole "
+            "response comes from the teacher"
+        )
+    if objective.rollouts == "stored" and schedule.kind != "none":
+        yield "rollouts = 'stored' have no teacher prefix: set schedule.kind = 'none'"
+    if objective.rollouts == "stored" and objective.partition.rule == "teacher_entropy":
+        yield (
+            "partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which the cache of stored "
+            "rollouts does not hold: set another partition.rule, or rollouts = 'student'"
+        )
+    if objective.guides and schedule.kind == "none":
+        yield (
+            "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; set schedule.kind, or "
+            "guidance.loss.estimator = 'zero'"
+        )
 
 
-def _has_tail(loss: Estimator) -> bool:
-    if isinstance(loss, TopkForwardKL):
-        return loss.support == "tail"
-    return loss.estimator in ("topk_rkl", "topk_jsd") or (isinstance(loss, K1) and loss.baseline == "kl")
+def _without_effect(objective: Objective) -> Iterator[str]:
+    """Settings that would change nothing, and an objective that nothing is learned from."""
+    students = objective.rollouts != "teacher"
+    regions = {
+        "trust": students and objective.partition.rule != "none",
+        "outlier": students and objective.partition.rule != "all",
+        "guidance": objective.schedule.kind != "none",
+    }
+    names = [name for name, has_tokens in regions.items() if has_tokens]
+    learning = [name for name in names if _learns(getattr(objective, name))]
+    if not learning:
+        ways = (f"{name}.loss.estimator other than 'zero' with {name}.weight above 0" for name in names)
+        yield (
+            f"no token has a loss with rollouts = {objective.rollouts!r}, partition.rule = {objective.partition.rule!r} "
+            f"and schedule.kind = {objective.schedule.kind!r}: set {', or '.join(ways)}"
+        )
+    if objective.token_weights and not students:
+        yield "token_weights are for the student's tokens, and rollouts = 'teacher' has none: leave token_weights out"
+    losses = [getattr(objective, name).loss for name in learning if name != "guidance"]
+    is_weighed = objective.partition.rule in TOKEN_RULES or any(isinstance(loss, K1) for loss in losses)
+    if objective.importance.clip is not None and not (losses and is_weighed):
+        yield (
+            "importance.clip weighs terms that depend on which tokens were drawn (k1, or a partition.rule that looks at "
+            "them), and there are none here: leave importance.clip out"
+        )
 
 
-def needs_topk(loss: Estimator) -> bool:
-    """Whether an estimator works on the teacher's alternatives."""
-    return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
-        isinstance(loss, K1) and loss.baseline == "kl"
-    )
+def _learns(region: Region) -> bool:
+    return region.loss.estimator != "zero" and region.weight > 0

@@ -31,6 +31,8 @@ class TokenStatistics:
     """KL(π_S‖π_T) over the teacher's top k and the tail."""
     overlap: Floats | None = None
     """Share of the teacher's top k that is in the student's top k."""
+    gain: Floats | None = None
+    """log π_T - log π_ref, both floored: the teacher's gain over the reference model."""
 
 
 def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float) -> Floats:

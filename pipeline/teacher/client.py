@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import tenacity
 
-from tropd.pipeline.objectives.spec import TOPK_WEIGHTS, Objective, TeacherNeeds, needs_topk
+from tropd.pipeline.objectives.needs import TOPK_WEIGHTS, TeacherNeeds, needs_topk
+from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.teacher.batcher import outlier_mask
 from tropd.pipeline.teacher.dialects import Dialect
 from tropd.pipeline.teacher.exchange import Exchange

@@ -16,7 +16,7 @@ from tropd.pipeline.models import (
     model_is_here,
     weights_digest,
 )
-from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.teacher.process import LocalTeacher, serve_command

@@ -11,7 +11,7 @@ from tropd.pipeline.context import (
     role_tokenizer,
 )
 from tropd.pipeline.evaluation.held_out import tell_ungraded
-from tropd.pipeline.objectives.spec import TeacherNeeds
+from tropd.pipeline.objectives.needs import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import evaluation_problems, training_prompts
 from tropd.pipeline.prompts import Prompt

@@ -27,7 +27,7 @@ from tropd.pipeline.identity import (
 )
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
-from tropd.pipeline.objectives.spec import teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import data_fields
 from tropd.pipeline.progress import SILENT

@@ -25,7 +25,7 @@ from tropd.pipeline.models import (
     configure_runtime,
     model_directory,
 )
-from tropd.pipeline.objectives.spec import K1, TeacherNeeds, teacher_needs
+from tropd.pipeline.objectives.needs import TeacherNeeds, needs_reference, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import spread
 from tropd.pipeline.prompts import Prompt
@@ -274,8 +274,7 @@ def _connect(
 
 
 def _reference(run: Run, folder: Path) -> Engine | None:
-    loss = run.config.objective.trust.loss
-    if not isinstance(loss, K1) or loss.reward_scale == 1.0:
+    if not needs_reference(run.config.objective):
         return None
     model = load_role(run, "student", folder)
     return model.engine(batch_size=1, batch_tokens=run.config.train.micro_batch_tokens)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tropd.pipeline.models import autocast
-from tropd.pipeline.objectives.estimators import Alternatives, topk_reverse_kl
+from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives, topk_reverse_kl
 from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
+from tropd.pipeline.objectives.needs import needs_student_tail
 from tropd.pipeline.objectives.partition import Regions
-from tropd.pipeline.objectives.spec import Objective, needs_student_tail
+from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.objectives.weights import TokenStatistics
 from tropd.pipeline.training import dropout
 from tropd.pipeline.training.batch import Layout, MicroBatch, RaggedTopk, micro_batches
@@ -211,6 +212,9 @@ def _token_batch(
     def tensor(values: Any, index: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.asarray(values)[index]).to(device=device, dtype=dtype)
 
+    def optional(values: Any) -> Tensor | None:
+        return None if values is None else tensor(values, students)
+
     is_student = torch.from_numpy(micro_batch.is_student).to(device)
     counts = _lookup_counts(micro_batch, topk, guidance_topk)
     student_entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
@@ -223,10 +227,9 @@ def _token_batch(
         outlier=tensor(plan.outlier, students),
         guidance=tensor(plan.guidance, prefixes),
         guidance_logprobs=output.targets[~is_student],
-        advantages=None if plan.advantages is None else tensor(plan.advantages, students),
-        reference_logprobs=(
-            None if inputs.reference_logprobs is None else tensor(inputs.reference_logprobs, students)
-        ),
+        trust_advantages=optional(plan.trust_advantages),
+        outlier_advantages=optional(plan.outlier_advantages),
+        reference_logprobs=optional(inputs.reference_logprobs),
         topk_index=torch.from_numpy(topk.index).to(device),
         topk=_alternatives(topk, output.lookups[student_entries], output.tail[is_student]),
         guidance_topk=(
@@ -286,9 +289,13 @@ def _statistics(
 ) -> TokenStatistics:
     """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
     advantages = floored_log_ratio(inputs.teacher.logprobs, inputs.sampler_logprobs.astype(np.float32))
+    reference, gain = inputs.reference_logprobs, None
+    if reference is not None:
+        floored = np.maximum(reference, np.float32(LOGPROB_FLOOR))
+        gain = floored_log_ratio(inputs.teacher.logprobs, floored)
     kinds = {weight.kind for weight in objective.token_weights}
     if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
-        return TokenStatistics(layout.student_rows, advantages)
+        return TokenStatistics(layout.student_rows, advantages, gain=gain)
     found = {name: np.full(len(advantages), np.nan) for name in ("entropy", "divergence", "overlap")}
     device = next(student.parameters()).device
     with torch.no_grad():
@@ -311,7 +318,7 @@ def _statistics(
             _idle(student, layout, device, precision)
     merged = {name: world.merge(values) for name, values in found.items()}
     return TokenStatistics(
-        layout.student_rows, advantages, merged["entropy"], merged["divergence"], merged["overlap"]
+        layout.student_rows, advantages, merged["entropy"], merged["divergence"], merged["overlap"], gain
     )
 
 

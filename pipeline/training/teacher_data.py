@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tropd.pipeline.objectives.needs import TeacherNeeds
 from tropd.pipeline.objectives.partition import Regions, partition_tokens
-from tropd.pipeline.objectives.spec import Objective, TeacherNeeds
+from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.teacher.protocol import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.teachers import GENERAL
 from tropd.pipeline.training.batch import Floats32, RaggedTopk

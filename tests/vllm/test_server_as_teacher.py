@@ -19,7 +19,8 @@ from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.demo.tiny_models import TEACHER, make_model
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import NoneTrusted, RatioPartition, SampledPartition, teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.spec import NoneTrusted, RatioPartition, SampledPartition
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
 from tropd.storage.errors import ConfigError

@@ -15,8 +15,9 @@ import torch
 from tropd.pipeline.configuration import load_objective, parse_config, recipe_names
 from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives
 from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_step, region_losses
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.partition import partition_tokens
-from tropd.pipeline.objectives.spec import Objective, teacher_needs
+from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.objectives.weights import TokenStatistics
 from tropd.storage.errors import ConfigError
 
@@ -159,7 +160,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         outlier=tensor(plan.outlier),
         guidance=tensor(plan.guidance),
         guidance_logprobs=tensor([PREFIX_S] if guided else []).log().requires_grad_(),
-        advantages=None if plan.advantages is None else tensor(plan.advantages),
+        trust_advantages=None if plan.trust_advantages is None else tensor(plan.trust_advantages),
         reference_logprobs=tensor(REFERENCE[:n]).log(),
         topk_index=torch.tensor(index, dtype=torch.long) if needs.topk != "none" else None,
         topk=ragged([TOP_T[i] for i in index], [TOP_S[i] for i in index])

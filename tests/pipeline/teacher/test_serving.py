@@ -19,7 +19,8 @@ from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.engines.base import SequenceScores
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition, teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition
 from tropd.pipeline.teacher.batcher import Batcher, QueueFullError, TeacherOutputError
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.protocol import (

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tropd.pipeline.configuration import load_objective, recipe_names
 from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.spec import Objective, teacher_needs
+from tropd.pipeline.objectives.needs import needs_reference, teacher_needs
+from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
 from tropd.pipeline.training import rollouts, step
@@ -82,7 +83,7 @@ def make_inputs(
     teacher = ask_teacher({"": scorer}, rows, objective, teacher_needs(objective), V)
     reference = None
     written = [r for r in rows if r.tokens]
-    if getattr(objective.trust.loss, "reward_scale", 1.0) != 1.0:
+    if needs_reference(objective):
         scores = scorer.engine.score([r.sequence for r in written], [len(r.context) for r in written])
         reference = np.concatenate([s.sampled for s in scores])
     guidance = None
@@ -169,11 +170,32 @@ def test_tropd_equals_the_naive_reference(student: Any, teacher_model: Any) -> N
     assert torch.allclose(gradient, exact, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names("objectives") if n != "sft"])
+K1_ON_OUTLIERS = {
+    "partition": {"rule": "ratio", "threshold": 0.9},
+    "outlier": {
+        "loss": {
+            "estimator": "k1",
+            "reward_scale": 1.5,
+            "proximal": 0.5,
+            "returns": True,
+            "standardize": True,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((n, {}) for n in recipe_names("objectives") if n != "sft"),
+        pytest.param("top-d", K1_ON_OUTLIERS, id="planned-advantages-of-both-regions"),
+        pytest.param("opd", K1_ON_OUTLIERS, id="planned-advantages-of-outliers"),
+    ],
+)
 def test_no_objective_depends_on_micro_batches_or_row_order(
-    student: Any, teacher_model: Any, name: str
+    student: Any, teacher_model: Any, name: str, changes: dict[str, Any]
 ) -> None:
-    objective = load_objective(name, {"k": 6})
+    objective = load_objective(name, {"k": 6, **changes})
     guided = objective.schedule.kind != "none"
     rows = make_rows(student, prefixes=guided)
     inputs = make_inputs(objective, rows, teacher_model)

@@ -1,0 +1,76 @@
+"""What an objective asks of teacher, student and reference model: only that is fetched or computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tropd.pipeline.objectives.spec import K1, Estimator, Objective, TopkForwardKL
+
+TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
+"""Token weights that look at the teacher's alternatives of every token."""
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What an objective asks of the teacher for the student's tokens; nothing else is fetched."""
+
+    sampled: bool
+    """The teacher's log-prob of each student token."""
+    topk: Literal["none", "outliers", "all"]
+    """On which student tokens alternatives are needed."""
+    k: int
+    """How many (0 if none)."""
+    entropy: bool
+    """The teacher's full-vocabulary entropy of each student token."""
+    cached_topk: bool
+    """Top-k of prefix tokens, from the cache (never from the service)."""
+
+
+def teacher_needs(objective: Objective) -> TeacherNeeds:
+    """Derive the needs from the parts of an objective."""
+    cached_topk = objective.guidance.loss.estimator == "topk_fkl"
+    if objective.rollouts == "teacher":
+        return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
+    rule = objective.partition.rule
+    outliers = rule != "all" and needs_topk(objective.outlier.loss)
+    everywhere = (
+        any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
+        or (rule != "none" and needs_topk(objective.trust.loss))
+        or (rule == "none" and outliers)
+    )
+    topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
+    return TeacherNeeds(
+        sampled=True,
+        topk=topk,
+        k=0 if topk == "none" else objective.k,
+        entropy=rule == "teacher_entropy",
+        cached_topk=cached_topk,
+    )
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Whether a part of an objective works on a reference model's log-probs: those of the student as it was."""
+    losses = (objective.trust.loss, objective.outlier.loss)
+    return any(isinstance(loss, K1) and loss.reward_scale != 1.0 for loss in losses)
+
+
+def needs_student_tail(objective: Objective) -> bool:
+    """Whether a part of an objective works on the student's mass outside the teacher's alternatives."""
+    losses = (objective.trust.loss, objective.outlier.loss, objective.guidance.loss)
+    return any(_has_tail(loss) for loss in losses) or any(
+        weight.kind == "soft_or_top" for weight in objective.token_weights
+    )
+
+
+def _has_tail(loss: Estimator) -> bool:
+    if isinstance(loss, TopkForwardKL):
+        return loss.support == "tail"
+    return loss.estimator in ("topk_rkl", "topk_jsd") or (isinstance(loss, K1) and loss.baseline == "kl")
+
+
+def needs_topk(loss: Estimator) -> bool:
+    """Whether an estimator works on the teacher's alternatives."""
+    return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
+        isinstance(loss, K1) and loss.baseline == "kl"
+    )
