@@ -1,4 +1,4 @@
-"""Every path, module, link, option, setting, make target and variable that docs, recipes and the Makefile name exists."""
+"""Every path, module, link, option, setting, target, variable and message that docs and recipes name exists."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ RECIPES = sorted((ROOT / "pipeline").rglob("*.toml"))
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FILES = [*PAGES, NOTEBOOK, ROOT / "Makefile", *RECIPES]
-SOURCES = "\n".join(
-    p.read_text() for top in ("cli", "pipeline", "storage") for p in (ROOT / top).rglob("*.py")
-)
+SOURCES = [p.read_text() for top in ("cli", "pipeline", "storage") for p in (ROOT / top).rglob("*.py")]
 # Options of other programs that the docs start.
 FOREIGN = {"--max-logprobs", "--max-model-len", "--signal"} | {"--seconds", "--no-kills", "--into"}
 # Written with a dot, but no settings: ids that manifests record, and attributes of a run in Python.
@@ -216,9 +214,9 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", FILES, ids=name)
 def test_variables_of_the_environment_exist(page: Path) -> None:
-    everything = SOURCES + (ROOT / "tests" / "conftest.py").read_text() + (ROOT / "Makefile").read_text()
+    known = [*SOURCES, (ROOT / "tests" / "conftest.py").read_text(), (ROOT / "Makefile").read_text()]
     for variable in re.findall(r"\bTROPD_\w+", text_of(page)):
-        assert variable in everything, f"{name(page)} names {variable}"
+        assert any(variable in source for source in known), f"{name(page)} names {variable}"
 
 
 def test_makefile_targets_are_phony_and_described() -> None:
@@ -228,3 +226,31 @@ def test_makefile_targets_are_phony_and_described() -> None:
     assert phony == targets
     undescribed = [t for t in targets if not re.search(rf"^{t}:.*## [A-Z]", makefile, re.MULTILINE)]
     assert undescribed in ([], ["browser"])
+
+
+def texts(code: str) -> Iterator[str]:
+    """The texts of a module; values in them are ``…``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_that_are_explained_exist() -> None:
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().split("## Messages")[1]
+    code = "\n".join(text.replace("\n", " ") for source in SOURCES for text in texts(source))
+    quoted = [
+        text
+        for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+        for text in re.findall(r'"([^"]+)"', cell)
+    ]
+    assert len(quoted) > 20
+    for message in quoted:
+        pattern = ".*".join(re.escape(piece.strip()) for piece in re.split(r"…|\d+", message))
+        assert re.search(pattern, code), f"no error says {message!r}"
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(" ".join(line for line in lines if not line.startswith("    ")).split()) <= 1000
