@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Scalar
 from tropd.storage.manifest import Manifest, Shard
-from tropd.storage.topk_cache import LOGPROB_SLACK, TopK, check_invariants, read_topk
+from tropd.storage.topk_cache import TopK, check_invariants, read_topk
 from tropd.storage.topk_encoding import RANGE, q8_error
 from tropd.storage.trajectories import SCHEMA
 
@@ -81,7 +82,7 @@ def check_trajectories(path: Path, shard: Shard, seen: dict[tuple[str, int], str
         problems.append(
             f"row {row} has {table.lengths[row]} tokens and {table.logprob_lengths[row]} log-probs"
         )
-    if not (table.logprobs <= LOGPROB_SLACK).all():
+    if not are_logprobs(table.logprobs):
         problems.append("has NaN or positive log-probs")
     if len(table.tokens) and table.tokens.min() < 0:
         problems.append("has negative token ids")

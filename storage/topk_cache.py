@@ -34,13 +34,13 @@ import zarr
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
 from tropd.storage.atomic import atomic_directory
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
 from tropd.storage.topk_encoding import FILL, Arrays, Precision, canonical_ids, decode, encode, probabilities
 
 SCHEMA_VERSION = 2
 CHUNK_ELEMENTS = 1 << 16
 ZSTD_LEVEL = 3
-LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 MASS_TOLERANCE = 5e-3  # rounded log-probs may sum to a little more than 1, where the tail is cut at 0
 
 _FIRST_LOOK = 8
@@ -114,7 +114,7 @@ def prune(
             f"ids {ids.shape}, logprobs {logprobs.shape}, sampled {sampled.shape} and rows of "
             f"{sum(row_lengths)} tokens in all do not fit together"
         )
-    if not (sampled <= LOGPROB_SLACK).all() or not (logprobs <= LOGPROB_SLACK).all():
+    if not (are_logprobs(sampled) and are_logprobs(logprobs)):
         raise ValueError("a teacher log-prob is NaN or positive")  # never stored as if it were an answer
     if (logprobs[:, 1:] > logprobs[:, :-1]).any():
         raise ValueError("log-probs are not descending")
@@ -267,7 +267,7 @@ def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
     problems = [
         f"{name} has NaN or positive log-probs"
         for name in ("logprobs", "tail", "sampled")
-        if not (getattr(data, name) <= LOGPROB_SLACK).all()
+        if not are_logprobs(getattr(data, name))
     ]
     if len(data.ids) and (data.ids.min() < 0 or (vocab_size is not None and data.ids.max() >= vocab_size)):
         problems.append("ids lie outside the vocabulary")

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tropd.storage.atomic import atomic_file
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import DamagedShardError, WorkspaceVersionError
 from tropd.storage.manifest import Manifest, check_shard
 
 SCHEMA_VERSION = "1"
 ROW_GROUP_ROWS = 1024
-LOGPROB_SLACK = 1e-3  # log-softmax in float32 may end a little above 0
 
 FinishReason = Literal["stop", "length"]
 Author = Literal["teacher", "student"]
@@ -90,7 +90,7 @@ def _check_row(row: Trajectory) -> None:
     where = f"trajectory {row.prompt_id!r}, sample {row.sample_index}"
     if len(row.tokens) != len(row.sampled_logprobs):
         raise ValueError(f"{where}: {len(row.tokens)} tokens, but {len(row.sampled_logprobs)} log-probs")
-    if not all(logprob <= LOGPROB_SLACK for logprob in row.sampled_logprobs):
+    if not are_logprobs(row.sampled_logprobs):
         raise ValueError(f"{where}: a log-prob is NaN or positive")
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.engines.base import SequenceScores
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
-from tropd.storage.topk_cache import LOGPROB_SLACK
 
 
 class Answer:
@@ -51,7 +51,7 @@ def answer_scores(
 
 def checked_logprobs(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """vLLM has been seen to return garbage for cached positions: what is no log-prob never goes on."""
-    if not (logprobs <= LOGPROB_SLACK).all():
+    if not are_logprobs(logprobs):
         raise TropdError(
             f"vLLM returned {float(np.nanmax(logprobs)):.3g} as a log-prob",
             hint="of a student in training: its weights are out of bounds, and a lower train.learning_rate helps; "

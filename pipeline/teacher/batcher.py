@@ -23,13 +23,13 @@ from tropd.pipeline.memory import within_memory
 from tropd.pipeline.objectives.partition import partition_tokens
 from tropd.pipeline.teacher.access import Timing
 from tropd.pipeline.teacher.protocol import (
-    POSITIVE_SLACK,
     ScoredItem,
     ScoreItem,
     ScoreRequest,
     ScoreResponse,
     log_tail,
 )
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.seeds import uniforms
 
 logger = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def outlier_mask(
 
 def _check(scored: SequenceScores) -> None:
     for values in (scored.sampled, scored.topk_logprobs):
-        if np.isnan(values).any() or (values > POSITIVE_SLACK).any():
+        if not are_logprobs(values):
             raise TeacherOutputError("the teacher gave NaN or positive log-probs")
     if scored.entropy is not None and not np.isfinite(scored.entropy).all():
         raise TeacherOutputError("the teacher gave an entropy that is not finite")

@@ -26,11 +26,11 @@ from tropd.pipeline.teacher.ipc import (
     read_stream,
     write_stream,
 )
+from tropd.storage.bounds import are_logprobs
 
 __all__ = [
     "CONTENT_TYPE",
     "MAX_TOPK",
-    "POSITIVE_SLACK",
     "PROTOCOL_VERSION",
     "ProtocolError",
     "ScoreItem",
@@ -49,8 +49,6 @@ PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
 MAX_TOPK = 1024
 """Most alternatives per token that may be asked for: what ``objective.k`` may be."""
-POSITIVE_SLACK = 1e-3
-"""Log-probs up to this are rounding; larger ones are an error. The teacher's then count as 0."""
 
 _LIST_F32, _LIST_I32, _LIST_BOOL = pa.list_(pa.float32()), pa.list_(pa.int32()), pa.list_(pa.bool_())
 _REQUEST = pa.schema(
@@ -215,7 +213,7 @@ def _check_item(row: int, item: ScoreItem, vocab_size: int, max_length: int) -> 
         raise ProtocolError(f"a token id is outside 0 … {vocab_size - 1}", row)
     if len(student) != length - item.start:
         raise ProtocolError(f"{len(student)} student log-probs for {length - item.start} scored tokens", row)
-    if not np.isfinite(student).all() or (student > POSITIVE_SLACK).any():
+    if not (np.isfinite(student).all() and are_logprobs(student)):
         raise ProtocolError("a student log-prob is NaN, infinite or positive", row)
     if item.seed < 0:
         raise ProtocolError("the seed is negative", row)

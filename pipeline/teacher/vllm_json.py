@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tropd.pipeline.teacher.protocol import POSITIVE_SLACK
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
 
 MAX_PROMPTS = 256
@@ -130,12 +130,12 @@ def alternatives(
 
 
 def _logprobs(url: str, values: Sequence[float]) -> Floats:
-    """Checked log-probs; up to ``POSITIVE_SLACK`` above 0 is rounding."""
+    """Checked log-probs; a little above 0 is rounding."""
     try:
         found = np.array(values, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError) as error:
         raise unusable(url, "a log-prob is no number") from error
-    if np.isnan(found).any() or (found > POSITIVE_SLACK).any():
+    if not are_logprobs(found):
         worst = "NaN" if np.isnan(found).any() else f"{found.max():+.3f}"
         raise TropdError(
             f"the vLLM server at {url} gave a log-prob of {worst}, which no probability has",

@@ -24,8 +24,8 @@ from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.step import StepInputs
 from tropd.pipeline.training.student import whole
 from tropd.storage.atomic import write_text_atomic
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
-from tropd.storage.topk_cache import LOGPROB_SLACK
 
 MOST_WEIGHT = 1e6
 """Largest absolute weight of a language model, with room: those that were ever in float16 stay below 65,504."""
@@ -39,7 +39,7 @@ def check_rollouts(session: Session, step: int, rows: Sequence[Row]) -> None:
         TropdError: one is NaN, infinite or positive.
     """
     logprobs = sampler_logprobs(rows)
-    if not np.isfinite(logprobs).all() or (logprobs > LOGPROB_SLACK).any():
+    if not (np.isfinite(logprobs).all() and are_logprobs(logprobs)):
         raise stopped(session, step, rows, (), "the student's log-probs of its own tokens are not finite")
 
 
