@@ -60,7 +60,7 @@ def export(
 @cache_app.command("verify")
 def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
     """As tropd verify, for the cache and the trajectories that it scores; exit 1 if anything is wrong."""
-    from tropd.storage.verify import CACHE_STAGES
+    from tropd.storage.workspace import CACHE_STAGES
 
     verify_stages(workspace, CACHE_STAGES, repair, as_json)
 

@@ -99,9 +99,9 @@ def query(
 
 def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
     """Check every stored file against its checksum and every invariant; exit 1 if anything is wrong."""
-    from tropd.storage.verify import STAGES
+    from tropd.storage.workspace import STAGE_NAMES
 
-    verify_stages(workspace, STAGES, repair, as_json)
+    verify_stages(workspace, STAGE_NAMES, repair, as_json)
 
 
 def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_json: bool) -> None:

@@ -30,7 +30,7 @@ from tropd.pipeline.progress import SILENT, Reporter
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
 from tropd.storage.manifest import Manifest, holds_output
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import METRICS, Workspace
 
 if TYPE_CHECKING:  # PyTorch is loaded when there is a run to make, not before
     import pyarrow as pa
@@ -116,9 +116,8 @@ class Distillation:
         import pyarrow as pa
 
         from tropd.pipeline.report.metrics import read_metrics
-        from tropd.pipeline.status import METRICS_FILE
 
-        rows, _ = read_metrics(self.run.workspace.stage("train") / METRICS_FILE)
+        rows, _ = read_metrics(self.run.workspace.stage("train") / METRICS)
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
@@ -131,7 +130,7 @@ class Distillation:
         """
         from tropd.pipeline.context import finished
 
-        finished(self.run, "train", "train")
+        finished(self.run, "train")
         return self.run.workspace.stage("train") / "final"
 
     def _prepare(self) -> None:

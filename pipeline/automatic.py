@@ -17,11 +17,10 @@ from tropd.pipeline.objectives.spec import Spec
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import Scalar
 from tropd.storage.manifest import holds_output, read_manifest
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import STAGE_NAMES, Workspace
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("prefixes", "scores", "rollouts", "rollout-scores", "train", "eval")
 TINY_BYTES = 64_000_000
 """Models whose weights take less are tiny: one thread is fastest."""
 FORMER_GRADER = "pattern"
@@ -55,7 +54,7 @@ def settled(workspace: Workspace, config: Config, origins: Origins) -> Config:
 
 def _recorded(workspace: Workspace) -> Iterator[tuple[str, Scalar]]:
     """Fingerprint fields of the stages that hold results, the last stage first."""
-    for name in reversed(STAGES):
+    for name in reversed(STAGE_NAMES):
         folder = workspace.stage(name)
         try:
             manifest = read_manifest(folder)

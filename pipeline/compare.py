@@ -35,11 +35,12 @@ from tropd.pipeline.teacher.process import LocalTeacher, serve_command
 from tropd.pipeline.training.loop import train
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import CACHE_STAGES, STAGES, Workspace
 
 FOLDER = "compare"
 REFERENCE = "reference"
-SHARED = ("models", "data", "prefixes", "scores", "rollouts", "rollout-scores", "sft")
+SHARED = (*(stage.name for stage in STAGES if stage.brought), *CACHE_STAGES, "sft")
+"""What the runs of a comparison have in common: everything that is made before training."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     chosen = list(dict.fromkeys(objectives))
     cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
     specs = [_cell_config(run, cell).objective for cell in cells]
-    finished(run, "prefixes", "generate-prefixes")
-    finished(run, "scores", "score-teacher")
+    finished(run, "prefixes")
+    finished(run, "scores")
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run)
         score_teacher(run, source_stage="rollouts")

@@ -37,7 +37,7 @@ from tropd.storage.errors import DamagedShardError, TropdError
 from tropd.storage.fingerprint import Scalar, flatten
 from tropd.storage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.manifest import Manifest, holds_output, read_manifest
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import Workspace, stage_kind
 
 if TYPE_CHECKING:
     from tropd.pipeline.engines.vllm import VllmEngine
@@ -255,23 +255,23 @@ def section_fields(section: str, spec: Spec, *, also: Collection[str] = ()) -> d
     return flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
 
 
-def finished(run: Run, stage: str, command: str) -> Manifest:
+def finished(run: Run, stage: str) -> Manifest:
     """The manifest of an upstream stage.
 
     Raises:
         TropdError: it is not complete; the message names the command that makes it.
         DamagedShardError: the manifest is missing while there is output, or is not readable.
     """
-    folder = run.workspace.stage(stage)
+    folder, command = run.workspace.stage(stage), run.command(stage_kind(stage).command)
     manifest = read_manifest(folder)
     if manifest is None and holds_output(folder):
         raise DamagedShardError(
             f"{folder / MANIFEST} is missing, and without it nothing is known of what is beside it",
-            hint=f"put it back from a copy, or make the stage anew: {run.command(command)} --force",
+            hint=f"put it back from a copy, or make the stage anew: {command} --force",
         )
     if manifest is None:
-        raise TropdError(f"stage {stage!r} was not run", hint=run.command(command))
+        raise TropdError(f"stage {stage!r} was not run", hint=command)
     if not manifest.complete:
         so_far = f"{folder / MANIFEST} lists {len(manifest.shards)} shards so far"
-        raise TropdError(f"stage {stage!r} is not finished: {so_far}", hint=run.command(command))
+        raise TropdError(f"stage {stage!r} is not finished: {so_far}", hint=command)
     return manifest

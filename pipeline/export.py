@@ -80,14 +80,14 @@ def push(run: Run, repository: str, *, public: bool = False) -> str:
 
 
 def _source(run: Run) -> Path:
-    manifest = finished(run, "train", "train")
+    manifest = finished(run, "train")
     folder = run.workspace.stage("train")
     check_shard(folder, manifest.shards[FINAL])
     return folder / FINAL
 
 
 def _card(run: Run) -> str:
-    manifest = finished(run, "train", "train")
+    manifest = finished(run, "train")
     path = run.workspace.config_path
     return render_card(
         build_report(run.workspace),

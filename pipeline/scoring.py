@@ -32,15 +32,15 @@ from tropd.pipeline.memory import within_memory
 from tropd.pipeline.shards import HERE, Execution, Maker, ShardSpec, Work, run_stage
 from tropd.pipeline.teachers import GENERAL, EngineSlot, fields_of_all, prompt_teachers, teachers_in_use
 from tropd.storage.atomic import atomic_file
+from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import DataError, TropdError
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage
 from tropd.storage.topk_cache import TopK, concatenate, prune, read_topk, write_topk
 from tropd.storage.trajectories import Trajectory, read_trajectories
+from tropd.storage.workspace import scores_stage, stage_kind
 
-STAGES = {"prefixes": "scores", "rollouts": "rollout-scores"}
-COMMANDS = {"prefixes": "generate-prefixes", "rollouts": "generate-rollouts"}
 # Rows scored together: between two calls progress is shown. It decides how rows are padded, so it is fixed.
 ROWS_PER_CALL = 256
 
@@ -74,7 +74,7 @@ def score_teacher(
     Raises:
         TropdError: the trajectories are not finished, or the teacher gives NaN.
     """
-    source = finished(run, source_stage, COMMANDS[source_stage])
+    source = finished(run, source_stage)
 
     def plan() -> Work:
         shards = [
@@ -84,14 +84,20 @@ def score_teacher(
         return Work("teacher scores", "trajectories", shards, partial(open_scorer, source_stage))
 
     return run_stage(
-        run, STAGES[source_stage], fingerprint(run, source), plan, _finish, execution=execution, force=force
+        run,
+        scores_stage(source_stage),
+        fingerprint(run, source),
+        plan,
+        _finish,
+        execution=execution,
+        force=force,
     )
 
 
 def open_scorer(source_stage: str, run: Run) -> Maker:
     """Load the teacher; what is returned scores one shard of trajectories after another."""
     source_folder = run.workspace.stage(source_stage)
-    source = finished(run, source_stage, COMMANDS[source_stage])
+    source = finished(run, source_stage)
     shards = list(source.shards.values())
     config = run.config.scores
     teachers = EngineSlot(run, "teacher", batch_tokens=config.batch_tokens)
@@ -108,11 +114,11 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
                 raise TropdError(
                     f"{shard.name} of {source_stage} holds prompts of several teachers: it was made before "
                     "teacher.by_domain was what it is",
-                    hint=f"{run.command(COMMANDS[source_stage])} --force",
+                    hint=f"{run.command(stage_kind(source_stage).command)} --force",
                 )
             engine, _ = teachers.open(*names)
             largest = max((token for row in rows for token in row.tokens), default=-1)
-            check_token_ids(run, largest, engine.vocab_size, COMMANDS[source_stage])
+            check_token_ids(run, largest, engine.vocab_size, stage_kind(source_stage).command)
             keys += [(row.prompt_id, row.sample_index) for row in rows]
             parts.append(_score(engine, rows, config.k, config.mass))
             advance(len(rows))
@@ -176,7 +182,7 @@ def _score(engine: Engine, rows: Sequence[Trajectory], k: int, mass: float) -> T
 
 def _check(row: Trajectory, scored: SequenceScores) -> None:
     for values in (scored.sampled, scored.topk_logprobs):
-        if np.isnan(values).any() or (values > 1e-3).any():
+        if not are_logprobs(values):
             raise TropdError(
                 f"the teacher gives NaN or positive log-probs for prompt {row.prompt_id!r}, "
                 f"sample {row.sample_index}",

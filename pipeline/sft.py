@@ -31,7 +31,7 @@ def sft(run: Run, base: str, *, force: bool = False) -> Manifest:
     Raises:
         TropdError: the prefixes are not finished, or training fails.
     """
-    finished(run, "prefixes", "generate-prefixes")
+    finished(run, "prefixes")
     run = with_template_date(run)
     workspace = Workspace.create(run.workspace.root / FOLDER)
     link_shared(run.workspace, workspace)

@@ -21,23 +21,12 @@ from tropd.storage.errors import TropdError
 from tropd.storage.manifest import FILE_NAME, Manifest, can_go_on, holds_output, read_manifest
 from tropd.storage.stage import stage_seconds
 from tropd.storage.step_log import read_log
-from tropd.storage.workspace import Workspace, shown_path
+from tropd.storage.workspace import METRICS, STAGES, Workspace, shown_path, stage_kind
 
 State = Literal["not started", "in progress", "complete", "damaged"]
 
-COMMANDS: Mapping[str, str] = {
-    "models": "prepare",
-    "prefixes": "generate-prefixes",
-    "scores": "score-teacher",
-    "train": "train",
-    "eval": "evaluate",
-    "report": "report",
-}
-"""Stage folder → the command that fills it, in the order of a run."""
-
 DATA_STAGE = "data"
 """`prepare` fills this folder too; it counts as part of the stage ``models``."""
-METRICS_FILE = "metrics.jsonl"
 EVALUATED = ("before", "after", "teacher")
 """Who is evaluated, one file each."""
 
@@ -109,7 +98,7 @@ def workspace_status(workspace: Workspace) -> Status:
         config_problem = str(error)
     seconds = stage_seconds(workspace.logs / "stages.jsonl")
     stages: list[StageStatus] = []
-    for name in COMMANDS:
+    for name in (kind.name for kind in STAGES if kind.listed):
         if name == "report":
             stages.append(_report_status(workspace, stages))
         elif name != "models" or _prepares(workspace, config):
@@ -150,7 +139,7 @@ def _stage_status(
 ) -> StageStatus:
     folder = workspace.stage(name)
     size = folder_size(folder)
-    command = COMMANDS[name]
+    command = stage_kind(name).command
     try:
         manifest = read_manifest(folder)
     except (TropdError, OSError) as error:
@@ -230,7 +219,7 @@ def _progress(
     """Done, total (if known) and the unit of both."""
     shards = len(manifest.shards)
     if name == "train":
-        steps = count_steps(workspace.stage("train") / METRICS_FILE)
+        steps = count_steps(workspace.stage("train") / METRICS)
         return steps, _asked_steps(manifest, config), "steps"
     if name == "eval":
         return shards, max(shards, len(EVALUATED)), "parts"

@@ -11,11 +11,10 @@ from typing import Any, Literal
 from tropd.pipeline.configuration import load_config
 from tropd.pipeline.report.schema import Verdict
 from tropd.pipeline.report.training_verdicts import columns_of, training_verdicts
-from tropd.pipeline.status import METRICS_FILE
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import read_manifest
 from tropd.storage.step_log import read_log
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import METRICS, Workspace
 
 STAGE = "train"
 # Steps take from milliseconds to many minutes: a run is called silent after so many times its usual step, at least.
@@ -65,12 +64,12 @@ def training_progress(workspace: Workspace) -> TrainingProgress:
     total = int(fields.get("train.steps") or config.train.steps)
     name = fields.get("objective.name") or config.objective.name
     seed = fields.get("run.seed", config.run.seed)
-    records = read_log(folder / METRICS_FILE).whole
+    records = read_log(folder / METRICS).whole
     state: State = "starting"
     if manifest.complete:
         state = "finished"
     elif records:
-        state = "silent" if _is_silent(folder / METRICS_FILE, records) else "running"
+        state = "silent" if _is_silent(folder / METRICS, records) else "running"
     return TrainingProgress(f"{workspace.root.name} · {name} · seed {seed}", state, records, total, fields)
 
 

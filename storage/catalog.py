@@ -40,7 +40,7 @@ from tropd.storage.records import read_records
 from tropd.storage.step_log import read_log
 from tropd.storage.topk_cache import read_topk
 from tropd.storage.trajectories import SCHEMA as TRAJECTORIES
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import METRICS, Workspace
 
 PROMPTS = pa.schema(
     [("file", pa.string()), ("line", pa.int64()), ("prompt_id", pa.string()), ("record", pa.string())]
@@ -153,7 +153,7 @@ def _open(workspace: Workspace, failures: list[TropdError]) -> duckdb.DuckDBPyCo
         connection.register("prompts", _Lazy(PROMPTS, lambda: _prompts(workspace.root / "data"), failures))
         connection.register("trajectories", _dataset(workspace.stage("prefixes"), TRAJECTORIES))
         connection.register("tokens", _Lazy(TOKENS, lambda: _tokens(workspace), failures))
-        connection.register("metrics", _metrics(workspace.stage("train") / "metrics.jsonl"))
+        connection.register("metrics", _metrics(workspace.stage("train") / METRICS))
         connection.register("evaluations", _dataset(workspace.stage("eval"), EVALUATIONS, "part-"))
         connection.register("distances", _dataset(workspace.stage("eval"), DISTANCES, DISTANCE))
         connection.execute(_LOCK_DOWN)

@@ -21,10 +21,9 @@ from tropd.storage.errors import StageLockedError, TropdError
 from tropd.storage.manifest import read_manifest
 from tropd.storage.parts import SUFFIX as PARTS
 from tropd.storage.stage import lock_stage
-from tropd.storage.verify import STAGES
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import STAGE_NAMES, Workspace
 
-_OLD = re.compile(rf"({'|'.join(STAGES)})\.old-\d+")
+_OLD = re.compile(rf"({'|'.join(STAGE_NAMES)})\.old-\d+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def collect_garbage(workspace: Workspace, *, dry_run: bool) -> list[Garbage]:
     if not dry_run:
         for garbage in found:
             _delete(workspace.root / garbage.path)
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         folder = workspace.stage(stage)
         if not folder.is_dir():
             continue

@@ -17,9 +17,9 @@ from typing import Any
 from tropd.storage.aside import keep_aside
 from tropd.storage.atomic import atomic_file
 from tropd.storage.manifest import Manifest, trained_steps
+from tropd.storage.workspace import METRICS, SAMPLES
 
 Record = dict[str, Any]
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SAMPLED_STEPS = 8
 """Of so many steps of a run, responses are kept."""
 _SEALED = re.compile(rb'(.*), "checksum": "([0-9a-f]{16})"\}', re.DOTALL)

@@ -32,29 +32,21 @@ from tropd.storage.manifest import (
     read_manifest,
 )
 from tropd.storage.stage import drop_shards, lock_stage
-from tropd.storage.step_log import METRICS, SAMPLES, log_problems
-from tropd.storage.workspace import Workspace
+from tropd.storage.step_log import log_problems
+from tropd.storage.workspace import (
+    METRICS,
+    SAMPLES,
+    STAGE_NAMES,
+    STAGES,
+    TRAJECTORIES,
+    StageKind,
+    Workspace,
+    stage_kind,
+)
 
-STAGES = ("data", "models", "prefixes", "scores", "rollouts", "rollout-scores", "train", "eval", "report")
-CACHE_STAGES = ("prefixes", "scores", "rollouts", "rollout-scores")
-# Folders that ``tropd prepare`` fills, or the user.
+# Which people edit; what was made of them knows them by their content.
 PROBLEMS = "data"
-BROUGHT = (PROBLEMS, "models")
-# Scores and the trajectories that they are of.
-SCORED = {"scores": "prefixes", "rollout-scores": "rollouts"}
 TRAIN = "train"
-# What stages keep beside their shards: logs, which grow, and pages, which are made from everything else.
-_COMPANIONS = {
-    TRAIN: (
-        METRICS,
-        SAMPLES,
-        "trace.json",
-        "wandb.json",
-        "tensorboard",
-        "non-finite-step-*.json",
-    ),
-    "report": ("*",),
-}
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,12 @@ class Finding:
         return f"{self.severity}: {self.path}: {self.problem}"
 
 
-def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGES) -> list[Finding]:
+def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES) -> list[Finding]:
     """Check the stages; errors first within a stage, in manifest order."""
     findings: list[Finding] = []
     manifests: dict[str, Manifest | None] = {}
-    for stage in (s for s in STAGES if s in stages):
+    for kind in (kind for kind in STAGES if kind.name in stages):
+        stage = kind.name
         folder = workspace.stage(stage)
         try:
             manifests[stage] = read_manifest(folder)
@@ -86,21 +79,21 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGES) -> 
             continue
         manifest = manifests[stage]
         if manifest is not None:
-            findings += _verify_stage(workspace, stage, manifest, manifests.get(SCORED.get(stage, "")))
-        elif _is_made(workspace, stage) and holds_output(folder):
+            findings += _verify_stage(workspace, stage, manifest, manifests.get(kind.scores_of or ""))
+        elif _is_made(workspace, kind) and holds_output(folder):
             problem = "is missing, and without it nothing is known of what is beside it"
             findings.append(Finding("error", stage, f"{stage}/{FILE_NAME}", problem))
             continue
-        if manifest is not None or stage not in BROUGHT:
+        if manifest is not None or not kind.brought:
             findings += _foreign(folder, stage, manifest)
     return findings
 
 
-def _is_made(workspace: Workspace, stage: str) -> bool:
+def _is_made(workspace: Workspace, kind: StageKind) -> bool:
     """Whether only tropd writes into a stage's folder: models and data may be the user's own."""
-    if stage not in BROUGHT:
-        return stage != "report"
-    return any((workspace.stage(other) / FILE_NAME).exists() for other in BROUGHT)
+    if not kind.brought:
+        return kind.name != "report"
+    return any((workspace.stage(other.name) / FILE_NAME).exists() for other in STAGES if other.brought)
 
 
 def _verify_stage(
@@ -122,7 +115,7 @@ def _verify_stage(
                 continue
             problems = [error.message.replace(f"{folder / shard.name} ", "")]
         for problem in problems:
-            if stage == PROBLEMS:  # which people edit; what was made of them knows them by their content
+            if stage == PROBLEMS:
                 yield Finding("note", stage, f"{stage}/{shard.name}", f"{problem}: edited or damaged")
             else:
                 yield Finding("error", stage, f"{stage}/{shard.name}", problem, shard.name)
@@ -140,13 +133,13 @@ def _inside(
     source: Manifest | None,
 ) -> list[str]:
     path = workspace.stage(stage) / shard.name
-    if stage in SCORED.values() and path.suffix == ".parquet":
+    if stage in TRAJECTORIES and path.suffix == ".parquet":
         return check_trajectories(path, shard, seen)
     if stage == "eval" and path.suffix == ".parquet":
         if path.name.startswith(RESPONSES):
             return check_trajectories(path, shard, {})
         return check_rows(path, shard, DISTANCES if path.name.startswith(DISTANCE) else EVALUATIONS)
-    if stage in SCORED:
+    if stage_kind(stage).scores_of is not None:
         scored = _scored_shard(workspace, manifest, shard, source)
         if path.suffix == ".zarr":
             return check_scores(path, shard, manifest.fields, scored)
@@ -197,7 +190,7 @@ def _known(stage: str, path: str, listed: set[str]) -> bool:
     return (
         path in listed
         or Path(path).name.startswith(TEMPORARY_PREFIX)
-        or any(fnmatch.fnmatch(path, pattern) for pattern in _COMPANIONS.get(stage, ()))
+        or any(fnmatch.fnmatch(path, pattern) for pattern in stage_kind(stage).companions)
     )
 
 

@@ -1,4 +1,4 @@
-"""The workspace: one directory is one run. This module knows where things are, and nothing else."""
+"""The workspace: one directory is one run. This module knows where things are, and which command makes them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,59 @@ from tropd.storage.errors import ConfigError, WorkspaceVersionError
 LAYOUT_VERSION = 1
 MARKER = "workspace.json"
 TEMPLATE_DATE = "template_date"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+"""Logs of the stage ``train``: a record per step, and responses of some steps (see ``step_log``)."""
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """A stage: a folder of the workspace, and the command that fills it."""
+
+    name: str
+    """Its folder."""
+    command: str
+    """Words after ``tropd``."""
+    scores_of: str | None = None
+    """The stage whose trajectories it holds the scores of."""
+    listed: bool = True
+    """Whether ``status`` lists it: not what most runs do without, and not what counts as a part of another."""
+    brought: bool = False
+    """Whether its files may be the user's own."""
+    companions: tuple[str, ...] = ()
+    """Patterns of files that no manifest names: logs, which grow, and pages, which are made from everything else."""
+
+
+STAGES = (
+    StageKind("data", "prepare", brought=True, listed=False),
+    StageKind("models", "prepare", brought=True),
+    StageKind("prefixes", "generate-prefixes"),
+    StageKind("scores", "score-teacher", scores_of="prefixes"),
+    StageKind("rollouts", "generate-rollouts", listed=False),
+    StageKind("rollout-scores", "score-teacher --source rollouts", scores_of="rollouts", listed=False),
+    StageKind(
+        "train",
+        "train",
+        companions=(METRICS, SAMPLES, "trace.json", "wandb.json", "tensorboard", "non-finite-step-*.json"),
+    ),
+    StageKind("eval", "evaluate"),
+    StageKind("report", "report", companions=("*",)),
+)
+"""All stages, in the order of a run."""
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+TRAJECTORIES = tuple(stage.scores_of for stage in STAGES if stage.scores_of is not None)
+"""Stages that hold trajectories."""
+CACHE_STAGES = tuple(s.name for s in STAGES if s.name in TRAJECTORIES or s.scores_of is not None)
+"""Trajectories and their scores: what is made once, before training."""
+
+
+def stage_kind(name: str) -> StageKind:
+    """The stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def scores_stage(trajectories: str) -> str:
+    """Name of the stage that holds the scores of another one's trajectories."""
+    return next(stage.name for stage in STAGES if stage.scores_of == trajectories)
 
 
 @dataclass(frozen=True)
@@ -32,7 +85,7 @@ class Workspace:
         return self.root / "logs"
 
     def stage(self, name: str) -> Path:
-        """Folder of a stage (``models``, ``prefixes``, ``scores``, ``train``, ``eval``, ``report``)."""
+        """Folder of a stage (see ``STAGES``)."""
         return self.root / name
 
     def resolve(self, path: str) -> Path:

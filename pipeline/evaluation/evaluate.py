@@ -139,7 +139,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     """
     final = run.workspace.stage("train") / "final"
     if "after" in whom:
-        check_shard(final.parent, finished(run, "train", "train").shards[final.name])
+        check_shard(final.parent, finished(run, "train").shards[final.name])
     whom = _present(run, whom)
     folder = run.workspace.stage(STAGE)
     problems = read_problems(run, whom)

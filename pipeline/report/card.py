@@ -13,11 +13,10 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tropd.pipeline.config import Config, to_plain
 from tropd.pipeline.report.schema import Accuracy, Report, Who
-from tropd.pipeline.status import COMMANDS
 from tropd.storage.errors import DataError
 from tropd.storage.fingerprint import flatten
 from tropd.storage.manifest import Manifest
-from tropd.storage.workspace import LAYOUT_VERSION
+from tropd.storage.workspace import LAYOUT_VERSION, STAGES
 
 TEMPLATE = "card.md.j2"
 README = "README.md"
@@ -122,7 +121,7 @@ def render_card(
         layout=LAYOUT_VERSION,
         config=text,
         commands=[
-            command for name, command in COMMANDS.items() if name in report.stages and _is_done(report, name)
+            kind.command for kind in STAGES if kind.name in report.stages and _is_done(report, kind.name)
         ],
         overrides=_overrides(config, manifest),
     )

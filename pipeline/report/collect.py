@@ -24,18 +24,16 @@ from tropd.pipeline.report.schema import Cache, Distance, Evaluation, Report, St
 from tropd.pipeline.report.verdicts import find_verdicts
 from tropd.pipeline.status import (
     EVALUATED,
-    METRICS_FILE,
     StageStatus,
     is_needed,
     workspace_status,
 )
-from tropd.pipeline.training.samples import FILE_NAME as SAMPLES_FILE
 from tropd.pipeline.training.samples import StepSample, read_samples
 from tropd.storage.errors import TropdError
 from tropd.storage.fingerprint import flatten
 from tropd.storage.manifest import Manifest, read_manifest, trained_steps
 from tropd.storage.step_log import spans, steps_with_samples
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import METRICS, SAMPLES, Workspace
 
 _DECIDES: Mapping[str, str | tuple[str, ...]] = {
     "scores": "scores.",
@@ -65,7 +63,7 @@ def _build_report(workspace: Workspace) -> Report:
     stages = [stage for stage in workspace_status(workspace).stages if stage.name != "report"]
     manifests = _read_manifests(workspace, stages)
     trained = trained_steps(manifests["train"]) if "train" in manifests else 0
-    rows, metric_problems = read_metrics(workspace.stage("train") / METRICS_FILE, trained)
+    rows, metric_problems = read_metrics(workspace.stage("train") / METRICS, trained)
     training = summarize_training(
         rows,
         planned_steps=resolved.config.train.steps if resolved else None,
@@ -125,16 +123,16 @@ def _read_samples(
 ) -> tuple[list[StepSample], list[str]]:
     """Sampled steps, and what is wrong with their file."""
     try:
-        samples, unreadable = read_samples(workspace.stage("train") / SAMPLES_FILE)
+        samples, unreadable = read_samples(workspace.stage("train") / SAMPLES)
     except OSError as error:
-        return [], [f"train: {SAMPLES_FILE} cannot be read ({error.strerror})"]
+        return [], [f"train: {SAMPLES} cannot be read ({error.strerror})"]
     if unreadable:
-        return samples, [f"train: {unreadable} unreadable line(s) in {SAMPLES_FILE} are left out"]
+        return samples, [f"train: {unreadable} unreadable line(s) in {SAMPLES} are left out"]
     if training is not None and not samples:
-        return samples, [f"train: there is no {SAMPLES_FILE}, so there is no acceptance map"]
+        return samples, [f"train: there is no {SAMPLES}, so there is no acceptance map"]
     there = {sample.step for sample in samples}
     missing = [step for step in steps_with_samples(manifest) if step not in there] if manifest else []
-    return samples, [f"train: {SAMPLES_FILE} has no record of step {spans(missing)}"] if missing else []
+    return samples, [f"train: {SAMPLES} has no record of step {spans(missing)}"] if missing else []
 
 
 def _given_values(resolved: ResolvedConfig) -> dict[str, str]:
@@ -239,7 +237,7 @@ def _missing_results(
     states = {stage.name: stage.state for stage in stages}
     lines: list[str] = []
     if training is None and (trained or states.get("train") in ("complete", "damaged")):
-        lines.append(f"train: there is no step in {METRICS_FILE}, so there are no curves")
+        lines.append(f"train: there is no step in {METRICS}, so there are no curves")
     if states.get("eval") != "not started":
         for who in EVALUATED if evaluation.graded or not evaluation.compared else ():
             modes = [mode for mode in MODES if evaluation.accuracy(who, mode) is None]  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ from pydantic import BaseModel
 
 from tropd.pipeline.compare import FOLDER, REFERENCE, Cell
 from tropd.pipeline.report.comparison_distance import BOOTSTRAP_DRAWS, Estimate, distances_of
-from tropd.pipeline.training.metrics import read_metrics
 from tropd.storage.manifest import read_manifest
 from tropd.storage.seeds import derive_seed
-from tropd.storage.workspace import Workspace
+from tropd.storage.step_log import read_log
+from tropd.storage.workspace import METRICS, Workspace
 
 MODES = ("greedy", "sampled")
 BASELINE = "opd"
@@ -125,7 +125,7 @@ def _method(
     name = cells[0].objective
     own = marks[name]
     modes = [mode for mode in MODES if own[mode].size]
-    records = [read_metrics(c.folder(workspace.root) / "train" / "metrics.jsonl") for c in cells]
+    records = [read_log(c.folder(workspace.root) / "train" / METRICS).whole for c in cells]
     totals = [_train_summary(c.folder(workspace.root)) for c in cells]
 
     def mean_total(field: str) -> float:

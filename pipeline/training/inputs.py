@@ -15,13 +15,14 @@ from tropd.pipeline.objectives.needs import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import evaluation_problems, training_prompts
 from tropd.pipeline.prompts import Prompt
-from tropd.pipeline.scoring import STAGES, check_token_ids
+from tropd.pipeline.scoring import check_token_ids
 from tropd.pipeline.teacher.connection import teacher_fields
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.rollouts import TrajectoryStore
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.manifest import read_manifest
+from tropd.storage.workspace import scores_stage, stage_kind
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
     prompts, encoded = found.prompts, found.tokens
     store = None
     if objective.schedule.kind != "none":
-        manifest = finished(run, "prefixes", "generate-prefixes")
+        manifest = finished(run, "prefixes")
         store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
         _check_prompts(run, store, prompts, encoded, "generate-prefixes")
         check_token_ids(run, store.largest_id(), tokens, "generate-prefixes")
@@ -71,14 +72,12 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
                 )
     stored, cached = None, None
     if needs.cached_topk:
-        cached = _cache(run, "prefixes", "score-teacher", tokens)
+        cached = _cache(run, "prefixes", tokens)
     if objective.rollouts == "stored":
-        stored = TrajectoryStore(
-            run.workspace.stage("rollouts"), finished(run, "rollouts", "generate-rollouts")
-        )
+        stored = TrajectoryStore(run.workspace.stage("rollouts"), finished(run, "rollouts"))
         _check_prompts(run, stored, prompts, encoded, "generate-rollouts", complete=True)
         check_token_ids(run, stored.largest_id(), tokens, "generate-rollouts")
-        cached = _cache(run, "rollouts", "score-teacher --source rollouts", tokens)
+        cached = _cache(run, "rollouts", tokens)
     problems = None
     if config.train.evaluate_every:
         problems = evaluation_problems(run, tokenizer, longest)
@@ -113,14 +112,15 @@ def _check_prompts(
             )
 
 
-def _cache(run: Run, source: str, command: str, tokens: int) -> CachedScores:
+def _cache(run: Run, source: str, tokens: int) -> CachedScores:
     """The scores of the trajectories in stage ``source``: of those that are there now, by the teacher that is named.
 
     Raises:
         ConfigError: the trajectories were made anew since, or the scores are another teacher's.
     """
-    stage = STAGES[source]
-    manifest = finished(run, stage, command)
+    stage = scores_stage(source)
+    command = stage_kind(stage).command
+    manifest = finished(run, stage)
     trajectories = read_manifest(run.workspace.stage(source))
     if trajectories is None or manifest.fields.get(f"upstream.{source}") != trajectories.fingerprint:
         raise ConfigError(

@@ -96,13 +96,11 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
         fields[IMPORTANCE_CLIP] = config.train.importance_clip
     fields["run.seed"] = config.run.seed
     if config.objective.schedule.kind != "none":
-        fields["upstream.prefixes"] = finished(run, "prefixes", "generate-prefixes").fingerprint
+        fields["upstream.prefixes"] = finished(run, "prefixes").fingerprint
     if needs.cached_topk:
-        fields["upstream.scores"] = finished(run, "scores", "score-teacher").fingerprint
+        fields["upstream.scores"] = finished(run, "scores").fingerprint
     if config.objective.rollouts == "stored":
-        fields["upstream.rollout-scores"] = finished(
-            run, "rollout-scores", "score-teacher --source rollouts"
-        ).fingerprint
+        fields["upstream.rollout-scores"] = finished(run, "rollout-scores").fingerprint
     return fingerprint_of(run, fields)
 
 

@@ -21,9 +21,9 @@ from tropd.pipeline.objectives.partition import Regions, acceptance
 from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.step import StepInputs, StepOutcome
 from tropd.storage.aside import set_aside
-from tropd.storage.step_log import Record, log_line, read_log, resume_log
+from tropd.storage.step_log import Record, log_line, resume_log
+from tropd.storage.workspace import METRICS
 
-FILE_NAME = "metrics.jsonl"
 BOARD = "tensorboard"
 HISTOGRAM_BINS = 10
 
@@ -139,9 +139,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        path, board = folder / FILE_NAME, folder / BOARD
+        path, board = folder / METRICS, folder / BOARD
         written = path.stat().st_mtime if path.exists() else time.time()
-        self.earlier, self.lost = resume_log(folder, FILE_NAME, first_step, range(first_step))
+        self.earlier, self.lost = resume_log(folder, METRICS, first_step, range(first_step))
         """The records so far; and in words which are lost, empty if none is."""
         for events in board.glob("events.out.tfevents.*"):
             if self.lost:
@@ -190,8 +190,3 @@ def _ends(records: Sequence[Record], last: float) -> list[float]:
         ends.append(last)
         last -= float(record.get("time_total") or 0.0)
     return ends[::-1]
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Records in the order of their steps; what is no whole line is left out."""
-    return read_log(path).whole

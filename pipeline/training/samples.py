@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tropd.pipeline.objectives.partition import acceptance
 from tropd.storage.atomic import write_text_atomic
 from tropd.storage.step_log import log_line, read_log, resume_log, sampled_steps, spread
+from tropd.storage.workspace import SAMPLES
 
 if TYPE_CHECKING:
     from tropd.pipeline.prompts import Prompt
     from tropd.pipeline.training.batch import RaggedTopk
     from tropd.pipeline.training.step import StepInputs
 
-FILE_NAME = "samples.jsonl"
 ROWS = 4
 MAX_TOKENS = 400
 """Of the student's tokens in a response, this many from the first one are kept."""
@@ -92,20 +92,20 @@ def write_sample(
     if step not in sampled_steps(total_steps):
         return
     sample = take_sample(step, inputs, prompts, tokenizer)
-    before = [earlier for earlier in read_samples(folder / FILE_NAME)[0] if earlier.step < step]
+    before = [earlier for earlier in read_samples(folder / SAMPLES)[0] if earlier.step < step]
     _write(folder, [*before, sample])
 
 
 def resume_samples(folder: Path, first_step: int, total_steps: int) -> str:
     """Forget what a lost session wrote from ``first_step`` on; returns in words what else is lost (see ``step_log``)."""
     expected = [step for step in sampled_steps(total_steps) if step < first_step]
-    if not expected and not (folder / FILE_NAME).exists():
+    if not expected and not (folder / SAMPLES).exists():
         return ""
-    return resume_log(folder, FILE_NAME, first_step, expected)[1]
+    return resume_log(folder, SAMPLES, first_step, expected)[1]
 
 
 def _write(folder: Path, samples: Sequence[StepSample]) -> None:
-    write_text_atomic(folder / FILE_NAME, "".join(log_line(s.model_dump(mode="json")) for s in samples))
+    write_text_atomic(folder / SAMPLES, "".join(log_line(s.model_dump(mode="json")) for s in samples))
 
 
 def read_samples(path: Path) -> tuple[list[StepSample], int]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tropd.pipeline.training.metrics import read_metrics
+from tropd.storage.step_log import read_log
 
 # Kills of a run of sixty steps, strict and one step ahead.
 KILLS = ((0, 12), (1, 8)) if os.environ.get("TROPD_THOROUGH") else ((0, 1), (1, 2))
@@ -27,7 +27,7 @@ def metrics(workspace: Path) -> list[dict[str, Any]]:
     """Records without what a clock or the machine measured; a line under way is not there yet."""
     return [
         {k: v for k, v in record.items() if not k.startswith(("time_", "memory_"))}
-        for record in read_metrics(workspace / "train" / "metrics.jsonl")
+        for record in read_log(workspace / "train" / "metrics.jsonl").whole
     ]
 
 

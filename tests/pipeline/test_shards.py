@@ -30,7 +30,8 @@ from tropd.storage.errors import (
 from tropd.storage.manifest import read_manifest
 from tropd.storage.parts import part_folder, parts_folder
 from tropd.storage.stage import lock_stage
-from tropd.storage.verify import CACHE_STAGES, verify_workspace
+from tropd.storage.verify import verify_workspace
+from tropd.storage.workspace import CACHE_STAGES
 
 
 def digests(run: Run) -> dict[str, str]:

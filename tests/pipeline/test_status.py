@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tropd.pipeline.status import COMMANDS, Status, count_steps, workspace_status
+from tropd.pipeline.status import Status, count_steps, workspace_status
 from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import Manifest, describe_shard, write_manifest
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import STAGES, Workspace
 
 CONFIG = """
 [data]
@@ -24,6 +24,8 @@ steps = 20
 [demo]
 enabled = {enabled}
 """
+
+COMMANDS = {kind.name: kind.command for kind in STAGES if kind.listed}
 
 
 def make(tmp_path: Path, *, demo: bool = True) -> Workspace:

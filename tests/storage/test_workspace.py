@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tropd.storage.errors import ConfigError, WorkspaceVersionError
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import CACHE_STAGES, STAGES, Workspace, scores_stage, stage_kind
 
 
 def test_create_is_idempotent_and_opens(tmp_path: Path) -> None:
@@ -43,3 +43,14 @@ def test_other_version(tmp_path: Path) -> None:
     (tmp_path / "workspace.json").write_text('{"layout": 2}')
     with pytest.raises(WorkspaceVersionError, match="layout 2; this tropd reads and writes layout 1"):
         Workspace.open(tmp_path)
+
+
+def test_stages_come_after_what_they_are_made_from() -> None:
+    names = [stage.name for stage in STAGES]
+    assert len(set(names)) == len(names)
+    for stage in STAGES:
+        if stage.scores_of is not None:
+            assert names.index(stage.scores_of) < names.index(stage.name)
+            assert scores_stage(stage.scores_of) == stage.name
+        assert stage_kind(stage.name) is stage
+    assert CACHE_STAGES == ("prefixes", "scores", "rollouts", "rollout-scores")

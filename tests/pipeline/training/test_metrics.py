@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from tropd.pipeline.training.metrics import BOARD, FILE_NAME, MetricsLog, Record, read_metrics
+from tropd.pipeline.training.metrics import BOARD, MetricsLog
+from tropd.storage.step_log import Record, read_log
+from tropd.storage.workspace import METRICS
 
 
 def record(step: int, session: int) -> Record:
@@ -51,7 +53,7 @@ def test_after_kills_each_step_is_there_once(tmp_path: Path) -> None:
     (events,) = (tmp_path / BOARD).iterdir()
     events.write_bytes(events.read_bytes()[:-7])
     assert go(tmp_path, 3, 6, session=3) == ""
-    assert [(r["step"], r["session"]) for r in read_metrics(tmp_path / FILE_NAME)] == [
+    assert [(r["step"], r["session"]) for r in read_log(tmp_path / METRICS).whole] == [
         (0, 2), (1, 2), (2, 2), (3, 3), (4, 3), (5, 3)
     ]  # fmt: skip
     shown = [(step, value) for tag, step, value, _ in board(tmp_path) if tag == "session"]
@@ -68,6 +70,6 @@ def test_what_only_tensorboard_still_has_is_set_aside(tmp_path: Path) -> None:
     go(folder, 0, 4, session=1)
     (events,) = (folder / BOARD).iterdir()
     content = events.read_bytes()
-    (folder / FILE_NAME).unlink()
+    (folder / METRICS).unlink()
     assert "has no record of step 0 to 2" in go(folder, 3, 4, session=2)
     assert (tmp_path / "damaged" / "train" / BOARD / events.name).read_bytes() == content

@@ -20,7 +20,6 @@ from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.samples import (
     ALTERNATIVES,
-    FILE_NAME,
     MAX_GUIDANCE,
     MAX_TOKENS,
     ROWS,
@@ -33,6 +32,7 @@ from tropd.pipeline.training.samples import (
 from tropd.pipeline.training.step import StepInputs
 from tropd.pipeline.training.teacher_data import TeacherData
 from tropd.storage.step_log import SAMPLED_STEPS, sampled_steps
+from tropd.storage.workspace import SAMPLES
 
 PROMPTS = [Prompt(id=f"p{i}", text=f"{i}+1=", answer="1") for i in range(40)]
 LOG = math.log
@@ -161,19 +161,19 @@ def test_an_interrupted_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path
             write_sample(folder, step, 50, inputs, PROMPTS, tokenizer)
 
     go(whole, 0, 50, "#")
-    steps = [sample.step for sample in read_samples(whole / FILE_NAME)[0]]
+    steps = [sample.step for sample in read_samples(whole / SAMPLES)[0]]
     assert steps == list(sampled_steps(50))
     go(killed, 0, 30, ";")  # had got to step 30; the last checkpoint was of step 0
-    assert len(read_samples(killed / FILE_NAME)[0]) == 5
+    assert len(read_samples(killed / SAMPLES)[0]) == 5
     assert resume_samples(killed, 0, 50) == ""
-    assert read_samples(killed / FILE_NAME) == ([], 0)
+    assert read_samples(killed / SAMPLES) == ([], 0)
     go(killed, 0, 24, "#")
     go(killed, 20, 50, "#")
-    assert (killed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    assert (killed / SAMPLES).read_bytes() == (whole / SAMPLES).read_bytes()
 
 
 def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / SAMPLES
     assert read_samples(path) == ([], 0)
     inputs = make_inputs([make_row(0, "", "1")], [-1.0])
     write_sample(tmp_path, 0, 9, inputs, PROMPTS, make_tokenizer())
