@@ -254,3 +254,10 @@ def test_messages_that_are_explained_exist() -> None:
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(" ".join(line for line in lines if not line.startswith("    ")).split()) <= 1000
+
+
+def test_figures_of_the_readme_stand_in_the_comparison() -> None:
+    comparison = (ROOT / "docs" / "comparison.md").read_text()
+    figures = re.findall(r"\d+\.\d \[[\d., -]+\]", (ROOT / "README.md").read_text())
+    assert len(figures) > 5
+    assert [figure for figure in figures if figure not in comparison] == []
