@@ -1,4 +1,23 @@
-"""avg@n and pass@k over problems with several responses each, and means over tokens, with bootstrap intervals."""
+"""Means and their 95 % intervals: of accuracies, of what is counted per token, and of both over several runs.
+
+===================== ==================================================== ==========================================
+of                    interval                                             shown by
+===================== ==================================================== ==========================================
+avg@n, pass@k         BCa bootstrap over problems (``average``,            the summary of ``eval``, and the tables of
+                      ``pass_at``): several responses to a problem         ``reproduce``
+one accuracy          Wilson at the effective size                         the report: also right at 0 and 100 %, with
+                      (``accuracy_interval``)                              one greedy response per problem
+before and after      normal, of the differences per problem               the report
+                      (``paired_interval``)
+mean over tokens      studentized bootstrap over problems                  distances in the summary of ``eval``
+                      (``token_mean``): KLs are skewed
+several seeds         percentiles, seeds and problems resampled alike      ``compare``: an interval over problems alone
+                      (``over_seeds``)                                     says nothing of another seed
+===================== ==================================================== ==========================================
+
+All take the problem, not the response or the token, as the unit that is drawn: those of one problem are alike. So the
+same accuracy has other ends in ``evaluate``, ``report`` and ``compare``: each answers the question in its row.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +32,8 @@ import numpy.typing as npt
 RESAMPLES = 2000
 LEVEL = 0.95
 NORMAL = NormalDist()
+Z_95 = NORMAL.inv_cdf((1 + LEVEL) / 2)
+Table = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ def _bootstrap(values: npt.NDArray[np.float64], seed: int) -> Estimate:
     deviations = values.mean() - (values.sum() - values) / (count - 1)
     acceleration = float((deviations**3).sum() / (6.0 * (deviations**2).sum() ** 1.5))
     ends = []
-    for z in (NORMAL.inv_cdf((1 - LEVEL) / 2), NORMAL.inv_cdf((1 + LEVEL) / 2)):
+    for z in (-Z_95, Z_95):
         shifted = bias + (bias + z) / (1 - acceleration * (bias + z))
         ends.append(float(np.quantile(means, NORMAL.cdf(shifted))))
     return Estimate(mean, ends[0], ends[1])
@@ -116,3 +137,59 @@ def _all_alike(mean: float, count: int) -> Estimate:
     """Resampling equal values shows no spread: the rule of three says what cannot be ruled out."""
     unseen = min(1.0, 3.0 / max(count, 1))
     return Estimate(mean, max(0.0, mean - unseen), min(1.0, mean + unseen))
+
+
+def accuracy_interval(
+    problem_means: npt.NDArray[np.float64], samples: int, z: float = Z_95
+) -> tuple[float, float]:
+    """Wilson score interval of the mean of ``problem_means`` (share of right responses per problem).
+
+    Several responses to one problem are not independent, so the interval is taken at the effective sample
+    size p(1-p)/Var(mean), with the variance between problems. It is the number of problems when each has one
+    response, and at most ``samples``. Where every response is right (or wrong) the data cannot tell how
+    alike they are, and only the problems are counted.
+    """
+    problems = len(problem_means)
+    mean = float(np.mean(problem_means))
+    variance = float(np.var(problem_means)) / problems
+    if mean in (0.0, 1.0):
+        effective = float(problems)
+    elif variance * samples <= mean * (1 - mean):
+        effective = float(samples)
+    else:
+        effective = mean * (1 - mean) / variance
+    return wilson(mean, effective, z)
+
+
+def wilson(share: float, size: float, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a binomial share."""
+    shrink = 1 + z * z / size
+    centre = (share + z * z / (2 * size)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_interval(differences: npt.NDArray[np.float64], z: float = Z_95) -> tuple[float, float]:
+    """Normal interval of the mean of per-problem differences."""
+    mean = float(np.mean(differences))
+    if len(differences) < 2:
+        return -1.0, 1.0  # one pair says nothing about the spread
+    half = z * float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def over_seeds(sums: Table, counts: Table, *, seed: int = 0, draws: int = RESAMPLES) -> Estimate:
+    """Σ sums / Σ counts of ``[seeds, problems]`` and its percentile interval, resampling seeds and problems alike.
+
+    Problems are resampled once per draw for all seeds: they are the same problems.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    num_seeds, num_problems = sums.shape
+    ratios = np.empty(draws)
+    for draw in range(draws):
+        chosen = np.ix_(
+            generator.integers(num_seeds, size=num_seeds), generator.integers(num_problems, size=num_problems)
+        )
+        ratios[draw] = sums[chosen].sum() / counts[chosen].sum()
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from tropd.pipeline.compare import FOLDER, REFERENCE, Cell
-from tropd.pipeline.report.comparison_distance import BOOTSTRAP_DRAWS, Estimate, distances_of
+from tropd.pipeline.evaluation.statistics import over_seeds
+from tropd.pipeline.report.comparison_distance import Estimate, distances_of
 from tropd.storage.manifest import read_manifest
 from tropd.storage.seeds import derive_seed
 from tropd.storage.step_log import read_log
@@ -134,13 +135,12 @@ def _method(
     return MethodResult(
         objective=name,
         seeds=[c.seed for c in cells],
-        accuracy={mode: bootstrap(own[mode], derive_seed("bootstrap", name, mode)) for mode in modes},
+        accuracy={mode: _over_seeds(own[mode], "bootstrap", name, mode) for mode in modes},
         per_seed={mode: own[mode].mean(axis=1).tolist() for mode in modes},
         difference={}
         if name == baseline
         else {
-            mode: bootstrap(own[mode] - marks[baseline][mode], derive_seed("difference", name, mode))
-            for mode in modes
+            mode: _over_seeds(own[mode] - marks[baseline][mode], "difference", name, mode) for mode in modes
         },
         distance=distances_of([c.folder(workspace.root) for c in cells], "after", name),
         steps=int(totals[0]["steps"]),
@@ -166,17 +166,6 @@ def _mean_curve(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
     return curve
 
 
-def bootstrap(values: Marks, seed: int, *, draws: int = BOOTSTRAP_DRAWS) -> Estimate:
-    """Mean of ``[seeds, problems]`` and its 95 % percentile interval, resampling seeds and problems alike.
-
-    Problems are resampled once per draw for all seeds: they are the same problems.
-    """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    num_seeds, num_problems = values.shape
-    means = np.empty(draws)
-    for draw in range(draws):
-        rows = generator.integers(num_seeds, size=num_seeds)
-        columns = generator.integers(num_problems, size=num_problems)
-        means[draw] = values[rows].mean(axis=0)[columns].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
+def _over_seeds(values: Marks, *seed: str) -> Estimate:
+    """Mean of ``[seeds, problems]``."""
+    return Estimate.of(over_seeds(values, np.ones_like(values), seed=derive_seed(*seed)))

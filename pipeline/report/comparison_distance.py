@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from tropd.pipeline.evaluation import statistics
+from tropd.pipeline.evaluation.statistics import over_seeds
 from tropd.storage.catalog import DISTANCE
 from tropd.storage.seeds import derive_seed
 
-BOOTSTRAP_DRAWS = 2000
 MEASURES = {
     "reverse_kl": "student_tokens",
     "forward_kl": "teacher_tokens",
@@ -31,6 +32,10 @@ class Estimate(BaseModel):
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, found: statistics.Estimate) -> Estimate:
+        return cls(mean=found.value, low=found.low, high=found.high)
 
 
 def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Estimate]:
@@ -55,22 +60,5 @@ def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Esti
         )
         if values.size and not np.isnan(values).any():
             seed = derive_seed("distance", name, measure)
-            found[measure] = bootstrap_ratio(values * tokens, tokens, seed)
+            found[measure] = Estimate.of(over_seeds(values * tokens, tokens, seed=seed))
     return found
-
-
-def bootstrap_ratio(sums: Table, tokens: Table, seed: int, *, draws: int = BOOTSTRAP_DRAWS) -> Estimate:
-    """Σ sums / Σ tokens of ``[seeds, prompts]`` and its 95 % percentile interval, resampling seeds and prompts alike.
-
-    Prompts are resampled once per draw for all seeds: they are the same prompts.
-    """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    num_seeds, num_prompts = sums.shape
-    ratios = np.empty(draws)
-    for draw in range(draws):
-        chosen = np.ix_(
-            generator.integers(num_seeds, size=num_seeds), generator.integers(num_prompts, size=num_prompts)
-        )
-        ratios[draw] = sums[chosen].sum() / tokens[chosen].sum()
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Estimate(mean=float(sums.sum() / tokens.sum()), low=float(low), high=float(high))

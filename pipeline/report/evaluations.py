@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tropd.pipeline.report.intervals import accuracy_interval, paired_interval
+from tropd.pipeline.evaluation.statistics import accuracy_interval, paired_interval
 from tropd.pipeline.report.schema import (
     Accuracy,
     Answer,

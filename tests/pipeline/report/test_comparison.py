@@ -1,43 +1,11 @@
-"""Intervals and the page of a comparison."""
+"""The page of a comparison."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
 
-import numpy as np
-
-from tropd.pipeline.report.comparison import CURVES, Comparison, Estimate, MethodResult, bootstrap
+from tropd.pipeline.report.comparison import CURVES, Comparison, Estimate, MethodResult
 from tropd.pipeline.report.comparison_page import render_comparison
-
-
-def test_the_interval_holds_the_mean_and_shrinks_with_data() -> None:
-    generator = np.random.default_rng(0)
-    small = bootstrap((generator.random((3, 50)) < 0.4).astype(float), seed=1)
-    large = bootstrap((generator.random((3, 2000)) < 0.4).astype(float), seed=1)
-    for found in (small, large):
-        assert found.low <= found.mean <= found.high
-    assert large.high - large.low < (small.high - small.low) / 2
-    assert bootstrap(np.ones((3, 40)), seed=0) == Estimate(mean=1.0, low=1.0, high=1.0)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(2)
-    truth, covered, trials = 0.3, 0, 100
-    for trial in range(trials):
-        found = bootstrap((generator.random((4, 150)) < truth).astype(float), seed=trial, draws=300)
-        covered += found.low <= truth <= found.high
-    assert covered / trials >= 0.88
-
-
-def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
-    generator = np.random.default_rng(0)
-    difficulty = generator.random((1, 400))
-    one = (generator.random((3, 400)) * 0.2 + difficulty < 0.6).astype(float)
-    other = (generator.random((3, 400)) * 0.2 + difficulty < 0.65).astype(float)
-    paired = bootstrap(other - one, seed=0)
-    width = bootstrap(one, seed=0)
-    assert paired.high - paired.low < width.high - width.low
-    assert paired.low > 0
 
 
 def method(name: str, **difference: Estimate) -> MethodResult:
