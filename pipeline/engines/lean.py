@@ -41,15 +41,19 @@ Forward = Callable[..., Choice]
 @dataclass(frozen=True)
 class _Layer:
     """A layer's weights. The projections of queries, keys and values are one matrix, and so are gate and up; a norm's
-    weights are part of the matrix that comes after it."""
+    weights are part of the matrix that comes after it, where that is float32. In a lower precision the matrix would be
+    rounded to other numbers than those that are trained."""
 
     qkv: Tensor
+    qkv_norm: Tensor | None
+    """``[H]`` float32 weights of the norm before it, where they are no part of it; likewise below."""
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
     """``[heads + kv_heads, 1, D]``: queries and keys are normalised and rotated together."""
     out: Tensor
     out_bias: Tensor | None
     gate_up: Tensor
+    gate_up_norm: Tensor | None
     down: Tensor
 
 
@@ -96,20 +100,29 @@ class LeanModel:
         if norms[0] is not None and norms[1] is not None:
             q_norm, k_norm = norms[0].expand(self.heads, -1), norms[1].expand(self.kv_heads, -1)
             qk_norm = torch.cat([q_norm, k_norm]).unsqueeze(1).float()
-        qkv = torch.cat([p.weight for p in projections]) * layer.input_layernorm.weight
-        gate_up = (
-            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
+        qkv, qkv_norm = _with_norm([p.weight for p in projections], layer.input_layernorm.weight, dtype)
+        gate_up, gate_up_norm = _with_norm(
+            [mlp.gate_proj.weight, mlp.up_proj.weight], layer.post_attention_layernorm.weight, dtype
         )
         out_bias = attention.o_proj.bias
         return _Layer(
-            qkv=qkv.to(dtype),
+            qkv=qkv,
+            qkv_norm=qkv_norm,
             qkv_bias=None if biases[0] is None else torch.cat(biases).to(dtype),
             qk_norm=qk_norm,
             out=attention.o_proj.weight.to(dtype),
             out_bias=None if out_bias is None else out_bias.to(dtype),
-            gate_up=gate_up.to(dtype),
+            gate_up=gate_up,
+            gate_up_norm=gate_up_norm,
             down=mlp.down_proj.weight.to(dtype),
         )
+
+
+def _with_norm(weights: Sequence[Tensor], norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Matrices as one, with the weights of the norm before it in it or beside it."""
+    if dtype == torch.float32:
+        return torch.cat(tuple(weights)) * norm, None
+    return torch.cat([weight.to(dtype) for weight in weights]), norm.float()
 
 
 class LeanDecoder:
@@ -222,7 +235,7 @@ def next_logits(
     x = functional.embedding(ids, model.embedding).float()
     cos, sin = angles[positions].unsqueeze(1).unbind(dim=3)
     for layer, columns in zip(model.layers, cache, strict=True):
-        h = _normed(x, model.eps)
+        h = _normed(x, model.eps, layer.qkv_norm)
         qkv = _linear(h, layer.qkv, layer.qkv_bias).view(rows, new, -1, model.head_dim)
         qk, v = qkv.transpose(1, 2).split((model.heads + model.kv_heads, model.kv_heads), dim=1)
         if layer.qk_norm is not None:
@@ -231,7 +244,8 @@ def next_logits(
         columns[..., -new:, :] = torch.stack([k, v])
         attended = _attended(q, columns[0], columns[1], allowed)
         x = x + _linear(attended.transpose(1, 2).reshape(rows, new, -1), layer.out, layer.out_bias)
-        gate, up = _linear(_normed(x, model.eps), layer.gate_up).chunk(2, dim=-1)
+        h = _normed(x, model.eps, layer.gate_up_norm)
+        gate, up = _linear(h, layer.gate_up).chunk(2, dim=-1)
         x = x + _linear(functional.silu(gate) * up, layer.down)
     return _linear(_normed(x[:, -1], model.eps), model.head)
 
@@ -241,9 +255,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x.to(weight.dtype), weight, bias).float()
 
 
-def _normed(x: Tensor, eps: float) -> Tensor:
-    """RMS norm without its weights."""
-    return functional.rms_norm(x, x.shape[-1:], eps=eps)
+def _normed(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """RMS norm, without weights where they are elsewhere."""
+    return functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:

@@ -126,6 +126,19 @@ def test_products_in_bfloat16_are_as_exact_as_the_models_own(
     assert 1e-4 < errors[0] < 1.25 * errors[1] < 0.1
 
 
+def test_in_bfloat16_the_weights_are_those_that_are_trained() -> None:
+    """A norm's weights multiplied into them would be rounded to others."""
+    model = make("Llama")
+    lean, layer = LeanModel(model, torch.bfloat16).layers[0], model.model.layers[0]
+    attention = layer.self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(lean.qkv, torch.cat(parts).bfloat16())
+    assert torch.equal(lean.gate_up[:48], layer.mlp.gate_proj.weight.bfloat16())
+    assert lean.gate_up_norm is not None
+    assert lean.gate_up_norm.dtype == torch.float32
+    assert LeanModel(model).layers[0].gate_up_norm is None
+
+
 def test_compiled_code_is_shared_by_models_of_the_same_numbers_only() -> None:
     """A compiled step compares this key, and not each weight."""
     model = make("Llama")
