@@ -22,6 +22,7 @@ from tropd.pipeline.engines.decoding import Decoder, decode
 from tropd.pipeline.engines.head_scores import score_states, topk_of
 from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.engines.model_decoder import ModelDecoder
+from tropd.pipeline.engines.residual import float32_stream, takes_float32_stream
 from tropd.pipeline.head import SplitModel, split_model
 from tropd.pipeline.models import autocast, context_length, evaluation_mode, masked_attention
 
@@ -86,6 +87,19 @@ class TransformersEngine:
             masked_attention(self.model),
             evaluation_mode(self.model),
             autocast(self.model.device, precision),
+        ):
+            yield
+
+    @functools.cached_property
+    def _streams_float32(self) -> bool:
+        """Where autocast is asked for, weights are float32, and hidden states with them."""
+        return self._autocast is None and takes_float32_stream(self.model)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        with (
+            self._inference(self._autocast),
+            float32_stream(self.model) if self._streams_float32 else nullcontext(),
         ):
             yield
 
@@ -183,7 +197,7 @@ class TransformersEngine:
         """
         self._get_ready_to_score(sequences, starts)
         results: list[SequenceScores | None] = [None] * len(sequences)
-        with self._inference(self._autocast):
+        with self._scoring():
             for batch in batches_of(sequences, self._batch_tokens):
                 scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)
                 for i, scores in zip(batch, scored, strict=True):
@@ -250,7 +264,7 @@ class TransformersEngine:
             ConfigError: at the first call, the model cannot be scored right.
         """
         self._get_ready_to_score(sequences, starts)
-        with self._inference(self._autocast):
+        with self._scoring():
             yield self._states(sequences, starts)
 
     @property
