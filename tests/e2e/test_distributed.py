@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from waiting import eventually
 
 from tropd.pipeline.training.sharded import stored_tensors
 
@@ -51,8 +51,9 @@ def test_two_processes_are_as_good_as_one(
 ) -> None:
     workspace = copy(prepared)
     process = torchrun(workspace, teacher_url)
-    while len(records(workspace)) < 3 and process.poll() is None:
-        time.sleep(0.05)
+    eventually(
+        lambda: len(records(workspace)) >= 3 or process.poll() is not None, 120, "three steps are on record"
+    )
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0

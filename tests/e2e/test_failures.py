@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
+from waiting import eventually
 
 from tropd.storage.atomic import content_digest
 from tropd.storage.manifest import read_manifest
@@ -41,17 +41,12 @@ def final(workspace: Path) -> str:
 
 
 def left_of(group: int) -> list[str]:
-    """Living processes of a process group, once those that are about to end have had time to."""
-    deadline = time.monotonic() + 30
-    while True:
-        listed = subprocess.run(
-            ["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
-        ).stdout
-        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-        found = [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+    """Living processes of a process group."""
+    listed = subprocess.run(
+        ["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
 
 
 def test_standard_output_holds_one_json_object_and_nothing_else(finished: Path, copy: Any) -> None:
@@ -67,38 +62,34 @@ def test_standard_output_holds_one_json_object_and_nothing_else(finished: Path, 
         assert field in json.loads(done.stdout), done.stdout
 
 
+def start_prepare(workspace: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """``tropd prepare`` with models that take long enough to be interrupted, and the file of what it says."""
+    long = ["--set", "demo.teacher_steps=5000", "--set", "demo.student_steps=5000"]
+    log = workspace.with_name("prepare.log")
+    with log.open("wb") as stream:
+        command = [SCRIPT, "prepare", "-w", workspace, *long]
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    return process, log
+
+
 @pytest.mark.slowest
 @pytest.mark.parametrize("moment", ["import", "training"])
 def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
     tropd: Any, finished: Path, copy: Any, moment: str
 ) -> None:
     workspace = copy(finished, "data", "models", "prefixes", "scores", "train", "eval")
-    config = workspace / "config.toml"
-    text = config.read_text()
-    config.write_text(
-        text.replace("_steps = ", "_steps = 10")
-    )  # 1040, 1020 and 105 steps: long enough to hit
-    process = subprocess.Popen(
-        [SCRIPT, "prepare", "-w", workspace],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process, log = start_prepare(workspace)
     if moment == "import":
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.01)
+        maps = Path(f"/proc/{process.pid}/maps")
+        eventually(lambda: "libtorch" in maps.read_text(), 60, "PyTorch is being loaded")
     else:
-        while not (workspace / "models" / "manifest.json").exists():
-            time.sleep(0.01)
-        time.sleep(1.0)
+        eventually(lambda: " steps" in log.read_text(), 60, "training has begun")
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    assert process.wait(120) == 130, log.read_text()
+    output = log.read_text()
     assert "Traceback" not in output
     assert "interrupted; the same command goes on" in output
-    assert not left_of(process.pid)
-    config.write_text(text)
+    eventually(lambda: not left_of(process.pid), 30, "all processes of the group have ended")
     tropd.ok("prepare", "-w", workspace)
     assert content_digest(workspace / "models") == content_digest(finished / "models")
 
@@ -106,16 +97,11 @@ def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
 @pytest.mark.slowest
 def test_a_killed_prepare_leaves_no_process_behind(finished: Path, copy: Any) -> None:
     workspace = copy(finished, "models", "prefixes", "scores", "train", "eval")
-    long = ["--set", "demo.teacher_steps=5000", "--set", "demo.student_steps=5000"]
-    process = subprocess.Popen(
-        [SCRIPT, "prepare", "-w", workspace, *long], stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while not (workspace / "models" / "manifest.json").exists():
-        time.sleep(0.01)
-    time.sleep(1.5)
+    process, log = start_prepare(workspace)
+    eventually(lambda: " steps" in log.read_text(), 60, "training has begun")
     process.kill()
     process.wait()
-    assert not left_of(process.pid)
+    eventually(lambda: not left_of(process.pid), 30, "all processes of the group have ended")
 
 
 def test_ctrl_c_while_the_teacher_is_starting_ends_at_once(prepared: Path, copy: Any) -> None:

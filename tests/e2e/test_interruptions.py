@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import eventually
 
 from tropd.storage.atomic import content_digest
 from tropd.storage.step_log import read_log
@@ -142,10 +142,7 @@ def test_the_local_teacher_ends_with_a_killed_trainer(tropd: Any, prepared: Path
     workspace = copy(prepared)
     result = tropd("train", "-w", workspace, "--set", "train.steps=100000", after=12.0)
     assert result.code == -signal.SIGKILL
-    deadline = time.monotonic() + 20
-    while (found := _processes(str(workspace))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not found
+    eventually(lambda: not _processes(str(workspace)), 20, "the local teacher has ended")
 
 
 def _processes(text: str) -> list[str]:
@@ -174,9 +171,9 @@ def test_a_teacher_that_dies_pauses_training_which_resumes_to_the_same_end(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (workspace / "train" / "metrics.jsonl").exists() or not metrics(workspace):
-        time.sleep(0.005)
-        assert trainer.poll() is None
+    has_a_step = lambda: (workspace / "train" / "metrics.jsonl").exists() and metrics(workspace)  # noqa: E731
+    eventually(lambda: has_a_step() or trainer.poll() is not None, 60, "a step is on record")
+    assert trainer.poll() is None
     service.kill()
     service.wait()
     _, errors = trainer.communicate(timeout=60)

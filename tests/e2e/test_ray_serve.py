@@ -6,12 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from waiting import eventually
 
 from tropd.storage.atomic import content_digest
 
@@ -40,11 +40,13 @@ def test_training_with_a_service_on_ray_gives_the_same_weights(
     (log,) = (served / "logs").glob("teacher-access.*.jsonl")
     statuses = [json.loads(line)["status"] for line in log.read_text().splitlines()]
     assert statuses.count(200) > 8
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            httpx.get(f"{url}/healthz", timeout=1)
-        except httpx.TransportError:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    eventually(lambda: not answers(f"{url}/healthz"), 30, "the service has ended")
+
+
+def answers(url: str) -> bool:
+    """Whether something speaks HTTP there."""
+    try:
+        httpx.get(url, timeout=1)
+    except httpx.TransportError:
+        return False
+    return True

@@ -21,6 +21,7 @@ from tropd.storage.atomic import content_digest
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "teacher"))
 
 from running import fake_vllm, running
+from waiting import eventually
 
 SCRIPT = Path(sys.executable).with_name("tropd")
 
@@ -119,10 +120,7 @@ def test_ctrl_c_while_the_teacher_is_away_acts_at_once(prepared: Path, copy: Any
     )
     assert trainer.stderr is not None
     try:
-        deadline = time.monotonic() + 60
-        while len(metrics(workspace)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        eventually(lambda: len(metrics(workspace)) >= 2, 60, "two steps are on record")
         teacher.kill()
         output = ""
         while "nothing is lost" not in output:

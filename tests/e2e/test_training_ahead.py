@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import eventually
 
 from tropd.storage.step_log import read_log
 
@@ -104,9 +104,7 @@ def test_a_stopped_run_keeps_the_rows_that_are_there_already(
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while len(metrics(workspace)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    eventually(lambda: len(metrics(workspace)) >= 3, 60, "three steps are on record")
     trainer.terminate()
     _, errors = trainer.communicate(timeout=60)
     assert trainer.returncode == 130, errors
@@ -125,15 +123,11 @@ def test_the_sampling_process_ends_with_a_killed_trainer(prepared: Path, copy: A
         stderr=subprocess.DEVNULL,
         env={**os.environ, "TROPD_TEST_MARK": str(workspace)},
     )
-    deadline = time.monotonic() + 60
-    while len(metrics(workspace)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    eventually(lambda: len(metrics(workspace)) >= 2, 60, "two steps are on record")
     assert len(_marked(str(workspace))) >= 2
     trainer.kill()
     trainer.wait()
-    while _marked(str(workspace)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _marked(str(workspace))
+    eventually(lambda: not _marked(str(workspace)), 60, "the sampling process has ended")
 
 
 def _marked(mark: str) -> list[str]:

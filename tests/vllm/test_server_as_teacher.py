@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from waiting import eventually
 
 from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.demo.tiny_models import TEACHER, make_model
@@ -80,12 +80,10 @@ def url(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 240
-        while not _healthy(f"http://127.0.0.1:{port}"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"vLLM did not start: {log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        eventually(lambda: _healthy(url) or process.poll() is not None, 240, f"vLLM answers; see {log}")
+        assert process.poll() is None, f"vLLM did not start: {log.read_text()[-3000:]}"
+        yield url
     finally:
         process.terminate()
         process.wait(60)

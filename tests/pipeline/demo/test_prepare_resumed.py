@@ -16,6 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also where a process of its own imports this
+
+from waiting import eventually
+
 from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.context import Run
 from tropd.pipeline.demo import prepare as module
@@ -198,12 +202,11 @@ def test_the_second_process_ends_with_a_killed_first(undisturbed: Run, tmp_path:
     file.write_text(script)
     first = subprocess.Popen([sys.executable, file, Path(__file__).parent, tmp_path / "run"])
     watched = psutil.Process(first.pid)
-    deadline = time.monotonic() + 60
-    while not (second := spawned(watched)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    assert second
+    try:
+        second = eventually(lambda: spawned(watched), 60, "the second process has started")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
     _, lingering = psutil.wait_procs(second, timeout=60)
     for process in lingering:  # a failing test must not leave a core busy for hours
         process.kill()
@@ -220,10 +223,7 @@ def test_a_lost_second_process_is_noticed_at_once_and_no_other_child_is_ended(
     known = set(me.children())
 
     def kill_the_second() -> None:
-        deadline = time.monotonic() + 60
-        while not (found := set(spawned(me)) - known) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for process in found:
+        for process in eventually(lambda: set(spawned(me)) - known, 60, "the second process has started"):
             process.kill()
 
     killer = threading.Thread(target=kill_the_second)

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from waiting import eventually
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = (
     "--headless",
@@ -94,10 +96,9 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.console.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + _PATIENCE
         here = json.dumps(path.resolve().as_uri())
-        while not self.value(f"document.readyState === 'complete' && location.href === {here}"):
-            assert time.monotonic() < end, "the page does not load"
+        is_here = f"document.readyState === 'complete' && location.href === {here}"
+        eventually(lambda: self.value(is_here), _PATIENCE, "the page is loaded")
 
     def value(self, expression: str) -> Any:
         """What JavaScript makes of it."""

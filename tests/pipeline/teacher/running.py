@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from waiting import eventually
 
 from tropd.pipeline.teacher.service import listen
 
@@ -22,8 +22,7 @@ def running(app: Any, port: int = 0) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="auto"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        while not (server.started and getattr(app.state, "ready", True)):
-            time.sleep(0.005)
+        eventually(lambda: server.started and getattr(app.state, "ready", True), 20, "the server is ready")
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Response
+from waiting import eventually
 
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.teacher.connections import serve_within, server_for
@@ -53,8 +54,7 @@ def served(
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.005)
+        eventually(lambda: server.started, 20, "the server is up")
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}", server, thread
         finally:
@@ -90,13 +90,6 @@ def _all(connection: socket.socket, said: bytes) -> bytes:
         while said and (more := connection.recv(4096)):
             said += more
     return said
-
-
-def eventually(happens: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_header_that_drips_is_cut_and_others_are_served() -> None:
@@ -136,8 +129,8 @@ def test_a_body_that_drips_is_refused(service_app: Any) -> None:
 def test_an_answer_that_nobody_reads_is_dropped() -> None:
     with served(ServiceConfig(answer_seconds=0.5)) as (url, server, _):
         with connect(url, b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n"):
-            eventually(lambda: len(server.server_state.connections) == 1)
-            eventually(lambda: not server.server_state.connections)
+            eventually(lambda: len(server.server_state.connections) == 1, 20, "there is a connection")
+            eventually(lambda: not server.server_state.connections, 20, "the connection is dropped")
         assert len(httpx.get(f"{url}/big").content) == BIG
 
 
@@ -147,7 +140,7 @@ def test_many_slow_clients_do_not_keep_others_out() -> None:
             stack.enter_context(connect(url, b"GET /healthz HTTP/1.1\r\nHo"))
         for _ in range(5):
             assert httpx.get(f"{url}/healthz").status_code == 200
-        eventually(lambda: len(server.server_state.connections) <= 5)
+        eventually(lambda: len(server.server_state.connections) <= 5, 20, "slow clients are dropped")
 
 
 def test_the_end_waits_for_no_reader() -> None:

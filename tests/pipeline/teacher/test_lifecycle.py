@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
+from waiting import eventually
 
 from tropd.pipeline.objectives.spec import AllTrusted
 from tropd.pipeline.teacher.protocol import (
@@ -72,6 +73,11 @@ def service(**settings: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.wait()
 
 
+def is_waiting(url: str) -> bool:
+    """Whether a request has come and has no answer yet."""
+    return "tropd_waiting_tokens 0.0" not in httpx.get(f"{url}/metrics").text
+
+
 def test_a_request_in_flight_is_answered_before_the_service_ends() -> None:
     item = ScoreItem(np.full(20, 2, dtype=np.int32), 1, np.full(19, -1.0, dtype=np.float32), 0)
     request = ScoreRequest([item], AllTrusted(), "none", 0, False, 24)
@@ -86,8 +92,7 @@ def test_a_request_in_flight_is_answered_before_the_service_ends() -> None:
     with service() as (process, url):
         thread = threading.Thread(target=post, args=(url,))
         thread.start()
-        while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.01)
+        eventually(lambda: is_waiting(url), 20, "the request waits")
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
@@ -118,8 +123,7 @@ def test_sigterm_ends_the_service_in_seconds_whatever_clients_do() -> None:
         assert alive.recv(4096).startswith(b"HTTP/1.1 200")
         half = client(head.encode() + body[:20])
         stuck = client(head.encode() + body)  # the engine never comes back
-        while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.01)
+        eventually(lambda: is_waiting(url), 20, "the request waits")
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert half.recv(4096).startswith(b"HTTP/1.1 503")  # at once

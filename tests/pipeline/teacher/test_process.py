@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from tropd.pipeline.teacher import process as process_module
 from tropd.pipeline.teacher.process import LocalTeacher
@@ -62,10 +63,7 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     child = int(parent.stdout.readline())
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 20
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(child)
+    eventually(lambda: not alive(child), 20, "the child has ended")
 
 
 def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
@@ -128,10 +126,7 @@ def test_whatever_else_the_child_prints_is_passed_over(tmp_path: Path) -> None:
     )
     with LocalTeacher([sys.executable, "-c", code], tmp_path / "log", start_seconds=20) as teacher:
         assert teacher.wait() == "http://x"
-        deadline = time.monotonic() + 10
-        while "done" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert "done" in (tmp_path / "log").read_text()
+        eventually(lambda: "done" in (tmp_path / "log").read_text(), 10, "the child has printed it all")
 
 
 def test_a_child_that_does_not_listen_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

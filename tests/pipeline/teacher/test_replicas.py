@@ -13,6 +13,7 @@ import pytest
 import tenacity
 from running import running
 from scripted import INFO, ScriptedService, request
+from waiting import eventually
 
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.teacher import replicas
@@ -137,10 +138,12 @@ def test_one_that_comes_back_is_used_again_and_that_is_said() -> None:
     with client_of({"flaky": flaky, "steady": steady}, on_wait=said.append) as client:
         client.info()
         before = len(flaky.bodies)
-        deadline = time.monotonic() + 20
-        while len(flaky.bodies) <= before:
-            assert time.monotonic() < deadline
+
+        def is_used_again() -> bool:
             client.score(request(4, 5, 6, 7))
+            return len(flaky.bodies) > before
+
+        eventually(is_used_again, 20, "a request goes to the server that failed")
     assert said[0].startswith("the teacher at http://flaky does not answer")
     assert said[-1] == "the teacher at http://flaky answers again"
 
@@ -177,10 +180,12 @@ def test_one_that_is_away_at_the_start_does_not_hold_up_the_others() -> None:
         assert client.info().model == "first"
         assert client.replicas[0].before is None
         assert len(client.score(request(4, 5)).items) == 2
-        deadline = time.monotonic() + 20
-        while not away.bodies:
-            assert time.monotonic() < deadline
+
+        def is_asked() -> bool:
             client.score(request(4, 5, 6))
+            return bool(away.bodies)
+
+        eventually(is_asked, 20, "a request goes to the server that was away")
     assert "http://away does not answer" in said[0]
 
 
@@ -237,30 +242,27 @@ def test_real_servers_that_die_and_return_lose_and_mix_up_nothing(table_engine: 
 
     generator = np.random.default_rng(0)
 
-    def check(client: TeacherClient) -> None:
+    def check(client: TeacherClient) -> bool:
         asked = request(*generator.integers(3, 30, 8).tolist(), vocabulary=22)
         for row, got in zip(asked.sequences, client.score(asked).items, strict=True):
             assert np.array_equal(got.teacher_logprobs, table_engine.expected(row.tokens.tolist(), row.start))
+        return True
 
     with running(app()) as one:
         with running(app()) as two:
             port = httpx.URL(two).port
             with TeacherClient([one, two], timeout_seconds=30) as client:
                 # Which of two idle servers answers first, and so takes the next request, is theirs to decide.
-                deadline = time.monotonic() + 20
-                while client.replicas[1].requests < 3:
-                    assert time.monotonic() < deadline
-                    check(client)
+                second_asked = lambda: check(client) and client.replicas[1].requests >= 3  # noqa: E731
+                eventually(second_asked, 20, "the second server has answered three requests")
                 second = two
         # The second is gone now; its client goes on with the first, and meets the second again when it is back.
         with TeacherClient([one, second], timeout_seconds=30) as client:
             check(client)
             assert client.replicas[0].retries == 0
             with running(app(), port=port or 0):
-                deadline = time.monotonic() + 20
-                while not client.replicas[1].requests:
-                    assert time.monotonic() < deadline
-                    check(client)
+                asked_again = lambda: check(client) and client.replicas[1].requests  # noqa: E731
+                eventually(asked_again, 20, "the second server has answered again")
 
 
 def test_a_teacher_that_is_replaced_and_gone_before_it_can_be_asked_is_an_outage(

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from waiting import eventually
 
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.engines.transformers import TransformersEngine
@@ -60,8 +61,7 @@ def serving(engine: Any, settings: ServiceConfig | None = None, token: str | Non
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        while not (server.started and app.state.ready):
-            time.sleep(0.005)
+        eventually(lambda: server.started and app.state.ready, 20, "the service is ready")
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
@@ -203,8 +203,7 @@ def test_what_is_queued_is_answered_before_the_service_ends(table_engine: Any) -
         with serving(table_engine, ServiceConfig(batch_tokens=1)) as url:
             table_engine.gate.clear()
             answers = [pool.submit(post, tokens) for tokens in sequences]
-            while waiting_tokens(url) < 9:
-                time.sleep(0.005)
+            eventually(lambda: waiting_tokens(url) >= 9, 20, "all three requests wait")
             threading.Timer(0.3, table_engine.gate.set).start()
         # The service has been told to end while all three waited, and has ended.
         for tokens, answer in zip(sequences, answers, strict=True):
@@ -228,8 +227,7 @@ def test_batch_mates_of_a_culprit_get_their_answers(table_engine: Any, culprit: 
         first = pool.submit(post, [8, 9])
         assert table_engine.entered.wait(10)
         answers = [pool.submit(post, tokens) for tokens in sequences]
-        while waiting_tokens(url) < 2 + 9:
-            time.sleep(0.005)
+        eventually(lambda: waiting_tokens(url) >= 2 + 9, 20, "the other requests wait")
         table_engine.gate.set()
         assert first.result().status_code == 200
         assert [answer.result().status_code for answer in answers] == [200, 500, 200]
@@ -313,5 +311,4 @@ def test_a_service_whose_engine_fails_the_self_test_ends(table_engine: Any) -> N
     ready: list[str] = []
     with pytest.raises(TropdError, match="did not start"):
         run_service(table_engine, service_info(settings), settings, token=None, on_ready=ready.append)
-    time.sleep(0.1)
     assert not ready

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from waiting import eventually
 
 from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.configuration import load_objective
@@ -37,7 +37,10 @@ V = 24
 
 
 class FakeEngine:
-    """Log-probs that depend on the token only; token 23 makes it fail, token 22 makes it answer NaN."""
+    """Log-probs that depend on the token only; token 23 makes it fail, token 22 makes it answer NaN.
+
+    ``gate`` holds it back while it is clear, ``entered`` says that it is inside ``score``.
+    """
 
     vocab_size = V
     max_length = 64
@@ -45,12 +48,13 @@ class FakeEngine:
     def __init__(self, delay: float = 0.0) -> None:
         self.calls: list[int] = []
         self.delay = delay
-        self.gate = threading.Event()
+        self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
 
     def score(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int], **options: Any
     ) -> list[SequenceScores]:
+        self.entered.set()
         self.gate.wait(10)
         self.calls.append(len(sequences))
         results = []
@@ -107,8 +111,7 @@ def serving(
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not (server.started and app.state.ready):
-        time.sleep(0.005)
+    eventually(lambda: server.started and app.state.ready, 20, "the service is ready")
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
@@ -254,6 +257,11 @@ def test_a_token_guards_everything_but_the_probes() -> None:
             client.info()
 
 
+def is_waiting(url: str) -> bool:
+    """Whether a request has come and has no answer yet."""
+    return "tropd_waiting_tokens 0.0" not in httpx.get(f"{url}/metrics").text
+
+
 def test_only_loopback_without_a_token() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_address(host, None, "VARIABLE")
@@ -271,8 +279,7 @@ def test_a_full_queue_answers_429_and_the_client_comes_back() -> None:
         body = encode_request(ask([item([2] * 20)]))
         waiting = threading.Thread(target=lambda: post(url, body))
         waiting.start()
-        while "tropd_waiting_tokens 0.0" in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.01)
+        eventually(lambda: is_waiting(url), 20, "a request waits")
         answer = post(url, body)
         assert answer.status_code == 429
         assert float(answer.headers["Retry-After"]) > 0
@@ -291,10 +298,10 @@ def test_small_requests_are_merged_and_a_lone_client_is_not() -> None:
     for _ in range(3):
         batcher.submit(ask([item([2, 3, 4])])).result(10)
     assert engine.calls == [1, 1, 1]
+    engine.entered.clear()
     engine.gate.clear()
     first = batcher.submit(ask([item([2, 3])]))
-    while batcher._jobs.qsize():
-        time.sleep(0.001)
+    assert engine.entered.wait(10)
     futures = [batcher.submit(ask([item([2, 3, 4 + i])])) for i in range(6)]
     other = batcher.submit(ask([item([5, 6])], partition=AllTrusted()))
     engine.gate.set()
@@ -309,10 +316,10 @@ def test_small_requests_are_merged_and_a_lone_client_is_not() -> None:
 def test_one_bad_request_does_not_spoil_its_batch_mates(culprit: int) -> None:
     engine = FakeEngine()
     batcher = Batcher(engine, batch_tokens=100, queue_tokens=1000)  # type: ignore[arg-type]
+    engine.entered.clear()
     engine.gate.clear()
     first = batcher.submit(ask([item([2, 3])]))
-    while batcher._jobs.qsize():
-        time.sleep(0.001)
+    assert engine.entered.wait(10)
     futures = [batcher.submit(ask([item([2, t])])) for t in (4, culprit, 6)]
     engine.gate.set()
     assert first.result(10)
@@ -361,7 +368,7 @@ def test_a_service_that_comes_back_is_met_again() -> None:
         stop = threading.Event()
 
         def later() -> None:
-            time.sleep(0.5)
+            eventually(lambda: messages, 20, "the client has met nobody")
             with serving(FakeEngine(), port=port):
                 stop.wait(30)
 
