@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.spec import Apart, Importance, Inert, Objective, Spec
 from tropd.storage.topk_encoding import Precision
 
@@ -582,37 +584,8 @@ class Config(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        longest = self.prefixes.max_tokens or self.rollout.max_tokens
-        if longest > self.rollout.max_tokens:
-            raise ValueError(
-                f"prefixes.max_tokens ({longest}) is above rollout.max_tokens ({self.rollout.max_tokens}): "
-                "the student could not continue such a prefix"
-            )
-        if self.objective.guidance.loss.estimator == "topk_fkl" and self.objective.k > self.scores.k:
-            raise ValueError(
-                f"objective.k ({self.objective.k}) is above scores.k ({self.scores.k}): "
-                "guidance learns from the cache, which does not hold that many alternatives"
-            )
-        if (
-            self.objective.rollouts == "stored"
-            and self.objective.importance.clip is not None
-            and not self.rollout.plain
-        ):
-            raise ValueError(
-                "objective.importance.clip with stored rollouts needs rollout.temperature = 1 and rollout.top_p = 1: "
-                "stored log-probs are those at temperature 1"
-            )
-        names = [b.name for b in self.evaluation.benchmarks] + [t.name for t in self.evaluation.harness]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"evaluation.benchmarks, evaluation.harness: names are not unique ({', '.join(names)})"
-            )
-        for name, part in self.evaluation_sets.items():
-            if part.pass_at and max(part.pass_at) > part.samples:
-                raise ValueError(
-                    f"pass_at of {name or 'evaluation'}: pass@{max(part.pass_at)} needs samples = {max(part.pass_at)}, "
-                    f"there are {part.samples}"
-                )
+        if reasons := list(_conflicts(self)):
+            raise ValueError("\n".join(reasons))
         return self
 
     @property
@@ -669,3 +642,146 @@ class Config(Spec):
 def to_plain(spec: Spec) -> dict[str, Any]:
     """A specification as plain nested dicts, lists and scalars."""
     return spec.model_dump(mode="json")
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """A line for each reason to refuse settings of several sections: why, and what to set instead.
+
+    Only what follows from the settings alone; what depends on files, models or the machine is refused by the stages.
+    """
+    yield from _length_conflicts(config)
+    yield from _teacher_conflicts(config)
+    yield from _training_conflicts(config)
+    yield from _evaluation_conflicts(config)
+    yield from _problem_conflicts(config)
+
+
+def _length_conflicts(config: Config) -> Iterator[str]:
+    longest = config.rollout.max_tokens
+    if config.prefix_max_tokens > longest:
+        yield (
+            f"prefixes.max_tokens ({config.prefix_max_tokens}) is above rollout.max_tokens ({longest}): the student "
+            "could not continue such a prefix; lower prefixes.max_tokens"
+        )
+    room = config.vllm.max_model_len
+    if room is None or "vllm" not in (config.teacher.engine, config.student.engine):
+        return
+    for name, most in {
+        "rollout.max_tokens": longest,
+        "evaluation.max_tokens": config.evaluation_max_tokens,
+    }.items():
+        if most >= config.vllm.room(room):
+            yield (
+                f"{name} ({most}) leaves no token for a prompt in vllm.max_model_len ({room}), of which one is for "
+                f"scoring: lower {name}, or raise vllm.max_model_len"
+            )
+
+
+def _teacher_conflicts(config: Config) -> Iterator[str]:
+    objective = config.objective
+    needs = teacher_needs(objective)
+    cached = needs.cached_topk or (objective.rollouts == "stored" and needs.topk != "none")
+    if cached and objective.k > config.scores.k:
+        yield (
+            f"objective.k ({objective.k}) is above scores.k ({config.scores.k}): the cache, which is learned from, does "
+            "not hold that many alternatives; lower objective.k, or raise scores.k"
+        )
+    if objective.rollouts == "stored" and objective.importance.clip is not None and not config.rollout.plain:
+        yield (
+            "objective.importance.clip with stored rollouts needs rollout.temperature = 1 and rollout.top_p = 1: "
+            "stored log-probs are those at temperature 1"
+        )
+    if objective.rollouts != "student":
+        return
+    started = [teacher for teacher in (config.teacher, *config.teacher.by_domain) if not teacher.urls]
+    if needs.entropy and any(teacher.engine == "vllm" for teacher in started):
+        yield (
+            "objective.partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which vLLM does "
+            "not give: set teacher.engine = 'transformers' (in teacher.by_domain too), or another "
+            "objective.partition.rule"
+        )
+    if started and config.service.max_request_tokens <= config.rollout.max_tokens:
+        yield (
+            f"service.max_request_tokens ({config.service.max_request_tokens}) is too low for a prompt and a response of "
+            f"rollout.max_tokens ({config.rollout.max_tokens}): raise service.max_request_tokens"
+        )
+
+
+def _training_conflicts(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.dropout and config.student.engine != "transformers":
+        yield (
+            f"train.dropout and student.engine = {config.student.engine!r} exclude each other: the engine's log-probs "
+            "are compared with the trainer's, which would be those of another network each time; set train.dropout = "
+            "false, or student.engine = 'transformers'"
+        )
+    if train.region_gradients and config.runtime.compile:
+        yield (
+            "train.region_gradients and runtime.compile exclude each other: compiled backward passes can be gone through "
+            "only once; set train.region_gradients = false, or runtime.compile = false"
+        )
+    if train.attention != "auto":
+        for name, value, wanted in (
+            ("student.dtype", config.student.dtype, "bfloat16"),
+            ("runtime.device", config.runtime.device, "cuda"),
+        ):
+            if value not in ("auto", wanted):
+                yield (
+                    f"train.attention = {train.attention!r} excludes {name} = {value!r}: set {name} = {wanted!r}, or "
+                    "train.attention = 'auto'"
+                )
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[str]:
+    names = [b.name for b in config.evaluation.benchmarks] + [t.name for t in config.evaluation.harness]
+    if len(set(names)) < len(names):
+        yield (
+            f"evaluation.benchmarks, evaluation.harness: names are not unique ({', '.join(names)}); set one of them to "
+            "another name"
+        )
+    if "eval" in names:
+        yield (
+            "evaluation.benchmarks, evaluation.harness: 'eval' is how results name the problems of [evaluation] itself; "
+            "set another name"
+        )
+    for name, part in config.evaluation_sets.items():
+        owner = f"evaluation.benchmarks, {name!r}" if name else "evaluation.pass_at"
+        if (most := max(part.pass_at, default=0)) > part.samples:
+            yield (
+                f"{owner}: pass@{most} needs samples = {most}, there are {part.samples} (evaluation.samples, or those of "
+                "the benchmark): raise samples, or lower pass_at"
+            )
+        if name and not config.problem_files[name].answer_field:
+            yield (
+                f"{owner} has no answers to be graded by, since data.answer_field is empty: set data.answer_field, or "
+                "that of the benchmark"
+            )
+    if not config.data.answer_field and not config.evaluation.distance_prompts:
+        yield (
+            "evaluation.distance_prompts = 0 and an empty data.answer_field leave nothing to evaluate: set "
+            "data.answer_field, or leave evaluation.distance_prompts out"
+        )
+
+
+def _problem_conflicts(config: Config) -> Iterator[str]:
+    data, demo = config.data, config.demo
+    if config.prefixes.keep == "correct" and not data.answer_field:
+        yield (
+            "prefixes.keep = 'correct' needs answers, and data.answer_field is empty: set data.answer_field, or "
+            "prefixes.keep = 'all'"
+        )
+    for column, field in (("answer", "answer_field"), ("domain", "domain_field")):
+        if not getattr(data, field) and any(getattr(source, column) for source in data.sources):
+            yield (
+                f"data.sources names {column}, and data.{field}, the field that it is written to, is empty: "
+                f"set data.{field}"
+            )
+    if not demo.enabled:
+        return
+    if demo.models == "smollm2" and not data.chat:
+        yield "demo.models = 'smollm2' has conversations as prompts, which need a chat template: set data.chat = true"
+    if data.prompt_field != "prompt" or data.answer_field not in ("answer", ""):
+        yield (
+            "demo.enabled = true writes problems with the fields prompt and answer: leave data.prompt_field and "
+            "data.answer_field out"
+        )

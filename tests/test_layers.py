@@ -187,7 +187,6 @@ COVERED_BY = {
     "tropd.pipeline.training.output": "tests/e2e/test_pipeline.py",
     "tropd.pipeline.training.preparation": "tests/e2e/test_training_ahead.py",
     "tropd.pipeline.training.rolling": "tests/e2e/test_training_ahead.py",
-    "tropd.pipeline.training.session": "tests/pipeline/training/test_soundness.py",
     "tropd.pipeline.training.student": "tests/pipeline/training/test_flash_attention.py",
     "tropd.pipeline.training.teacher_data": "tests/pipeline/training/test_step.py",
     "tropd.pipeline.training.world": "tests/e2e/test_distributed.py",

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,18 +30,25 @@ TRIED_SCALE = 0.1
 """Of the matrices B while merging is tried: what they add to a layer is then about as large as what it had."""
 
 
+def check_peft(settings: LoraSettings | None) -> None:
+    """Refuse before a model is loaded what could not be added to it.
+
+    Raises:
+        ConfigError: adapters are asked for, and peft is not installed.
+    """
+    if settings is not None and find_spec("peft") is None:
+        raise ConfigError("student.lora needs peft, which is not installed", hint='pip install "tropd[lora]"')
+
+
 def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     """Freeze the model and add adapters to all layers that peft takes for linear, but not to the output layer.
 
     Raises:
         ConfigError: peft is not installed or cannot adapt this model, or the adapters cannot be merged into it.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError(
-            "student.lora needs peft, which is not installed", hint='pip install "tropd[lora]"'
-        ) from None
+    check_peft(settings)
+    from peft import LoraConfig, inject_adapter_in_model
+
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules="all-linear"

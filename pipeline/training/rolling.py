@@ -21,8 +21,6 @@ from tropd.pipeline.models import configure_runtime, context_length, load_model,
 from tropd.pipeline.training.lora import merged_state
 from tropd.pipeline.training.rollouts import sampling_of
 from tropd.pipeline.training.student import copy_weights
-from tropd.pipeline.training.world import World
-from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,12 @@ class Rolling:
 def rollout_engine(
     run: Run,
     stack: ExitStack,
-    world: World,
     student: LoadedModel,
     whole_model: Any,
     folder: Path,
     precision: torch.dtype | None,
 ) -> Rolling:
-    """Open the engine that the configuration asks for, in this process or in one beside it.
-
-    Raises:
-        ConfigError: vLLM under torchrun.
-    """
+    """Open the engine that the configuration asks for, in this process or in one beside it."""
     settings = run.config.student
     sharded = whole_model is not student.model
 
@@ -64,11 +57,6 @@ def rollout_engine(
         loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
         return Rolling(engine, gather)
-    if world.size > 1:
-        raise ConfigError(
-            'student.engine = "vllm" trains in a single process so far',
-            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
-        )
     in_vllm = open_vllm(run, "student", folder, in_training=True)
 
     def refresh() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,18 @@ from tropd.pipeline.training.batch import RaggedTopk
 from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.held_out import HeldOutSet, read_held_out
 from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.lora import check_peft
 from tropd.pipeline.training.optimizer import make_optimizer
 from tropd.pipeline.training.proof import prove_pass
 from tropd.pipeline.training.rolling import rollout_engine
 from tropd.pipeline.training.rollouts import Row, TrajectoryStore
-from tropd.pipeline.training.student import StudentPass, shard, trainable_student, whole_student
+from tropd.pipeline.training.student import (
+    StudentPass,
+    check_attention,
+    shard,
+    trainable_student,
+    whole_student,
+)
 from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError
 
@@ -156,13 +164,13 @@ def open_session(
     Raises:
         ConfigError, DataError, TropdError: before any training has happened.
     """
+    _check_settings(run, world)
     config, objective = run.config, run.config.objective
     needs = teacher_needs(objective)
     device = configure_runtime(config.runtime)
     folder = model_directory(run.workspace, config.student, "student")
     dtype = config.student.settled_dtype
     precision = None if dtype == "float32" else DTYPES[dtype]
-    _check_settings(run, world)
     inputs = read_inputs(run, needs, prompts)  # before anything is loaded or started
     # Before services take memory: a teacher is loaded here for it.
     held_out = None
@@ -175,7 +183,7 @@ def open_session(
     with loading(run, "student", folder):
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
-    rolling = rollout_engine(run, stack, world, student, whole_model, folder, precision)
+    rolling = rollout_engine(run, stack, student, whole_model, folder, precision)
     longest = max(len(tokens) for tokens in inputs.encoded) + config.rollout.max_tokens
     scorers = {}
     if asks:
@@ -229,20 +237,27 @@ def _graded(run: Run, problems: Encoded | None) -> tuple[list[Prompt], list[list
 
 
 def _check_settings(run: Run, world: World) -> None:
-    if world.size > 1 and run.config.train.region_gradients:
+    """Refuse before anything is loaded what this machine, or its processes, cannot do.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    config = run.config
+    check_peft(config.student.lora)
+    check_attention(run, world)
+    if world.size > 1 and config.student.engine == "vllm":
+        raise ConfigError(
+            'student.engine = "vllm" trains in a single process so far',
+            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
+        )
+    if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
             "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
         )
-    if run.config.train.dropout and run.config.student.engine != "transformers":
-        # Its log-probs are compared with the trainer's, which would be those of another network each time.
+    if config.student.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
-            f"train.dropout and student.engine = {run.config.student.engine!r} exclude each other",
-            hint='set train.dropout = false, or student.engine = "transformers"',
-        )
-    if run.config.runtime.compile and run.config.train.region_gradients:
-        # Compiled backward passes reuse memory of the forward pass, and can be gone through only once.
-        raise ConfigError(
-            "train.region_gradients and runtime.compile exclude each other", hint="set one of them to false"
+            'student.engine = "vllm" needs vLLM, which is not installed',
+            hint='pip install "tropd[vllm]", or set student.engine = "transformers"',
         )
 
 

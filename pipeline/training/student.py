@@ -149,8 +149,15 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
 
 
-def _attend(model: Any, run: Run, world: World) -> None:
+def check_attention(run: Run, world: World) -> None:
+    """Refuse before a model is loaded an attention that this machine does not have.
+
+    Raises:
+        ConfigError: there is no GPU, the package is missing, or the student is float32 or spread over processes.
+    """
     attention = run.config.train.attention
+    if attention == "auto":
+        return
     on_gpu = pick_device(run.config.runtime.device).type == "cuda"
     if run.config.student.settled_dtype == "float32" or not on_gpu or world.size > 1:
         raise ConfigError(
@@ -165,6 +172,11 @@ def _attend(model: Any, run: Run, world: World) -> None:
             f"train.attention = {attention!r} needs a package that is not installed, or not for this GPU",
             hint='install flash-attn (flash_attn_3 for version 3), or set train.attention = "auto"',
         )
+
+
+def _attend(model: Any, run: Run, world: World) -> None:
+    check_attention(run, world)
+    attention = run.config.train.attention
     reason = "it cannot be changed"
     try:
         model.set_attn_implementation(attention)
