@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli.terminal import shown
+from tropd.pipeline.report.formats import human_bytes
 
 if TYPE_CHECKING:
     from tropd.pipeline.report.schema import Verdict
@@ -154,14 +155,6 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _bytes(value: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
 def _step_time(records: Sequence[Record]) -> str:
     total = recent_mean(records, "time_total")
     if not total:
@@ -181,7 +174,7 @@ def _teacher(records: Sequence[Record]) -> str:
         return ""
     ranked = math.fsum(value or 0.0 for value in column(records, "teacher_topk_tokens"))
     received = math.fsum(value or 0.0 for value in column(records, "teacher_bytes_received"))
-    words = [f"{scored:,.0f} tokens", f"{ranked / scored:.0%} with alternatives", _bytes(received)]
+    words = [f"{scored:,.0f} tokens", f"{ranked / scored:.0%} with alternatives", human_bytes(received)]
     retries = sum(sum(r.get("teacher_retries") or ()) for r in records)
     return ", ".join([*words, *([f"{retries} retries"] if retries else [])])
 
@@ -208,5 +201,8 @@ def _held_out(records: Sequence[Record]) -> str:
 
 def _memory(record: Record) -> str:
     main, gpu = (column([record], f"memory_{name}")[0] for name in ("rss", "gpu_peak"))
-    parts = ["" if main is None else _bytes(main), "" if gpu is None else f"{_bytes(gpu)} of the GPU"]
+    parts = [
+        "" if main is None else human_bytes(main),
+        "" if gpu is None else f"{human_bytes(gpu)} of the GPU",
+    ]
     return ", ".join(part for part in parts if part)

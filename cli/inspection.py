@@ -10,6 +10,7 @@ import typer
 
 from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
 from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell, tell_verdicts
+from tropd.pipeline.report.formats import human_bytes
 
 if TYPE_CHECKING:
     from tropd.pipeline.doctor.differences import Difference
@@ -42,23 +43,18 @@ def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         print_json({**found.model_dump(mode="json"), "verdicts": [v.model_dump() for v in verdicts]})
         return
     rows = [
-        (s.name, s.state, s.progress_text, _size(s.bytes), f"{s.seconds:.1f} s" if s.seconds else "")
+        (s.name, s.state, s.progress_text, human_bytes(s.bytes), f"{s.seconds:.1f} s" if s.seconds else "")
         for s in found.stages
     ]
     print_table(("stage", "state", "progress", "size", "time"), rows)
     for stage in found.stages:
         if stage.state == "complete" and stage.problem:
             say(f"{stage.name}: {stage.problem}")
-    say(f"total {_size(found.total_bytes)}" + (f"; next: {found.next_command}" if found.next_command else ""))
+    say(
+        f"total {human_bytes(found.total_bytes)}"
+        + (f"; next: {found.next_command}" if found.next_command else "")
+    )
     tell_verdicts(verdicts)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
 
 
 def watch(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
@@ -164,18 +160,18 @@ def plan(
         shown = {"memory": {p.name: p.bytes for p in parts}, "total": total, "disk": disk}
         print_json(shown | ({"seconds": seconds} if time else {}))
     else:
-        rows = [(p.name, _size(p.bytes), p.smaller) for p in sorted(parts, key=lambda p: -p.bytes)]
+        rows = [(p.name, human_bytes(p.bytes), p.smaller) for p in sorted(parts, key=lambda p: -p.bytes)]
         print_table(
-            (f"per process, of {gpus}", "memory", "smaller with"), [*rows, ("total", _size(total), "")]
+            (f"per process, of {gpus}", "memory", "smaller with"), [*rows, ("total", human_bytes(total), "")]
         )
-        print_table(("on disk, at most", "size"), [(name, _size(size)) for name, size in disk.items()])
+        print_table(("on disk, at most", "size"), [(name, human_bytes(size)) for name, size in disk.items()])
         if seconds:
             times = [(name, duration(value)) for name, value in seconds.items()]
             print_table(("estimated from a measurement", "time"), times)
     if gpu_memory is not None and total > gpu_memory * 1e9:
         largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
-        advice = "; ".join(f"{p.name} ({_size(p.bytes)}): {p.smaller}" for p in largest)
-        tell(f"does not fit into {gpu_memory:g} GB: {_size(total)}. {advice}")
+        advice = "; ".join(f"{p.name} ({human_bytes(p.bytes)}): {p.smaller}" for p in largest)
+        tell(f"does not fit into {gpu_memory:g} GB: {human_bytes(total)}. {advice}")
         raise typer.Exit(1)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -17,8 +16,9 @@ from pydantic import BaseModel, ConfigDict
 
 from tropd.pipeline.config import Config
 from tropd.pipeline.configuration import load_config
+from tropd.storage.atomic import content_size
 from tropd.storage.errors import TropdError
-from tropd.storage.manifest import FILE_NAME, Manifest, can_go_on, holds_output, read_manifest
+from tropd.storage.manifest import FILE_NAME, Manifest, broken_shards, can_go_on, holds_output, read_manifest
 from tropd.storage.stage import stage_seconds
 from tropd.storage.step_log import read_log
 from tropd.storage.workspace import METRICS, STAGES, Workspace, shown_path, stage_kind
@@ -107,22 +107,10 @@ def workspace_status(workspace: Workspace) -> Status:
     return Status(
         workspace=workspace.root.name,
         stages=stages,
-        total_bytes=folder_size(workspace.root),
+        total_bytes=content_size(workspace.root),
         next_command=command,
         next_reason=reason,
     )
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below ``folder``; files that vanish meanwhile (a running stage) are skipped."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(parent, name)).st_size
-            except OSError:
-                continue
-    return total
 
 
 def _prepares(workspace: Workspace, config: Config | None) -> bool:
@@ -138,7 +126,7 @@ def _stage_status(
     earlier: list[StageStatus],
 ) -> StageStatus:
     folder = workspace.stage(name)
-    size = folder_size(folder)
+    size = content_size(folder)
     command = stage_kind(name).command
     try:
         manifest = read_manifest(folder)
@@ -159,7 +147,7 @@ def _stage_status(
                 name=name, command=command, state="damaged", bytes=size, problem=problem, lost=True
             )
         return StageStatus(name=name, command=command, state="not started", bytes=size)
-    broken = _broken_shards(folder, manifest)
+    broken = broken_shards(folder, manifest)
     spent = seconds.get(name)
     if name == "models":
         broken |= _broken_data(workspace.stage(DATA_STAGE))
@@ -197,20 +185,8 @@ def _broken_data(folder: Path) -> dict[str, str]:
         manifest = read_manifest(folder)
     except (TropdError, OSError) as error:
         return {FILE_NAME: str(error).replace(f"{folder}/", f"{DATA_STAGE}/")}
-    broken = _broken_shards(folder, manifest) if manifest else {}
+    broken = broken_shards(folder, manifest) if manifest else {}
     return {f"{DATA_STAGE}/{name}": f"{DATA_STAGE}/{line}" for name, line in broken.items()}
-
-
-def _broken_shards(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Shards that are missing or have another size, and in words which."""
-    broken: dict[str, str] = {}
-    for shard in manifest.shards.values():
-        path = folder / shard.name
-        if not path.exists():
-            broken[shard.name] = f"{shard.name} is missing"
-        elif (size := folder_size(path) if path.is_dir() else path.stat().st_size) != shard.size:
-            broken[shard.name] = f"{shard.name} has {size} bytes instead of {shard.size}"
-    return broken
 
 
 def _progress(
@@ -279,7 +255,7 @@ def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStat
     Contents are compared, not file times: those do not survive a copy of the workspace.
     """
     folder = workspace.stage("report")
-    size = folder_size(folder)
+    size = content_size(folder)
     state: State = "complete"
     problem = ""
     try:

@@ -180,7 +180,14 @@ def content_digest(path: Path) -> str:
 
 
 def content_size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    return path.stat().st_size
+    """Bytes of a file, or of all files in a folder. What is not there, or goes meanwhile, has none."""
+    if not path.is_dir():
+        return _file_size(path)
+    return sum(_file_size(Path(parent, name)) for parent, _, names in os.walk(path) for name in names)
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -154,6 +154,18 @@ def describe_shard(folder: Path, name: str, rows: int) -> Shard:
     return Shard(name=name, rows=rows, size=content_size(path), sha256=content_digest(path))
 
 
+def broken_shards(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Shards that are missing or have another size, and in words which. What is in them is not read."""
+    broken = {}
+    for shard in manifest.shards.values():
+        path = folder / shard.name
+        if not path.exists():
+            broken[shard.name] = f"{shard.name} is missing"
+        elif (size := content_size(path)) != shard.size:
+            broken[shard.name] = f"{shard.name} has {size} bytes instead of {shard.size}"
+    return broken
+
+
 def check_shard(folder: Path, shard: Shard) -> None:
     """Read a shard completely and compare it with its manifest entry.
 

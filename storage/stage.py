@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tropd.storage.aside import set_aside
-from tropd.storage.atomic import content_size, explain_disk_errors, make_folder, remove_temporaries
+from tropd.storage.atomic import explain_disk_errors, make_folder, remove_temporaries
 from tropd.storage.errors import (
     DamagedShardError,
     DiskError,
@@ -39,6 +39,7 @@ from tropd.storage.fingerprint import Fingerprint
 from tropd.storage.manifest import (
     FILE_NAME,
     Manifest,
+    broken_shards,
     describe_shard,
     holds_output,
     read_manifest,
@@ -216,7 +217,10 @@ def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | Non
         write_manifest(folder, manifest)
     else:
         refuse_other_settings(name, folder, manifest, fingerprint)
-    broken = _broken(folder, manifest)
+    problems = broken_shards(folder, manifest)
+    broken = list(problems)
+    if broken:
+        logger.warning("%s: %s", name, "; ".join(problems.values()))
     for shard in broken:
         set_aside(folder, shard)
     stage = Stage(folder, _without(manifest, broken) if broken else manifest, timings, broken)
@@ -248,17 +252,6 @@ def _move_back(aside: Path, folder: Path) -> None:
         logger.warning("the old output of %s stays in %s: %s", folder.name, aside.name, error)
         return
     logger.info("moved the old output of %s back: nothing new was made", folder.name)
-
-
-def _broken(folder: Path, manifest: Manifest) -> list[str]:
-    broken = [
-        shard.name
-        for shard in manifest.shards.values()
-        if not (folder / shard.name).exists() or content_size(folder / shard.name) != shard.size
-    ]
-    if broken:
-        logger.warning("%s: missing or truncated: %s", manifest.stage, ", ".join(broken))
-    return broken
 
 
 def _without(manifest: Manifest, names: Collection[str]) -> Manifest:

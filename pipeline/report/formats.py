@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
@@ -23,11 +22,12 @@ def count(number: float) -> str:
 
 
 def human_bytes(number: float) -> str:
-    if number < 1000:
-        return f"{number:.0f}\u00a0bytes"
-    units = ("kB", "MB", "GB", "TB")
-    power = min(len(units), int(math.log10(number) // 3))
-    return f"{number / 1000**power:.3g}\u00a0{units[power - 1]}"
+    """Such as ``611 kB``: three digits, powers of 1000 (with a space that does not break)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.0f}\u00a0{unit}" if unit == "bytes" else f"{number:.3g}\u00a0{unit}"
+        number /= 1000
+    return f"{number:.3g}\u00a0TB"
 
 
 def duration(seconds: float) -> str:

@@ -50,11 +50,11 @@ def test_a_wide_terminal_has_curves_and_facts_side_by_side() -> None:
     name, value, curve, *facts = loss.split()
     assert (name, value, curve[0], curve[-1], len(curve)) == ("loss", "0.91", "█", "▁", 10)
     assert " ".join(facts) == "step 0.5 s: rollout 40%, score 20%, train 40%"
-    assert k1.endswith("teacher 10,000 tokens, 25% with alternatives, 500 kB, 10 retries")
+    assert k1.endswith("teacher 10,000 tokens, 25% with alternatives, 500\u00a0kB, 10 retries")
     assert outliers.startswith("outliers  25.0 %")
     assert outliers.endswith("length  20.0 tokens, 5.0 of them from the teacher")
     assert reward.startswith("reward      -0.5")
-    assert reward.endswith("memory  512 MB")
+    assert reward.endswith("memory  512\u00a0MB")
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 96, 200])

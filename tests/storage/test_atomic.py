@@ -133,6 +133,7 @@ def test_digest_depends_on_names_and_content_only(
     os.utime(second / next(iter(files)), (0, 4e9))  # a clock that jumps must not matter
     assert content_digest(first) == content_digest(second)
     assert content_size(first) == sum(map(len, files.values()))
+    assert content_size(first / "not there") == 0
     changed = second / next(iter(files))
     changed.write_bytes(changed.read_bytes() + b"!")
     assert content_digest(first) != content_digest(second)

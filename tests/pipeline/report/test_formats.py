@@ -6,11 +6,12 @@ from tropd.pipeline.report.formats import duration, human_bytes, points, visible
 
 
 def test_numbers_for_people() -> None:
-    assert [human_bytes(n) for n in (0, 999, 1000, 611_000, 1.5e9, 2e15)] == [
+    assert [human_bytes(n) for n in (0, 999, 1000, 611_000, 999_700, 1.5e9, 2e15)] == [
         "0\u00a0bytes",
         "999\u00a0bytes",
         "1\u00a0kB",
         "611\u00a0kB",
+        "1\u00a0MB",
         "1.5\u00a0GB",
         "2e+03\u00a0TB",
     ]
