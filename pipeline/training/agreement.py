@@ -18,14 +18,16 @@ def check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepO
         TropdError: its log-probs of the rollouts and the trainer's differ by more than ``vllm.max_mean_difference``.
     """
     config = session.run.config.vllm
-    if session.checked is None or not (step == 1 or step % config.check_every == 0):
+    if session.rolling.checked is None or not (step == 1 or step % config.check_every == 0):
         return
     if session.ahead:
         if step == session.run.config.train.steps - 1:
             return  # no step comes after this, so the engine was not given its weights
         # The rollouts are those of older weights; by now the engine has those that this step was computed with.
         rows = [row for row in inputs.rows if row.tokens][:CHECKED_ROWS]
-        scores = session.checked.score([row.sequence for row in rows], [len(row.context) for row in rows])
+        scores = session.rolling.checked.score(
+            [row.sequence for row in rows], [len(row.context) for row in rows]
+        )
         engine = np.array([p for one in scores for p in one.sampled], dtype=np.float64)
     else:
         engine = inputs.sampler_logprobs

@@ -31,7 +31,7 @@ def evaluate_student(session: Session) -> Record:
     """Metrics of the student as it is now. The engine must be idle."""
     if session.problems is None and session.held_out is None:
         return {}
-    session.refresh_engine()
+    session.rolling.refresh()
     record: Record = {}
     known: Mapping[str, Trajectory] = {}
     if session.held_out is not None and session.held_out.prompts.prompts:
@@ -47,7 +47,9 @@ def _write(session: Session, held_out: HeldOutSet) -> list[Trajectory]:
 
     def write(share: list[int]) -> list[Trajectory]:
         prompts = held_out.prompts.at(share)
-        return sample_responses(session.run, session.engine, session.student.tokenizer, prompts, "student")
+        return sample_responses(
+            session.run, session.rolling.engine, session.student.tokenizer, prompts, "student"
+        )
 
     return session.world.spread(range(len(held_out.prompts.prompts)), write)
 
@@ -102,8 +104,8 @@ def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> Record:
     if not written:
         return {}
     # The student itself, or a whole copy of a sharded one, as it samples; it is compiled already where it is to be.
-    whole = session.whole_model is session.student.model
-    loaded = replace(session.student, model=session.whole_model, compiles=False)
+    whole = session.rolling.whole_model is session.student.model
+    loaded = replace(session.student, model=session.rolling.whole_model, compiles=False)
     batch_tokens = session.run.config.scores.batch_tokens
     student = loaded.engine(
         batch_size=1, batch_tokens=batch_tokens, autocast=session.precision if whole else None
@@ -125,9 +127,9 @@ def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> Record:
 
 def _accuracy(session: Session, known: Mapping[str, Trajectory]) -> Record:
     """Shares of right answers, and of how many problems."""
-    if session.problems is None or not session.problems[0]:
+    if session.problems is None or not session.problems.prompts:
         return {}
-    problems, encoded = session.problems
+    problems, encoded = session.problems.prompts, session.problems.tokens
     record: Record = {"accuracy_problems": len(problems)}
     modes: tuple[Mode, ...] = ("greedy", "sampled")
 
@@ -135,7 +137,7 @@ def _accuracy(session: Session, known: Mapping[str, Trajectory]) -> Record:
         tokenizer = session.student.tokenizer
         own = [problems[i] for i in share], [encoded[i] for i in share]
         settings = session.run.config.evaluation
-        return respond(session.run, settings, session.engine, tokenizer, *own, mode, 1, known)
+        return respond(session.run, settings, session.rolling.engine, tokenizer, *own, mode, 1, known)
 
     for mode in modes:
         marks = session.world.spread(range(len(problems)), answer)

@@ -1,37 +1,24 @@
-"""Stage 3, ``train``: take a prepared step, update the student; checkpointed, resumed exactly."""
+"""Stage 3, ``train``: take a prepared step, update the student; checkpointed, resumed exactly.
+
+A step is prepared first: the student rolls out, the teacher is asked (``preparation``). Then the loss and its gradient
+(``step``), the optimizer, a line in the journal, and now and then an evaluation and a checkpoint. Everything random is a
+function of the run's seed and the step's number, so that a run that was interrupted ends with the same weights.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 
-from tropd.pipeline.config import TrainConfig, to_plain
-from tropd.pipeline.context import (
-    Run,
-    engine_fields,
-    finished,
-    model_fields,
-    section_fields,
-)
-from tropd.pipeline.identity import (
-    IMPORTANCE_CLIP,
-    fingerprint_of,
-    stop_fields,
-    tell_unrecorded,
-    token_fields,
-)
+from tropd.pipeline.context import Run
 from tropd.pipeline.memory import within_memory
 from tropd.pipeline.models import pick_device
-from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.selection import data_fields
 from tropd.pipeline.progress import SILENT
-from tropd.pipeline.teacher.connection import check_pairs, teacher_fields
+from tropd.pipeline.teacher.connection import check_pairs
 from tropd.pipeline.training.agreement import check_engine
 from tropd.pipeline.training.along import evaluate_student
 from tropd.pipeline.training.checkpoint import (
@@ -44,30 +31,25 @@ from tropd.pipeline.training.checkpoint import (
 )
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
-from tropd.pipeline.training.metrics import MetricsLog, memory_metrics, step_metrics
-from tropd.pipeline.training.output import FINAL, export_student
-from tropd.pipeline.training.preparation import Preparation, open_preparation, planned_rows
+from tropd.pipeline.training.journal import Journal, open_journal
+from tropd.pipeline.training.metrics import memory_metrics, step_metrics
+from tropd.pipeline.training.optimizer import learning_rate_at
+from tropd.pipeline.training.output import export_student
+from tropd.pipeline.training.preparation import Preparation, Prepared, open_preparation, planned_rows
 from tropd.pipeline.training.rollouts import Row
-from tropd.pipeline.training.samples import resume_samples, write_sample
 from tropd.pipeline.training.session import Session, open_session
 from tropd.pipeline.training.soundness import check_student, stopped
-from tropd.pipeline.training.step import NonFiniteError, StepInputs, backpropagate
+from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.student import whole
-from tropd.pipeline.training.timeline import FILE_NAME as TRACE
 from tropd.pipeline.training.timeline import Timeline
-from tropd.pipeline.training.wandb_log import check_wandb, open_wandb, wandb_identity
+from tropd.pipeline.training.train_stage import STAGE, check_finished, open_train_stage
+from tropd.pipeline.training.wandb_log import check_wandb
 from tropd.pipeline.training.world import join_world
 from tropd.storage.errors import InterruptedStageError
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest, check_shard
-from tropd.storage.stage import Stage, open_stage
-from tropd.storage.step_log import Record, log_problems
+from tropd.storage.manifest import Manifest
+from tropd.storage.stage import Stage
+from tropd.storage.step_log import Record
 
-STAGE = "train"
-_SMALLER = (
-    'lower train.micro_batch_tokens, set train.gradient_checkpointing = true or student.dtype = "bfloat16", train '
-    "adapters (student.lora), or shard over more GPUs; tropd plan shows what needs the most"
-)
 SUMMED = (
     "tokens_on_policy",
     "tokens_guidance",
@@ -76,32 +58,23 @@ SUMMED = (
     "teacher_bytes_sent",
     "teacher_bytes_received",
 )
+"""Metrics whose sums over the run are kept in checkpoints and in the manifest."""
+_SMALLER = (
+    'lower train.micro_batch_tokens, set train.gradient_checkpointing = true or student.dtype = "bfloat16", train '
+    "adapters (student.lora), or shard over more GPUs; tropd plan shows what needs the most"
+)
 
 
-def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
-    """Everything that decides the final weights of a student trained on these prompts."""
-    config = run.config
-    needs = teacher_needs(config.objective)
-    fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
-    fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
-    fields |= section_fields("objective", config.objective)
-    fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
-    fields |= engine_fields(run, "student")
-    if config.student.lora is not None:
-        fields |= section_fields("student.lora", config.student.lora)
-    if config.train.dropout:
-        # What is dropped depends on how a step is cut up.
-        fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
-    if config.rollouts_differ:
-        fields[IMPORTANCE_CLIP] = config.train.importance_clip
-    fields["run.seed"] = config.run.seed
-    if config.objective.schedule.kind != "none":
-        fields["upstream.prefixes"] = finished(run, "prefixes").fingerprint
-    if needs.cached_topk:
-        fields["upstream.scores"] = finished(run, "scores").fingerprint
-    if config.objective.rollouts == "stored":
-        fields["upstream.rollout-scores"] = finished(run, "rollout-scores").fingerprint
-    return fingerprint_of(run, fields)
+@dataclass(frozen=True)
+class _Training:
+    """A session under way."""
+
+    session: Session
+    journal: Journal
+    timeline: Timeline
+    checkpoints: CheckpointWriter
+    preparation: Preparation
+    sums: Counter[str]
 
 
 def train(run: Run, *, force: bool = False) -> Manifest:
@@ -114,188 +87,96 @@ def train(run: Run, *, force: bool = False) -> Manifest:
     check_wandb(run.config.train.wandb_project)
     with ExitStack() as stack:
         world = stack.enter_context(join_world(pick_device(run.config.runtime.device)))
-        if not world.leads:
-            run = replace(run, reporter=SILENT)
+        # One process writes and talks; the others learn from it whether there is anything to do.
+        prompts, stage = None, None
         if world.leads:
             check_pairs(run)
-        # One process writes; the others learn whether there is anything to do, and from where.
-        prompts = student_prompts(run) if world.leads else None
-        stage = None if prompts is None else stack.enter_context(_open(run, prompts, force))
+            prompts = student_prompts(run)
+            stage = stack.enter_context(open_train_stage(run, prompts, force))
+        else:
+            run = replace(run, reporter=SILENT)
         manifest = world.tell(None if stage is None else stage.manifest)
         assert manifest is not None
         if manifest.complete:
             if stage is not None:
-                check_shard(stage.folder, manifest.shards[FINAL])
-                for name, problem in log_problems(stage.folder, manifest):
-                    run.reporter.warning(
-                        f"train: {stage.folder / name}: {problem}; weights do not depend on it"
-                    )
+                check_finished(run, stage)
             run.reporter.info(f"train: done before ({manifest.summary['steps']} steps), nothing to do")
             return manifest
-        stop = StopRequest()
         # The others read them only now: the first one has fixed the date of their chat template.
         prompts = student_prompts(run) if prompts is None else prompts
+        stop = StopRequest()
         session = open_session(run, stack, world, prompts, run.reporter.warning, stop.sleep)
         # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
         stack.enter_context(stop_on_signal(stop))
-        _run_steps(session, stage, stop)
+        sums = _train_steps(session, stage, stop)
+        session.rolling.refresh()
+        if stage is not None:
+            export_student(session, stage)
+            stage.finish(steps=run.config.train.steps, objective=run.config.objective.name, **sums)
         return world.tell(None if stage is None else stage.manifest) or manifest
 
 
-@contextmanager
-def _open(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]:
-    folder = run.workspace.stage(STAGE)
-    with open_stage(folder, STAGE, fingerprint(run, prompts), force=force, timings=run.timings) as stage:
-        own = run.config.objective.importance.clip
-        if IMPORTANCE_CLIP in stage.unrecorded and not stage.complete and own is None:
-            run.reporter.warning(
-                f"{stage.folder} was begun by an older version of tropd, which did not weight responses sampled in "
-                "bfloat16: the steps that are still to come are weighted (train.importance_clip)"
-            )
-        stage.unrecorded = [name for name in stage.unrecorded if name != IMPORTANCE_CLIP]
-        tell_unrecorded(run, stage)
-        yield stage
-
-
-def _resume(session: Session, stage: Stage | None) -> tuple[int, dict[str, Any], list[Row] | None]:
-    """Restore the newest checkpoint; returns the steps done, the counters, and the next rows if they are known."""
-    newest = None
-    if stage is not None:
-        for aside in remove_uncommitted(stage):
-            session.run.reporter.warning(
-                f"train: a checkpoint that was never committed is set aside in {aside}"
-            )
-        newest = newest_checkpoint(stage)
-    newest = session.world.tell(newest)
-    first, counters = load_checkpoint(newest, session.student.model, session.optimizer)
-    rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
-    if stage is not None:
-        prune_checkpoints(stage, session.run.config.train.keep_checkpoints)
-    if first:
-        session.run.reporter.info(f"train: resuming after step {first} of {session.run.config.train.steps}")
-    return first, counters, rows
-
-
-def _run_steps(session: Session, stage: Stage | None, stop: StopRequest) -> None:
+def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Counter[str]:
+    """Every step that is still to come; returns the sums over the whole run."""
     run, config, world = session.run, session.run.config.train, session.world
-    first, counters, rows = _resume(session, stage)
-
-    def checkpoint(done: int, inputs: StepInputs) -> None:
-        """Save the student after ``done`` steps, the last of which had these inputs."""
-        check_student(session, done - 1, inputs)
-        if log is not None:
-            log.sync()
-        with timeline.span("checkpoint", done):
-            rows = preparation.rows_ahead(done)
-            writer.save(done, session.student.model, session.optimizer, counters, rows)
-
+    first, sums, rows = _resume(session, stage)
     with ExitStack() as stack:
-        log = None if stage is None else stack.enter_context(MetricsLog(stage.folder, first))
-        if stage is not None and log is not None:
-            for lost in (log.lost, resume_samples(stage.folder, first, config.steps)):
-                if lost:
-                    run.reporter.warning(f"train: {lost}")
-        writer = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
-        trace = stage.folder / TRACE if stage is not None and config.trace else None
-        timeline = stack.enter_context(Timeline(trace))
+        journal = stack.enter_context(open_journal(session, stage, first))
+        timeline = stack.enter_context(Timeline(journal.trace))
+        checkpoints = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
         preparation = stack.enter_context(open_preparation(session, timeline, stop))
+        training = _Training(session, journal, timeline, checkpoints, preparation, sums)
         if rows is not None:
             preparation.begin(first, rows)
-        project = config.wandb_project if stage is not None else None
-        identity = wandb_identity(stage.folder) if stage is not None and project is not None else ""
-        also_log = stack.enter_context(
-            open_wandb(
-                project,
-                run.workspace.root.name,
-                identity,
-                to_plain(run.config),
-                run.workspace.logs,
-            )
-        )
-        title = f"{run.workspace.root.name} · {run.config.objective.name} · seed {run.config.run.seed}"
-        earlier = log.earlier if log is not None else []
-        settings = stage.manifest.fields if stage is not None else {}
-        with run.reporter.training(title, config.steps, earlier, settings) as shown:
-            for step in range(first, config.steps):
-                try:
-                    record, inputs = _step(session, stage, step, preparation, timeline)
-                except StopRequestedError:
-                    # The weights are those of the step before: the teacher is asked first. Of several processes only
-                    # this one knows; the others end with it, and the last checkpoint stands.
-                    if step > first and world.size == 1:
-                        checkpoint(step, inputs)
-                    raise _interrupted(run, step, "while waiting for the teacher") from None
-                for name in SUMMED:
-                    counters[name] = counters.get(name, 0) + record[name]
-                done = step + 1
-                if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
-                    preparation.rows_ahead(done)
-                    record |= evaluate_student(session)
-                if log is not None:
-                    log.write(record)
-                    also_log(record)
-                shown.step(record)
-                writer.check()
-                stopping = any(world.gather(bool(stop)))
-                if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-                    checkpoint(done, inputs)
-                if stopping and done < config.steps:
-                    raise _interrupted(run, done)
-    session.refresh_engine()
-    if stage is not None:
-        export_student(session, stage)
-        stage.finish(steps=config.steps, objective=run.config.objective.name, **counters)
+        inputs = None
+        for step in range(first, config.steps):
+            try:
+                with timeline.span("total", step):
+                    prepared = preparation.take(step)
+                    preparation.begin(step + 1)
+                    inputs, record = prepared.inputs, _update(training, step, prepared)
+            except StopRequestedError:
+                # The weights are those of the step before: the teacher is asked first. Of several processes only
+                # this one knows; the others end with it, and the last checkpoint stands.
+                if inputs is not None and world.size == 1:
+                    _save(training, step, inputs)
+                raise _interrupted(run, step, "while waiting for the teacher") from None
+            record |= {f"time_{name}": seconds for name, seconds in timeline.take(step).items()}
+            sums.update({name: record[name] for name in SUMMED})
+            done = step + 1
+            if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
+                preparation.rows_ahead(done)  # after this the engine is idle
+                record |= evaluate_student(session)
+            journal.write(record)
+            checkpoints.check()
+            stopping = any(world.gather(bool(stop)))
+            if stopping or done % config.checkpoint_every == 0 or done == config.steps:
+                _save(training, done, inputs)
+            if stopping and done < config.steps:
+                raise _interrupted(run, done)
+    return sums
 
 
-def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
-    return InterruptedStageError(
-        f"train: stopped after step {done} of {run.config.train.steps}{when and ', ' + when}"
-        + ("; a checkpoint was saved" if done else ""),
-        hint=f"{run.command(STAGE)} goes on from there",
-    )
-
-
-def _step(
-    session: Session, stage: Stage | None, step: int, preparation: Preparation, timeline: Timeline
-) -> tuple[Record, StepInputs]:
-    """One optimiser step. Everything random in it is a function of the run's seed and ``step``."""
-    config, objective = session.run.config, session.run.config.training_objective
-    with timeline.span("total", step):
-        prepared = preparation.take(step)
-        preparation.begin(step + 1)
-        inputs = prepared.inputs
-        session.student.model.train()
-        session.optimizer.zero_grad(set_to_none=True)
-        try:
-            with timeline.span("train", step), within_memory("the gradients of a step", _SMALLER):
-                outcome = backpropagate(
-                    session.passes,
-                    session.parameters,
-                    objective,
-                    inputs,
-                    micro_batch_tokens=config.train.micro_batch_tokens,
-                    precision=session.precision,
-                    region_gradients=config.train.region_gradients,
-                    world=session.world,
-                )
-                norm = float(
-                    whole(torch.nn.utils.clip_grad_norm_(session.parameters, config.train.max_grad_norm))
-                )
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"the gradient's norm is {norm}")
-        except NonFiniteError as error:
-            logprobs = inputs.teacher.logprobs
-            raise stopped(session, step, inputs.rows, logprobs, str(error)) from error
-        check_engine(session, step, inputs, outcome)
-        if stage is not None:
-            tokenizer = session.student.tokenizer
-            write_sample(stage.folder, step, config.train.steps, inputs, session.prompts, tokenizer)
-        learning_rate = learning_rate_at(config.train, step)
-        with timeline.span("optimizer", step), within_memory("the state of the optimizer", _SMALLER):
-            for group in session.optimizer.param_groups:
-                group["lr"] = learning_rate
-            session.optimizer.step()
-    record = {
+def _update(training: _Training, step: int, prepared: Prepared) -> Record:
+    """Update the student with a prepared step; returns the step's metrics."""
+    session, inputs = training.session, prepared.inputs
+    config = session.run.config.train
+    try:
+        with training.timeline.span("train", step), within_memory("the gradients of a step", _SMALLER):
+            outcome, norm = _gradient(session, inputs)
+    except NonFiniteError as error:
+        raise stopped(session, step, inputs.rows, inputs.teacher.logprobs, str(error)) from error
+    check_engine(session, step, inputs, outcome)
+    training.journal.sample(step, inputs)
+    learning_rate = learning_rate_at(config, step)
+    with (
+        training.timeline.span("optimizer", step),
+        within_memory("the state of the optimizer", _SMALLER),
+    ):
+        for group in session.optimizer.param_groups:
+            group["lr"] = learning_rate
+        session.optimizer.step()
+    return {
         "step": step,
         **step_metrics(inputs, outcome),
         **prepared.traffic,
@@ -304,19 +185,66 @@ def _step(
         "grad_norm": norm,
         "learning_rate": learning_rate,
         **memory_metrics(session.student.model.device),
-        **{f"time_{name}": seconds for name, seconds in timeline.take(step).items()},
     }
-    return record, inputs
 
 
-def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """Learning rate of the step with this number (from 0): linear warm-up, then the schedule down to 0."""
-    warmup = config.warmup
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-    if config.schedule == "linear":
-        return config.learning_rate * (1.0 - progress)
-    return config.learning_rate
+def _gradient(session: Session, inputs: StepInputs) -> tuple[StepOutcome, float]:
+    """The step's gradient in the parameters, clipped, and its norm before that.
+
+    Raises:
+        NonFiniteError: a loss or the norm is NaN or infinite.
+    """
+    config = session.run.config.train
+    session.student.model.train()
+    session.optimizer.zero_grad(set_to_none=True)
+    outcome = backpropagate(
+        session.passes,
+        session.parameters,
+        session.run.config.training_objective,
+        inputs,
+        micro_batch_tokens=config.micro_batch_tokens,
+        precision=session.precision,
+        region_gradients=config.region_gradients,
+        world=session.world,
+    )
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(session.parameters, config.max_grad_norm)))
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient's norm is {norm}")
+    return outcome, norm
+
+
+def _save(training: _Training, done: int, inputs: StepInputs) -> None:
+    """Save the student after ``done`` steps, the last of which had these inputs."""
+    session = training.session
+    check_student(session, done - 1, inputs)
+    training.journal.sync()
+    with training.timeline.span("checkpoint", done):
+        rows = training.preparation.rows_ahead(done)
+        training.checkpoints.save(done, session.student.model, session.optimizer, training.sums, rows)
+
+
+def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], list[Row] | None]:
+    """Restore the newest checkpoint; returns the steps done, the sums, and the next rows if they are known."""
+    newest = None
+    if stage is not None:
+        for aside in remove_uncommitted(stage):
+            session.run.reporter.warning(
+                f"train: a checkpoint that was never committed is set aside in {aside}"
+            )
+        newest = newest_checkpoint(stage)
+    newest = session.world.tell(newest)
+    first, sums = load_checkpoint(newest, session.student.model, session.optimizer)
+    rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
+    if stage is not None:
+        prune_checkpoints(stage, session.run.config.train.keep_checkpoints)
+    if first:
+        session.run.reporter.info(f"train: resuming after step {first} of {session.run.config.train.steps}")
+    return first, Counter(sums), rows
+
+
+def _interrupted(run: Run, done: int, when: str = "") -> InterruptedStageError:
+    return InterruptedStageError(
+        f"train: stopped after step {done} of {run.config.train.steps}{when and ', ' + when}"
+        + ("; a checkpoint was saved" if done else ""),
+        hint=f"run {run.command(STAGE)} to resume",
+    )

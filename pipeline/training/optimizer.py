@@ -1,7 +1,8 @@
-"""The optimizer: AdamW, whose weight decay is for matrices only."""
+"""The optimizer: AdamW, whose weight decay is for matrices only, and its learning rate."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,3 +47,16 @@ def undecayed(model: Any) -> set[torch.nn.Parameter]:
         if isinstance(module, torch.nn.Embedding) or "Norm" in type(module).__name__:
             found |= set(module.parameters(recurse=False))
     return found
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Learning rate of the step with this number (from 0): linear warm-up, then the schedule down to 0."""
+    warmup = config.warmup
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    return config.learning_rate

@@ -19,7 +19,7 @@ FINAL = "final"
 def export_student(session: Session, stage: Stage) -> None:
     """The final student as a plain Hugging Face directory, in the configured precision."""
     with atomic_directory(stage.folder / FINAL) as folder:
-        settings, model = session.run.config.student, session.whole_model
+        settings, model = session.run.config.student, session.rolling.whole_model
         if settings.lora is not None:
             state = merged_state(model)
             model = load_model(

@@ -87,7 +87,7 @@ class Preparation:
 
     def _refresh(self, step: int) -> None:
         with self._timeline.span("sync", step):
-            self._session.refresh_engine()
+            self._session.rolling.refresh()
 
     def _rows(self, step: int) -> list[Row]:
         with self._timeline.span("rollout", step):
@@ -112,7 +112,7 @@ def open_preparation(session: Session, timeline: Timeline, stop: StopRequest) ->
         finally:
             # The thread may be waiting for a teacher that is away.
             stop.end()
-            session.close_engine()
+            session.rolling.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -132,9 +132,9 @@ def planned_rows(session: Session, step: int) -> list[RowPlan]:
     config = session.run.config
     return plan_rows(
         step,
-        prompt_ids=[p.id for p in session.prompts],
-        encoded=session.encoded,
-        store=session.store,
+        prompt_ids=[p.id for p in session.inputs.prompts],
+        encoded=session.inputs.encoded,
+        store=session.inputs.store,
         schedule=config.objective.schedule,
         limit=prefix_limit(session, step),
         rollout=config.rollout,
@@ -146,16 +146,16 @@ def planned_rows(session: Session, step: int) -> list[RowPlan]:
 def step_rows(session: Session, step: int) -> list[Row]:
     """The step's rows: rolled out now, or read from disk where the objective trains on stored rollouts."""
     config = session.run.config
-    if session.stored is not None:
+    if session.inputs.stored is not None:
         return stored_rows(
             step,
-            prompt_ids=[p.id for p in session.prompts],
-            encoded=session.encoded,
-            store=session.stored,
+            prompt_ids=[p.id for p in session.inputs.prompts],
+            encoded=session.inputs.encoded,
+            store=session.inputs.stored,
             rollout=config.rollout,
             seed=config.run.seed,
         )
-    return roll_out(planned_rows(session, step), session.engine, config.rollout, session.aside)
+    return roll_out(planned_rows(session, step), session.rolling.engine, config.rollout, session.aside)
 
 
 def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
@@ -178,8 +178,8 @@ def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
 
 
 def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
-    if session.stored is not None and session.cached is not None:
-        return session.cached.responses(rows, session.stored, session.run.config.objective.k)
+    if session.inputs.stored is not None and session.inputs.cached is not None:
+        return session.inputs.cached.responses(rows, session.inputs.stored, session.run.config.objective.k)
     if not session.scorers:
         return TeacherData.nothing()
     return ask_teacher(

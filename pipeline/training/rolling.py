@@ -25,12 +25,18 @@ from tropd.pipeline.training.student import copy_weights
 
 @dataclass(frozen=True)
 class Rolling:
-    """The engine that rolls out, and what belongs to it; see the fields of ``Session``."""
+    """The engine that rolls out, and what belongs to it."""
 
     engine: Sampler
+    """Rolls out with the student's weights."""
+    whole_model: Any
+    """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
     refresh: Callable[[], None]
+    """Copy the student's weights as they are now into engine and ``whole_model``. The engine must be idle."""
     checked: Engine | None = None
+    """The engine, where it is another than the trainer's and could have other weights."""
     close: Callable[[], None] = lambda: None
+    """End the engine's process, if it has one of its own."""
 
 
 def rollout_engine(
@@ -56,13 +62,13 @@ def rollout_engine(
             return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
         loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        return Rolling(engine, gather)
+        return Rolling(engine, whole_model, gather)
     in_vllm = open_vllm(run, "student", folder, in_training=True)
 
     def refresh() -> None:
         in_vllm.set_weights(merged_state(whole_model).items())
 
-    return Rolling(in_vllm, refresh, checked=in_vllm)
+    return Rolling(in_vllm, whole_model, refresh, checked=in_vllm)
 
 
 def _process_engine(
@@ -93,7 +99,7 @@ def _process_engine(
         gather()
         engine.set_weights(merged_state(whole_model).items())
 
-    return Rolling(engine, refresh, close=engine.close)
+    return Rolling(engine, whole_model, refresh, close=engine.close)
 
 
 def _sampling_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from tropd.pipeline.context import (
     load_role,
     loading,
 )
-from tropd.pipeline.engines.base import Engine, Sampler, SequenceScores
+from tropd.pipeline.engines.base import Engine, SequenceScores
 from tropd.pipeline.engines.compiled import compile_layers
 from tropd.pipeline.models import (
     DTYPES,
@@ -29,21 +29,19 @@ from tropd.pipeline.models import (
 from tropd.pipeline.objectives.needs import TeacherNeeds, needs_reference, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.selection import spread
-from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.teacher.client import TeacherClient
 from tropd.pipeline.teacher.connection import connect_teachers, start_teachers
 from tropd.pipeline.teacher.process import LocalTeacher
 from tropd.pipeline.teachers import teacher_of
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training.batch import RaggedTopk
-from tropd.pipeline.training.cached import CachedScores
 from tropd.pipeline.training.held_out import HeldOutSet, read_held_out
-from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.inputs import Inputs, read_inputs
 from tropd.pipeline.training.lora import check_peft
 from tropd.pipeline.training.optimizer import make_optimizer
 from tropd.pipeline.training.proof import prove_pass
-from tropd.pipeline.training.rolling import rollout_engine
-from tropd.pipeline.training.rollouts import Row, TrajectoryStore
+from tropd.pipeline.training.rolling import Rolling, rollout_engine
+from tropd.pipeline.training.rollouts import Row
 from tropd.pipeline.training.student import (
     StudentPass,
     check_attention,
@@ -60,39 +58,34 @@ class Session:
     """What the loop needs. Models share the process; the teacher is behind ``scorer``."""
 
     run: Run
-    needs: TeacherNeeds
-    prompts: list[Prompt]
-    encoded: list[list[int]]
     world: World
     aside: World
     """The same for the thread that prepares the next step."""
+    inputs: Inputs
+    """Prompts, and what the stages before have made."""
     student: LoadedModel
     passes: StudentPass
     """The student as it is trained, sharded where there are several processes."""
-    engine: Sampler
-    """Rolls out with the student's weights."""
-    refresh_engine: Callable[[], None]
-    """Give engine and ``whole_model`` the weights as they are now. The engine must be idle."""
-    checked: Engine | None
-    """That engine, where it is another than the trainer's and could have other weights."""
-    close_engine: Callable[[], None]
-    """End what it does, if it has a process of its own."""
-    whole_model: Any
-    """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
+    rolling: Rolling
+    """The engine that rolls out with the student's weights."""
     optimizer: torch.optim.Optimizer
-    precision: torch.dtype | None
-    store: TrajectoryStore | None
-    """Teacher trajectories, for prefixes."""
-    stored: TrajectoryStore | None
-    """Stored student rollouts, for objectives that train on them."""
     scorers: dict[str, TeacherClient]
     """Clients of the teachers by name (see ``teachers``); none where all scores are on disk."""
-    cached: CachedScores | None
     reference: Engine | None
-    problems: tuple[list[Prompt], list[list[int]]] | None
+    problems: Encoded | None
     """Those with an answer that are evaluated along the way, spread over all."""
     held_out: HeldOutSet | None
     """What the student is compared with its teacher on along the way."""
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """What the objective asks of the teacher."""
+        return teacher_needs(self.run.config.objective)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The student's passes are in this precision; None: in that of its weights."""
+        return self.passes.precision
 
     @property
     def ahead(self) -> bool:
@@ -120,7 +113,7 @@ class Session:
 
     def teacher_of(self, row: Row) -> str:
         """Name of the teacher of a row."""
-        return teacher_of(self.run, self.prompts[row.plan.prompt_index].domain)
+        return teacher_of(self.run, self.inputs.prompts[row.plan.prompt_index].domain)
 
     def retries(self) -> list[int]:
         """Failed attempts so far per server, in the order of ``teacher.url``."""
@@ -141,9 +134,10 @@ class Session:
 
     def guidance_topk(self, rows: list[Row]) -> RaggedTopk | None:
         """Cached alternatives of the step's prefix tokens, if the objective learns from them."""
-        if self.cached is None or self.store is None:
+        cached, prefixes = self.inputs.cached, self.inputs.store
+        if cached is None or prefixes is None:
             return None
-        return self.cached.prefixes(rows, self.store, self.run.config.objective.k)
+        return cached.prefixes(rows, prefixes, self.run.config.objective.k)
 
 
 def open_session(
@@ -204,36 +198,28 @@ def open_session(
     shard(passes, world, precision)
     return Session(
         run=run,
-        needs=needs,
-        prompts=inputs.prompts,
-        encoded=inputs.encoded,
         world=world,
         aside=world.aside() if config.train.max_staleness else world,
+        inputs=inputs,
         student=student,
         passes=passes,
-        engine=rolling.engine,
-        refresh_engine=rolling.refresh,
-        checked=rolling.checked,
-        close_engine=rolling.close,
-        whole_model=whole_model,
+        rolling=rolling,
         optimizer=make_optimizer(student.model, config.train),
-        precision=precision,
-        store=inputs.store,
-        stored=inputs.stored,
         scorers=scorers,
-        cached=inputs.cached,
         reference=_reference(run, folder),
         problems=_graded(run, inputs.problems),
         held_out=held_out,
     )
 
 
-def _graded(run: Run, problems: Encoded | None) -> tuple[list[Prompt], list[list[int]]] | None:
+def _graded(run: Run, problems: Encoded | None) -> Encoded | None:
     if problems is None:
         return None
     graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
     some = [graded[i] for i in spread(len(graded), run.config.train.evaluate_problems)]
-    return [problems.prompts[i] for i in some], [problems.tokens[i] for i in some]
+    return replace(
+        problems, prompts=[problems.prompts[i] for i in some], tokens=[problems.tokens[i] for i in some]
+    )
 
 
 def _check_settings(run: Run, world: World) -> None:

@@ -57,6 +57,7 @@ class StudentPass(torch.nn.Module):
         self._split = [
             split_model(model, num_tokens)
         ]  # in a list: its parts are the model's, not modules of their own
+        self.precision = precision
         self.packing = _packing(model, precision)
 
     @property

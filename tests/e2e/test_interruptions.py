@@ -127,7 +127,7 @@ def test_the_hint_of_a_stopped_run_does_what_it_says_as_it_stands(
     options = [*arguments("train", workspace, teacher_url), "--set", "train.keep_checkpoints=3"]
     stopped = tropd(*options, *(["--force"] if force else []), stop_at=2)
     assert stopped.code == 130, stopped.output
-    found = re.search(r"→ tropd (.*) goes on from there", stopped.output)
+    found = re.search(r"→ run tropd (.*) to resume", stopped.output)
     assert found is not None, stopped.output
     words = shlex.split(found[1])
     assert "--force" not in words

@@ -26,7 +26,7 @@ from tropd.pipeline.configuration import (
     recipe_names,
     recipe_text,
 )
-from tropd.pipeline.training.loop import learning_rate_at
+from tropd.pipeline.training.optimizer import learning_rate_at
 from tropd.storage.errors import ConfigError
 
 DEMO = recipe_text("demo")

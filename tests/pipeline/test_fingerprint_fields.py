@@ -23,7 +23,7 @@ from tropd.pipeline.evaluation import evaluate
 from tropd.pipeline.objectives.spec import Mark, Spec, marks
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.progress import SILENT
-from tropd.pipeline.training import loop
+from tropd.pipeline.training import train_stage
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, write_manifest
 from tropd.storage.workspace import Workspace
@@ -234,7 +234,7 @@ def fields(run: Run) -> dict[str, Mapping[str, Scalar]]:
         "prefixes": prefixes.fingerprint(run, prefixes.teacher_source(run), NO_PROMPTS).fields,
         "rollouts": prefixes.fingerprint(run, prefixes.student_source(run), NO_PROMPTS).fields,
         "scores": scoring.fingerprint(run, source).fields,
-        "train": loop.fingerprint(run, NO_PROMPTS).fields,
+        "train": train_stage.fingerprint(run, NO_PROMPTS).fields,
         "eval": evaluate.fingerprint(run, final, evaluate.WHO, problems).fields,
     }
 

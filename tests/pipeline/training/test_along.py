@@ -132,7 +132,7 @@ def test_problems_are_spread_over_the_file(make: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(loop, "open_session", look)
     train(make("run", every=3))
-    assert [p.id for p in seen[0].problems[0]] == ["p0", "p2", "p4", "p6", "p8"]
+    assert [p.id for p in seen[0].problems.prompts] == ["p0", "p2", "p4", "p6", "p8"]
     assert [p.id for p in seen[0].held_out.prompts.prompts] == ["p0", "p2", "p5", "p7"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.context import Run
 from tropd.pipeline.progress import SILENT
-from tropd.pipeline.training import loop
+from tropd.pipeline.training import loop, train_stage
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.output import FINAL
 from tropd.storage.errors import FingerprintMismatchError, TropdError
@@ -42,11 +42,11 @@ def opened(run: Run, *assignments: str) -> tuple[Run, Listening]:
 
 def begun_before(run: Run, *, complete: bool) -> Path:
     """The stage's folder as an older version left it."""
-    folder = run.workspace.stage(loop.STAGE)
+    folder = run.workspace.stage(train_stage.STAGE)
     (folder / FINAL).mkdir(parents=True)
     (folder / FINAL / "weights").write_text("as they are")
-    fields = {n: v for n, v in loop.fingerprint(run, student_prompts(run)).fields.items() if n != CLIP}
-    manifest = Manifest.start(loop.STAGE, Fingerprint(fields))
+    fields = {n: v for n, v in train_stage.fingerprint(run, student_prompts(run)).fields.items() if n != CLIP}
+    manifest = Manifest.start(train_stage.STAGE, Fingerprint(fields))
     shards = {FINAL: describe_shard(folder, FINAL, 0)}
     done = {"complete": complete, "summary": {"steps": 3}, "shards": shards}
     write_manifest(folder, manifest.model_copy(update=done))
@@ -84,4 +84,4 @@ def test_what_is_begun_now_records_it(tiny_run: Run) -> None:
         (('student.dtype="float32"',), None),
     ):
         run, _ = opened(tiny_run, *assignments)
-        assert loop.fingerprint(run, student_prompts(run)).fields.get(CLIP) == recorded
+        assert train_stage.fingerprint(run, student_prompts(run)).fields.get(CLIP) == recorded

@@ -21,6 +21,7 @@ from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse
 from tropd.pipeline.training import loop, session
 from tropd.pipeline.training.loop import train
+from tropd.pipeline.training.session import open_session
 from tropd.storage.errors import TropdError
 from tropd.storage.manifest import read_manifest
 
@@ -83,16 +84,25 @@ def test_an_absurd_step_is_never_in_a_checkpoint(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, after: int, value: float) -> None:
     """Something goes wrong in the update of a step."""
-    original = loop._step
+    original, opened = loop.learning_rate_at, []
 
-    def step(opened: Any, stage: Any, number: int, *others: Any) -> Any:
-        result = original(opened, stage, number, *others)
+    def opening(*arguments: Any) -> Any:
+        opened.append(open_session(*arguments))
+        return opened[-1]
+
+    def rate(config: Any, number: int) -> float:
         if number == after:
-            with torch.no_grad():
-                opened.parameters[0].view(-1).fill_(value)
-        return result
+            spoiled = opened[-1].optimizer
+            spoiled.register_step_post_hook(lambda *_: fill(opened[-1].parameters[0], value))
+        return original(config, number)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "open_session", opening)
+    monkeypatch.setattr(loop, "learning_rate_at", rate)
+
+
+def fill(parameter: torch.nn.Parameter, value: float) -> None:
+    with torch.no_grad():
+        parameter.view(-1).fill_(value)
 
 
 def test_weights_that_are_not_finite_are_never_in_a_checkpoint(

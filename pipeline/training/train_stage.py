@@ -1,0 +1,83 @@
+"""The stage that training fills: its identity, its opening by the process that writes, and one that has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tropd.pipeline.context import Run, engine_fields, finished, model_fields, section_fields
+from tropd.pipeline.identity import (
+    IMPORTANCE_CLIP,
+    fingerprint_of,
+    stop_fields,
+    tell_unrecorded,
+    token_fields,
+)
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.selection import data_fields
+from tropd.pipeline.teacher.connection import teacher_fields
+from tropd.pipeline.training.output import FINAL
+from tropd.storage.fingerprint import Fingerprint
+from tropd.storage.manifest import check_shard
+from tropd.storage.stage import Stage, open_stage
+from tropd.storage.step_log import log_problems
+
+STAGE = "train"
+
+
+def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
+    """Everything that decides the final weights of a student trained on these prompts."""
+    config = run.config
+    needs = teacher_needs(config.objective)
+    fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
+    fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
+    fields |= section_fields("objective", config.objective)
+    fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
+    fields |= engine_fields(run, "student")
+    if config.student.lora is not None:
+        fields |= section_fields("student.lora", config.student.lora)
+    if config.train.dropout:
+        # What is dropped depends on how a step is cut up.
+        fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
+    if config.rollouts_differ:
+        fields[IMPORTANCE_CLIP] = config.train.importance_clip
+    fields["run.seed"] = config.run.seed
+    if config.objective.schedule.kind != "none":
+        fields["upstream.prefixes"] = finished(run, "prefixes").fingerprint
+    if needs.cached_topk:
+        fields["upstream.scores"] = finished(run, "scores").fingerprint
+    if config.objective.rollouts == "stored":
+        fields["upstream.rollout-scores"] = finished(run, "rollout-scores").fingerprint
+    return fingerprint_of(run, fields)
+
+
+@contextmanager
+def open_train_stage(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]:
+    """Open the stage for writing.
+
+    Raises:
+        FingerprintMismatchError, StageLockedError: see ``open_stage``.
+    """
+    folder = run.workspace.stage(STAGE)
+    with open_stage(folder, STAGE, fingerprint(run, prompts), force=force, timings=run.timings) as stage:
+        own = run.config.objective.importance.clip
+        if IMPORTANCE_CLIP in stage.unrecorded and not stage.complete and own is None:
+            run.reporter.warning(
+                f"{stage.folder} was begun by an older version of tropd, which did not weight responses sampled in "
+                "bfloat16: the steps that are still to come are weighted (train.importance_clip)"
+            )
+        stage.unrecorded = [name for name in stage.unrecorded if name != IMPORTANCE_CLIP]
+        tell_unrecorded(run, stage)
+        yield stage
+
+
+def check_finished(run: Run, stage: Stage) -> None:
+    """The final model of a run that has ended is as it was written; damaged logs, on which no weight depends, are named.
+
+    Raises:
+        DamagedShardError: it is not.
+    """
+    check_shard(stage.folder, stage.manifest.shards[FINAL])
+    for name, problem in log_problems(stage.folder, stage.manifest):
+        run.reporter.warning(f"train: {stage.folder / name}: {problem}; weights do not depend on it")
