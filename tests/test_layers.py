@@ -190,6 +190,8 @@ COVERED_BY = {
     "tropd.pipeline.training.student": "tests/pipeline/training/test_flash_attention.py",
     "tropd.pipeline.training.teacher_data": "tests/pipeline/training/test_step.py",
     "tropd.pipeline.training.world": "tests/e2e/test_distributed.py",
+    "tropd.pipeline.training.journal": "tests/pipeline/training/test_along.py",
+    "tropd.pipeline.training.train_stage": "tests/pipeline/training/test_loop.py",
     "tropd.storage.aside": "tests/storage/test_stage.py",
     "tropd.storage.checks": "tests/storage/test_verify.py",
     "tropd.storage.errors": "tests/storage/test_atomic.py",
