@@ -59,8 +59,8 @@ def reproduce(
     from tropd.pipeline.reproduce.run import reproduce as make_table
     from tropd.pipeline.reproduce.tables import load_table
 
-    root.mkdir(parents=True, exist_ok=True)
     loaded = load_table(table, rehearse=rehearse)
+    root.mkdir(parents=True, exist_ok=True)
     job = Job(root.resolve(), table, loaded, rehearse, seeds, workers, tuple(settings or ()))
     if dry_run:
         _show_plan(job, as_json)

@@ -4,7 +4,6 @@ about values that are possible but hardly meant.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from tropd.pipeline.config import Config
 from tropd.pipeline.config_paths import Location, fields_at
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, closest
 from tropd.storage.toml_text import Plain, line_of
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -178,9 +177,3 @@ def _explained(model: type[BaseModel], problem: Any, path: Location) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlong = 50
-
-
-def closest(name: str, candidates: Sequence[str]) -> str:
-    """``did you mean …? ``, if one of the candidates is like the name; else nothing."""
-    close = difflib.get_close_matches(name[:100], candidates, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 from tropd.pipeline.config import Config, to_plain
 from tropd.pipeline.config_paths import discriminators
-from tropd.pipeline.config_problems import Origins, checked, closest, renamed
+from tropd.pipeline.config_problems import Origins, checked, renamed
 from tropd.pipeline.objectives.spec import Objective, Spec
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, closest, unknown_name
 from tropd.storage.toml_text import MOST_LEVELS, NotTomlError, Plain, parse_toml, read_text
 
 KINDS = frozenset(discriminators(Config))
@@ -65,10 +65,7 @@ def recipe_text(name: str, kind: str = "runs") -> str:
     """
     names = recipe_names(kind)
     if name not in names:
-        what = "recipe" if kind == "runs" else "objective"
-        raise ConfigError(
-            f"unknown {what} {name!r}", hint=f"{closest(name, names)}one of: {', '.join(names)}"
-        )
+        raise unknown_name("recipe" if kind == "runs" else "objective", name, names)
     return (resources.files("tropd.pipeline.recipes") / kind / f"{name}.toml").read_text(encoding="utf-8")
 
 

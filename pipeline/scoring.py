@@ -72,8 +72,10 @@ def score_teacher(
     """Score what is missing of the trajectories in ``source_stage``; returns the manifest (see ``run_stage``).
 
     Raises:
+        ConfigError: no stage of that name has trajectories.
         TropdError: the trajectories are not finished, or the teacher gives NaN.
     """
+    stage = scores_stage(source_stage)
     source = finished(run, source_stage)
 
     def plan() -> Work:
@@ -85,7 +87,7 @@ def score_teacher(
 
     return run_stage(
         run,
-        scores_stage(source_stage),
+        stage,
         fingerprint(run, source),
         plan,
         _finish,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class TropdError(Exception):
     """A failure with an explanation. ``exit_code`` is what the command line returns for it."""
@@ -21,6 +24,18 @@ class ConfigError(TropdError):
     """The configuration or the command line is wrong; nothing was started."""
 
     exit_code = 2
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> ConfigError:
+    """The refusal of a name that is none of its kind: it names a close one and lists all."""
+    names = list(valid)
+    return ConfigError(f"unknown {kind} {name!r}", hint=f"{closest(name, names)}one of: {', '.join(names)}")
+
+
+def closest(name: str, candidates: Sequence[str]) -> str:
+    """``did you mean …? ``, if one of the candidates is like the name; else nothing."""
+    close = difflib.get_close_matches(name[:100], candidates, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 class DataError(TropdError):

@@ -65,7 +65,13 @@ class Finding:
 
 
 def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES) -> list[Finding]:
-    """Check the stages; errors first within a stage, in manifest order."""
+    """Check the stages; errors first within a stage, in manifest order.
+
+    Raises:
+        ConfigError: one of them is no stage; the message lists those there are.
+    """
+    for name in stages:
+        stage_kind(name)
     findings: list[Finding] = []
     manifests: dict[str, Manifest | None] = {}
     for kind in (kind for kind in STAGES if kind.name in stages):

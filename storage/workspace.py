@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd.storage.atomic import write_text_atomic
-from tropd.storage.errors import ConfigError, WorkspaceVersionError
+from tropd.storage.errors import ConfigError, WorkspaceVersionError, unknown_name
 
 LAYOUT_VERSION = 1
 MARKER = "workspace.json"
@@ -61,13 +61,27 @@ CACHE_STAGES = tuple(s.name for s in STAGES if s.name in TRAJECTORIES or s.score
 
 
 def stage_kind(name: str) -> StageKind:
-    """The stage of that name."""
-    return next(stage for stage in STAGES if stage.name == name)
+    """The stage of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise unknown_name("stage", name, STAGE_NAMES)
 
 
 def scores_stage(trajectories: str) -> str:
-    """Name of the stage that holds the scores of another one's trajectories."""
-    return next(stage.name for stage in STAGES if stage.scores_of == trajectories)
+    """Name of the stage that holds the scores of another one's trajectories.
+
+    Raises:
+        ConfigError: that one has no trajectories to be scored; the message lists those that have.
+    """
+    scores = {stage.scores_of: stage.name for stage in STAGES if stage.scores_of}
+    if trajectories not in scores:
+        raise unknown_name("stage of trajectories", trajectories, scores)
+    return scores[trajectories]
 
 
 @dataclass(frozen=True)

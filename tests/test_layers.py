@@ -194,7 +194,6 @@ COVERED_BY = {
     "tropd.pipeline.training.train_stage": "tests/pipeline/training/test_loop.py",
     "tropd.storage.aside": "tests/storage/test_stage.py",
     "tropd.storage.checks": "tests/storage/test_verify.py",
-    "tropd.storage.errors": "tests/storage/test_atomic.py",
     "tropd.storage.parts": "tests/pipeline/test_shards.py",
 }
 

@@ -62,6 +62,7 @@ from tropd.pipeline.prompts import Prompt
 from tropd.pipeline.teacher.connection import local_teacher
 from tropd.pipeline.teachers import GENERAL, EngineSlot, batched
 from tropd.storage.atomic import atomic_file
+from tropd.storage.errors import unknown_name
 from tropd.storage.fingerprint import Fingerprint, Scalar
 from tropd.storage.manifest import Manifest, check_shard
 from tropd.storage.stage import Stage, open_stage
@@ -134,9 +135,13 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     """Evaluate whom has not been evaluated yet and return the finished manifest.
 
     Raises:
+        ConfigError: ``whom`` names somebody who is not in ``WHO``.
         TropdError: the student after training is asked for, and training is not finished.
         DamagedShardError: that student is not what training left; or a file of an earlier evaluation is damaged.
     """
+    for who in whom:
+        if who not in WHO:
+            raise unknown_name("role", who, WHO)
     final = run.workspace.stage("train") / "final"
     if "after" in whom:
         check_shard(final.parent, finished(run, "train").shards[final.name])

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from tropd.pipeline.configuration import recipe_names, recipe_text
 from tropd.pipeline.objectives.spec import Spec
-from tropd.storage.errors import ConfigError
+from tropd.storage.errors import ConfigError, unknown_name
 
 REHEARSAL = "rehearsal"
 
@@ -68,7 +68,7 @@ def load_table(name: str, *, rehearse: bool) -> Table:
         ConfigError: there is none of that name, or it names what there is not.
     """
     if name not in table_names():
-        raise ConfigError(f"unknown table {name!r}", hint=f"one of: {', '.join(table_names())}")
+        raise unknown_name("table", name, table_names())
     text = (resources.files("tropd.pipeline.recipes") / "tables" / f"{name}.toml").read_text(encoding="utf-8")
     try:
         table = Table.model_validate(tomllib.loads(text))

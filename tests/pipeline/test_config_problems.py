@@ -1,11 +1,17 @@
-"""Fields that are called otherwise now are refused with that name."""
+"""Fields that are called otherwise now are refused with that name, and unknown names with those that there are."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
 from tropd.pipeline import config_problems
-from tropd.pipeline.configuration import explain, parse_config
+from tropd.pipeline.configuration import explain, load_objective, parse_config, recipe_text
+from tropd.pipeline.evaluation.evaluate import evaluate
+from tropd.pipeline.reproduce.tables import load_table
+from tropd.pipeline.scoring import score_teacher
 from tropd.storage.errors import ConfigError
 
 
@@ -35,3 +41,33 @@ def test_renamed_fields_are_no_fields_and_their_names_are(monkeypatch: pytest.Mo
         parse_config("", ["train.max_steps=3"])
     with pytest.raises(ConfigError, match="sampling: this field of earlier versions is rollout now"):
         parse_config("[sampling]\ntop_p = 0.5\n")
+
+
+NO_RUN = cast(Any, None)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message", "valid"),
+    [
+        (lambda: recipe_text("dmo"), "unknown recipe 'dmo'", "did you mean 'demo'? one of: demo, demo-llm"),
+        (lambda: load_objective("trop"), "unknown objective 'trop'", "tropd-mask"),
+        (
+            lambda: load_table("table9", rehearse=True),
+            "unknown table 'table9'",
+            "table3, table4, table5, table6",
+        ),
+        (lambda: score_teacher(NO_RUN, source_stage="train"), "'train'", "one of: prefixes, rollouts"),
+        (
+            lambda: evaluate(NO_RUN, whom=cast(Any, ["students"])),
+            "unknown role 'students'",
+            "one of: before, after, teacher",
+        ),
+    ],
+)
+def test_unknown_names_are_refused_with_those_there_are(
+    ask: Callable[[], object], message: str, valid: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask()
+    assert message in str(caught.value)
+    assert valid in str(caught.value)
