@@ -9,12 +9,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from typer.main import get_command
 
 from tropd.cli.main import app
+from tropd.storage.workspace import STAGES
 
 RECORD = Path(__file__).with_name("commands.txt")
 
 
 def test_commands_and_options_are_those_on_record(on_record: Callable[[Path, list[str]], None]) -> None:
     on_record(RECORD, list(command_lines(get_command(app), "tropd")))
+
+
+def test_a_command_fills_every_stage() -> None:
+    commands = get_command(app).commands
+    for stage in STAGES:
+        name, *options = stage.command.split()
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {option for option in options if option.startswith("-")} <= known
 
 
 def command_lines(command: Any, name: str) -> Iterator[str]:
