@@ -132,8 +132,7 @@ def answer(workspace: Path, command: str, code: int, said: str) -> Answer:
     if command == "train":
         names = [*[n for n in stage.shards if n.startswith("checkpoints/")][-1:], "final"]
         left["metrics"] = _metrics(workspace)
-        samples = workspace / "train" / "samples.jsonl"
-        left["samples"] = samples.read_bytes().splitlines() if samples.exists() else []
+        left["samples"] = read_log(workspace / "train" / "samples.jsonl").whole
     else:
         names = list(stage.shards)
     left["shards"] = {name: stage.shards[name].sha256 for name in names}

@@ -31,6 +31,7 @@ SAMPLE = (
     ("interrupted", "verify", "older", "train/samples.jsonl"),
     ("finished", "train", "emptied", "train/final/model.safetensors"),
     ("finished", "train", "deleted", "train/samples.jsonl"),
+    ("finished", "train", "halved", "train/samples.jsonl"),
     ("finished", "train", "flipped", "train/metrics.jsonl"),
     ("finished", "evaluate", "flipped", "data/eval.jsonl"),
     ("finished", "evaluate", "halved", "eval/part-after.parquet"),
