@@ -14,12 +14,12 @@ from tropd.pipeline.config import ServiceConfig
 from tropd.pipeline.configuration import load_objective
 from tropd.pipeline.demo.tokenizer import make_tokenizer
 from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.spec import (
     AllTrusted,
     NoneTrusted,
     RatioPartition,
     SampledPartition,
-    teacher_needs,
 )
 from tropd.pipeline.teacher import vllm_json, vllm_server
 from tropd.pipeline.teacher.client import TeacherClient
