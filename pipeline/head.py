@@ -67,7 +67,7 @@ def plain_logits(
     with torch.autocast(states.device.type, enabled=False):
         if states.device.type == "cpu" and dtype.itemsize <= 4:
             logits = _on_cpu(states.float(), weight, None if space is None else space[: len(states)])
-        elif dtype.itemsize < 4 and _keeps_sums(states.device, dtype):
+        elif dtype.itemsize < 4 and keeps_sums(states.device, dtype):
             logits = torch.mm(states.to(dtype), weight.to(dtype).T, out_dtype=torch.float32)
         else:
             logits = functional.linear(states.to(dtype), weight.to(dtype)).float()
@@ -87,7 +87,7 @@ def _on_cpu(states: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
+def keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a product can come out in float32 (CUDA, since PyTorch 2.8). 267 would be rounded."""
     operand = torch.ones(16, 264, device=device, dtype=dtype)
     operand[:, 0] = 2

@@ -178,7 +178,7 @@ def check_model(folder: Path, tokenizer: Any, *, trust_remote_code: bool = False
             tokens than the model has rows for, or stop tokens that the tokenizer does not have.
     """
     check_files(folder)
-    rows = _check_weights(folder, trust_remote_code, _stamp(folder))
+    rows = check_weights(folder, trust_remote_code, _stamp(folder))
     tokens = num_tokens(tokenizer)
     if tokens > rows:
         raise ConfigError(
@@ -198,7 +198,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @functools.cache
-def _check_weights(folder: Path, trust_remote_code: bool, stamp: tuple[tuple[str, int, int], ...]) -> int:
+def check_weights(folder: Path, trust_remote_code: bool, stamp: tuple[tuple[str, int, int], ...]) -> int:
     """Compare weight files and configuration; returns the rows that input and output embeddings both have.
 
     Not of quantized models and those with code of their own: what their tensors become is known only once loaded.
@@ -235,7 +235,7 @@ def load_model(folder: Path, *, dtype: Dtype, device: torch.device, trust_remote
         DataError: a weight file is truncated, or the weights are not all those of the model (see ``whole_models``).
     """
     check_files(folder)
-    _check_weights(folder, trust_remote_code, _stamp(folder))
+    check_weights(folder, trust_remote_code, _stamp(folder))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

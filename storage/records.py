@@ -38,7 +38,7 @@ _COMPRESSED = {
 }
 _UNITS: Mapping[Kind, str] = {"lines": "line", "array": "record", "parquet": "row", "csv": "line"}
 _HEAD = 4096
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 _BATCH_ROWS = 64
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARK = "\ufeff"
@@ -216,7 +216,7 @@ class _Window:
             self.at = found.end() if found else self.at
             if self.at < len(self.text):
                 return self.text[self.at]
-            if not self.grow(_CHUNK):
+            if not self.grow(CHUNK):
                 return ""
 
     def value(self) -> tuple[Any, str]:
@@ -233,11 +233,11 @@ class _Window:
                 held = len(self.text) - self.at
                 if held > MAX_RECORD:
                     raise ValueError(f"not valid JSON, or longer than {MAX_RECORD:,} characters") from None
-                if self.grow(max(_CHUNK, held)):
+                if self.grow(max(CHUNK, held)):
                     continue
                 raise
             # A number at the end of the window may go on behind it.
-            if end < len(self.text) or not self.grow(_CHUNK):
+            if end < len(self.text) or not self.grow(CHUNK):
                 text, self.at = self.text[self.at : end], end
                 return value, text
 

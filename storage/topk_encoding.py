@@ -63,7 +63,7 @@ FILL: dict[str, Any] = {
     "sampled": np.nan,
 }
 # Tokens per sort: their number must fit the 16 bits that the packed sort key has for it.
-_BLOCK_TOKENS = 1 << 16
+BLOCK_TOKENS = 1 << 16
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -197,8 +197,8 @@ def _starts(counts: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
 def _blocks(counts: npt.NDArray[np.uint16]) -> Iterator[tuple[slice, slice, npt.NDArray[np.uint64]]]:
     """Blocks of tokens: their slice, the slice of their alternatives, and the token number of each of those."""
     low = 0
-    for first in range(0, len(counts), _BLOCK_TOKENS):
-        tokens = slice(first, min(first + _BLOCK_TOKENS, len(counts)))
+    for first in range(0, len(counts), BLOCK_TOKENS):
+        tokens = slice(first, min(first + BLOCK_TOKENS, len(counts)))
         block = counts[tokens]
         high = low + int(block.sum(dtype=np.int64))
         yield tokens, slice(low, high), np.repeat(np.arange(len(block), dtype=np.uint64), block)

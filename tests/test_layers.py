@@ -1,8 +1,12 @@
-"""What may import what, how large folders and modules are, and which test covers a module. Read from the source text."""
+"""Imports, sizes of folders and modules, which test covers a module, and that tests use public names only.
+
+All of it is read from the source text.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +110,9 @@ MOST_ENTRIES: int | None = None  # of pipeline/
 MOST_FILES: int | None = None  # Python files of a folder
 MOST_LINES: int | None = None  # of a module
 LONGER: set[str] = set()  # modules that may be longer
+
+# Private names of other libraries' objects, which tests look at for want of public ones.
+OF_LIBRARIES = ("_attn_implementation",)
 
 # Where a module is tested that has no test at its own path.
 COVERED_BY = {
@@ -385,3 +392,44 @@ def test_every_module_has_a_test() -> None:
 def _has_its_own_test(module: str) -> bool:
     path = modules()[module].relative_to(ROOT)
     return path.name == "__init__.py" or (ROOT / "tests" / path.parent / f"test_{path.name}").is_file()
+
+
+def test_no_test_touches_what_is_private() -> None:
+    """As far as the text shows whose a name is: tests of private parts would break at every change of these."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in _private_names(path)]
+    assert not found, "make it a parameter or a public name, or test what shows outside"
+
+
+def _private_names(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    libraries = {"self", "cls", "super"}  # names whose private parts are not tropd's
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            libraries |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("tropd"):
+            libraries |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tropd"):
+            yield from (f"{node.lineno} {alias.name}" for alias in node.names if _is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr) and _root(node) not in libraries:
+            yield f"{node.lineno} {node.attr}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "patch.object")):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from (f"{node.lineno} {name}" for name in names if _is_private(name.rsplit(".")[-1]))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " tropd." in node.value:
+            yield from (f"{node.lineno} {name}" for name in re.findall(r"(?<!\bos)(\._[a-z]\w*)", node.value))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in OF_LIBRARIES
+
+
+def _root(node: ast.expr) -> str:
+    """The name that an expression begins with."""
+    while not isinstance(node, ast.Name):
+        inner = next((getattr(node, part) for part in ("value", "func") if hasattr(node, part)), None)
+        if inner is None:
+            return ""
+        node = inner
+    return node.id

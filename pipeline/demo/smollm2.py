@@ -68,11 +68,11 @@ def make_models(stage: Stage, reporter: Reporter) -> None:
         stage.commit(DOWNLOAD, rows=1)
     if not stage.has(TEACHER):
         with reporter.waiting("converting the teacher"):
-            _write_teacher(stage.folder / DOWNLOAD / GGUF, stage.folder / TEACHER)
+            write_teacher(stage.folder / DOWNLOAD / GGUF, stage.folder / TEACHER)
         stage.commit(TEACHER, rows=1)
     if not stage.has(STUDENT):
         with reporter.waiting(f"removing layers {', '.join(map(str, REMOVED_LAYERS))} for the student"):
-            _write_student(stage.folder / TEACHER, stage.folder / STUDENT)
+            write_student(stage.folder / TEACHER, stage.folder / STUDENT)
         stage.commit(STUDENT, rows=1)
 
 
@@ -109,7 +109,8 @@ def _reason(output: str) -> str:
     return " ".join(errors) or (lines[-1] if lines else "pip said nothing")
 
 
-def _write_teacher(gguf: Path, folder: Path) -> None:
+def write_teacher(gguf: Path, folder: Path) -> None:
+    """Convert the GGUF file into a folder of transformers."""
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):  # the weights are not quantized any more
@@ -120,7 +121,8 @@ def _write_teacher(gguf: Path, folder: Path) -> None:
     _save(model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), folder, "")
 
 
-def _write_student(teacher: Path, folder: Path) -> None:
+def write_student(teacher: Path, folder: Path) -> None:
+    """Make the student of the teacher's layers."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     without_layers(model, REMOVED_LAYERS)
     change = f", without its layers {', '.join(map(str, REMOVED_LAYERS))}"

@@ -121,7 +121,7 @@ def _train(
         scale = 0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale * min(1.0, (step + 1) / WARMUP_STEPS)
-        ids, labels = _batch([example() for _ in range(BATCH_SIZE)])
+        ids, labels = padded_batch([example() for _ in range(BATCH_SIZE)])
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -132,7 +132,7 @@ def _train(
     model.eval()
 
 
-def _batch(examples: list[tuple[Problem, Chain, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_batch(examples: list[tuple[Problem, Chain, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels ``[B, W]``; labels are -100 on prompt, padding and (if asked) injected errors."""
     rows = [(encode(p.prompt), encode(c.text), c.injected, skip) for p, c, skip in examples]
     width = max(len(prompt) + len(text) + 1 for prompt, text, _, _ in rows)

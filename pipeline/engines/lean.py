@@ -152,6 +152,11 @@ class LeanDecoder:
         """``[B]`` what was chosen last."""
         self._length = 0
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that it keeps."""
+        return sum(layer.nbytes for layer in self._cache)
+
     def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
         """See ``Decoder.start``."""
         model = self._model

@@ -40,6 +40,8 @@ class TransformersEngine:
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean`` knows, its decoding step.
+        lean: decode without the model's modules (see ``lean``), or with them; if None, without them where that gives the
+            same.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class TransformersEngine:
         num_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         compiles: bool = False,
+        lean: bool | None = None,
     ) -> None:
         self.model = model
         self._autocast = autocast
         self._split = split_model(model, num_tokens)
         self._stop_ids = sorted(stop_ids)
         self._compiles = compiles
+        self._lean = lean
         self._has_scored = False
         self._has_generated = False
         self._prepared: set[Sampling] = set()
@@ -67,8 +71,10 @@ class TransformersEngine:
         self._batch_tokens = batch_tokens
 
     @functools.cached_property
-    def _is_lean(self) -> bool:
-        """Found out when it samples first: it takes a copy of the weights to know."""
+    def is_lean(self) -> bool:
+        """Whether it decodes without the model's modules; found out at first use, which takes a copy of the weights."""
+        if self._lean is not None:
+            return self._lean
         with masked_attention(self.model):
             return is_lean(self.model)
 
@@ -107,7 +113,7 @@ class TransformersEngine:
 
     def prepare(self, sampling: Sampling) -> None:
         """Compile now what ``generate`` will use, where it is to be compiled."""
-        if self._compiles and self._is_lean and sampling not in self._prepared:
+        if self._compiles and self.is_lean and sampling not in self._prepared:
             with self._inference(None):
                 compiled.prepare(self._lean_model(), sampling)
             self._prepared.add(sampling)
@@ -146,8 +152,8 @@ class TransformersEngine:
             self.prepare(sampling)
         # What is not in the order has no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
-        with self._inference(None if self._is_lean else self._autocast), self._stance():
-            weights = self._lean_model() if self._is_lean else None
+        with self._inference(None if self.is_lean else self._autocast), self._stance():
+            weights = self._lean_model() if self.is_lean else None
             for low in range(0, len(order), self._batch_size):
                 rows = order[low : low + self._batch_size]
                 longest = max(len(prompts[i]) + limits[i] for i in rows)
@@ -165,7 +171,7 @@ class TransformersEngine:
 
     def _stance(self) -> AbstractContextManager[Any]:
         """A model's own decoding is not compiled: its cache grows at every step."""
-        if self._compiles and not self._is_lean:
+        if self._compiles and not self.is_lean:
             stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return stance
         return nullcontext()

@@ -105,7 +105,7 @@ def _local(run: Run, held_out: HeldOut) -> list[str]:
     return [name for name in names if local_teacher(with_only(run, name)) is not None]
 
 
-def _exact(run: Run, held_out: HeldOut) -> list[str]:
+def exact_teachers(run: Run, held_out: HeldOut) -> list[str]:
     """Names of those whose probabilities of all tokens are to be had here."""
     return [
         name for name in _local(run, held_out) if with_only(run, name).config.teacher.engine == "transformers"
@@ -118,7 +118,7 @@ Asked = dict[tuple[str, str], Answer]
 
 def _ask(run: Run, folder: Path, held_out: HeldOut, students: Sequence[str], slot: EngineSlot) -> Asked:
     """What the other teachers say about the responses of students, and about their own."""
-    names = [name for name in dict.fromkeys(held_out.teachers) if name not in _exact(run, held_out)]
+    names = [name for name in dict.fromkeys(held_out.teachers) if name not in exact_teachers(run, held_out)]
     answers: Asked = {}
     for name in names if students else []:
         own, prompts = with_only(run, name), held_out.of(name)
@@ -166,7 +166,7 @@ def _measure_one(
         batch_size=1, batch_tokens=run.config.scores.batch_tokens
     )
     written = {author: read_responses(folder, author) for author in (who, "teacher")}
-    exact = _exact(run, held_out)
+    exact = exact_teachers(run, held_out)
     rows = []
     with run.reporter.task(f"distance {who}", sum(map(len, written.values())), unit="responses") as task:
         for name in dict.fromkeys(held_out.teachers):

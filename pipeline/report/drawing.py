@@ -179,7 +179,7 @@ def finish(
     axes.set_ylabel(ylabel, labelpad=8)  # room for the larger text of narrow pages
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_TICK_STEPS))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
-    bottom, top = _limits(axes.dataLim.y0, axes.dataLim.y1, percent=percent, from_zero=from_zero)
+    bottom, top = limits(axes.dataLim.y0, axes.dataLim.y1, percent=percent, from_zero=from_zero)
     axes.set_ylim(bottom, top)
     # Enough digits that neighbouring ticks differ, such as 1.00002 and 1.00004.
     digits = max(4, 2 + math.ceil(math.log10(max(abs(bottom), abs(top)) / (top - bottom))))
@@ -191,7 +191,7 @@ def finish(
         figure.legend(loc="outside upper left", ncols=4, fontsize=8.5)
 
 
-def _limits(low: float, high: float, *, percent: bool, from_zero: bool) -> tuple[float, float]:
+def limits(low: float, high: float, *, percent: bool, from_zero: bool) -> tuple[float, float]:
     """Range of the y axis: all of the data with a margin, and no room for what a share cannot be."""
     low = min(low, 0.0) if from_zero else low
     high = max(high, 0.0) if from_zero else high

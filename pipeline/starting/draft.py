@@ -248,13 +248,13 @@ def _measured(
             f"time: not measured, for loading {size / 1e9:.0f} GB on a CPU takes long; tropd plan --time does it"
         )
     else:
-        draft.choose("rollout.max_tokens", _room(models, lengths), "")
+        draft.choose("rollout.max_tokens", response_room(models, lengths), "")
         with reporter.waiting("measuring: the teacher answers a few prompts, the student trains once"):
             return measure(_opened(request, draft, reporter), lengths.encoded)
     return None
 
 
-def _room(models: Models, lengths: Lengths) -> int:
+def response_room(models: Models, lengths: Lengths) -> int:
     """Most tokens that a response may have.
 
     Raises:
@@ -298,7 +298,7 @@ def _response_length(
     models: Models, data: Data, lengths: Lengths, rates: Rates | None, device: str
 ) -> tuple[int, str]:
     """Longest response, and what says so."""
-    room = _room(models, lengths)
+    room = response_room(models, lengths)
     answers = answers_of(data.records, data.fields.answer)
     counted = [len(models.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers[:500]]
     if counted and np.median(counted) >= WORKED:
@@ -321,7 +321,7 @@ def _rounded(length: float) -> int:
 
 def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> None:
     """Give up speed, and at last full training, until the run fits into the memory that is free."""
-    free = _free_memory(device)
+    free = free_memory(device)
 
     def needed() -> float:
         config = parse_config(draft.text(), where="config.toml").config
@@ -354,7 +354,8 @@ def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> 
     draft.notes.append(note if total <= free else f"{note}: it will hardly fit, tropd plan says what helps")
 
 
-def _free_memory(device: str) -> float:
+def free_memory(device: str) -> float:
+    """Bytes that are free on a device."""
     if device == "cuda" and torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     return float(psutil.virtual_memory().available)

@@ -36,6 +36,7 @@ class TeacherClient:
         timeout_seconds: how long a request is retried before ``score`` gives up.
         on_wait: told once per outage why nothing happens.
         sleep: waits between two attempts; may raise to end the wait.
+        transport: carries requests; sockets if None.
 
     Raises:
         ConfigError: ``url`` is no URL, or ``token`` cannot be sent.
@@ -52,6 +53,7 @@ class TeacherClient:
         timeout_seconds: float = 300.0,
         on_wait: Callable[[str], None] = lambda message: None,
         sleep: Callable[[float], None] = tenacity.nap.sleep,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
         urls = list(dict.fromkeys(one.rstrip("/") for one in urls))
@@ -75,10 +77,10 @@ class TeacherClient:
             except httpx.InvalidURL as error:
                 raise ConfigError(f"the teacher's address {one!r} is no URL: {error}") from error
         # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
-        self._http = httpx.Client(headers=headers, trust_env=False)
+        self._http = httpx.Client(headers=headers, trust_env=False, transport=transport)
         self._replicas = Replicas(
             urls,
-            lambda: self._http,
+            self._http,
             timeout_seconds=timeout_seconds,
             on_wait=on_wait,
             sleep=sleep,

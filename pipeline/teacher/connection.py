@@ -151,7 +151,7 @@ def connect_teacher(
         differing_parts(identity.parts, client.info().tokenizer_parts, chat=run.config.data.chat),
     )
     info = client.info()
-    _check_stops(run, client.url, info, stop_ids)
+    check_stops(run, client.url, info, stop_ids)
     if info.kind == "vllm" and not client.check_token_texts(tokenizer.decode, identity.vocab_size):
         run.reporter.warning(
             f"the server at {client.url} has no /detokenize: its tokenizer is taken on trust"
@@ -178,7 +178,7 @@ def connect_teacher(
     return client
 
 
-def _check_stops(run: Run, url: str, info: ServiceInfo, stop_ids: Collection[int]) -> None:
+def check_stops(run: Run, url: str, info: ServiceInfo, stop_ids: Collection[int]) -> None:
     """Refuse a teacher that ends its responses where the student is not stopped; a server may not say where."""
     if run.config.rollout.stop_ids is not None:
         return

@@ -89,14 +89,14 @@ def _decoded_size(data: bytes) -> int:
     if message.type != "record batch":
         raise ValueError(f"a {message.type} where a record batch belongs")
     meta, body = memoryview(message.metadata), memoryview(message.body)
-    version = _required(_field(meta, _follow(meta, 0), _MESSAGE_VERSION))
+    version = required(field(meta, follow(meta, 0), _MESSAGE_VERSION))
     # Before V5 a message could also be compressed by what its custom metadata say; Arrow still follows them.
     if struct.unpack_from("<h", meta, version)[0] != _METADATA_V5:
         raise ValueError("Arrow metadata of a version other than 5")
-    header = _field(meta, _follow(meta, 0), _MESSAGE_HEADER)
-    batch = _follow(meta, _required(header))
-    vector = _follow(meta, _required(_field(meta, batch, _BATCH_BUFFERS)))
-    compressed = _field(meta, batch, _BATCH_COMPRESSION) is not None
+    header = field(meta, follow(meta, 0), _MESSAGE_HEADER)
+    batch = follow(meta, required(header))
+    vector = follow(meta, required(field(meta, batch, _BATCH_BUFFERS)))
+    compressed = field(meta, batch, _BATCH_COMPRESSION) is not None
     (count,) = struct.unpack_from("<I", meta, vector)
     total = 0
     for number in range(count):
@@ -110,12 +110,12 @@ def _decoded_size(data: bytes) -> int:
     return total
 
 
-def _follow(buffer: memoryview, at: int) -> int:
+def follow(buffer: memoryview, at: int) -> int:
     """Where the flatbuffer offset at ``at`` points."""
     return int(at + struct.unpack_from("<I", buffer, at)[0])
 
 
-def _field(buffer: memoryview, table: int, number: int) -> int | None:
+def field(buffer: memoryview, table: int, number: int) -> int | None:
     """Where a field of a flatbuffer table lies; None if it is absent."""
     vtable = table - struct.unpack_from("<i", buffer, table)[0]
     (size,) = struct.unpack_from("<H", buffer, vtable)
@@ -126,7 +126,12 @@ def _field(buffer: memoryview, table: int, number: int) -> int | None:
     return int(table + offset) if offset else None
 
 
-def _required(place: int | None) -> int:
+def required(place: int | None) -> int:
+    """A field's place.
+
+    Raises:
+        ValueError: there is no such field.
+    """
     if place is None:
         raise ValueError("a field is missing")
     return place

@@ -27,6 +27,8 @@ class LocalTeacher:
 
     The child's standard input is a pipe that closes with this process, however it ends: no orphan stays behind.
 
+    ``process`` is the child, once it is started.
+
     Args:
         command: the process to start.
         log: where its standard error goes.
@@ -38,14 +40,14 @@ class LocalTeacher:
         self._log = log
         self._start_seconds = start_seconds
         self._log_start = 0
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> LocalTeacher:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as log:
             self._log_start = log.tell()  # what is before it is an earlier service's
             # A session of its own: Ctrl-C reaches the trainer only, which stops this when it has saved its state.
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -72,7 +74,7 @@ class LocalTeacher:
         return self._url
 
     def _wait_for_url(self) -> str:
-        process = self._process
+        process = self.process
         assert process is not None
         lines: Queue[str] = Queue()
 
@@ -103,7 +105,7 @@ class LocalTeacher:
         )
 
     def _stop(self) -> None:
-        process = self._process
+        process = self.process
         if process is None:
             return
         if process.stdin is not None:

@@ -66,7 +66,7 @@ class Replicas:
     def __init__(
         self,
         urls: Sequence[str],
-        http: Callable[[], httpx.Client],
+        http: httpx.Client,
         *,
         timeout_seconds: float,
         on_wait: Callable[[str], None],
@@ -119,7 +119,7 @@ class Replicas:
                 # Who has failed may still be away: the others are not kept waiting for it.
                 probe = min(PROBE_SECONDS, seconds) if replica.failures and untried else seconds
                 dialect = self._known(replica, probe)
-                answer = work(Exchange(self._http(), replica.url, seconds), dialect)
+                answer = work(Exchange(self._http, replica.url, seconds), dialect)
             except ServerFaultError as error:
                 faults.add(replica.url)
                 if len(faults) == len(self.all):
@@ -171,7 +171,7 @@ class Replicas:
             if replica.dialect is None:
                 continue
             try:
-                answers.append(work(Exchange(self._http(), replica.url, self._timeout), replica.dialect))
+                answers.append(work(Exchange(self._http, replica.url, self._timeout), replica.dialect))
             except TryAgainError as error:
                 self._failed(replica, error)
         return answers
@@ -208,7 +208,7 @@ class Replicas:
         known = replica.dialect
         if known is not None:
             return known
-        dialect = identify(Exchange(self._http(), replica.url, seconds))
+        dialect = identify(Exchange(self._http, replica.url, seconds))
         now, before = dialect.info, replica.before
         with self._lock:
             teacher = self._teacher = self._teacher or now

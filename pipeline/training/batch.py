@@ -134,11 +134,11 @@ def micro_batches(
     left = sorted((i for i in range(len(lengths)) if students[i] + guidance[i]), key=lambda i: -lengths[i])
     left = left[share[0] :: share[1]]
     while left:
-        lines, left = _fill_lines(left, lengths, budget, packing)
+        lines, left = fill_lines(left, lengths, budget, packing)
         yield _micro_batch(layout, lines, device, packed=packing != "padded")
 
 
-def _fill_lines(
+def fill_lines(
     rows: Sequence[int], lengths: Sequence[int], budget: int, packing: Packing
 ) -> tuple[list[list[int]], list[int]]:
     """Lines of one micro-batch, and the rows that found no room (first fit)."""

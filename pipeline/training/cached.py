@@ -29,12 +29,12 @@ class CachedScores:
     def prefixes(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> RaggedTopk:
         """The k likeliest cached alternatives of all prefix tokens of a step, numbered in row order."""
         lengths = [len(row.plan.prefix_tokens) for row in rows]
-        return _limited(self._read(rows, lengths, store), k, self._num_tokens)
+        return limited(self._read(rows, lengths, store), k, self._num_tokens)
 
     def responses(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> TeacherData:
         """The teacher's view of stored student rollouts: log-probs and the k likeliest alternatives of every token."""
         data = self._read(rows, [len(row.tokens) for row in rows], store)
-        return TeacherData(data.sampled, None, _limited(data, k, self._num_tokens))
+        return TeacherData(data.sampled, None, limited(data, k, self._num_tokens))
 
     def _read(self, rows: Sequence[Row], lengths: Sequence[int], store: TrajectoryStore) -> TopK:
         """The first tokens of each row's trajectory, in row order."""
@@ -46,7 +46,7 @@ class CachedScores:
         return self._reader.read(spans)
 
 
-def _limited(data: TopK, k: int, num_tokens: int) -> RaggedTopk:
+def limited(data: TopK, k: int, num_tokens: int) -> RaggedTopk:
     """At most k alternatives per token, the likeliest that are tokens; tokens are numbered in order.
 
     What is cut off joins the tail.

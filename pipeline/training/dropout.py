@@ -31,7 +31,7 @@ def turn_off(model: Any) -> None:
             chance = _CHANCE.search(name) or (isinstance(module, _DropoutNd) and name == "p")
             if chance and isinstance(value, float):
                 setattr(module, name, 0.0)
-    if _is_random(model):
+    if is_random(model):
         raise ConfigError(
             f"{type(model).__name__} is random in training by other means than dropout that can be turned off",
             hint="set its dropout to 0 in config.json, or train.dropout = true",
@@ -43,7 +43,7 @@ def seed(step_seed: int, rank: int, micro_batch: int) -> None:
     torch.manual_seed(derive_seed(step_seed, "micro-batch", rank, micro_batch))
 
 
-def _is_random(model: Any) -> bool:
+def is_random(model: Any) -> bool:
     """Whether two passes over a few tokens in training mode differ by more than rounding."""
     vocab = model.get_output_embeddings().weight.shape[0]
     ids = ((torch.arange(8, device=model.device) * 7 + 1) % vocab).unsqueeze(0)

@@ -142,7 +142,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.config.train.attention != "auto":
-        _attend(model, run, world)
+        choose_attention(model, run, world)
     elif settings.settled_dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
         attend_in_float32(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
@@ -175,7 +175,12 @@ def check_attention(run: Run, world: World) -> None:
         )
 
 
-def _attend(model: Any, run: Run, world: World) -> None:
+def choose_attention(model: Any, run: Run, world: World) -> None:
+    """Switch the model to ``train.attention``.
+
+    Raises:
+        ConfigError: see ``check_attention``; or the model does not take it.
+    """
     check_attention(run, world)
     attention = run.config.train.attention
     reason = "it cannot be changed"

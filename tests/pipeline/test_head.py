@@ -88,18 +88,18 @@ def test_frozen_parts_get_no_gradient() -> None:
 def test_a_device_that_gives_sums_out_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU cannot; what a GPU does is played here."""
     states, weight, bias = (torch.randn(shape).to(BF16) * 4 for shape in ((6, 16), (5, 16), (5,)))
-    assert not head_module._keeps_sums(states.device, BF16)
+    assert not head_module.keeps_sums(states.device, BF16)
 
     def keeping(one: torch.Tensor, two: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
         return one.to(out_dtype) @ two.to(out_dtype)
 
     monkeypatch.setattr(torch, "mm", keeping)
-    head_module._keeps_sums.cache_clear()
-    assert head_module._keeps_sums(states.device, BF16)
+    head_module.keeps_sums.cache_clear()
+    assert head_module.keeps_sums(states.device, BF16)
     expected = states.float() @ weight.float().T + bias.float()
     torch.testing.assert_close(plain_logits(states, weight, bias, BF16), expected)
     monkeypatch.undo()
-    head_module._keeps_sums.cache_clear()
+    head_module.keeps_sums.cache_clear()
 
 
 def test_a_weight_is_float32_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +124,7 @@ def test_nothing_may_be_asked_for(model: Any, kept_in: torch.dtype) -> None:
 def test_what_is_sampled_from_is_not_rounded_either(model: Any, kept_in: torch.dtype) -> None:
     """Log-probs of the sampler, against those of the same hidden states: only these are rounded."""
     autocast = BF16 if kept_in == torch.float32 else None
-    engine = TransformersEngine(model.to(kept_in), [3], autocast=autocast)
-    engine._is_lean = False
+    engine = TransformersEngine(model.to(kept_in), [3], autocast=autocast, lean=False)
     prompts = [[4 + n, 5, 6] for n in range(4)]
     drawn = engine.generate(prompts, Sampling(), seeds=range(4), max_tokens=[12] * 4)
     scores = engine.score([[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)], [3] * 4)

@@ -30,7 +30,7 @@ from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
 from tropd.pipeline.tokenizers import num_tokens
 from tropd.pipeline.training import logprobs
-from tropd.pipeline.training.cached import _limited
+from tropd.pipeline.training.cached import limited
 from tropd.pipeline.training.inputs import read_inputs, student_prompts
 from tropd.pipeline.training.logprobs import Lookups, token_logprobs
 from tropd.storage.errors import DataError
@@ -143,7 +143,7 @@ def test_what_is_no_token_is_not_trained(
 
 
 def test_all_rows_are_tokens_where_the_tokenizer_has_them(tiny_model: Any) -> None:
-    assert TransformersEngine(tiny_model, [1], num_tokens=TOKENS)._split.limit is None
+    assert TransformersEngine(tiny_model, [1], num_tokens=TOKENS).split.limit is None
 
 
 def test_cached_alternatives_that_are_no_tokens_join_the_tail() -> None:
@@ -157,11 +157,11 @@ def test_cached_alternatives_that_are_no_tokens_join_the_tail() -> None:
             tail=np.log(np.array([0.125, 0.5, 0.25], dtype=np.float32)),
             sampled=np.zeros(3, dtype=np.float32),
         )
-    found = _limited(data, 1, TOKENS)
+    found = limited(data, 1, TOKENS)
     assert found.counts.tolist() == [1, 0, 1]
     assert found.ids.tolist() == [4, 6]
     np.testing.assert_allclose(np.exp(found.tail), [0.75, 1.0, 0.5], rtol=1e-3)
-    everything = _limited(data, 9, ROWS)
+    everything = limited(data, 9, ROWS)
     assert everything.counts.tolist() == [3, 1, 2]
     assert everything.tail is data.tail
 

@@ -62,8 +62,7 @@ def test_the_cache_is_as_large_as_it_is() -> None:
     decoder = LeanDecoder(LeanModel(model), 7, Sampling())
     decoder.start([[1, 2, 3]] * 5, 3, torch.zeros(5))
     # One column is spare.
-    size = sum(layer.nbytes for layer in decoder._cache)
-    assert size == 5 * 7 * kv_bytes_per_token(ModelShape.of(model.config), 4)
+    assert decoder.cache_bytes == 5 * 7 * kv_bytes_per_token(ModelShape.of(model.config), 4)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
@@ -155,7 +154,7 @@ def test_a_cpu_keeps_keys_and_values_in_float32() -> None:
         for part in memory_parts(parse_config(text).config, shape, None, 1)
         if part.name == "KV cache of rollouts"
     )
-    assert planned == sum(layer.nbytes for layer in decoder._cache)
+    assert planned == decoder.cache_bytes
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])

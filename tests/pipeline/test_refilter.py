@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline import prefixes, refilter
+from tropd.pipeline import refilter
 from tropd.pipeline.config import EvaluationConfig
 from tropd.pipeline.context import Run
+from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.evaluation.grading import Mark
 from tropd.pipeline.prefixes import generate_prefixes
 from tropd.pipeline.scoring import score_teacher
@@ -36,10 +37,10 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Once called, nothing may be sampled."""
 
-    def forbidden(*_: Any) -> Any:
+    def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("sampled")
 
-    return lambda: monkeypatch.setattr(prefixes, "_sample", forbidden)
+    return lambda: monkeypatch.setattr(TransformersEngine, "generate", forbidden)
 
 
 def with_filter(run: Run, keep: str, grader: str = "math") -> Run:

@@ -16,7 +16,7 @@ from tropd.pipeline.demo.tokenizer import vocabulary
 from tropd.pipeline.evaluation.evaluate import evaluate
 from tropd.pipeline.prefixes import generate_prefixes, generate_rollouts
 from tropd.pipeline.stops import stop_ids
-from tropd.pipeline.teacher.connection import _check_stops
+from tropd.pipeline.teacher.connection import check_stops
 from tropd.pipeline.teacher.info import ServiceInfo
 from tropd.pipeline.training.loop import train
 from tropd.storage.errors import ConfigError, FingerprintMismatchError
@@ -150,8 +150,8 @@ def test_a_served_teacher_with_other_ends_is_refused_with_the_setting_that_helps
         queue_tokens=9,
     )
     with pytest.raises(ConfigError, match=r"not stopped at \[7\]") as caught:
-        _check_stops(run, "http://there", info, {1, 5})
+        check_stops(run, "http://there", info, {1, 5})
     assert caught.value.hint == "set rollout.stop_ids = [1, 5, 7]"
-    _check_stops(run, "http://there", info, {1, 5, 7})
+    check_stops(run, "http://there", info, {1, 5, 7})
     settled = run_of(tmp_path / "settled", pair[0], pair[0], extra="stop_ids = [1, 5, 7]\n")
-    _check_stops(settled, "http://there", info, {1, 5, 7})
+    check_stops(settled, "http://there", info, {1, 5, 7})

@@ -57,7 +57,7 @@ def assert_refused(folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) ->
     assert found.value.hint
     # The report on the loaded weights says the same, without the headers.
     with monkeypatch.context() as patched:
-        patched.setattr(models, "_check_weights", lambda *_: 24)
+        patched.setattr(models, "check_weights", lambda *_: 24)
         with pytest.raises(DataError, match=words):
             load_model(folder, dtype="float32", device=torch.device("cpu"))
 

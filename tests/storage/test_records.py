@@ -101,7 +101,7 @@ def test_a_huge_line_is_passed_over_in_little_memory(tmp_path: Path, monkeypatch
 
 
 def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_CHUNK", 7)
+    monkeypatch.setattr(records, "CHUNK", 7)
     rows = [{"n": n, "text": "[}," * n} for n in range(30)]
     (path := tmp_path / "p").write_text(json.dumps(rows, indent=1))
     assert fields(path) == rows

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_samples import distributions
 
+from tropd.storage import topk_encoding
 from tropd.storage.topk_cache import TopK, prune
 from tropd.storage.topk_encoding import FILL, LEVELS, MAX_RELATIVE_ERROR, Precision, decode, encode
 
@@ -146,7 +147,7 @@ def test_fill_values_and_impossible_codes_are_refused(precision: Precision) -> N
 def test_more_tokens_than_one_sort_takes(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = sample(50, 8, 0.999, 2)
     whole = decode(data.counts, stored(data, precision), precision)
-    monkeypatch.setattr("tropd.storage.topk_encoding._BLOCK_TOKENS", 7)
+    monkeypatch.setattr(topk_encoding, "BLOCK_TOKENS", 7)
     parts = decode(data.counts, stored(data, precision), precision)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 

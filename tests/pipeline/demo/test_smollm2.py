@@ -13,7 +13,7 @@ import torch
 from tropd.pipeline.configuration import parse_config, recipe_text
 from tropd.pipeline.context import Run
 from tropd.pipeline.demo import smollm2
-from tropd.pipeline.demo.prepare import prepare
+from tropd.pipeline.demo.prepare import fingerprint, prepare
 from tropd.pipeline.progress import SILENT
 from tropd.storage.errors import ConfigError, FingerprintMismatchError, TropdError
 from tropd.storage.manifest import read_manifest
@@ -36,7 +36,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return make
 
-    for name in ("download", "_write_teacher", "_write_student"):
+    for name in ("download", "write_teacher", "write_student"):
         monkeypatch.setattr(smollm2, name, stand_in(name))
     return called
 
@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_questions_and_models_are_made_once(tmp_path: Path, made: list[str]) -> None:
     for _ in range(2):
         assert prepare(make_run(tmp_path)).complete
-    assert made == ["download", "_write_teacher", "_write_student"]
+    assert made == ["download", "write_teacher", "write_student"]
     lines = {
         name: (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "eval")
     }
@@ -52,7 +52,7 @@ def test_questions_and_models_are_made_once(tmp_path: Path, made: list[str]) -> 
     assert all('"answer"' in line for line in lines["eval"])
 
 
-@pytest.mark.parametrize("step", ["download", "_write_teacher", "_write_student"])
+@pytest.mark.parametrize("step", ["download", "write_teacher", "write_student"])
 def test_a_stopped_stage_goes_on_with_what_is_missing(
     step: str, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_stopped_stage_goes_on_with_what_is_missing(
         prepare(make_run(tmp_path))
     monkeypatch.setattr(smollm2, step, original)
     assert prepare(make_run(tmp_path)).complete
-    assert made == ["download", "_write_teacher", "_write_student"]
+    assert made == ["download", "write_teacher", "write_student"]
 
 
 def test_another_demo_in_the_same_workspace_is_refused(tmp_path: Path, made: list[str]) -> None:
@@ -76,10 +76,8 @@ def test_another_demo_in_the_same_workspace_is_refused(tmp_path: Path, made: lis
 
 
 def test_the_tiny_demo_has_the_fingerprint_that_it_always_had(tmp_path: Path) -> None:
-    from tropd.pipeline.demo.prepare import _fields
-
     run = Run(Workspace.create(tmp_path), parse_config(recipe_text("demo")), SILENT)
-    assert set(_fields(run)) == {
+    assert set(fingerprint(run).fields) == {
         *(f"demo.{name}" for name in ("min_operations", "max_operations", "teacher_steps", "student_steps")),
         *("demo.spoil_steps", "demo.spoil", "run.seed", "demo.version"),
     }

@@ -21,7 +21,7 @@ from tropd.pipeline.demo.task import (
     draw_training_problem,
     write_chain,
 )
-from tropd.pipeline.demo.tiny_models import _batch, train_student
+from tropd.pipeline.demo.tiny_models import padded_batch, train_student
 from tropd.pipeline.demo.tokenizer import EOS_ID, encode, make_tokenizer
 from tropd.pipeline.evaluation.grading import extract, grade
 from tropd.storage.errors import ConfigError
@@ -103,7 +103,7 @@ def test_the_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
 def test_the_loss_skips_prompts_padding_and_injected_digits() -> None:
     problem = Problem((6, 4, 7), "+*")
     chain = write_chain(problem, noise=1.0, generator=np.random.default_rng(0))
-    ids, labels = _batch(
+    ids, labels = padded_batch(
         [(problem, chain, True), (Problem((1, 2), "+"), write_chain(Problem((1, 2), "+")), False)]
     )
     prompt = len(problem.prompt)

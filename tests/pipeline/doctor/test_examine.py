@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tropd.pipeline.engines import proof
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
 
 from running import running
@@ -21,7 +23,6 @@ from tropd.pipeline.configuration import parse_config
 from tropd.pipeline.context import Run
 from tropd.pipeline.doctor import examine as doctor
 from tropd.pipeline.engines.lean import LeanDecoder
-from tropd.pipeline.engines.transformers import TransformersEngine
 from tropd.pipeline.progress import SILENT
 from tropd.pipeline.teacher.serve import load_service
 from tropd.pipeline.teacher.service import create_app
@@ -84,7 +85,7 @@ def test_a_sampler_with_other_logprobs_is_named(service: Run, monkeypatch: pytes
         tokens, logprobs, drawn = step(self, draws)
         return tokens, logprobs - 0.01, drawn
 
-    monkeypatch.setattr(TransformersEngine, "_prove_decoding", lambda *arguments: None)
+    monkeypatch.setattr(proof, "check_decoding", lambda *arguments: None)
     monkeypatch.setattr(LeanDecoder, "step", off)
     found = doctor.examine(service, prompts=4, tokens=8)
     assert len(found.advice) == 3
@@ -107,13 +108,13 @@ def test_a_training_pass_that_differs_is_named(service: Run, monkeypatch: pytest
 
 
 def test_a_service_with_other_answers_is_named(service: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def off(*arguments: Any) -> Any:
-        data = ask(*arguments)
+    def off(*arguments: Any, **options: Any) -> Any:
+        data = ask(*arguments, **options)
         moved = data.logprobs + np.float32(0.5)
         return type(data)(moved, data.entropy, data.topk)
 
-    ask = doctor._ask_service
-    monkeypatch.setattr(doctor, "_ask_service", off)
+    ask = doctor.ask_teacher
+    monkeypatch.setattr(doctor, "ask_teacher", off)
     [line] = doctor.examine(service, prompts=4, tokens=8).advice
     assert line.startswith("the teacher's service and the teacher in this process differ")
 

@@ -138,7 +138,7 @@ def test_scores_and_gradients_are_the_same(compilations: Callable[[], int]) -> N
 def test_a_model_whose_own_decoding_grows_a_cache_decodes_uncompiled(compilations: Callable[[], int]) -> None:
     model = make("Phi")
     engine = TransformersEngine(model, [], compiles=True)
-    assert not engine._is_lean
+    assert not engine.is_lean
     engine.score([[1, 2, 3]], [1])
     before = compilations()
     found = engine.generate([[4, 5], [6]], Sampling(), seeds=[1, 2], max_tokens=[9, 5])

@@ -36,7 +36,7 @@ def short_model(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["lean", "gpt2"])
 def test_a_row_that_is_done_early_never_leaves_the_models_positions(kind: str) -> None:
     engine = TransformersEngine(short_model(kind), [], batch_size=64)
-    assert engine._is_lean == (kind == "lean")
+    assert engine.is_lean == (kind == "lean")
     # One of 21 is too few to leave: it rides along while the others are written to the end.
     prompts = [[5] * (LONGEST - 2)] + [[3 + n] for n in range(20)]
     results = engine.generate(prompts, Sampling(0.0), seeds=[0] * 21, max_tokens=[100] * 21)

@@ -28,9 +28,8 @@ def make(kind: str, **options: Any) -> Any:
 
 
 def generate(model: Any, *, lean: bool, sampling: Sampling, equal: bool = False) -> list[Generation]:
-    engine = TransformersEngine(model, [3], batch_size=5)
-    assert engine._is_lean
-    engine._is_lean = lean
+    engine = TransformersEngine(model, [3], batch_size=5, lean=None if lean else False)
+    assert engine.is_lean == lean
     sizes = [5 if equal else 1 + n for n in range(8)]
     prompts = [np.random.default_rng(n).integers(4, 40, size=size).tolist() for n, size in enumerate(sizes)]
     return engine.generate(prompts, sampling, seeds=list(range(8)), max_tokens=[3 + 4 * n for n in range(8)])
@@ -115,9 +114,8 @@ def test_products_in_bfloat16_are_as_exact_as_the_models_own(
     prompts = [np.random.default_rng(n).integers(4, 40, size=1 + n).tolist() for n in range(8)]
     errors = []
     for lean in (True, False):
-        engine = TransformersEngine(model, [3], batch_size=5, autocast=autocast)
-        assert engine._is_lean
-        engine._is_lean = lean
+        engine = TransformersEngine(model, [3], batch_size=5, autocast=autocast, lean=None if lean else False)
+        assert engine.is_lean == lean
         drawn = engine.generate(prompts, Sampling(), seeds=list(range(8)), max_tokens=[20] * 8)
         rows = [[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)]
         scores = exact.score(rows, [len(p) for p in prompts])

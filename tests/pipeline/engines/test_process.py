@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import multiprocessing
 import sys
 import threading
 from collections.abc import Iterator
@@ -71,8 +70,9 @@ def test_a_process_that_is_killed_at_work_is_an_error_that_says_so(
     folder: Path, sampler: SamplingProcess
 ) -> None:
     sampler.set_weights(build(folder).model.state_dict().items())
-    identity = sampler._pool.schedule(os.getpid).result()
-    timer = threading.Timer(0.1, lambda: os.kill(identity, signal.SIGKILL))
+    sampler.generate(PROMPTS, Sampling(), **ASKED)
+    (process,) = multiprocessing.active_children()
+    timer = threading.Timer(0.1, process.kill)
     timer.start()
     many: dict[str, Any] = {"seeds": list(range(4000)), "max_tokens": [30] * 4000}
     with pytest.raises(TropdError, match="process that samples for the student has ended"):

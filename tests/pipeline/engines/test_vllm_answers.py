@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -75,8 +75,11 @@ def test_a_build_for_gpus_without_one_is_explained(tmp_path: Path, monkeypatch: 
         make(tmp_path)
 
 
-def scripted(decoded: float, scored: float) -> VllmEngine:
-    """An engine around an LLM that always writes token 5, and gives it these log-probs."""
+def scripted(folder: Path, decoded: float, scored: float) -> VllmEngine:
+    """An engine around an LLM that always writes token 5, and gives it these log-probs.
+
+    ``vllm`` has to be in ``sys.modules``.
+    """
 
     def generate(inputs: list[Any], parameters: list[Any], **_: Any) -> list[Any]:
         outputs = []
@@ -88,24 +91,25 @@ def scripted(decoded: float, scored: float) -> VllmEngine:
             outputs.append(SimpleNamespace(outputs=[answer], prompt_logprobs=prompt))
         return outputs
 
-    engine = object.__new__(VllmEngine)
-    engine.__dict__ |= {
-        "_vllm": SimpleNamespace(SamplingParams=SimpleNamespace),
-        "_llm": SimpleNamespace(generate=generate),
-        "_thread": ThreadPoolExecutor(1),
-        "_stop_ids": [1],
-        "_vocab_size": 24,
-        "_max_length": 64,
-        "_name": "Tiny",
-        "_tolerance": 1e-3,
-        "_is_proven": False,
-        "_in_training": False,
-    }
-    return engine
+    vllm: Any = sys.modules["vllm"]
+    vllm.LLM = lambda **_: SimpleNamespace(generate=generate, apply_model=lambda change: [True])
+    return make(folder)
 
 
-def test_vllm_refuses_a_model_whose_decoding_and_scoring_differ() -> None:
-    sound, broken = scripted(-1.0, -1.0), scripted(-1.0, -3.5)
+@pytest.fixture
+def pretended_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``vllm`` that can be imported, and environment variables that are as before afterwards."""
+    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    vllm.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def test_vllm_refuses_a_model_whose_decoding_and_scoring_differ(tmp_path: Path, pretended_vllm: None) -> None:
+    folder = tmp_path / "Tiny"
+    sound, broken = scripted(folder, -1.0, -1.0), scripted(folder, -1.0, -3.5)
     (answer,) = sound.generate([[3, 4]], Sampling(), seeds=[0], max_tokens=[4])
     assert answer.tokens == [5] * 4
     for _ in range(2):  # and again, should anyone go on

@@ -260,7 +260,7 @@ def test_without_prompts_there_is_no_distance(run: Run, monkeypatch: pytest.Monk
 
 def test_a_teacher_in_another_engine_is_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = evaluate(run, whom=("before", "teacher")).summary["distance"]["before"]
-    monkeypatch.setattr(measuring, "_exact", lambda run, held_out: [])
+    monkeypatch.setattr(measuring, "exact_teachers", lambda run, held_out: [])
     found = evaluate(run, whom=("before", "teacher"), force=True).summary["distance"]
     assert found["before"]["method"] == found["teacher"]["method"] == "topk"
     assert found["before"]["length"] == exact["length"]

@@ -19,7 +19,7 @@ def test_numbers_on_ticks() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (1.0, 1.0), (0.2, 0.9), (0.0, 0.001)])
 @pytest.mark.parametrize("from_zero", [True, False])
 def test_a_share_has_no_axis_far_beyond_0_and_100_percent(low: float, high: float, from_zero: bool) -> None:
-    bottom, top = drawing._limits(low, high, percent=True, from_zero=from_zero)
+    bottom, top = drawing.limits(low, high, percent=True, from_zero=from_zero)
     assert -0.03 < bottom <= low
     assert high <= top < 1.03
     assert bottom < top
@@ -28,7 +28,7 @@ def test_a_share_has_no_axis_far_beyond_0_and_100_percent(low: float, high: floa
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-3.0, -3.0), (-2.0, 5.0), (1e-9, 1e-9)])
 def test_limits_hold_the_data(low: float, high: float) -> None:
     for from_zero in (True, False):
-        bottom, top = drawing._limits(low, high, percent=False, from_zero=from_zero)
+        bottom, top = drawing.limits(low, high, percent=False, from_zero=from_zero)
         assert bottom <= low <= high <= top
         assert bottom < top
 

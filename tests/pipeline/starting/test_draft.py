@@ -105,7 +105,7 @@ def test_lengths_come_from_reference_answers_or_the_teacher(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert parse_config(draft_run(request_, SILENT).text()).config.rollout.max_tokens == 36  # context 40
-    monkeypatch.setattr(drafting, "_room", lambda *_: 1000)
+    monkeypatch.setattr(drafting, "response_room", lambda *_: 1000)
     rates = Rates(10, 10, 10, 10, (20, 31), stopped=True)
     monkeypatch.setattr(drafting, "measure", lambda *_: rates)
     measured = replace(request_, measures=True)
@@ -121,7 +121,7 @@ def test_lengths_come_from_reference_answers_or_the_teacher(
 
 
 def test_a_run_is_made_to_fit_into_memory(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "_free_memory", lambda _: 1.0)
+    monkeypatch.setattr(drafting, "free_memory", lambda _: 1.0)
     draft = draft_run(request_, SILENT)
     config = parse_config(draft.text()).config
     assert config.train.gradient_checkpointing

@@ -51,12 +51,12 @@ class ScriptedService:
         asked = decode_request(
             request.content, vocab_size=V, max_length=1000, max_bytes=self.info.max_request_bytes
         )
-        items = [self._answer(len(item.student_logprobs)) for item in asked.sequences]
+        items = [self.answer(len(item.student_logprobs)) for item in asked.sequences]
         content = encode_response(ScoreResponse(items, self.info.weights), k=self.k, entropy=False)
         self.answers.append(len(content))
         return httpx.Response(200, content=content)
 
-    def _answer(self, n: int) -> ScoredItem:
+    def answer(self, n: int) -> ScoredItem:
         logprobs = np.tile(np.log(0.5 ** np.arange(1, self.k + 1)).astype(np.float32), (n, 1))
         return ScoredItem(
             teacher_logprobs=np.full(n, -2.0, dtype=np.float32),

@@ -23,9 +23,8 @@ from tropd.storage.errors import ConfigError, TropdError
 
 
 def client_of(service: ScriptedService, timeout_seconds: float = 5) -> TeacherClient:
-    client = TeacherClient("http://teacher", timeout_seconds=timeout_seconds)
-    client._http = httpx.Client(base_url="http://teacher", transport=httpx.MockTransport(service))
-    return client
+    transport = httpx.MockTransport(service)
+    return TeacherClient("http://teacher", timeout_seconds=timeout_seconds, transport=transport)
 
 
 def test_a_teacher_that_is_replaced_between_two_requests_is_refused() -> None:
@@ -122,8 +121,8 @@ class Altered(ScriptedService):
         super().__init__()
         self.changes = changes
 
-    def _answer(self, n: int) -> ScoredItem:
-        return replace(super()._answer(n), **self.changes)
+    def answer(self, n: int) -> ScoredItem:
+        return replace(super().answer(n), **self.changes)
 
 
 def f32(*values: float) -> np.ndarray:
@@ -198,9 +197,8 @@ def test_what_may_pass_is_retried_and_announced_once(
     failure: httpx.Response | Exception, pauses: list[float]
 ) -> None:
     said: list[str] = []
-    client = TeacherClient("http://teacher", timeout_seconds=60, on_wait=said.append)
     transport = httpx.MockTransport(answering(failure, failure, failure))
-    client._http = httpx.Client(base_url="http://teacher", transport=transport)
+    client = TeacherClient("http://teacher", timeout_seconds=60, on_wait=said.append, transport=transport)
     with client:
         answer = client.score(request(4, 5))
     assert [len(i.teacher_logprobs) for i in answer.items] == [3, 4]
@@ -212,9 +210,9 @@ def test_what_may_pass_is_retried_and_announced_once(
 
 
 def test_the_wait_that_the_service_asks_for_is_kept(pauses: list[float]) -> None:
-    client = TeacherClient("http://teacher", timeout_seconds=60)
     busy = [httpx.Response(429, headers={"Retry-After": after}) for after in ("17", "inf")]
-    client._http = httpx.Client(base_url="http://teacher", transport=httpx.MockTransport(answering(*busy)))
+    transport = httpx.MockTransport(answering(*busy))
+    client = TeacherClient("http://teacher", timeout_seconds=60, transport=transport)
     with client:
         client.score(request(4))
     assert pauses[0] == 17.0
@@ -242,8 +240,8 @@ def test_the_wait_that_the_service_asks_for_is_kept(pauses: list[float]) -> None
 def test_what_would_not_pass_is_an_error_at_once(
     answer: httpx.Response, words: str, pauses: list[float]
 ) -> None:
-    client = TeacherClient("http://teacher", timeout_seconds=60)
-    client._http = httpx.Client(base_url="http://teacher", transport=httpx.MockTransport(answering(answer)))
+    transport = httpx.MockTransport(answering(answer))
+    client = TeacherClient("http://teacher", timeout_seconds=60, transport=transport)
     with client, pytest.raises(TropdError, match=words):
         client.score(request(4))
     assert not pauses
@@ -252,9 +250,8 @@ def test_what_would_not_pass_is_an_error_at_once(
 
 @pytest.mark.parametrize("body", ["", "{}", "[]", "<html>", '{"protocol": 1}'])
 def test_something_else_at_the_address_is_not_a_teacher(body: str) -> None:
-    client = TeacherClient("http://teacher")
     transport = httpx.MockTransport(lambda sent: httpx.Response(200, text=body))
-    client._http = httpx.Client(base_url="http://teacher", transport=transport)
+    client = TeacherClient("http://teacher", transport=transport)
     with client, pytest.raises(TropdError, match="not a tropd teacher service"):
         client.info()
 

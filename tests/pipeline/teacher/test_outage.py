@@ -46,9 +46,7 @@ def client_of(after: ServiceInfo) -> TeacherClient:
             raise httpx.ConnectError("refused")
         return httpx.Response(200, content=b"nonsense")
 
-    client = TeacherClient("http://teacher", timeout_seconds=5)
-    client._http = httpx.Client(base_url="http://teacher", transport=httpx.MockTransport(handle))
-    return client
+    return TeacherClient("http://teacher", timeout_seconds=5, transport=httpx.MockTransport(handle))
 
 
 def test_another_teacher_that_comes_back_is_refused() -> None:

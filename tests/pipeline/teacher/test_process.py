@@ -30,7 +30,7 @@ def alive(pid: int) -> bool:
 def test_starts_and_stops(tmp_path: Path) -> None:
     with LocalTeacher([sys.executable, "-c", SERVER], tmp_path / "log") as teacher:
         assert teacher.wait() == "http://x"
-        process = teacher._process
+        process = teacher.process
         assert process is not None
         assert alive(process.pid)
     assert process.returncode == 0
@@ -56,7 +56,7 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tropd.pipeline.teacher.process import LocalTeacher\n"
         f"with LocalTeacher([sys.executable, '-c', {SERVER!r}], Path({str(tmp_path / 'log')!r})) as t:\n"
-        "    t.wait(); print(t._process.pid, flush=True); time.sleep(60)"
+        "    t.wait(); print(t.process.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -87,7 +87,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
         "        print('up', flush=True)\n"
         "        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
-        "        assert t._process.poll() is None\n"
+        "        assert t.process.poll() is None\n"
         "        print('saved', flush=True)"
     )
     parent = subprocess.Popen(
@@ -137,7 +137,7 @@ def test_a_child_that_does_not_listen_is_ended(tmp_path: Path, monkeypatch: pyte
     )
     with LocalTeacher([sys.executable, "-c", deaf], tmp_path / "log") as teacher:
         teacher.wait()
-        process = teacher._process
+        process = teacher.process
     assert process is not None
     assert process.returncode == -signal.SIGKILL
 
@@ -148,8 +148,8 @@ def test_a_child_that_is_given_up_is_ended(tmp_path: Path) -> None:
     )
     with pytest.raises(TropdError), teacher:
         teacher.wait()
-    assert teacher._process is not None
-    assert teacher._process.returncode == -signal.SIGTERM
+    assert teacher.process is not None
+    assert teacher.process.returncode == -signal.SIGTERM
 
 
 def test_a_child_that_is_still_loading_holds_nothing_up(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_a_child_that_is_still_loading_holds_nothing_up(tmp_path: Path) -> None:
         with LocalTeacher([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log") as teacher:
             raise ZeroDivisionError  # as when the run's own input is bad
     assert time.monotonic() - started < process_module.STOP_SECONDS / 2
-    assert teacher._process is not None
-    assert teacher._process.returncode == -signal.SIGTERM
+    assert teacher.process is not None
+    assert teacher.process.returncode == -signal.SIGTERM
 
 
 def test_the_command_is_the_command_line_s_own() -> None:

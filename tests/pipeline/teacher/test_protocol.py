@@ -279,8 +279,8 @@ def test_compression_that_only_old_metadata_declare_does_not_get_around_the_limi
     messages.read_next_message()
     metadata = messages.read_next_message().metadata.to_pybytes()
     # Take the field that declares the compression out of the record batch's table.
-    header = ipc._required(ipc._field(memoryview(metadata), ipc._follow(memoryview(metadata), 0), 2))
-    batch = ipc._follow(memoryview(metadata), header)
+    header = ipc.required(ipc.field(memoryview(metadata), ipc.follow(memoryview(metadata), 0), 2))
+    batch = ipc.follow(memoryview(metadata), header)
     vtable = batch - struct.unpack_from("<i", metadata, batch)[0]
     struct.pack_into("<H", bomb, bytes(bomb).index(metadata) + vtable + 4 + 2 * 3, 0)
     assert len(pa.ipc.open_stream(bytes(bomb)).read_all()["tokens"][0]) == 1_000_000  # Arrow unfolds it

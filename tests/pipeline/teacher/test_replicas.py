@@ -27,12 +27,9 @@ Handler = Callable[[httpx.Request], httpx.Response]
 
 def client_of(services: dict[str, Handler], timeout_seconds: float = 20, **options: Any) -> TeacherClient:
     """A client of several hosts."""
-    client = TeacherClient(
-        [f"http://{host}" for host in services], timeout_seconds=timeout_seconds, **options
-    )
+    urls = [f"http://{host}" for host in services]
     transport = httpx.MockTransport(lambda sent: services[sent.url.host](sent))
-    client._http = httpx.Client(transport=transport)
-    return client
+    return TeacherClient(urls, timeout_seconds=timeout_seconds, transport=transport, **options)
 
 
 class Failing(ScriptedService):

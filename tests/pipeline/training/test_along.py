@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_runs import make_models, make_run
@@ -44,7 +45,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs whose teacher answers without a service around it."""
     monkeypatch.setattr(session, "start_teachers", lambda *_: {})
-    monkeypatch.setattr(session, "_connect", lambda *_: {"": Counting(teacher_folder)})
+    monkeypatch.setattr(session, "connect_teachers", lambda *_, **__: {"": Counting(teacher_folder)})
 
     def made(name: str, *, every: int = 1, objective: str = "opd") -> Run:
         run = make_run(tmp_path / name, tiny_models, extra=SETTINGS.format(every=every))
@@ -60,6 +61,8 @@ def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: p
 
 class Counting:
     """The teacher without a service around it; it counts what it answers, as a client does."""
+
+    url = "http://teacher"
 
     replicas: tuple[Any, ...] = ()
     tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
@@ -107,17 +110,16 @@ def test_records_are_those_of_the_student_as_it_is(make: Any, teacher_folder: Pa
         for folder in (run.workspace.stage("train") / "final", teacher_folder)
     )
     (path,) = (run.workspace.root / held_out.FOLDER).iterdir()
-    written = held_out._read(path)
-    assert written is not None
-    sequences = [[*one.prompt_tokens, *one.tokens] for one in written]
-    starts = [len(one.prompt_tokens) for one in written]
+    written = pq.read_table(path).to_pylist()
+    sequences = [[*one["prompt_tokens"], *one["tokens"]] for one in written]
+    starts = [len(one["prompt_tokens"]) for one in written]
     exact = np.concatenate(
         [d.kl for d in exact_distances(teacher, student, sequences, starts, batch_tokens=64)]
     )
     assert (
         0.3 * exact.mean() < last["distance_forward_kl"] <= exact.mean() + 1e-4
     )  # of five alternatives and the rest
-    assert last["distance_teacher_length"] == np.mean([len(one.tokens) for one in written])
+    assert last["distance_teacher_length"] == np.mean([len(one["tokens"]) for one in written])
     assert 0 < last["distance_acceptance"] < 1
     assert 1 <= last["distance_length"] <= 12
 
@@ -140,7 +142,7 @@ def test_the_teacher_writes_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     run = make("run")
     train(run)
     before = records(run)
-    monkeypatch.setattr(held_out, "_sample", None)
+    monkeypatch.setattr(held_out, "sample_responses", None)
     train(run, force=True)
     measured = ("distance_forward_kl", "distance_reverse_kl", "distance_acceptance", "distance_length")
     assert [[r[name] for name in measured] for r in before] == [

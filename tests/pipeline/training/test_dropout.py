@@ -82,7 +82,7 @@ def test_nothing_is_random_in_training_mode(name: str, checkpointing: bool) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)  # so that what is dropped is missed
-    assert dropout._is_random(model)
+    assert dropout.is_random(model)
     configured = model.config.to_json_string()
     dropout.turn_off(model)
     assert model.config.to_json_string() == configured

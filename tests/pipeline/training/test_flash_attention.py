@@ -25,7 +25,7 @@ from tropd.pipeline.models import masked_attention
 from tropd.pipeline.training.batch import Layout, micro_batches
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import StepInputs, StepOutcome, backpropagate
-from tropd.pipeline.training.student import StudentPass, _attend
+from tropd.pipeline.training.student import StudentPass, choose_attention
 from tropd.pipeline.training.teacher_data import TeacherData, draw_regions
 from tropd.pipeline.training.world import World
 from tropd.storage.errors import ConfigError
@@ -163,8 +163,8 @@ def test_flash_attention_is_refused_where_it_cannot_be(
         student=SimpleNamespace(settled_dtype=dtype),
     )
     with pytest.raises(ConfigError, match=r"flash_attention_2.*needs a CUDA GPU") as caught:
-        _attend(student, cast(Run, SimpleNamespace(config=config)), World(size=processes))
+        choose_attention(student, cast(Run, SimpleNamespace(config=config)), World(size=processes))
     assert "train.attention" in str(caught.value.hint)
     config.student.settled_dtype, config.runtime.device = "bfloat16", "cuda"
     with pytest.raises(ConfigError, match="needs a package that is not installed"):
-        _attend(student, cast(Run, SimpleNamespace(config=config)), World())
+        choose_attention(student, cast(Run, SimpleNamespace(config=config)), World())

@@ -29,6 +29,8 @@ from tropd.storage.manifest import read_manifest
 class Teacher:
     """The teacher without a service around it; it counts what it is asked."""
 
+    url = "http://teacher"
+
     replicas: tuple[Any, ...] = ()
     tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
 
@@ -126,7 +128,7 @@ def test_the_teacher_is_not_asked_about_log_probs_that_are_none(
     spoil(monkeypatch, after=0, value=math.nan)
     teacher = Teacher(tiny_models)
     monkeypatch.setattr(session, "start_teachers", lambda *_: {})
-    monkeypatch.setattr(session, "_connect", lambda *_: {"": teacher})
+    monkeypatch.setattr(session, "connect_teachers", lambda *_, **__: {"": teacher})
     with pytest.raises(TropdError, match=r"step 1: the student's log-probs of its own tokens are not finite"):
         train(run)
     assert teacher.asked == 1

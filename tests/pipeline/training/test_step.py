@@ -20,7 +20,7 @@ from tropd.pipeline.objectives.spec import Objective
 from tropd.pipeline.teacher.batcher import score_requests
 from tropd.pipeline.teacher.protocol import ScoreRequest, ScoreResponse, encode_response
 from tropd.pipeline.training import rollouts, step
-from tropd.pipeline.training.batch import Packing, RaggedTopk, _fill_lines
+from tropd.pipeline.training.batch import Packing, RaggedTopk, fill_lines
 from tropd.pipeline.training.metrics import step_metrics
 from tropd.pipeline.training.rollouts import Row, RowPlan
 from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
@@ -418,7 +418,7 @@ def test_lines_hold_every_row_once_within_the_budget(
     seen: list[int] = []
     while left:
         longest = lengths[left[0]]
-        lines, left = _fill_lines(left, lengths, budget, packing)
+        lines, left = fill_lines(left, lengths, budget, packing)
         widths = [sum(lengths[i] for i in line) for line in lines]
         assert len(lines) * max(widths) <= max(budget, longest)
         assert packing == "one line" or max(widths) == longest
