@@ -81,7 +81,7 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     run = with_template_date(run)
     chosen = list(dict.fromkeys(objectives))
     cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
-    specs = [_cell_config(run, cell).objective for cell in cells]
+    specs = [cell_config(run, cell).objective for cell in cells]
     finished(run, "prefixes")
     finished(run, "scores")
     if any(spec.rollouts == "stored" for spec in specs):
@@ -93,7 +93,10 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
         if not run.config.teacher.urls and any(
             teacher_needs(s).sampled and s.rollouts == "student" for s in specs
         ):
-            command = serve_command(run.workspace.root, run.assignments)
+            engine = (
+                ('teacher.engine="transformers"',) if any(teacher_needs(s).entropy for s in specs) else ()
+            )
+            command = serve_command(run.workspace.root, (*run.assignments, *engine))
             log = run.workspace.logs / "teacher-service.log"
             url = stack.enter_context(LocalTeacher(command, log)).wait()
         jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
@@ -121,13 +124,22 @@ def _each(jobs: Sequence[tuple[Path, str | None]], workers: int) -> Iterator[Pat
             raise
 
 
-def _cell_config(run: Run, cell: Cell) -> Config:
+def cell_config(run: Run, cell: Cell) -> Config:
     """The base configuration with this cell's objective and seed; overrides of the base objective are dropped,
-    but for ``k``, which is a budget and not a method."""
+    but for ``k``, which is a budget and not a method.
+
+    A teacher in vLLM has made the trajectories that are shared; it does not give entropies, so it scores for an objective
+    that needs them outside of vLLM.
+    """
+    objective = load_objective(cell.name, {"k": run.config.objective.k})
+    teacher = run.config.teacher
+    if teacher_needs(objective).entropy and not teacher.urls:
+        teacher = teacher.model_copy(update={"engine": "transformers"})
     plain = run.config.model_copy(
         update={
-            "objective": load_objective(cell.name, {"k": run.config.objective.k}),
+            "objective": objective,
             "run": run.config.run.model_copy(update={"seed": cell.seed}),
+            "teacher": teacher,
         }
     )
     return parse_config(dump_config(plain), cell.assignments, where=f"compare/{cell.objective}").config
@@ -137,7 +149,7 @@ def _cell_workspace(run: Run, cell: Cell) -> Workspace:
     """Make or open a cell's workspace. Its configuration is written anew: a changed one is refused by the stage."""
     workspace = Workspace.create(cell.folder(run.workspace.root))
     link_shared(run.workspace, workspace)
-    write_text_atomic(workspace.config_path, dump_config(_cell_config(run, cell)))
+    write_text_atomic(workspace.config_path, dump_config(cell_config(run, cell)))
     return workspace
 
 

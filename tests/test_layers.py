@@ -126,7 +126,6 @@ COVERED_BY = {
     "tropd.cli.shipping": "tests/e2e/test_pipeline.py",
     "tropd.cli.stages": "tests/e2e/test_pipeline.py",
     "tropd.cli.starting": "tests/cli/test_init.py",
-    "tropd.pipeline.compare": "tests/e2e/test_pipeline.py",
     "tropd.pipeline.config": "tests/pipeline/test_configuration.py",
     "tropd.pipeline.context": "tests/pipeline/test_identity.py",
     "tropd.pipeline.demo.second_process": "tests/pipeline/demo/test_prepare_resumed.py",
