@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tropd.pipeline.context import Run
-from tropd.pipeline.models import pick_device
 from tropd.pipeline.progress import SILENT
+from tropd.pipeline.ray_cluster import ray_cluster, worker_resources
 from tropd.pipeline.shards import Maker, Opener, ShardSpec, Work
 from tropd.storage.errors import ConfigError, TropdError
 
@@ -46,17 +46,16 @@ def make_with_ray(
     ray = _import_ray()
     from ray.util import ActorPool
 
-    own_cluster = not ray.is_initialized()
-    if own_cluster:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
-    gpus = 1 if pick_device(run.config.runtime.device).type == "cuda" else 0
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(_Worker)
+    resources = worker_resources(run.config.runtime.device)
+    actor = ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, **resources)(_Worker)
     specs = {spec.number: spec for spec in missing}
     silent = replace(run, reporter=SILENT)
     try:
-        pool = ActorPool([actor.remote(silent, work.open_maker) for _ in range(min(workers, len(missing)))])
-        for number, rows in pool.map_unordered(lambda a, n: a.make.remote(n, folder), list(specs)):
-            yield specs[number], rows
+        with ray_cluster(ray):
+            some = range(min(workers, len(missing)))
+            pool = ActorPool([actor.remote(silent, work.open_maker) for _ in some])
+            for number, rows in pool.map_unordered(lambda a, n: a.make.remote(n, folder), list(specs)):
+                yield specs[number], rows
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, TropdError) else TropdError(str(error)) from error
@@ -65,9 +64,6 @@ def make_with_ray(
             f"a worker died {RETRIES + 1} times: {error}",
             hint="see Ray's logs for the reason (often memory); what was finished is kept",
         ) from error
-    finally:
-        if own_cluster:
-            ray.shutdown()
 
 
 def _import_ray() -> Any:

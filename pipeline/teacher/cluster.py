@@ -10,13 +10,13 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from tropd.pipeline.context import Run
-from tropd.pipeline.models import pick_device
 from tropd.pipeline.progress import SILENT
+from tropd.pipeline.ray_cluster import ray_cluster, worker_resources
 from tropd.pipeline.teacher.serve import ACCESS_LOG, load_service
 from tropd.pipeline.teacher.service import check_address, create_app, listen
 from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
@@ -50,19 +50,15 @@ def serve_on_ray(run: Run, on_ready: Callable[[str], None], replicas: int) -> No
         log = silent.workspace.logs / ACCESS_LOG.replace(".", f".{socket.gethostname()}.", 1)
         return create_app(engine, info, settings, token, open_access_log(log))
 
-    own_cluster = not ray.is_initialized()
-    if own_cluster:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     quiet = {"log_level": "WARNING", "enable_access_log": False}  # there is a log of our own
-    try:
+    with ray_cluster(ray), _serving(ray_serve):
         ray_serve.start(http_options={"host": settings.host, "port": port}, logging_config=quiet)
-        gpus = 1 if pick_device(run.config.runtime.device).type == "cuda" else 0
         deployment = ray_serve.deployment(
             ray_serve.ingress(build)(),
             name=NAME,
             num_replicas=replicas,
             max_ongoing_requests=REQUESTS_PER_REPLICA,
-            ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+            ray_actor_options=worker_resources(run.config.runtime.device),
             logging_config=quiet,
         )
         ray_serve.run(deployment.bind(), name=NAME, route_prefix="/", logging_config=quiet)
@@ -70,6 +66,12 @@ def serve_on_ray(run: Run, on_ready: Callable[[str], None], replicas: int) -> No
             on_ready(f"http://{settings.host}:{port}")
             with contextlib.suppress(StopRequestedError):
                 stop.sleep(math.inf)
+
+
+@contextlib.contextmanager
+def _serving(ray_serve: Any) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise TropdError(
             f"the teacher service did not start on Ray: {error}",
@@ -77,8 +79,6 @@ def serve_on_ray(run: Run, on_ready: Callable[[str], None], replicas: int) -> No
         ) from error
     finally:
         ray_serve.shutdown()
-        if own_cluster:
-            ray.shutdown()
 
 
 def _import_ray_serve() -> tuple[Any, Any]:
