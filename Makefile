@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ALL_TESTS := $(VENV)/.installed-all-tests
 TYPECHECK := build/typecheck
 # The modules that a program calls which uses tropd as a library.
-API := tropd.pipeline tropd.storage !tropd.pipeline.engines.vllm !tropd.pipeline.demo !tropd.pipeline.report
+API := tropd.pipeline tropd.storage !tropd.pipeline.models.engines.vllm !tropd.pipeline.experiments.demo !tropd.pipeline.report
 
 # Tiny models are fastest with one thread per process; waiting threads must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli.terminal import shown
-from tropd.pipeline.report.formats import human_bytes
+from tropd.pipeline.report.page.formats import human_bytes
 
 if TYPE_CHECKING:
-    from tropd.pipeline.report.schema import Verdict
+    from tropd.pipeline.report.data.facts import Verdict
 
 Record = Mapping[str, Any]
 BLOCKS = "▁▂▃▄▅▆▇█"

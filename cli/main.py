@@ -18,10 +18,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
 
 import typer
 
-from tropd.cli import cache, comparing, data, inspection, reproduction, shipping, stages, starting
+from tropd.cli.commands import cache, comparing, data, inspection, reproduction, shipping, stages, starting
 from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
-from tropd.pipeline.memory import memory_error
+from tropd.pipeline.models.memory import memory_error
 from tropd.storage.errors import TropdError
 
 app = typer.Typer(

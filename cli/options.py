@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from tropd.pipeline.context import Run
-    from tropd.pipeline.shards import Execution
+    from tropd.pipeline.run.run import Run
+    from tropd.pipeline.stages.shards import Execution
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="The run's directory.", metavar="DIR", show_default=False)
@@ -53,7 +53,7 @@ def execution_of(shards: str | None, executor: str, workers: int) -> Execution:
     Raises:
         ConfigError: options that do not go together.
     """
-    from tropd.pipeline.shards import Execution, Part
+    from tropd.pipeline.stages.shards import Execution, Part
     from tropd.storage.errors import ConfigError
 
     if shards is None:
@@ -71,6 +71,6 @@ def with_skip_bad(settings: list[str] | None, skip_bad: bool) -> list[str]:
 def open_run(workspace: Path, assignments: list[str] | None) -> Run:
     """The run in a workspace, with progress shown on this terminal."""
     from tropd.cli.render import make_reporter
-    from tropd.pipeline.api import load_run
+    from tropd.pipeline.experiments.api import load_run
 
     return load_run(workspace, tuple(assignments or ()), make_reporter())

@@ -30,11 +30,11 @@ from rich.text import Text
 
 from tropd.cli.dashboard import VERDICT_STYLES, Dashboard
 from tropd.cli.terminal import shown, takes_unicode
-from tropd.pipeline.progress import Reporter, Steps, Task
+from tropd.pipeline.run.progress import Reporter, Steps, Task
 
 if TYPE_CHECKING:
-    from tropd.pipeline.report.schema import Verdict
-    from tropd.pipeline.watching import TrainingProgress
+    from tropd.pipeline.report.data.facts import Verdict
+    from tropd.pipeline.report.watch import TrainingProgress
 
 # Progress and messages go to stderr, so that stdout holds results only.
 # Into a pipe or a file, lines are not cut to the width of a terminal that is not there.
@@ -108,7 +108,7 @@ class _Verdicts:
         self._looked = -math.inf
 
     def of(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        from tropd.pipeline.report.training_verdicts import columns_of, training_verdicts
+        from tropd.pipeline.report.verdicts.training_verdicts import columns_of, training_verdicts
 
         now = time.monotonic()
         if now - self._looked >= PLAIN_INTERVAL_SECONDS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tropd.pipeline.api import Distillation, distill, open_run
+    from tropd.pipeline.experiments.api import Distillation, distill, open_run
 
 __all__ = ["Distillation", "distill", "open_run"]
 
@@ -16,6 +16,6 @@ __all__ = ["Distillation", "distill", "open_run"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tropd.pipeline import api
+    from tropd.pipeline.experiments import api
 
     return getattr(api, name)

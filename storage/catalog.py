@@ -33,13 +33,13 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from tropd.storage.cache.shard import read_topk
 from tropd.storage.errors import DamagedShardError, DataError, TropdError
-from tropd.storage.fields import field_text
-from tropd.storage.manifest import read_manifest
-from tropd.storage.records import read_records
-from tropd.storage.step_log import read_log
-from tropd.storage.topk_cache import read_topk
-from tropd.storage.trajectories import SCHEMA as TRAJECTORIES
+from tropd.storage.formats.record_fields import field_text
+from tropd.storage.formats.records import read_records
+from tropd.storage.formats.step_log import read_log
+from tropd.storage.formats.trajectories import SCHEMA as TRAJECTORIES
+from tropd.storage.stage.manifest import read_manifest
 from tropd.storage.workspace import METRICS, Workspace
 
 PROMPTS = pa.schema(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tropd.storage.atomic import write_text_atomic
+from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, WorkspaceVersionError, unknown_name
 
 LAYOUT_VERSION = 1

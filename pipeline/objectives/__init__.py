@@ -1,0 +1,1 @@
+"""Formulas: partition, estimators, token weights, loss, prefix schedule. Pure functions and data."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropd.pipeline.objectives.spec import Support
+from tropd.pipeline.objectives.objective import Support
 
 LOGPROB_FLOOR = -100.0
 """Teacher log-probs below this (-inf included: a token that the teacher excludes) count as this, so that an

@@ -28,9 +28,9 @@ from tropd.pipeline.objectives.estimators import (
     topk_jensen_shannon,
     topk_reverse_kl,
 )
+from tropd.pipeline.objectives.objective import K1, TOKEN_RULES, Estimator, Objective
 from tropd.pipeline.objectives.partition import Regions
-from tropd.pipeline.objectives.spec import K1, TOKEN_RULES, Estimator, Objective
-from tropd.pipeline.objectives.weights import (
+from tropd.pipeline.objectives.token_weights import (
     TokenStatistics,
     mean_of_later,
     standardize_by_group,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd.pipeline.objectives.spec import K1, Estimator, Objective, TopkForwardKL
+from tropd.pipeline.objectives.objective import K1, Estimator, Objective, TopkForwardKL
 
 TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
 """Token weights that look at the teacher's alternatives of every token."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tropd.pipeline.objectives.spec import Partition
+from tropd.pipeline.objectives.objective import Partition
 
 Floats = npt.NDArray[np.float32]
 

@@ -17,8 +17,8 @@ import jinja2
 import numpy as np
 from transformers.utils import chat_template_utils
 
-from tropd.pipeline.prompts import Prompt, Reject
-from tropd.pipeline.tokenizers import chat_template
+from tropd.pipeline.models.tokenizers import chat_template
+from tropd.pipeline.problems.prompts import Prompt, Reject
 from tropd.storage.errors import ConfigError, DataError
 
 BATCH = 256

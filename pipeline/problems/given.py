@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.problems.messages import is_messages
-from tropd.storage.atomic import write_text_atomic
+from tropd.pipeline.problems.chat_messages import is_messages
+from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
 
 Given = str | Mapping[str, Any] | list[Mapping[str, Any]]

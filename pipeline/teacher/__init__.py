@@ -1,0 +1,1 @@
+"""The teacher while training: wire format, client, service."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its session, and the processes that train together."""

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tropd.pipeline.context import (
-    Run,
-    finished,
-    role_room,
-    role_tokenizer,
-)
-from tropd.pipeline.evaluation.held_out import tell_ungraded
+from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.needs import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.selection import evaluation_problems, training_prompts
-from tropd.pipeline.prompts import Prompt
-from tropd.pipeline.scoring import check_token_ids
-from tropd.pipeline.teacher.connection import teacher_fields
-from tropd.pipeline.tokenizers import num_tokens
-from tropd.pipeline.training.cached import CachedScores
-from tropd.pipeline.training.rollouts import TrajectoryStore
+from tropd.pipeline.problems.prompts import Prompt
+from tropd.pipeline.run.opening import role_room, role_tokenizer
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.selection import evaluation_problems, training_prompts
+from tropd.pipeline.run.upstream import finished
+from tropd.pipeline.stages.evaluation.held_out import tell_ungraded
+from tropd.pipeline.stages.scores import check_token_ids
+from tropd.pipeline.teacher.connect import teacher_fields
+from tropd.pipeline.training.signal.from_cache import CachedScores
 from tropd.storage.errors import ConfigError, DataError
-from tropd.storage.manifest import read_manifest
+from tropd.storage.formats.trajectory_store import TrajectoryStore
+from tropd.storage.stage.manifest import read_manifest
 from tropd.storage.workspace import scores_stage, stage_kind
 
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tropd.pipeline.context import Run
-from tropd.pipeline.memory import within_memory
-from tropd.pipeline.models import pick_device
-from tropd.pipeline.progress import SILENT
-from tropd.pipeline.teacher.connection import check_pairs
-from tropd.pipeline.training.agreement import check_engine
-from tropd.pipeline.training.along import evaluate_student
-from tropd.pipeline.training.checkpoint import (
+from tropd.pipeline.models.memory import within_memory
+from tropd.pipeline.models.runtime import pick_device
+from tropd.pipeline.run.interrupt import StopRequest, StopRequestedError, stop_on_signal
+from tropd.pipeline.run.progress import SILENT
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.teacher.connect import check_pairs
+from tropd.pipeline.training.distance.along import evaluate_student
+from tropd.pipeline.training.inputs import student_prompts
+from tropd.pipeline.training.record.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
     load_rows,
@@ -29,26 +30,26 @@ from tropd.pipeline.training.checkpoint import (
     prune_checkpoints,
     remove_uncommitted,
 )
-from tropd.pipeline.training.inputs import student_prompts
-from tropd.pipeline.training.interrupt import StopRequest, StopRequestedError, stop_on_signal
-from tropd.pipeline.training.journal import Journal, open_journal
-from tropd.pipeline.training.metrics import memory_metrics, step_metrics
-from tropd.pipeline.training.optimizer import learning_rate_at
-from tropd.pipeline.training.output import export_student
-from tropd.pipeline.training.preparation import Preparation, Prepared, open_preparation, planned_rows
-from tropd.pipeline.training.rollouts import Row
-from tropd.pipeline.training.session import Session, open_session
-from tropd.pipeline.training.soundness import check_student, stopped
-from tropd.pipeline.training.step import NonFiniteError, StepInputs, StepOutcome, backpropagate
-from tropd.pipeline.training.student import whole
-from tropd.pipeline.training.timeline import Timeline
+from tropd.pipeline.training.record.final_model import export_student
+from tropd.pipeline.training.record.journal import Journal, open_journal
+from tropd.pipeline.training.record.step_metrics import memory_metrics, step_metrics
+from tropd.pipeline.training.record.trace import Timeline
+from tropd.pipeline.training.record.wandb_log import check_wandb
+from tropd.pipeline.training.rollout.ahead import Preparation, Prepared, open_preparation, planned_rows
+from tropd.pipeline.training.rollout.engine_check import check_engine
+from tropd.pipeline.training.rollout.rows import Row
+from tropd.pipeline.training.session import Session
+from tropd.pipeline.training.setup import open_session
 from tropd.pipeline.training.train_stage import STAGE, check_finished, open_train_stage
-from tropd.pipeline.training.wandb_log import check_wandb
+from tropd.pipeline.training.update.gradients import NonFiniteError, StepInputs, StepOutcome, backpropagate
+from tropd.pipeline.training.update.optimizer import learning_rate_at
+from tropd.pipeline.training.update.soundness import check_student, stopped
+from tropd.pipeline.training.update.student import whole
 from tropd.pipeline.training.world import join_world
 from tropd.storage.errors import InterruptedStageError
-from tropd.storage.manifest import Manifest
-from tropd.storage.stage import Stage
-from tropd.storage.step_log import Record
+from tropd.storage.formats.step_log import Record
+from tropd.storage.stage.manifest import Manifest
+from tropd.storage.stage.stage import Stage
 
 SUMMED = (
     "tokens_on_policy",

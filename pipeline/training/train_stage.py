@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tropd.pipeline.context import Run, engine_fields, finished, model_fields, section_fields
-from tropd.pipeline.identity import (
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.run.identity import (
     IMPORTANCE_CLIP,
+    engine_fields,
     fingerprint_of,
+    model_fields,
+    section_fields,
     stop_fields,
     tell_unrecorded,
     token_fields,
 )
-from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.selection import data_fields
-from tropd.pipeline.teacher.connection import teacher_fields
-from tropd.pipeline.training.output import FINAL
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import check_shard
-from tropd.storage.stage import Stage, open_stage
-from tropd.storage.step_log import log_problems
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.selection import data_fields
+from tropd.pipeline.run.upstream import finished
+from tropd.pipeline.teacher.connect import teacher_fields
+from tropd.pipeline.training.record.final_model import FINAL
+from tropd.storage.formats.step_log import log_problems
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.manifest import check_shard
+from tropd.storage.stage.stage import Stage, open_stage
 
 STAGE = "train"
 

@@ -24,14 +24,14 @@ import natural_text
 import numcodecs.blosc
 from numcodecs import Blosc
 
-from tropd.storage import topk_cache
-from tropd.storage.atomic import content_size
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import read_manifest
-from tropd.storage.stage import open_stage
-from tropd.storage.topk_cache import TopK, prune, read_topk, write_topk
-from tropd.storage.topk_encoding import Precision, decode, encode
-from tropd.storage.topk_reader import Span, TopKReader
+from tropd.storage.cache import shard
+from tropd.storage.cache.shard import TopK, prune, read_topk, write_topk
+from tropd.storage.cache.topk_encoding import Precision, decode, encode
+from tropd.storage.cache.topk_reader import Span, TopKReader
+from tropd.storage.disk.atomic import content_size
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.manifest import read_manifest
+from tropd.storage.stage.stage import open_stage
 
 K, MASS = natural_text.K, 0.999
 DENSE = K * 6 + 4
@@ -59,7 +59,7 @@ def table(header: str, rows: list[list[Any]]) -> None:
 
 
 def compressed(
-    values: np.ndarray, *, level: int = topk_cache.ZSTD_LEVEL, shuffle: int = 1, chunk: int = 1 << 16
+    values: np.ndarray, *, level: int = shard.ZSTD_LEVEL, shuffle: int = 1, chunk: int = 1 << 16
 ) -> list[bytes]:
     codec = Blosc(cname="zstd", clevel=level, shuffle=shuffle)
     return [codec.encode(np.ascontiguousarray(values[i : i + chunk])) for i in range(0, len(values), chunk)]
@@ -116,7 +116,7 @@ def compare_encodings(data: TopK) -> None:
     for name, arrays in candidates(data).items():
         sizes = {}
         for kind, values in arrays.items():
-            level = 1 if values.dtype.itemsize == 1 and kind != "ids" else topk_cache.ZSTD_LEVEL
+            level = 1 if values.dtype.itemsize == 1 and kind != "ids" else shard.ZSTD_LEVEL
             sizes[kind] = sum(map(len, compressed(values, level=level))) / data.num_tokens
         other = (small if "q8" in name or "linear" in name else rest) / data.num_tokens
         values = sizes["logprobs"] + sizes.get("ceilings", 0.0)
@@ -146,9 +146,9 @@ def compare_compression(data: TopK) -> None:
 
 def compare_chunks(data: TopK, work: Path) -> None:
     rows = []
-    kept = topk_cache.CHUNK_ELEMENTS
+    kept = shard.CHUNK_ELEMENTS
     for chunk in (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20):
-        topk_cache.CHUNK_ELEMENTS = chunk
+        shard.CHUNK_ELEMENTS = chunk
         path = work / f"chunk-{chunk}.zarr"
         _, writing = timed(lambda p=path: write_topk(p, data, precision="q8"), repeat=1)
         _, reading = timed(lambda p=path: read_topk(p))
@@ -157,7 +157,7 @@ def compare_chunks(data: TopK, work: Path) -> None:
             sum(-(-n // chunk) for n in (len(data.offsets), *[data.num_tokens] * 4, *[len(data.ids)] * 2)) + 8
         )
         rows.append([chunk, content_size(path) / data.num_tokens, writing, reading, files, plain])
-    topk_cache.CHUNK_ELEMENTS = kept
+    shard.CHUNK_ELEMENTS = kept
     table("chunk (elements)|bytes per token|write s|read s|files|files without the sharding codec", rows)
 
 

@@ -43,11 +43,11 @@ def child(kind: str, tokens: int, passes: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from tropd.pipeline.allocator import keep_freed_memory
-    from tropd.pipeline.engines.transformers import TransformersEngine
-    from tropd.pipeline.head import split_model
-    from tropd.pipeline.training import logprobs
-    from tropd.pipeline.training.logprobs import Lookups, token_logprobs
+    from tropd.pipeline.models.allocator import keep_freed_memory
+    from tropd.pipeline.models.engines.transformers import TransformersEngine
+    from tropd.pipeline.models.output import logprobs
+    from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
+    from tropd.pipeline.models.output.output_layer import split_model
 
     keep_freed_memory()  # as wherever tropd loads a model
     torch.manual_seed(0)

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from tiny_runs import make_models, make_run
 
-from tropd.pipeline import prefixes
-from tropd.pipeline.context import Run
-from tropd.pipeline.progress import SILENT, Task
-from tropd.pipeline.scoring import score_teacher
-from tropd.storage.stage import open_stage
-from tropd.storage.trajectories import Trajectory, write_trajectories
+from tropd.pipeline.run.progress import SILENT, Task
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.stages import prefixes
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.storage.formats.trajectories import Trajectory, write_trajectories
+from tropd.storage.stage.stage import open_stage
 
 SHARD_ROWS = 1024
 TOKENS = 12

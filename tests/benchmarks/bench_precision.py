@@ -30,15 +30,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tropd.pipeline.attention import attend_in_float32
-from tropd.pipeline.engines.base import Sampling
-from tropd.pipeline.engines.lean import LeanDecoder, LeanModel, next_logits
-from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.models import autocast, evaluation_mode, load_model, load_tokenizer, stop_token_ids
+from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel, next_logits
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.float32_attention import attend_in_float32
+from tropd.pipeline.models.loading import load_model, load_tokenizer, stop_token_ids
+from tropd.pipeline.models.runtime import autocast, evaluation_mode
 from tropd.pipeline.objectives.partition import acceptance
-from tropd.pipeline.training.proof import row_logprobs
-from tropd.pipeline.training.rollouts import Row, RowPlan
-from tropd.pipeline.training.student import StudentPass
+from tropd.pipeline.training.rollout.rows import Row, RowPlan
+from tropd.pipeline.training.update.student import StudentPass
+from tropd.pipeline.training.update.trainer_proof import row_logprobs
 
 QUESTIONS = (
     "What is the capital of France?",

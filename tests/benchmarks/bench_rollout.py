@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from tropd.pipeline.allocator import keep_freed_memory
-from tropd.pipeline.demo.tiny_models import STUDENT, make_model
-from tropd.pipeline.engines.base import Sampling
-from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.experiments.demo.tiny_models import STUDENT, make_model
+from tropd.pipeline.models.allocator import keep_freed_memory
+from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.transformers import TransformersEngine
 
 BATCH = 64
 ROUNDS = 11

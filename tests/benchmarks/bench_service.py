@@ -45,16 +45,17 @@ import uvicorn
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tropd.pipeline.config import ServiceConfig, VllmConfig
-from tropd.pipeline.engines.base import Engine
-from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.models import load_model
-from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition
-from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.info import ServiceInfo
-from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest, ScoreResponse
-from tropd.pipeline.teacher.service import listen, run_service
-from tropd.pipeline.teacher.vllm_server import SPARE
+from tropd.pipeline.config.sections.model_settings import ServiceConfig, VllmConfig
+from tropd.pipeline.models.engines.base import Engine
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.loading import load_model
+from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.teacher.client.client import TeacherClient
+from tropd.pipeline.teacher.client.vllm_dialect import SPARE
+from tropd.pipeline.teacher.service.listen import listen
+from tropd.pipeline.teacher.service.running import run_service
+from tropd.pipeline.teacher.wire.info import ServiceInfo
+from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest, ScoreResponse
 from tropd.storage.errors import TropdError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "teacher"))
@@ -106,7 +107,7 @@ def load_engine(folder: Path) -> TransformersEngine:
 
 
 def load_vllm_engine(folder: Path) -> Engine:
-    from tropd.pipeline.engines.vllm import VllmEngine  # only where there is a vLLM
+    from tropd.pipeline.models.engines.vllm import VllmEngine  # only where there is a vLLM
 
     return VllmEngine(
         folder,

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tropd.cli.dashboard import Dashboard, column, recent_mean, sparkline
-from tropd.pipeline.report.schema import Verdict
+from tropd.pipeline.report.data.facts import Verdict
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from tropd.cli.main import app
-from tropd.pipeline.config import Config
+from tropd.pipeline.config.schema import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -18,7 +18,7 @@ from tropd.cli import render
 from tropd.cli.dashboard import BLOCKS
 from tropd.cli.main import app
 from tropd.cli.terminal import SPELLED, shown, wants_debug
-from tropd.pipeline.configuration import recipe_names, recipe_text
+from tropd.pipeline.config.recipe_files import recipe_names, recipe_text
 from tropd.storage.workspace import Workspace
 
 HOSTILE = "[bold]b[/] [/nothing] :warning: \x1b[31mred\x1b[0m \x00 \x9b5m \r \u202e \x7f"

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.report.collect import build_report
-from tropd.storage.atomic import content_digest
+from tropd.pipeline.report.data.collect import build_report
+from tropd.storage.disk.atomic import content_digest
 from tropd.storage.errors import TropdError
-from tropd.storage.manifest import read_manifest, write_manifest
-from tropd.storage.step_log import read_log
-from tropd.storage.verify import verify_workspace
+from tropd.storage.formats.step_log import read_log
+from tropd.storage.stage.manifest import read_manifest, write_manifest
+from tropd.storage.verify.verify import verify_workspace
 from tropd.storage.workspace import Workspace
 
 COMMANDS = ("train", "evaluate", "report", "verify")

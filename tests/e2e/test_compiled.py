@@ -1,4 +1,4 @@
-"""Runs whose models cannot be compiled are refused before they begin (tests/pipeline/engines has those that can)."""
+"""Runs whose models cannot be compiled are refused before they begin; those that can are tested with the engine."""
 
 from __future__ import annotations
 

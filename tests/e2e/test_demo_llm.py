@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.demo.smollm2 import NOT_FOUND
+from tropd.pipeline.experiments.demo.smollm2 import NOT_FOUND
 
 SMALL = (
     *("runtime.threads=1", "demo.train_problems=32", "demo.eval_problems=8", "prefixes.limit=16"),

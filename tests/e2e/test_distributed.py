@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from waiting import eventually
 
-from tropd.pipeline.training.sharded import stored_tensors
+from tropd.pipeline.training.record.sharded_tensors import stored_tensors
 
 BIN = Path(sys.executable).parent
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.configuration import parse_config, recipe_names
-from tropd.pipeline.objectives.catalog import list_objectives
-from tropd.pipeline.objectives.spec import Objective
+from tropd.pipeline.config.objective_list import list_objectives
+from tropd.pipeline.config.recipe_files import recipe_names
+from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.objectives.objective import Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 
@@ -29,16 +30,16 @@ NOT_RUN = {
     r"^reproduce ": "days on GPUs; tests/e2e/test_reproduce.py has its dry run and its rehearsal",
     r"^compare\b": "minutes; tests/e2e/test_pipeline.py and the tutorial below run it",
     r"^demo ": "minutes; tests/e2e/test_pipeline.py runs it",
-    r"--executor ray": "needs workers of Ray; tests/pipeline/test_shards.py has them",
+    r"--executor ray": "needs workers of Ray; tests/pipeline/stages/test_shards.py has them",
     r"^serve-teacher": "runs until it is stopped; tests/e2e/test_teacher_servers.py",
     r"teacher\.url=": "needs the server that it names; tests/e2e/test_teacher_servers.py",
-    r"^fetch": "needs the reader's sources; tests/pipeline/test_sources.py",
+    r"^fetch": "needs the reader's sources; tests/pipeline/stages/test_fetch.py",
     r"^sft": "tests/e2e/test_reproduce.py",
     r"^train -w W --set": "another run than the one that is there; tests/e2e/test_training_ahead.py",
     r"^report -w W/compare": "of a comparison; tests/e2e/test_pipeline.py",
     r"^init\b": "the tutorial below runs it",
     r"runs/mine": "models of the reader; tests/e2e/test_own_models.py",
-    r"^doctor": "tests/pipeline/doctor/test_examine.py",
+    r"^doctor": "tests/pipeline/experiments/doctor/test_examine.py",
     r"runs/first": "the tutorial below",
 }
 COMMANDS = sorted({line for page in PAGES if page != TUTORIAL for line in command_lines(page)})

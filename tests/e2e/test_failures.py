@@ -17,9 +17,9 @@ import pytest
 from filelock import FileLock
 from waiting import eventually
 
-from tropd.storage.atomic import content_digest
-from tropd.storage.manifest import read_manifest
-from tropd.storage.step_log import read_log
+from tropd.storage.disk.atomic import content_digest
+from tropd.storage.formats.step_log import read_log
+from tropd.storage.stage.manifest import read_manifest
 
 SCRIPT = Path(sys.executable).with_name("tropd")
 

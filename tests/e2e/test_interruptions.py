@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from waiting import eventually
 
-from tropd.storage.atomic import content_digest
-from tropd.storage.step_log import read_log
+from tropd.storage.disk.atomic import content_digest
+from tropd.storage.formats.step_log import read_log
 
 KILLS = 5 if os.environ.get("TROPD_THOROUGH") else 2
 # Stage, command, folder it writes, stages that must not be there yet.
@@ -29,7 +29,7 @@ STAGES = {
     "train": ("train", ("train", "eval")),
     "evaluate": ("eval", ("eval",)),
 }
-# Training tiny models takes long; tests/pipeline/demo/test_prepare_resumed.py kills it without a command around it.
+# Training tiny models takes long: test_prepare_resumed.py kills it without a command around it.
 COMMANDS = [pytest.param(c, marks=pytest.mark.slowest) if c == "prepare" else c for c in STAGES]
 
 

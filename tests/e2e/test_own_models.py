@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tropd.pipeline.configuration import load_config
+from tropd.pipeline.config.resolve import load_config
 
 SMALL = (
     *("train.steps=2", "rollout.prompts_per_step=4", "rollout.max_tokens=8"),

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tropd.storage.atomic import content_digest
-from tropd.storage.trajectories import read_trajectories
+from tropd.storage.disk.atomic import content_digest
+from tropd.storage.formats.trajectories import read_trajectories
 
 
 def as_json(output: str) -> Any:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from waiting import eventually
 
-from tropd.storage.atomic import content_digest
+from tropd.storage.disk.atomic import content_digest
 
 
 @pytest.mark.slowest

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tropd.pipeline.configuration import load_objective, parse_config, recipe_text
-from tropd.pipeline.reproduce.tables import load_table, table_names
+from tropd.pipeline.config.paper_tables import load_table, table_names
+from tropd.pipeline.config.recipe_files import load_objective, recipe_text
+from tropd.pipeline.config.resolve import parse_config
 
 KILLS = 3 if os.environ.get("TROPD_THOROUGH") else 1
 TINY = {

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.models import load_model, load_tokenizer
-from tropd.storage.atomic import content_digest
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.loading import load_model, load_tokenizer
+from tropd.storage.disk.atomic import content_digest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "teacher"))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from waiting import eventually
 
-from tropd.storage.step_log import read_log
+from tropd.storage.formats.step_log import read_log
 
 # Kills of a run of sixty steps, strict and one step ahead.
 KILLS = ((0, 12), (1, 8)) if os.environ.get("TROPD_THOROUGH") else ((0, 1), (1, 2))

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 
 import tropd.cli.main
-import tropd.pipeline.compare
-import tropd.pipeline.demo.prepare
-import tropd.pipeline.report.page
-import tropd.pipeline.reproduce.run
-import tropd.pipeline.teacher.serve
+import tropd.pipeline.experiments.compare
+import tropd.pipeline.experiments.demo.prepare
+import tropd.pipeline.experiments.reproduce
+import tropd.pipeline.report.page.page
+import tropd.pipeline.teacher.service.serve
 import tropd.pipeline.training.loop
 import tropd.storage.catalog
-import tropd.storage.verify
-from tropd.pipeline.training.metrics import MetricsLog
-from tropd.storage.step_log import Record
+import tropd.storage.verify.verify
+from tropd.pipeline.training.record.step_metrics import MetricsLog
+from tropd.storage.formats.step_log import Record
 
 
 def child(command: dict[str, object], output: Path) -> None:

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from architectures import VOCABULARY, tiny_model
 
-from tropd.pipeline.config import LoraSettings
-from tropd.pipeline.engines.base import Sampling
-from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.training import logprobs
-from tropd.pipeline.training.batch import Layout, micro_batches
-from tropd.pipeline.training.logprobs import Lookups
-from tropd.pipeline.training.lora import add_adapters, merged_state
-from tropd.pipeline.training.proof import prove_pass
-from tropd.pipeline.training.rollouts import Row, RowPlan
-from tropd.pipeline.training.student import StudentPass
+from tropd.pipeline.config.sections.model_settings import LoraSettings
+from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.output import logprobs
+from tropd.pipeline.models.output.logprobs import Lookups
+from tropd.pipeline.training.rollout.rows import Row, RowPlan
+from tropd.pipeline.training.update.lora import add_adapters, merged_state
+from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
+from tropd.pipeline.training.update.student import StudentPass
+from tropd.pipeline.training.update.trainer_proof import prove_pass
 from tropd.storage.errors import ConfigError
 
 TOLERANCE = 1e-3

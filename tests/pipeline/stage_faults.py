@@ -19,10 +19,10 @@ import torch
 from faults import in_child
 from tiny_runs import make_models, make_run
 
-from tropd.pipeline.prefixes import generate_prefixes
-from tropd.pipeline.scoring import score_teacher
-from tropd.pipeline.shards import Execution, Part
-from tropd.storage.verify import verify_workspace
+from tropd.pipeline.stages.prefixes import generate_prefixes
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.stages.shards import Execution, Part
+from tropd.storage.verify.verify import verify_workspace
 
 
 def main(root: Path, stride: int) -> None:

@@ -22,16 +22,18 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from tiny_runs import CONFIG
 
-from tropd.pipeline.config import Config, DataConfig, Source
-from tropd.pipeline.configuration import dump_config, explain, load_config, parse_config
-from tropd.pipeline.context import Run
-from tropd.pipeline.decontamination import overlaps
-from tropd.pipeline.demo.tokenizer import make_tokenizer
+from tropd.pipeline.config.explain import explain
+from tropd.pipeline.config.resolve import dump_config, load_config, parse_config
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.config.sections.data_settings import DataConfig, Source
+from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
+from tropd.pipeline.models.tokenizers import check_tokenizers
+from tropd.pipeline.problems.decontaminate import overlaps
 from tropd.pipeline.problems.encoding import Encoded, encode_prompts
-from tropd.pipeline.progress import SILENT
-from tropd.pipeline.prompts import Prompt, refuse, scan_prompts, write_rejects
-from tropd.pipeline.sources import fetch_sources
-from tropd.pipeline.tokenizers import check_tokenizers
+from tropd.pipeline.problems.prompts import Prompt, refuse, scan_prompts, write_rejects
+from tropd.pipeline.run.progress import SILENT
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.stages.fetch import fetch_sources
 from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.workspace import Workspace
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tropd.pipeline.configuration import parse_config
-from tropd.pipeline.context import Run
-from tropd.pipeline.demo.tokenizer import make_tokenizer, vocabulary
-from tropd.pipeline.progress import SILENT
+from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer, vocabulary
+from tropd.pipeline.run.progress import SILENT
+from tropd.pipeline.run.run import Run
 from tropd.storage.workspace import Workspace
 
 TINY: dict[str, Any] = {

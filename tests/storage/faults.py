@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import storage_samples as samples
 import zarr.storage  # noqa: F401  imported once here, not in each fork
 
-from tropd.storage.atomic import atomic_directory, write_text_atomic
+from tropd.storage.cache.shard import write_topk
+from tropd.storage.disk.atomic import atomic_directory, write_text_atomic
 from tropd.storage.errors import TropdError
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.stage import open_stage
-from tropd.storage.topk_cache import write_topk
-from tropd.storage.trajectories import write_trajectories
+from tropd.storage.formats.trajectories import write_trajectories
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.stage import open_stage
 
 FINGERPRINT = Fingerprint({"seed": 1, "model": "abc"})
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.stage import open_stage
-from tropd.storage.topk_cache import TopK, prune, write_topk
-from tropd.storage.trajectories import Trajectory, write_trajectories
+from tropd.storage.cache.shard import TopK, prune, write_topk
+from tropd.storage.formats.trajectories import Trajectory, write_trajectories
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.stage import open_stage
 from tropd.storage.workspace import Workspace
 
 VOCAB_SIZE = 50

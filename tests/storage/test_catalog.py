@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from storage_samples import build_workspace, tree
 
+from tropd.storage.cache.shard import read_topk
 from tropd.storage.catalog import EVALUATIONS, TOKENS, open_catalog, run_query
 from tropd.storage.errors import DamagedShardError, DataError
-from tropd.storage.topk_cache import read_topk
-from tropd.storage.trajectories import SCHEMA, read_trajectories
+from tropd.storage.formats.trajectories import SCHEMA, read_trajectories
 from tropd.storage.workspace import Workspace
 
 
@@ -123,8 +123,8 @@ def test_metrics(workspace: Workspace) -> None:
 
 
 def test_evaluations_and_prompts(workspace: Workspace) -> None:
-    from tropd.storage.fingerprint import Fingerprint
-    from tropd.storage.stage import open_stage
+    from tropd.storage.stage.fingerprint import Fingerprint
+    from tropd.storage.stage.stage import open_stage
 
     row = ["before", "greedy", "p1", 0, "r", None, "4", True, 3, "stop"]
     with open_stage(workspace.stage("eval"), "eval", Fingerprint({})) as stage:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tropd.storage.errors import ConfigError, unknown_name
-from tropd.storage.verify import verify_workspace
+from tropd.storage.verify.verify import verify_workspace
 from tropd.storage.workspace import Workspace, scores_stage, stage_kind
 
 

@@ -82,10 +82,10 @@ def test_really_full_disk_loses_nothing_that_was_finished(tmp_path: Path) -> Non
     import storage_samples as samples
 
     from tropd.storage.errors import DiskFullError
-    from tropd.storage.fingerprint import Fingerprint
-    from tropd.storage.manifest import check_shard
-    from tropd.storage.stage import open_stage
-    from tropd.storage.trajectories import read_trajectories, write_trajectories
+    from tropd.storage.formats.trajectories import read_trajectories, write_trajectories
+    from tropd.storage.stage.fingerprint import Fingerprint
+    from tropd.storage.stage.manifest import check_shard
+    from tropd.storage.stage.stage import open_stage
 
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -14,10 +14,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm makes 
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tropd.pipeline.config import VllmConfig
-from tropd.pipeline.engines.base import Sampling, SequenceScores
-from tropd.pipeline.engines.transformers import TransformersEngine
-from tropd.pipeline.engines.vllm import VllmEngine
+from tropd.pipeline.config.sections.model_settings import VllmConfig
+from tropd.pipeline.models.engines.base import Sampling, SequenceScores
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.engines.vllm import VllmEngine
 from tropd.storage.errors import ConfigError
 
 V, LONGEST = 24, 64

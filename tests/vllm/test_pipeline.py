@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm makes an environment that has it")
 
+from tropd.storage.cache.shard import read_topk
 from tropd.storage.catalog import run_query
-from tropd.storage.topk_cache import read_topk
 from tropd.storage.workspace import Workspace
 
 TROPD = Path(sys.executable).with_name("tropd")

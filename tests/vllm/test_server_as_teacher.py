@@ -15,14 +15,14 @@ import pytest
 import torch
 from waiting import eventually
 
-from tropd.pipeline.configuration import load_objective
-from tropd.pipeline.demo.tiny_models import TEACHER, make_model
-from tropd.pipeline.demo.tokenizer import make_tokenizer
-from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.config.recipe_files import load_objective
+from tropd.pipeline.experiments.demo.tiny_models import TEACHER, make_model
+from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
+from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.spec import NoneTrusted, RatioPartition, SampledPartition
-from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
+from tropd.pipeline.objectives.objective import NoneTrusted, RatioPartition, SampledPartition
+from tropd.pipeline.teacher.client.client import TeacherClient
+from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest
 from tropd.storage.errors import ConfigError
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.configuration import parse_config
+from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.objectives.estimators import Alternatives
 from tropd.pipeline.objectives.loss import TokenBatch, region_losses
+from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import partition_tokens
-from tropd.pipeline.objectives.spec import Objective
 from tropd.storage.errors import ConfigError
 
 VOCABULARY, K = 9, 3

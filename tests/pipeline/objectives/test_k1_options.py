@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.configuration import load_objective
+from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.objectives.estimators import Alternatives
 from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_step, region_losses
 from tropd.pipeline.objectives.partition import Regions
-from tropd.pipeline.objectives.weights import TokenStatistics
+from tropd.pipeline.objectives.token_weights import TokenStatistics
 
 # Three rows: two answer the first prompt, one the second. Probabilities have few bits, so that float32 holds their logs'
 # inputs; the logs themselves are rounded to float32 once, for both sides.

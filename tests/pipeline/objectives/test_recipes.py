@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.configuration import load_objective, parse_config, recipe_names
+from tropd.pipeline.config.recipe_files import load_objective, recipe_names
+from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives
 from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_step, region_losses
 from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import partition_tokens
-from tropd.pipeline.objectives.spec import Objective
-from tropd.pipeline.objectives.weights import TokenStatistics
+from tropd.pipeline.objectives.token_weights import TokenStatistics
 from tropd.storage.errors import ConfigError
 
 # Token 0: the teacher likes it more than the student (0.5 against 0.25). Token 1: less (0.1 against 0.8).

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from tropd.pipeline.demo.tokenizer import EOS_ID, PAD_ID, make_tokenizer
+from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, PAD_ID, make_tokenizer
 from tropd.pipeline.problems import encoding
 from tropd.pipeline.problems.encoding import encode_prompts, token_digest
-from tropd.pipeline.prompts import Prompt, Reject
+from tropd.pipeline.problems.prompts import Prompt, Reject
 from tropd.storage.errors import ConfigError, DataError
 
 USER = "{{ messages[0].content }}"

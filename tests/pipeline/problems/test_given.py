@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.config import DataConfig
+from tropd.pipeline.config.sections.data_settings import DataConfig
 from tropd.pipeline.problems.given import records, write_records
-from tropd.pipeline.prompts import scan_prompts
+from tropd.pipeline.problems.prompts import scan_prompts
 from tropd.storage.errors import ConfigError, DataError, TropdError
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello\u2028there"}]

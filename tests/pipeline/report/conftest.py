@@ -14,16 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tropd.pipeline.training.samples import (
-    Alternative,
-    SampledResponse,
-    StepSample,
-    StudentToken,
-    sampled_steps,
-)
+from tropd.pipeline.training.record.acceptance_samples import sampled_steps
 from tropd.storage.catalog import EVALUATIONS
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest, describe_shard, write_manifest
+from tropd.storage.formats.samples_file import Alternative, SampledResponse, StepSample, StudentToken
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.manifest import Manifest, describe_shard, write_manifest
 from tropd.storage.workspace import Workspace
 
 sys.path.insert(0, str(Path(__file__).parent))

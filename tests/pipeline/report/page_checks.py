@@ -49,7 +49,7 @@ class Checker(HTMLParser):
 
 def check_script(html: str, checker: Checker) -> None:
     """The page's own script and no other; what the policy allows is this one alone."""
-    own = (resources.files("tropd.pipeline.report") / "page.js").read_text()
+    own = (resources.files("tropd.pipeline.report.page") / "page.js").read_text()
     shown = '<p class="tokens"' in html
     assert checker.tags.count("script") == shown
     assert (f"<script>{own}</script>" in html) == shown

@@ -11,8 +11,8 @@ import pytest
 from browser import CHROMIUM, Page, open_browser
 from page_checks import HOSTILE
 
-from tropd.pipeline.report.page import write_report
-from tropd.pipeline.training.samples import StepSample
+from tropd.pipeline.report.page.page import write_report
+from tropd.storage.formats.samples_file import StepSample
 from tropd.storage.workspace import Workspace
 
 Tools = dict[str, Callable[..., Any]]

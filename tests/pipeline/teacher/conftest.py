@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tropd.pipeline.engines.base import SequenceScores, everywhere
+from tropd.pipeline.models.engines.base import SequenceScores, everywhere
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -14,10 +14,11 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
-from tropd.pipeline.config import ServiceConfig
-from tropd.pipeline.objectives.spec import SampledPartition
-from tropd.pipeline.teacher.info import ServiceInfo
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.config.sections.model_settings import ServiceConfig
+from tropd.pipeline.objectives.objective import SampledPartition
+from tropd.pipeline.teacher.service.app import create_app
+from tropd.pipeline.teacher.wire.info import ServiceInfo
+from tropd.pipeline.teacher.wire.messages import (
     CONTENT_TYPE,
     ProtocolError,
     ScoreItem,
@@ -26,7 +27,6 @@ from tropd.pipeline.teacher.protocol import (
     decode_response,
     encode_request,
 )
-from tropd.pipeline.teacher.service import create_app
 
 V, LONGEST, MAX_BYTES, MAX_TOKENS = 24, 64, 1 << 16, 500
 OPTIONS = b"tropd.options"

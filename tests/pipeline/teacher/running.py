@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from waiting import eventually
 
-from tropd.pipeline.teacher.service import listen
+from tropd.pipeline.teacher.service.listen import listen
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 
-from tropd.pipeline.objectives.spec import NoneTrusted
-from tropd.pipeline.teacher.info import ServiceInfo
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.objectives.objective import NoneTrusted
+from tropd.pipeline.teacher.wire.info import ServiceInfo
+from tropd.pipeline.teacher.wire.messages import (
     ScoredItem,
     ScoreItem,
     ScoreRequest,

@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tropd.pipeline.config import ServiceConfig
-from tropd.pipeline.engines.base import SequenceScores
-from tropd.pipeline.objectives.spec import AllTrusted, Partition, RatioPartition, TeacherEntropyPartition
-from tropd.pipeline.teacher.batcher import Batcher, StoppingError, outlier_mask
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.config.sections.model_settings import ServiceConfig
+from tropd.pipeline.models.engines.base import SequenceScores
+from tropd.pipeline.objectives.objective import AllTrusted, Partition, RatioPartition, TeacherEntropyPartition
+from tropd.pipeline.teacher.service.app import ServiceInfo, create_app
+from tropd.pipeline.teacher.service.batcher import Batcher, StoppingError, outlier_mask
+from tropd.pipeline.teacher.service.listen import listen
+from tropd.pipeline.teacher.service.running import run_service
+from tropd.pipeline.teacher.wire.messages import (
     CONTENT_TYPE,
     MAX_TOPK,
     ProtocolError,
@@ -30,7 +33,6 @@ from tropd.pipeline.teacher.protocol import (
     encode_response,
     log_tail,
 )
-from tropd.pipeline.teacher.service import ServiceInfo, create_app, listen, run_service
 from tropd.storage.errors import ConfigError, TropdError
 
 V = 24

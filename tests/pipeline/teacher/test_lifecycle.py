@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from waiting import eventually
 
-from tropd.pipeline.objectives.spec import AllTrusted
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.teacher.wire.messages import (
     CONTENT_TYPE,
     ScoreItem,
     ScoreRequest,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tenacity
 
-from tropd.pipeline.objectives.spec import AllTrusted
-from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.protocol import ScoreItem, ScoreRequest
-from tropd.pipeline.teacher.service import ServiceInfo
+from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.teacher.client.client import TeacherClient
+from tropd.pipeline.teacher.service.app import ServiceInfo
+from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest
 from tropd.storage.errors import TropdError
 
 FIRST = ServiceInfo(

@@ -15,22 +15,23 @@ import torch
 import uvicorn
 from waiting import eventually
 
-from tropd.pipeline.config import ServiceConfig
-from tropd.pipeline.configuration import load_objective
-from tropd.pipeline.engines.base import SequenceScores
-from tropd.pipeline.engines.transformers import TransformersEngine
+from tropd.pipeline.config.recipe_files import load_objective
+from tropd.pipeline.config.sections.model_settings import ServiceConfig
+from tropd.pipeline.models.engines.base import SequenceScores
+from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.spec import AllTrusted, SampledPartition
-from tropd.pipeline.teacher.batcher import Batcher, QueueFullError, TeacherOutputError
-from tropd.pipeline.teacher.client import TeacherClient
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.teacher.client.client import TeacherClient
+from tropd.pipeline.teacher.service.app import ServiceInfo, create_app
+from tropd.pipeline.teacher.service.batcher import Batcher, QueueFullError, TeacherOutputError
+from tropd.pipeline.teacher.service.listen import check_address, listen
+from tropd.pipeline.teacher.wire.messages import (
     CONTENT_TYPE,
     ScoreItem,
     ScoreRequest,
     decode_response,
     encode_request,
 )
-from tropd.pipeline.teacher.service import ServiceInfo, check_address, create_app, listen
 from tropd.storage.errors import ConfigError, TropdError
 
 V = 24
@@ -429,7 +430,7 @@ def test_a_teacher_that_gives_too_little_is_refused_with_the_part_that_needs_it(
 
 
 def test_a_mask_that_differs_from_the_clients_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tropd.pipeline.teacher import batcher
+    from tropd.pipeline.teacher.service import batcher
 
     with serving(FakeEngine()) as url, TeacherClient(url) as client:
         honest = batcher.outlier_mask

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tropd.pipeline.objectives.spec import RatioPartition, SampledPartition
-from tropd.pipeline.teacher.ipc import column_arrays, list_column, number_column
-from tropd.pipeline.teacher.protocol import (
+from tropd.pipeline.objectives.objective import RatioPartition, SampledPartition
+from tropd.pipeline.teacher.wire.arrow_stream import column_arrays, list_column, number_column
+from tropd.pipeline.teacher.wire.messages import (
     ProtocolError,
     ScoredItem,
     ScoreItem,

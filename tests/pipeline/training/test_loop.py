@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.configuration import parse_config
-from tropd.pipeline.context import Run
-from tropd.pipeline.progress import SILENT
+from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.run.progress import SILENT
+from tropd.pipeline.run.run import Run
 from tropd.pipeline.training import loop, train_stage
 from tropd.pipeline.training.inputs import student_prompts
-from tropd.pipeline.training.output import FINAL
+from tropd.pipeline.training.record.final_model import FINAL
 from tropd.storage.errors import FingerprintMismatchError, TropdError
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.manifest import Manifest, describe_shard, write_manifest
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.manifest import Manifest, describe_shard, write_manifest
 
 CLIP = "train.importance_clip"
 

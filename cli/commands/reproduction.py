@@ -1,0 +1,109 @@
+"""Commands that make the paper's tables, and the SFT that one of them starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.render import make_reporter, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from tropd.pipeline.experiments.reproduce import Job
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("sft")(sft)
+    app.command("reproduce")(reproduce)
+
+
+def sft(
+    workspace: WorkspaceOption,
+    base: Annotated[str, typer.Option("--from", help="Model directory or hub name to start from.")],
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a student by fine-tuning on the teacher's trajectories; then set student.model = "sft/train/final"."""
+    from tropd.pipeline.experiments.sft import RESULT
+    from tropd.pipeline.experiments.sft import sft as stage
+
+    # The prefixes' student does not exist yet: what it is made from stands for it.
+    run = open_run(workspace, [*(settings or []), f'student.model="{base}"'])
+    manifest = stage(run, base, force=force)
+    if as_json:
+        print_json({"stage": "sft", **manifest.summary})
+    else:
+        say(f'sft: {manifest.summary["steps"]} steps; student.model = "{RESULT}"')
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table3, table4, table5 or table6.")],
+    root: Annotated[Path, typer.Option("--workspace", "-w", help="Directory of the table.", metavar="DIR")],
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same stages with two tiny models: minutes on a laptop.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show stages, GPU-hours, disk and checks; make nothing.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per row.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one of the paper's tables, from downloads to numbers; run it again after a crash, and it goes on."""
+    from tropd.pipeline.config.paper_tables import load_table
+    from tropd.pipeline.experiments.reproduce import Job, to_markdown
+    from tropd.pipeline.experiments.reproduce import reproduce as make_table
+
+    loaded = load_table(table, rehearse=rehearse)
+    root.mkdir(parents=True, exist_ok=True)
+    job = Job(root.resolve(), table, loaded, rehearse, seeds, workers, tuple(settings or ()))
+    if dry_run:
+        _show_plan(job, as_json)
+        return
+    _refuse_impossible(job)
+    result = make_table(job, make_reporter())
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        say(to_markdown(result))
+        say(f"table: {root / f'{table}.md'}")
+
+
+def _refuse_impossible(job: Job) -> None:
+    from tropd.pipeline.experiments.dry_run import plan_table
+    from tropd.storage.errors import TropdError
+
+    wrong = [what for plan in plan_table(job) for holds, what in plan.checks if holds is False]
+    if wrong:
+        raise TropdError(
+            "\n    ".join(["this table cannot be made here:", *wrong]), hint="--dry-run shows the plan"
+        )
+
+
+def _show_plan(job: Job, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from tropd.pipeline.experiments.dry_run import DECODE_TOKENS, PREFILL_FLOPS, plan_table
+
+    plans = list(plan_table(job))
+    if as_json:
+        print_json([asdict(plan) for plan in plans])
+        return
+    marks = {True: "ok", False: "NO", None: "not checked"}
+    for plan in plans:
+        say(f"\n{plan.title}")
+        rows = [(s.what, f"{s.gpu_hours:,.1f}", f"{s.disk_bytes / 1e9:,.1f}", s.command) for s in plan.stages]
+        print_table(("stage", "GPU-hours", "disk GB", "command"), rows)
+        say(f"downloads: {plan.download_bytes / 1e9:,.1f} GB of models")
+        for holds, what in plan.checks:
+            say(f"  {marks[holds]:>11}: {what}")
+    total = sum(s.gpu_hours for plan in plans for s in plan.stages)
+    say(
+        f"\nin all about {total:,.0f} GPU-hours, assuming {PREFILL_FLOPS / 1e12:,.0f} TFLOP/s in passes and "
+        f"{DECODE_TOKENS:,.0f} decoded tokens/s of a 1B model (an H100, roughly)"
+    )

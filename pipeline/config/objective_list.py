@@ -1,0 +1,44 @@
+"""The named objectives, for listing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tropd.pipeline.config.recipe_files import load_objective, recipe_names
+from tropd.pipeline.objectives.needs import TeacherNeeds, teacher_needs
+
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """One line of ``tropd objectives``."""
+
+    name: str
+    title: str
+    needs: str
+    source: str
+    confidence: str
+
+
+def list_objectives() -> list[ObjectiveEntry]:
+    """All packaged objectives by name."""
+    entries = []
+    for name in recipe_names("objectives"):
+        objective = load_objective(name)
+        needs = describe_needs(teacher_needs(objective))
+        entries.append(ObjectiveEntry(name, objective.title, needs, objective.source, objective.confidence))
+    return entries
+
+
+def describe_needs(needs: TeacherNeeds) -> str:
+    """Teacher needs in words."""
+    parts = []
+    if needs.sampled:
+        parts.append("log-prob of each student token")
+    if needs.topk != "none":
+        where = "outliers" if needs.topk == "outliers" else "every student token"
+        parts.append(f"top-{needs.k} on {where}")
+    if needs.entropy:
+        parts.append("entropy")
+    if needs.cached_topk:
+        parts.append("cached top-k on prefixes")
+    return "; ".join(parts) or "none while training"

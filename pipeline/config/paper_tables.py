@@ -1,0 +1,98 @@
+"""Tables as data: settings (a student, a teacher, data) and rows (a method each), with the paper's numbers."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+
+from pydantic import Field, ValidationError
+
+from tropd.pipeline.config.recipe_files import recipe_names, recipe_text
+from tropd.pipeline.objectives.objective import Spec
+from tropd.storage.errors import ConfigError, unknown_name
+
+REHEARSAL = "rehearsal"
+
+
+class Row(Spec):
+    """One method."""
+
+    label: str
+    """As the paper names it."""
+    objective: str
+    """A packaged objective, or a variant of one (see ``compare``)."""
+    paper: dict[str, float] = Field(default_factory=dict)
+    """The paper's accuracies in percent by benchmark, where known."""
+
+
+class Setting(Spec):
+    """One block of a table: methods that share student, teacher, data and prefixes."""
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    """Its folder."""
+    title: str
+    """Student and teacher."""
+    recipe: str
+    """The packaged run recipe."""
+    domains: tuple[str, ...]
+    """Domains of OpenThoughts3 that the prompts are from."""
+    student_billions: float = Field(gt=0.0)
+    """Parameters of the student, for the estimates of a dry run."""
+    teacher_billions: float = Field(gt=0.0)
+    """Parameters of the teacher."""
+    sft_from: str | None = None
+    """The model from which SFT on the teacher's trajectories makes the student, if it is made here."""
+    rows: tuple[Row, ...]
+    """The methods."""
+
+
+class Table(Spec):
+    """A table of the paper."""
+
+    title: str
+    """What it compares."""
+    settings: tuple[Setting, ...]
+    """Its blocks."""
+
+
+def table_names() -> list[str]:
+    """Names of the packaged tables."""
+    folder = resources.files("tropd.pipeline.config.recipes") / "tables"
+    return sorted(e.name.removesuffix(".toml") for e in folder.iterdir() if e.name.endswith(".toml"))
+
+
+def load_table(name: str, *, rehearse: bool) -> Table:
+    """A packaged table; for a rehearsal, with the tiny models' recipe in every setting.
+
+    Raises:
+        ConfigError: there is none of that name, or it names what there is not.
+    """
+    if name not in table_names():
+        raise unknown_name("table", name, table_names())
+    text = (resources.files("tropd.pipeline.config.recipes") / "tables" / f"{name}.toml").read_text(
+        encoding="utf-8"
+    )
+    try:
+        table = Table.model_validate(tomllib.loads(text))
+    except ValidationError as error:
+        raise ConfigError(f"table {name}: {error}") from error
+    for setting in table.settings:
+        recipe_text(setting.recipe)
+        for row in setting.rows:
+            if row.objective.partition(":")[0] not in recipe_names("objectives"):
+                raise ConfigError(f"table {name}, row {row.label!r}: no objective {row.objective!r}")
+    if not rehearse:
+        return table
+    settings = [
+        setting.model_copy(
+            update={
+                "recipe": REHEARSAL,
+                "student_billions": 2e-4,
+                "teacher_billions": 5e-4,
+                "sft_from": "models/student" if setting.sft_from else None,
+                "rows": tuple(row.model_copy(update={"paper": {}}) for row in setting.rows),
+            }
+        )
+        for setting in table.settings
+    ]
+    return table.model_copy(update={"settings": tuple(settings)})

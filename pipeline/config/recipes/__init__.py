@@ -1,0 +1,1 @@
+"""Recipes as TOML: runs, objectives, tables of the paper."""

@@ -1,0 +1,245 @@
+"""The configuration: every section and what must hold between them. The sections are in ``sections``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import model_validator
+
+from tropd.pipeline.config.sections.data_settings import DataConfig, PrefixesConfig, ScoresConfig
+from tropd.pipeline.config.sections.evaluation_settings import DemoConfig, EvaluationConfig
+from tropd.pipeline.config.sections.model_settings import (
+    RuntimeConfig,
+    ServiceConfig,
+    StudentConfig,
+    TeacherConfig,
+    VllmConfig,
+)
+from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunConfig, SftConfig, TrainConfig
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.objective import Apart, Importance, Inert, Objective, Spec
+
+
+class Config(Spec):
+    """Everything that a run depends on."""
+
+    run: Apart[RunConfig] = RunConfig()
+    runtime: Inert[RuntimeConfig] = RuntimeConfig()
+    data: DataConfig = DataConfig()
+    teacher: Apart[TeacherConfig] = TeacherConfig()
+    student: Apart[StudentConfig] = StudentConfig()
+    prefixes: PrefixesConfig = PrefixesConfig()
+    scores: ScoresConfig = ScoresConfig()
+    service: Inert[ServiceConfig] = ServiceConfig()
+    vllm: Apart[VllmConfig] = VllmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: Objective
+    sft: Apart[SftConfig] = SftConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if reasons := list(_conflicts(self)):
+            raise ValueError("\n".join(reasons))
+        return self
+
+    @property
+    def training_objective(self) -> Objective:
+        """The objective, with the correction for rollouts from another distribution."""
+        objective = self.objective
+        if not self.rollouts_differ or objective.importance.clip is not None:
+            return objective
+        return objective.model_copy(update={"importance": Importance(clip=self.train.importance_clip)})
+
+    @property
+    def rollouts_differ(self) -> bool:
+        """Whether the student samples its responses from another distribution than the one that is trained.
+
+        In bfloat16 it does: what is rounded depends on the order of sums, so on the shapes of batches, and log-probs of
+        sampler and trainer are some hundredths apart. Stored responses are no samples of this run: an objective that
+        trains on them says itself how it weighs them.
+        """
+        if self.objective.rollouts != "student":
+            return False
+        student = self.student
+        exact = student.engine == "transformers" and student.dtype != "bfloat16"
+        return not exact or not self.rollout.plain or self.train.max_staleness > 0
+
+    @property
+    def prefix_max_tokens(self) -> int:
+        return self.prefixes.max_tokens or self.rollout.max_tokens
+
+    @property
+    def evaluation_max_tokens(self) -> int:
+        return self.evaluation.max_tokens or self.rollout.max_tokens
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationConfig]:
+        """Settings of each set of problems by name; that of [evaluation] itself has an empty name."""
+        sets = {"": self.evaluation.model_copy(update={"benchmarks": (), "harness": ()})}
+        for benchmark in self.evaluation.benchmarks:
+            own = {n: v for n, v in benchmark if v is not None and n in EvaluationConfig.model_fields}
+            sets[benchmark.name] = sets[""].model_copy(update=own)
+        return sets
+
+    @property
+    def problem_files(self) -> dict[str, DataConfig]:
+        """Where the problems of each of these sets are, as ``evaluation``, and how they are read."""
+        files = {"": self.data}
+        for benchmark in self.evaluation.benchmarks:
+            own = {
+                n: v for n, v in benchmark if v is not None and n in DataConfig.model_fields and n != "limit"
+            }
+            files[benchmark.name] = self.data.model_copy(update=own | {"evaluation": benchmark.problems})
+        return files
+
+
+def to_plain(spec: Spec) -> dict[str, Any]:
+    """A specification as plain nested dicts, lists and scalars."""
+    return spec.model_dump(mode="json")
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """A line for each reason to refuse settings of several sections: why, and what to set instead.
+
+    Only what follows from the settings alone; what depends on files, models or the machine is refused by the stages.
+    """
+    yield from _length_conflicts(config)
+    yield from _teacher_conflicts(config)
+    yield from _training_conflicts(config)
+    yield from _evaluation_conflicts(config)
+    yield from _problem_conflicts(config)
+
+
+def _length_conflicts(config: Config) -> Iterator[str]:
+    longest = config.rollout.max_tokens
+    if config.prefix_max_tokens > longest:
+        yield (
+            f"prefixes.max_tokens ({config.prefix_max_tokens}) is above rollout.max_tokens ({longest}): the student "
+            "could not continue such a prefix; lower prefixes.max_tokens"
+        )
+    room = config.vllm.max_model_len
+    if room is None or "vllm" not in (config.teacher.engine, config.student.engine):
+        return
+    for name, most in {
+        "rollout.max_tokens": longest,
+        "evaluation.max_tokens": config.evaluation_max_tokens,
+    }.items():
+        if most >= config.vllm.room(room):
+            yield (
+                f"{name} ({most}) leaves no token for a prompt in vllm.max_model_len ({room}), of which one is for "
+                f"scoring: lower {name}, or raise vllm.max_model_len"
+            )
+
+
+def _teacher_conflicts(config: Config) -> Iterator[str]:
+    objective = config.objective
+    needs = teacher_needs(objective)
+    cached = needs.cached_topk or (objective.rollouts == "stored" and needs.topk != "none")
+    if cached and objective.k > config.scores.k:
+        yield (
+            f"objective.k ({objective.k}) is above scores.k ({config.scores.k}): the cache, which is learned from, does "
+            "not hold that many alternatives; lower objective.k, or raise scores.k"
+        )
+    if objective.rollouts == "stored" and objective.importance.clip is not None and not config.rollout.plain:
+        yield (
+            "objective.importance.clip with stored rollouts needs rollout.temperature = 1 and rollout.top_p = 1: "
+            "stored log-probs are those at temperature 1"
+        )
+    if objective.rollouts != "student":
+        return
+    started = [teacher for teacher in (config.teacher, *config.teacher.by_domain) if not teacher.urls]
+    if needs.entropy and any(teacher.engine == "vllm" for teacher in started):
+        yield (
+            "objective.partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which vLLM does "
+            "not give: set teacher.engine = 'transformers' (in teacher.by_domain too), or another "
+            "objective.partition.rule"
+        )
+    if started and config.service.max_request_tokens <= config.rollout.max_tokens:
+        yield (
+            f"service.max_request_tokens ({config.service.max_request_tokens}) is too low for a prompt and a response of "
+            f"rollout.max_tokens ({config.rollout.max_tokens}): raise service.max_request_tokens"
+        )
+
+
+def _training_conflicts(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.dropout and config.student.engine != "transformers":
+        yield (
+            f"train.dropout and student.engine = {config.student.engine!r} exclude each other: the engine's log-probs "
+            "are compared with the trainer's, which would be those of another network each time; set train.dropout = "
+            "false, or student.engine = 'transformers'"
+        )
+    if train.region_gradients and config.runtime.compile:
+        yield (
+            "train.region_gradients and runtime.compile exclude each other: compiled backward passes can be gone through "
+            "only once; set train.region_gradients = false, or runtime.compile = false"
+        )
+    if train.attention != "auto":
+        for name, value, wanted in (
+            ("student.dtype", config.student.dtype, "bfloat16"),
+            ("runtime.device", config.runtime.device, "cuda"),
+        ):
+            if value not in ("auto", wanted):
+                yield (
+                    f"train.attention = {train.attention!r} excludes {name} = {value!r}: set {name} = {wanted!r}, or "
+                    "train.attention = 'auto'"
+                )
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[str]:
+    names = [b.name for b in config.evaluation.benchmarks] + [t.name for t in config.evaluation.harness]
+    if len(set(names)) < len(names):
+        yield (
+            f"evaluation.benchmarks, evaluation.harness: names are not unique ({', '.join(names)}); set one of them to "
+            "another name"
+        )
+    if "eval" in names:
+        yield (
+            "evaluation.benchmarks, evaluation.harness: 'eval' is how results name the problems of [evaluation] itself; "
+            "set another name"
+        )
+    for name, part in config.evaluation_sets.items():
+        owner = f"evaluation.benchmarks, {name!r}" if name else "evaluation.pass_at"
+        if (most := max(part.pass_at, default=0)) > part.samples:
+            yield (
+                f"{owner}: pass@{most} needs samples = {most}, there are {part.samples} (evaluation.samples, or those of "
+                "the benchmark): raise samples, or lower pass_at"
+            )
+        if name and not config.problem_files[name].answer_field:
+            yield (
+                f"{owner} has no answers to be graded by, since data.answer_field is empty: set data.answer_field, or "
+                "that of the benchmark"
+            )
+    if not config.data.answer_field and not config.evaluation.distance_prompts:
+        yield (
+            "evaluation.distance_prompts = 0 and an empty data.answer_field leave nothing to evaluate: set "
+            "data.answer_field, or leave evaluation.distance_prompts out"
+        )
+
+
+def _problem_conflicts(config: Config) -> Iterator[str]:
+    data, demo = config.data, config.demo
+    if config.prefixes.keep == "correct" and not data.answer_field:
+        yield (
+            "prefixes.keep = 'correct' needs answers, and data.answer_field is empty: set data.answer_field, or "
+            "prefixes.keep = 'all'"
+        )
+    for column, field in (("answer", "answer_field"), ("domain", "domain_field")):
+        if not getattr(data, field) and any(getattr(source, column) for source in data.sources):
+            yield (
+                f"data.sources names {column}, and data.{field}, the field that it is written to, is empty: "
+                f"set data.{field}"
+            )
+    if not demo.enabled:
+        return
+    if demo.models == "smollm2" and not data.chat:
+        yield "demo.models = 'smollm2' has conversations as prompts, which need a chat template: set data.chat = true"
+    if data.prompt_field != "prompt" or data.answer_field not in ("answer", ""):
+        yield (
+            "demo.enabled = true writes problems with the fields prompt and answer: leave data.prompt_field and "
+            "data.answer_field out"
+        )

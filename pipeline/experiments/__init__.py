@@ -1,0 +1,1 @@
+"""Several runs, or a run made for you; and the Python door."""

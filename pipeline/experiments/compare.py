@@ -1,0 +1,153 @@
+"""``compare``: several objectives, several seeds, one start. Every run is a workspace of its own, resumed by itself.
+
+    W/compare/<objective>/seed-<n>/      a workspace whose models, data, prefixes and scores are W's own (links)
+    W/compare/reference/                 the student before, and the teacher
+    W/compare/comparison.json            the numbers           W/compare/index.html   the page
+
+All runs of a seed share the student's start, the order of prompts, the cached prefixes and the held-out problems,
+so differences between methods are paired.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from tropd.pipeline.config.recipe_files import load_objective
+from tropd.pipeline.config.resolve import dump_config, load_config, parse_config
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
+from tropd.pipeline.run.progress import SILENT
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.selection import with_template_date
+from tropd.pipeline.run.upstream import finished
+from tropd.pipeline.stages.evaluation.evaluate import Who, evaluate
+from tropd.pipeline.stages.prefixes import generate_rollouts
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
+from tropd.pipeline.training.loop import train
+from tropd.storage.disk.atomic import write_text_atomic
+from tropd.storage.errors import ConfigError
+from tropd.storage.workspace import CACHE_STAGES, STAGES, Workspace
+
+SHARED = (*(stage.name for stage in STAGES if stage.brought), *CACHE_STAGES, "sft")
+"""What the runs of a comparison have in common: everything that is made before training."""
+
+
+def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1) -> list[Cell]:
+    """Train and evaluate every objective with every seed; what is done already is kept.
+
+    The stages of the base workspace up to ``scores`` must be complete. Returns the cells, objectives in the order
+    given.
+
+    Raises:
+        ConfigError: unknown objective, or a base workspace that lacks what one needs.
+    """
+    if seeds < 1 or workers < 1:
+        raise ConfigError("compare needs at least one seed and one worker")
+    run = with_template_date(run)
+    chosen = list(dict.fromkeys(objectives))
+    cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
+    specs = [cell_config(run, cell).objective for cell in cells]
+    finished(run, "prefixes")
+    finished(run, "scores")
+    if any(spec.rollouts == "stored" for spec in specs):
+        generate_rollouts(run)
+        score_teacher(run, source_stage="rollouts")
+    _evaluate_reference(run)
+    with ExitStack() as stack:
+        url = None  # of the service that is started here; another is in the cells' configurations
+        if not run.config.teacher.urls and any(
+            teacher_needs(s).sampled and s.rollouts == "student" for s in specs
+        ):
+            engine = (
+                ('teacher.engine="transformers"',) if any(teacher_needs(s).entropy for s in specs) else ()
+            )
+            command = serve_command(run.workspace.root, (*run.assignments, *engine))
+            log = run.workspace.logs / "teacher-service.log"
+            url = stack.enter_context(LocalTeacher(command, log)).wait()
+        jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
+        with run.reporter.task("compare", len(jobs), unit="runs") as task:
+            for done in _each(jobs, workers):
+                task.advance(1, last=str(done.relative_to(run.workspace.root / FOLDER)))
+    return cells
+
+
+def _each(jobs: Sequence[tuple[Path, str | None]], workers: int) -> Iterator[Path]:
+    """Run the jobs, yielding each as it is done; with one worker in this process, so that Ctrl-C saves its state."""
+    if workers == 1:
+        yield from (_run_cell(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = [pool.submit(_run_cell, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def cell_config(run: Run, cell: Cell) -> Config:
+    """The base configuration with this cell's objective and seed; overrides of the base objective are dropped,
+    but for ``k``, which is a budget and not a method.
+
+    A teacher in vLLM has made the trajectories that are shared; it does not give entropies, so it scores for an objective
+    that needs them outside of vLLM.
+    """
+    objective = load_objective(cell.name, {"k": run.config.objective.k})
+    teacher = run.config.teacher
+    if teacher_needs(objective).entropy and not teacher.urls:
+        teacher = teacher.model_copy(update={"engine": "transformers"})
+    plain = run.config.model_copy(
+        update={
+            "objective": objective,
+            "run": run.config.run.model_copy(update={"seed": cell.seed}),
+            "teacher": teacher,
+        }
+    )
+    return parse_config(dump_config(plain), cell.assignments, where=f"compare/{cell.objective}").config
+
+
+def _cell_workspace(run: Run, cell: Cell) -> Workspace:
+    """Make or open a cell's workspace. Its configuration is written anew: a changed one is refused by the stage."""
+    workspace = Workspace.create(cell.folder(run.workspace.root))
+    link_shared(run.workspace, workspace)
+    write_text_atomic(workspace.config_path, dump_config(cell_config(run, cell)))
+    return workspace
+
+
+def link_shared(base: Workspace, workspace: Workspace) -> None:
+    """Give a workspace the inputs of another, as links."""
+    for name in SHARED:
+        target, link = base.stage(name), workspace.stage(name)
+        if target != workspace.root and target.exists() and not link.is_symlink():
+            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def _run_cell(root: Path, url: str | None) -> Path:
+    """Train and evaluate one cell (in a worker process where there are several)."""
+    workspace = Workspace.open(root)
+    overrides = (f'teacher.url="{url}"',) if url else ()
+    resolved = load_config(workspace.config_path, overrides)
+    cell = Run(workspace, resolved, SILENT, overrides)
+    train(cell)
+    evaluate(cell, whom=("after",))
+    return root
+
+
+def _evaluate_reference(run: Run) -> None:
+    workspace = Workspace.create(run.workspace.root / FOLDER / REFERENCE)
+    link_shared(run.workspace, workspace)
+    write_text_atomic(workspace.config_path, dump_config(run.config))
+    whom: tuple[Who, ...] = ("before", "teacher")
+    evaluate(replace(run, workspace=workspace), whom=whom)

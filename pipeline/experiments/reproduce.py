@@ -1,0 +1,176 @@
+"""Making a table: every stage of every setting, resumable at each; what is there is not made again.
+
+ROOT/<setting>/             a workspace: prefixes and scores once, ``compare`` for the rows
+ROOT/<table>.json, .md      the numbers, the paper's beside ours
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from tropd.pipeline.config.paper_tables import Setting, Table
+from tropd.pipeline.config.recipe_files import recipe_text
+from tropd.pipeline.config.resolve import load_config
+from tropd.pipeline.experiments.compare import compare
+from tropd.pipeline.experiments.demo.prepare import prepare
+from tropd.pipeline.experiments.paper_data import EVALUATIONS, training_source
+from tropd.pipeline.experiments.sft import RESULT, sft
+from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
+from tropd.pipeline.run.progress import Reporter
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.stages.evaluation.evaluate import read_marks
+from tropd.pipeline.stages.evaluation.statistics import Estimate, average
+from tropd.pipeline.stages.fetch import fetch_sources
+from tropd.pipeline.stages.prefixes import generate_prefixes
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.storage.disk.atomic import write_text_atomic
+from tropd.storage.workspace import Workspace
+
+
+class Number(BaseModel):
+    """One number of the table: accuracy in percent with its 95 % interval, and the paper's if known."""
+
+    value: float
+    low: float
+    high: float
+    paper: float | None = None
+
+
+class ResultRow(BaseModel):
+    """One line of the table."""
+
+    label: str
+    values: dict[str, Number]
+
+
+class ResultBlock(BaseModel):
+    """One setting of the table."""
+
+    title: str
+    benchmarks: list[str]
+    rows: list[ResultRow]
+
+
+class Result(BaseModel):
+    """A table that was made."""
+
+    title: str
+    rehearsal: bool
+    seeds: int
+    blocks: list[ResultBlock]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a table is to be made."""
+
+    root: Path
+    name: str
+    table: Table
+    rehearsal: bool
+    seeds: int
+    workers: int
+    assignments: tuple[str, ...]
+
+
+def open_setting(job: Job, setting: Setting, reporter: Reporter) -> Run:
+    """The workspace of a setting, with its recipe; an existing ``config.toml`` stays as it is."""
+    workspace = Workspace.create(job.root / setting.name)
+    if not workspace.config_path.exists():
+        write_text_atomic(workspace.config_path, recipe_text(setting.recipe))
+    return Run(workspace, load_config(workspace.config_path, job.assignments), reporter, job.assignments)
+
+
+def reproduce(job: Job, reporter: Reporter) -> Result:
+    """Make a table; killed and called again, it goes on where it was.
+
+    Raises:
+        TropdError: of a stage.
+    """
+    blocks = []
+    for setting in job.table.settings:
+        reporter.info(f"{job.name}: {setting.title}")
+        run = open_setting(job, setting, reporter)
+        if run.config.demo.enabled:
+            prepare(run)
+        else:
+            fetch_sources(run, [training_source(setting.domains, run.config.data.limit), *EVALUATIONS])
+        # Teacher trajectories need no student, but its tokenizer is compared: where SFT makes it, that of its base.
+        before = run
+        if setting.sft_from is not None:
+            before = _with(job, run, f'student.model="{setting.sft_from}"')
+        generate_prefixes(before)
+        score_teacher(before)
+        if setting.sft_from is not None:
+            sft(before, setting.sft_from)
+            run = _with(job, run, f'student.model="{RESULT}"')
+        cells = compare(run, [row.objective for row in setting.rows], job.seeds, workers=job.workers)
+        blocks.append(_block(run, setting, cells))
+    result = Result(title=job.table.title, rehearsal=job.rehearsal, seeds=job.seeds, blocks=blocks)
+    write_text_atomic(job.root / f"{job.name}.json", result.model_dump_json(indent=1) + "\n")
+    write_text_atomic(job.root / f"{job.name}.md", to_markdown(result))
+    return result
+
+
+def _with(job: Job, run: Run, assignment: str) -> Run:
+    assignments = (*job.assignments, assignment)
+    return Run(run.workspace, load_config(run.workspace.config_path, assignments), run.reporter, assignments)
+
+
+def _block(run: Run, setting: Setting, cells: Sequence[Cell]) -> ResultBlock:
+    root = run.workspace.root
+    benchmarks = [b.name for b in run.config.evaluation.benchmarks]
+    reference = [root / FOLDER / REFERENCE]
+    rows = [
+        _row("student before", reference, "before", benchmarks, {}),
+        _row("teacher", reference, "teacher", benchmarks, {}),
+    ]
+    for row in setting.rows:
+        folders = [cell.folder(root) for cell in cells if cell.objective == row.objective]
+        rows.append(_row(row.label, folders, "after", benchmarks, row.paper))
+    return ResultBlock(title=setting.title, benchmarks=benchmarks, rows=rows)
+
+
+def _row(
+    label: str, folders: Sequence[Path], who: str, benchmarks: Sequence[str], paper: dict[str, float]
+) -> ResultRow:
+    values = {}
+    for benchmark in benchmarks:
+        found = _pooled([folder / "eval" / benchmark / f"part-{who}.parquet" for folder in folders])
+        values[benchmark] = Number(
+            value=100 * found.value, low=100 * found.low, high=100 * found.high, paper=paper.get(benchmark)
+        )
+    return ResultRow(label=label, values=values)
+
+
+def _pooled(paths: Sequence[Path]) -> Estimate:
+    """avg@n over all seeds: a problem's responses of every seed together."""
+    marks: dict[str, list[bool]] = {}
+    for path in paths:
+        for problem, correct in read_marks(path)["sampled"].items():
+            marks.setdefault(problem, []).extend(correct)
+    return average(list(marks.values()))
+
+
+def to_markdown(result: Result) -> str:
+    """The table as text: ours with intervals, the paper's in parentheses."""
+    lines = [f"# {result.title}", ""]
+    if result.rehearsal:
+        lines += ["Rehearsal with tiny models: these numbers say nothing about the methods.", ""]
+    for block in result.blocks:
+        lines += [f"## {block.title}", "", "| method | " + " | ".join(block.benchmarks) + " |"]
+        lines.append("|---" * (1 + len(block.benchmarks)) + "|")
+        for row in block.rows:
+            cells = []
+            for benchmark in block.benchmarks:
+                cell = row.values[benchmark]
+                paper = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
+                cells.append(f"{cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]{paper}")
+            lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines.append("avg@n in percent, 95 % intervals over problems.")
+    return "\n".join(lines) + "\n"

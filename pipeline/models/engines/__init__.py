@@ -1,0 +1,1 @@
+"""Engines sample from a model and score tokens with it: transformers, vLLM."""

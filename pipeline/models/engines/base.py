@@ -1,0 +1,129 @@
+"""What the pipeline asks of an inference engine: sample from a model, and score given tokens with it.
+
+Token ids in, token ids and log-probs out; engines know nothing of prompts, objectives or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tropd.storage.formats.trajectories import FinishReason
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. ``temperature`` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Tokens are drawn from the model's own distribution: the full softmax at temperature 1."""
+        return self.temperature == 1.0 and self.top_p == 1.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled continuation.
+
+    ``logprobs`` are natural log-probs of ``tokens`` under the softmax over all tokens at temperature 1, whatever the
+    sampling temperature. ``tokens`` ends with an end-of-sequence token iff ``finish_reason`` is ``stop``.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    drawn_logprobs: list[float] | None = None
+    """Natural log-probs of ``tokens`` under the distribution that they were drawn from: at the sampling temperature,
+    renormalised over the nucleus (0 where the choice was greedy). None: these are ``logprobs``, as the sampling was
+    plain; or the engine does not know them."""
+
+    @property
+    def written(self) -> list[int]:
+        """The tokens without the one that ends the response, which may be like any other to the tokenizer."""
+        return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Scores of one sequence's n scored tokens: those from its start index to its end.
+
+    All log-probs are natural, float32, from the softmax over all tokens at temperature 1.
+    """
+
+    sampled: npt.NDArray[np.float32]
+    """``[n]`` log-prob of each scored token."""
+    entropy: npt.NDArray[np.float32] | None
+    """``[n]`` full-vocabulary entropy in nats at each scored position, if asked for."""
+    topk_positions: npt.NDArray[np.int64]
+    """``[m]`` which of the n tokens have alternatives, rising."""
+    topk_ids: npt.NDArray[np.int32]
+    """``[m, k]`` token ids, likeliest first."""
+    topk_logprobs: npt.NDArray[np.float32]
+    """``[m, k]`` their log-probs, descending."""
+
+
+TopkWhere = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32] | None], npt.NDArray[np.bool_]]
+"""Given a sequence's index, its sampled log-probs ``[n]`` and its entropy ``[n]``: where alternatives are wanted."""
+
+
+def everywhere(
+    index: int, sampled: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.bool_]:
+    """Alternatives for every scored token."""
+    return np.ones(len(sampled), dtype=np.bool_)
+
+
+class Sampler(Protocol):
+    """A model that can sample."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that a sequence may have, prompt included."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+    ) -> list[Generation]:
+        """Continue each prompt by at most its ``max_tokens`` (≥ 1) tokens.
+
+        A continuation depends on its own prompt and seed, not on the other rows. It holds tokens only: no ids that the
+        tokenizer does not have.
+        """
+
+
+class Engine(Sampler, Protocol):
+    """A model that can sample and score."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are tokens: those that the tokenizer has, of the rows of the output layer."""
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        k: int = 0,
+        entropy: bool = False,
+        topk_where: TopkWhere = everywhere,
+        vocab_limit: int | None = None,
+    ) -> list[SequenceScores]:
+        """Log-probs of ``sequence[start:]`` for each sequence (1 ≤ start ≤ length).
+
+        With k > 0, also the k likeliest tokens (at most the vocabulary) at the positions that ``topk_where``
+        chooses from the sampled log-probs; ``vocab_limit`` restricts them to ids below it.
+
+        Raises:
+            ValueError: an id outside the vocabulary, a start out of range, or a sequence above ``max_length``.
+        """

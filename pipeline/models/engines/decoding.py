@@ -1,0 +1,171 @@
+"""Sampling one batch of rows: they begin together, and leave it when they are done.
+
+This goes in segments. Within one, the batch stays as it is and rows that are done ride along, so that a step needs
+little bookkeeping; it ends once a share of the batch is done, and these rows leave.
+
+Legend: R rows in all · B rows of the batch · n steps of a segment.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tropd.pipeline.models.engines.base import Generation
+from tropd.storage.seeds import uniforms
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+# A segment ends once so much of its batch is done: later wastes steps, sooner moves the cache too often.
+DONE_SHARE = 0.25
+# Steps of a segment at most.
+SEGMENT = 128
+
+Choice = tuple[Tensor, Tensor, Tensor]
+"""Tokens, their log-probs, and those of what they were drawn from, ``[B]`` each; see ``sample_tokens``."""
+
+
+class Decoder(Protocol):
+    """A model with a cache of the tokens so far of a batch of rows, which chooses their next ones.
+
+    ``draws``, ``[B]`` float64 in [0, 1), are the chance in it (see ``sample_tokens``).
+    """
+
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+        """Begin with these rows, which will get at most ``room`` tokens each, and choose the first."""
+
+    def step(self, draws: Tensor) -> Choice:
+        """Append to each row what was chosen last, and choose the next."""
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+
+
+def decode(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    stop_ids: Sequence[int],
+    device: torch.device,
+) -> list[Generation]:
+    """Continue each prompt until a stop token or its limit (≥ 1).
+
+    What a row draws depends on its seed and the number of its tokens only.
+    """
+    shape = (len(prompts), max(limits))
+    draws = uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :])
+    drawn = _Drawn(
+        np.zeros(shape, dtype=np.int64),
+        np.zeros(shape, dtype=np.float32),
+        np.zeros(shape, dtype=np.float32),
+        np.array(limits, dtype=np.int64),
+    )
+    rows = np.arange(len(prompts))
+    steps: Iterator[Callable[[Tensor], Choice]] = itertools.chain(
+        [functools.partial(decoder.start, prompts, shape[1])], itertools.repeat(decoder.step)
+    )
+    step = 0
+    while True:
+        segment = np.ascontiguousarray(draws[rows, step : step + SEGMENT].T)
+        choices = zip(torch.from_numpy(segment).to(device), steps, strict=False)
+        segment_choice = _segment(
+            (choose(draw) for draw, choose in choices), drawn.ends[rows] - step, stop_ids
+        )
+        going = drawn.add(rows, step, segment_choice, stop_ids)
+        if not len(going):
+            return drawn.generations()
+        step += len(segment_choice[0])
+        if len(going) == 1 < len(rows):  # alone it would be no faster, and run uncompiled
+            going = np.union1d(going, 0 if going[0] else 1)
+        if len(going) < len(rows):
+            keep = few_moved(going)
+            decoder.select(torch.from_numpy(keep).to(device))
+            rows = rows[keep]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What was drawn for each row, and how much of it counts."""
+
+    tokens: Ints
+    """``[R, limit]``."""
+    logprobs: Floats
+    """``[R, limit]``."""
+    drawn_logprobs: Floats
+    """``[R, limit]``."""
+    ends: Ints
+    """``[R]`` the row's limit, or its length once a stop token has ended it."""
+    stopped: set[int] = field(default_factory=set)
+
+    def add(
+        self, rows: Ints, step: int, segment: tuple[Ints, Floats, Floats], stop_ids: Sequence[int]
+    ) -> Ints:
+        """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that go on."""
+        tokens, logprobs, drawn_logprobs = segment
+        is_stop = np.isin(tokens, stop_ids).T
+        end = step + len(tokens)
+        self.tokens[rows, step:end] = tokens.T
+        self.logprobs[rows, step:end] = logprobs.T
+        self.drawn_logprobs[rows, step:end] = drawn_logprobs.T
+        first = np.where(is_stop.any(axis=1), step + is_stop.argmax(axis=1) + 1, self.ends[rows] + 1)
+        stops = first <= self.ends[rows]
+        self.ends[rows[stops]] = first[stops]
+        self.stopped.update(rows[stops].tolist())
+        return np.flatnonzero(self.ends[rows] > end)
+
+    def generations(self) -> list[Generation]:
+        return [
+            Generation(t[:n], p[:n], "stop" if row in self.stopped else "length", d[:n])
+            for row, (t, p, d, n) in enumerate(
+                zip(
+                    self.tokens.tolist(),
+                    self.logprobs.tolist(),
+                    self.drawn_logprobs.tolist(),
+                    self.ends.tolist(),
+                    strict=True,
+                )
+            )
+        ]
+
+
+def few_moved(going: Ints) -> Ints:
+    """The same places (rising), ordered so that those below their number stay, and the last fill the gaps."""
+    size = len(going)
+    order = np.arange(size)
+    stays = going[going < size]
+    order[np.setdiff1d(order, stays)] = going[len(stays) :]
+    return order
+
+
+def _segment(choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]) -> tuple[Ints, Floats, Floats]:
+    """Tokens and log-probs ``[n, B]`` of as many steps as it takes for a share of the rows to be done.
+
+    Args:
+        choices: of one step after the other, each made when it is asked for.
+        left: ``[B]`` tokens until a row's limit.
+    """
+    going = left > 0
+    count = np.count_nonzero(going)
+    enough = count - max(1, int(DONE_SHARE * count))
+    segment: list[Choice] = []
+    for choice in choices:
+        segment.append(choice)
+        # On the host: these are few numbers, and the next step waits for what they say.
+        tokens = choice[0].cpu().numpy()
+        for stop in stop_ids:
+            going &= tokens != stop
+        going &= left > len(segment)
+        if np.count_nonzero(going) <= enough:
+            break
+    tokens, logprobs, drawn = (torch.stack(parts).cpu().numpy() for parts in zip(*segment, strict=True))
+    return tokens, logprobs, drawn

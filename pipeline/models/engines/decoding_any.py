@@ -1,0 +1,140 @@
+"""Decoding with a model's own forward pass, over a cache that is allocated ahead.
+
+Legend: B rows · S columns of the cache · H heads · D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.decoding import Choice
+from tropd.pipeline.models.engines.draw import sample_tokens
+from tropd.pipeline.models.output.output_layer import SplitModel
+
+# The cache has room for so many new tokens at first: most responses end long before the limit.
+FIRST_STEPS = 256
+
+
+class ModelDecoder:
+    """A ``Decoder`` for any causal LM: rows are left-padded, and all stand at the same column.
+
+    Args:
+        split: the same, for its output layer.
+        longest: tokens that a row may have, prompt included.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(self, model: Any, split: SplitModel, longest: int, sampling: Sampling) -> None:
+        self._model = model
+        self._split = split
+        self._sampling = sampling
+        self._last_position = longest - 1
+        self._cache = DynamicCache(config=model.config)
+        # State-space models call it otherwise, and their masks are for new tokens only.
+        self._is_recurrent = "cache_params" in inspect.signature(model.forward).parameters
+        self._mask = torch.zeros((0, 0), dtype=torch.long, device=model.device)
+        self._next = torch.zeros(0, dtype=torch.long, device=model.device)
+        """``[B]`` positions of the next tokens."""
+        self._length = 0
+        self._tokens = self._next
+        """``[B]`` what was chosen last."""
+
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+        """See ``Decoder.start``."""
+        ids, mask = left_pad(prompts, self._mask.device)
+        self._length = mask.shape[1]
+        self._cache = _allocated(self._model.config, self._length + min(room, FIRST_STEPS))
+        self._mask = torch.nn.functional.pad(mask, (0, room), value=1)
+        self._next = mask.sum(dim=-1)
+        return self._choose(ids, (mask.cumsum(-1) - 1).clamp_(min=0), draws)
+
+    def step(self, draws: Tensor) -> Choice:
+        """See ``Decoder.step``."""
+        self._length += 1
+        # Rows that are done ride along for a while, and may get ahead of what the model has positions for.
+        positions = self._next.clamp(max=self._last_position).unsqueeze(-1)
+        self._next = self._next + 1
+        return self._choose(self._tokens.unsqueeze(-1), positions, draws)
+
+    def select(self, keep: Tensor) -> None:
+        """See ``Decoder.select``."""
+        # As batch_select_indices, which layers of linear attention do not have.
+        self._cache.reorder_cache(keep)
+        self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
+
+    def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
+        mask = self._mask[:, : self._length]
+        if self._is_recurrent:
+            logits = self._split.next_logits(
+                input_ids=ids, attention_mask=mask[:, -ids.shape[1] :], cache_params=self._cache
+            )
+        else:
+            logits = self._split.next_logits(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache
+            )
+        choice = sample_tokens(logits, draws, self._sampling)
+        self._tokens = choice[0]
+        return choice
+
+
+class _AllocatedLayer(DynamicLayer):
+    """A cache layer that writes into a buffer, doubled when it is full; DynamicLayer would copy at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [
+                states.new_empty((*states.shape[:2], self._capacity, states.shape[-1]))
+                for states in (key_states, value_states)
+            ]
+        end = self._length + key_states.shape[-2]
+        if end > self._buffers[0].shape[2]:
+            self._buffers = [_grown(buffer, self._length, end) for buffer in self._buffers]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._length : end] = states
+        self._expose(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._buffers = [buffer[beam_idx] for buffer in self._buffers]
+        self._expose(self._length)
+
+    def _expose(self, length: int) -> None:
+        self._length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def _grown(buffer: Tensor, length: int, needed: int) -> Tensor:
+    larger = buffer.new_empty((*buffer.shape[:2], max(needed, 2 * length), buffer.shape[3]))
+    larger[:, :, :length] = buffer[:, :, :length]
+    return larger
+
+
+def _allocated(config: Any, capacity: int) -> DynamicCache:
+    """The model's own kind of cache; plain full-attention layers get a buffer."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_AllocatedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (1 token, 0 padding) ``[len(rows), width of the longest]``."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask

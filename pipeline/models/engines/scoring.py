@@ -1,0 +1,89 @@
+"""Log-probs, entropies and top-k from hidden states, some positions at a time.
+
+Legend: n positions · H hidden size · V vocabulary · k alternatives per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd.pipeline.models.output import vocabulary_sums
+from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace
+
+LOGIT_ELEMENTS = 1 << 26
+"""Logits held at once: 2^26 float32 numbers, 256 MiB."""
+LOGIT_ELEMENTS_ON_CPU = 1 << 23
+"""The same on a CPU: 32 MiB, which its caches may hold."""
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What scoring wants to know of each position. Everything is float32, log-probs are at most 0."""
+
+    sampled: Tensor
+    """``[n]`` log-probs of the targets."""
+    norms: Tensor
+    """``[n]`` log-sum-exps of the logits."""
+    entropies: Tensor | None
+    """``[n]`` in nats."""
+    top_ids: Tensor
+    """``[n, k]`` int64, likeliest first."""
+    top_logprobs: Tensor
+    """``[n, k]``."""
+
+
+def score_states(
+    split: SplitModel,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    k: int,
+    entropy: bool,
+    limit: int | None,
+) -> HeadScores:
+    """Scores of targets ``[n]`` that states ``[n, H]`` predict, in inference mode.
+
+    Args:
+        k: alternatives per position; 0 is none.
+        limit: only ids below this are alternatives.
+    """
+    n = len(states)
+    # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
+    sampled, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
+    entropies = torch.empty_like(norms) if entropy else None
+    top_ids, top_logprobs = targets.new_empty(n, k), norms.new_empty(n, k)
+    for rows, logits in _logits(split, states):
+        if k:
+            torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
+        logprobs = vocabulary_sums.log_softmax_(logits, norms[rows])
+        sampled[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
+        if entropies is not None:
+            entropies[rows] = vocabulary_sums.entropy(logprobs)
+        del logits, logprobs  # where there is no workspace, they would be there until the next are made
+    top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
+    return HeadScores(sampled.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs)
+
+
+def topk_of(
+    split: SplitModel, states: Tensor, norms: Tensor, *, k: int, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs ``[n, k]`` of the likeliest tokens, where the log-sum-exps ``[n]`` are known."""
+    top_ids = torch.empty(len(states), k, dtype=torch.long, device=states.device)
+    top_logprobs = norms.new_empty(len(states), k)
+    for rows, logits in _logits(split, states):
+        torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
+    return top_ids, top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
+
+
+def _logits(split: SplitModel, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits ``[·, V]`` of slices of the positions, to be written over."""
+    elements = LOGIT_ELEMENTS_ON_CPU if states.device.type == "cpu" else LOGIT_ELEMENTS
+    size = min(len(states), max(1, elements // split.vocabulary(states)))
+    space = workspace(size, split.head.weight) if is_plain(split.head) else None
+    for low in range(0, len(states), size or 1):
+        rows = slice(low, low + size)
+        yield rows, split.own_logits(states[rows], space)

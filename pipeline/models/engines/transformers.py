@@ -1,0 +1,363 @@
+"""The engine on transformers: decoding, and scoring of given tokens. It proves itself at first use (see ``proof``)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from tropd.pipeline.models.engines import proof
+from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
+from tropd.pipeline.models.engines.decoding import Decoder, decode
+from tropd.pipeline.models.engines.decoding_any import ModelDecoder
+from tropd.pipeline.models.engines.lean import compiled
+from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel, is_lean
+from tropd.pipeline.models.engines.residual import float32_stream, takes_float32_stream
+from tropd.pipeline.models.engines.scoring import score_states, topk_of
+from tropd.pipeline.models.loading import context_length
+from tropd.pipeline.models.output.output_layer import SplitModel, split_model
+from tropd.pipeline.models.runtime import autocast, evaluation_mode, masked_attention
+
+
+class TransformersEngine:
+    """Samples from and scores with a causal LM in this process.
+
+    It shares the model's weights with whoever trains it, and switches it to evaluation mode while it works.
+
+    Args:
+        model: a causal LM of transformers.
+        stop_ids: tokens that end a response.
+        batch_size: rows decoded together.
+        batch_tokens: tokens, padding included, per scoring pass.
+        num_tokens: ids that the tokenizer has; all rows of the output layer if None.
+        autocast: lower precision for matrix products, where the weights are kept in float32 for training.
+        compiles: compile the model's layers and, where the model is one that ``lean`` knows, its decoding step.
+        lean: decode without the model's modules (see ``lean``), or with them; if None, without them where that gives the
+            same.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stop_ids: Collection[int],
+        *,
+        batch_size: int = 64,
+        batch_tokens: int = 16384,
+        num_tokens: int | None = None,
+        autocast: torch.dtype | None = None,
+        compiles: bool = False,
+        lean: bool | None = None,
+    ) -> None:
+        self.model = model
+        self._autocast = autocast
+        self._split = split_model(model, num_tokens)
+        self._stop_ids = sorted(stop_ids)
+        self._compiles = compiles
+        self._lean = lean
+        self._has_scored = False
+        self._has_generated = False
+        self._prepared: set[Sampling] = set()
+        if compiles:
+            compiled.check_compiler()
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
+
+    @functools.cached_property
+    def is_lean(self) -> bool:
+        """Whether it decodes without the model's modules; found out at first use, which takes a copy of the weights."""
+        if self._lean is not None:
+            return self._lean
+        with masked_attention(self.model):
+            return is_lean(self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._split.limit or int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        return context_length(self.model.config)
+
+    @contextmanager
+    def _inference(self, precision: torch.dtype | None) -> Iterator[None]:
+        with (
+            torch.inference_mode(),
+            masked_attention(self.model),
+            evaluation_mode(self.model),
+            autocast(self.model.device, precision),
+        ):
+            yield
+
+    @functools.cached_property
+    def _streams_float32(self) -> bool:
+        """Where autocast is asked for, weights are float32, and hidden states with them."""
+        return self._autocast is None and takes_float32_stream(self.model)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        with (
+            self._inference(self._autocast),
+            float32_stream(self.model) if self._streams_float32 else nullcontext(),
+        ):
+            yield
+
+    # ------------------------------------------------------------------------------------ generate
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Compile now what ``generate`` will use, where it is to be compiled."""
+        if self._compiles and self.is_lean and sampling not in self._prepared:
+            with self._inference(None):
+                compiled.prepare(self._lean_model(), sampling)
+            self._prepared.add(sampling)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+    ) -> list[Generation]:
+        """See ``Engine.generate``. Rows are sorted by length, so that little is padded.
+
+        Raises:
+            ConfigError: at the first call, the model cannot be decoded right.
+        """
+        self._check_sequences(prompts, [1] * len(prompts))
+        if prompts and not self._has_generated:
+            self._prove_decoding(prompts, sampling)
+            self._has_generated = True
+        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids)
+
+    def _continue(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[Generation]:
+        longest_row = self.max_length
+        limits = [min(m, longest_row - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
+        order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
+        if len(order) > 1 and self._batch_size > 1:
+            self.prepare(sampling)
+        # What is not in the order has no room for a token.
+        results = [Generation([], [], "length")] * len(prompts)
+        with self._inference(None if self.is_lean else self._autocast), self._stance():
+            weights = self._lean_model() if self.is_lean else None
+            for low in range(0, len(order), self._batch_size):
+                rows = order[low : low + self._batch_size]
+                longest = max(len(prompts[i]) + limits[i] for i in rows)
+                generations = decode(
+                    self._decoder(weights, longest, sampling),
+                    [prompts[i] for i in rows],
+                    seeds=[seeds[i] for i in rows],
+                    limits=[limits[i] for i in rows],
+                    stop_ids=stop_ids,
+                    device=self.model.device,
+                )
+                for i, generation in zip(rows, generations, strict=True):
+                    results[i] = generation
+        return results
+
+    def _stance(self) -> AbstractContextManager[Any]:
+        """A model's own decoding is not compiled: its cache grows at every step."""
+        if self._compiles and not self.is_lean:
+            stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return stance
+        return nullcontext()
+
+    def _lean_model(self) -> LeanModel:
+        return LeanModel(self.model, self._autocast, self._split.limit)
+
+    def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
+        if weights is None:
+            return ModelDecoder(self.model, self._split, longest, sampling)
+        return LeanDecoder(weights, longest, sampling, compiled.choose if self._compiles else None)
+
+    # --------------------------------------------------------------------------------------- score
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        k: int = 0,
+        entropy: bool = False,
+        topk_where: TopkWhere = everywhere,
+        vocab_limit: int | None = None,
+    ) -> list[SequenceScores]:
+        """See ``Engine.score``. Only the scored positions go through the output layer.
+
+        Raises:
+            ConfigError: at the first call, the model cannot be scored right.
+        """
+        self._get_ready_to_score(sequences, starts)
+        results: list[SequenceScores | None] = [None] * len(sequences)
+        with self._scoring():
+            for batch in batches_of(sequences, self._batch_tokens):
+                scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)
+                for i, scores in zip(batch, scored, strict=True):
+                    results[i] = scores
+        return [r for r in results if r is not None]
+
+    def _score_batch(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        batch: Sequence[int],
+        k: int,
+        entropy: bool,
+        topk_where: TopkWhere,
+        vocab_limit: int | None,
+    ) -> list[SequenceScores]:
+        device = self.model.device
+        targets, states = self._states([sequences[i] for i in batch], [starts[i] for i in batch])
+        k = min(k, self.vocab_size, self.vocab_size if vocab_limit is None else vocab_limit)
+        at_once = k if topk_where is everywhere else 0
+        found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
+        counts = [len(sequences[i]) - starts[i] for i in batch]
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        sampled_np = _numpy(found.sampled)
+        entropy_np = None if found.entropies is None else _numpy(found.entropies)
+        chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        for r, i in enumerate(batch):
+            low, high = bounds[r], bounds[r + 1]
+            if k == 0:
+                chosen.append(np.zeros(0, dtype=np.int64))
+                continue
+            part = None if entropy_np is None else entropy_np[low:high]
+            chosen.append(np.flatnonzero(topk_where(i, sampled_np[low:high], part)))
+        top_ids, top_logprobs = found.top_ids, found.top_logprobs
+        if k and not at_once:
+            # The output layer runs again, but only for these.
+            picks = torch.from_numpy(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])).to(device)
+            top_ids, top_logprobs = topk_of(
+                self._split, states[picks], found.norms[picks], k=k, limit=vocab_limit
+            )
+        ids_np, logprobs_np = top_ids.cpu().numpy().astype(np.int32), _numpy(top_logprobs)
+        first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
+        return [
+            SequenceScores(
+                sampled=sampled_np[bounds[r] : bounds[r + 1]],
+                entropy=None if entropy_np is None else entropy_np[bounds[r] : bounds[r + 1]],
+                topk_positions=chosen[r],
+                topk_ids=ids_np[first[r] : first[r + 1]],
+                topk_logprobs=logprobs_np[first[r] : first[r + 1]],
+            )
+            for r in range(len(batch))
+        ]
+
+    @contextmanager
+    def states(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens ``[n]`` of all ``sequence[start:]``, and the hidden states ``[n, H]`` that predict them.
+
+        One pass for all of them. While the block runs, ``split`` gives logits in the engine's precision.
+
+        Raises:
+            ValueError: as ``score``.
+            ConfigError: at the first call, the model cannot be scored right.
+        """
+        self._get_ready_to_score(sequences, starts)
+        with self._scoring():
+            yield self._states(sequences, starts)
+
+    @property
+    def split(self) -> SplitModel:
+        """The model as backbone and output layer."""
+        return self._split
+
+    def _states(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = _right_pad(sequences, max(map(len, sequences)), self.model.device)
+        hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
+        spans = [(row, start, len(sequences[row])) for row, start in enumerate(starts)]
+        # The hidden state at position t predicts token t + 1.
+        targets = torch.cat([ids[row, start:end] for row, start, end in spans])
+        return targets, torch.cat([hidden[row, start - 1 : end - 1] for row, start, end in spans])
+
+    def _get_ready_to_score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        self._check_sequences(sequences, starts)
+        if self._compiles and not self._has_scored:
+            compiled.compile_layers(self.model)
+        if sequences and not self._has_scored:
+            self._has_scored = True
+            self._prove_scores(sequences)
+
+    # --------------------------------------------------------------------------------------- proof
+
+    def _prove_decoding(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        rows = proof.few(prompts, self.max_length - proof.NEW_TOKENS)
+        # Greedy, but compiled code is made for a way of sampling.
+        how = sampling if self._compiles else Sampling(0.0)
+        name = type(self.model).__name__
+        plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
+        with proof.refusing(name):
+            for prompts in (rows, rows[:1]):  # with padding, and without
+                counts = [proof.NEW_TOKENS] * len(prompts)
+                drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
+                tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
+                proof.check_decoding(name, prompts, tokens, logprobs, plain, self._tolerance)
+
+    def _prove_scores(self, sequences: Sequence[Sequence[int]]) -> None:
+        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
+            return [scores.sampled for scores in self.score(rows, starts)]
+
+        name = type(self.model).__name__
+        plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
+        with proof.refusing(name):
+            rows = proof.few(sequences, self.max_length)
+            proof.check_scores(name, rows, scored, plain, self._tolerance)
+
+    @property
+    def _tolerance(self) -> float:
+        return proof.tolerance(self._autocast or self.model.dtype)
+
+    def _check_sequences(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        longest, vocab_size = self.max_length, self.vocab_size
+        for number, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            if not 1 <= start <= len(sequence):
+                raise ValueError(f"sequence {number}: start {start} is outside 1 … {len(sequence)}")
+            if len(sequence) > longest:
+                raise ValueError(f"sequence {number}: {len(sequence)} tokens, the model takes {longest}")
+            if min(sequence) < 0 or max(sequence) >= vocab_size:
+                raise ValueError(f"sequence {number}: a token id is outside 0 … {vocab_size - 1}")
+
+
+def _right_pad(
+    rows: Sequence[Sequence[int]], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+    return ids, mask
+
+
+def batches_of(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of sequences that go through a model together: shortest first, at most ``budget`` tokens with padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for rows in _token_budget_batches([len(sequences[i]) for i in order], budget):
+        yield [order[r] for r in rows]
+
+
+def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
+    """Consecutive ranges of rows (lengths rising) whose padded size stays within the budget, at least one row each."""
+    batches: list[range] = []
+    low = 0
+    for high in range(1, len(lengths) + 1):
+        if high == len(lengths) or (high + 1 - low) * lengths[high] > budget:
+            batches.append(range(low, high))
+            low = high
+    return batches
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.float().cpu().numpy()
+    return array

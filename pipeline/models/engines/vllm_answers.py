@@ -1,0 +1,60 @@
+"""vLLM's flat lists of log-probs as arrays; what is no log-prob never goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tropd.pipeline.models.engines.base import SequenceScores
+from tropd.storage.bounds import are_logprobs
+from tropd.storage.errors import TropdError
+
+
+class Answer:
+    """The flat log-probs of a prompt: per token its own, then ``width`` alternatives, likeliest first."""
+
+    def __init__(self, flat: Any, width: int) -> None:
+        # The first token has none.
+        shape = (len(flat.start_indices) - 1, width + 1)
+        self._logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)
+        self.ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(shape)[:, 1:]
+        self.topk = self._logprobs[:, 1:]
+        self.sampled: npt.NDArray[np.float32] = np.concatenate([[0.0], self._logprobs[:, 0]]).astype(
+            np.float32
+        )
+        """``[T]``; that of the first token has no meaning."""
+
+
+def answer_scores(
+    answer: Answer,
+    start: int,
+    positions: npt.NDArray[np.int64],
+    k: int,
+    limit: int,
+    own: npt.NDArray[np.float32] | None = None,
+) -> SequenceScores:
+    """Alternatives below ``limit`` at the given positions, counted from ``start``."""
+    rows = positions + start - 1
+    ids, logprobs = answer.ids[rows], answer.topk[rows]
+    order = np.argsort(ids >= limit, axis=1, kind="stable")[:, :k]  # tokens first, in their order
+    ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    if (ids >= limit).any():
+        raise TropdError(
+            f"fewer than {k} of the teacher's likeliest {answer.ids.shape[1]} ids are tokens",
+            hint="its output layer prefers rows that are no tokens; is this the right model?",
+        )
+    sampled = answer.sampled[start:] if own is None else own
+    return SequenceScores(checked_logprobs(sampled), None, positions, ids, checked_logprobs(logprobs))
+
+
+def checked_logprobs(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """vLLM has been seen to return garbage for cached positions: what is no log-prob never goes on."""
+    if not are_logprobs(logprobs):
+        raise TropdError(
+            f"vLLM returned {float(np.nanmax(logprobs)):.3g} as a log-prob",
+            hint="of a student in training: its weights are out of bounds, and a lower train.learning_rate helps; "
+            "else another version of vLLM may. Nothing was written for this batch",
+        )
+    return np.minimum(logprobs, np.float32(0.0))

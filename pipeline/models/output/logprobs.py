@@ -1,0 +1,294 @@
+"""Log-probs of chosen tokens from hidden states, in chunks, without ever holding ``[tokens, V]`` logits.
+
+Legend: n supervised positions · H hidden size · V vocabulary · A alternatives of all positions, concatenated ·
+c positions of a chunk.
+Plain heads (a linear layer, with or without bias, tied or not, with or without a soft cap) go through
+``ChunkedLogprobs``: chunks of logits are made, used and dropped, once forward and once more backward, where the
+gradient of the loss by the logits, g_x·(1[x] - softmax) summed over the ids x of a position, is written over them.
+The log of the mass outside a position's ids is summed over that mass, not taken from 1 - Σp: in float32 the latter has no
+digits left below 1e-7. Its gradient by the logits, p_v/mass - p_v outside and -p_v inside, is of order 1 at any mass.
+Peak memory is O(c·V + n·H + A + V·H), the last being the head's own gradient. Other heads are checkpointed chunk by
+chunk. Logits, log-softmax and sums are float32, whatever the model's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tropd.pipeline.models.output.output_layer import (
+    SplitModel,
+    is_plain,
+    mask_rows_,
+    operand,
+    plain_logits,
+    product_dtype,
+    workspace,
+)
+from tropd.pipeline.models.output.vocabulary_sums import entropy, log_softmax_, logsumexp, row_blocks
+
+# Logits of one chunk: 2^25 float32 numbers, 128 MiB.
+CHUNK_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Ids whose log-probs are wanted besides the target's: ragged, in the order of the positions."""
+
+    counts: Tensor
+    """``[n]`` int64, alternatives per position (0 for most)."""
+    ids: Tensor
+    """``[A]`` int64, each at most once per position."""
+    tail: bool = False
+    """Whether the mass outside them is wanted, which costs a pass over the logits."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What an objective needs of the student."""
+
+    targets: Tensor
+    """``[n]`` log-prob of each target, float32, with gradient."""
+    lookups: Tensor
+    """``[A]`` log-probs of the looked-up ids, float32, with gradient."""
+    entropy: Tensor
+    """``[n]`` entropy in nats, detached."""
+    overlap: Tensor
+    """``[n]`` share of a position's looked-up ids that are among as many likeliest ids of the student;
+    NaN where nothing is looked up. Detached."""
+    tail: Tensor
+    """``[n]`` log of the mass outside a position's looked-up ids, float32, with gradient; -inf where no id is outside, 0
+    where nothing is looked up, or the tail is not asked for."""
+
+
+def token_logprobs(
+    split: SplitModel, states: Tensor, targets: Tensor, lookups: Lookups | None = None
+) -> TokenLogprobs:
+    """Log-probs at n positions.
+
+    Args:
+        split: the model, for its output layer.
+        states: ``[n, H]`` hidden states that predict the targets.
+        targets: ``[n]`` token ids.
+        lookups: more ids per position.
+    """
+    if lookups is None:
+        lookups = Lookups(targets.new_zeros(len(targets)), targets.new_zeros(0))
+    size = max(1, CHUNK_ELEMENTS // split.vocabulary(states))
+    if not len(targets):
+        empty = states.sum(dim=-1).float()
+        return TokenLogprobs(empty, empty, empty.detach(), empty.detach(), empty)
+    if size >= len(targets):  # nothing to save: logits of one chunk may as well be kept
+        return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids, lookups.tail))
+    if is_plain(split.head):
+        head = split.head
+        dtype = product_dtype(states)
+        return TokenLogprobs(
+            *ChunkedLogprobs.apply(
+                states,
+                head.weight,
+                head.bias,
+                targets,
+                lookups.counts,
+                lookups.ids,
+                lookups.tail,
+                split.softcap,
+                dtype,
+                size,
+                split.limit,
+            )
+        )
+    parts = [
+        checkpoint(
+            _chunk,
+            split,
+            states[rows],
+            targets[rows],
+            lookups.counts[rows],
+            lookups.ids[entries],
+            lookups.tail,
+            use_reentrant=False,
+        )
+        for rows, entries in _chunks(lookups.counts, size)
+    ]
+    return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _chunks(counts: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the positions, ``size`` at a time, with those of their lookups."""
+    ends = counts.cumsum(dim=0).cpu()
+    first = 0
+    for low in range(0, len(counts), size):
+        high = min(low + size, len(counts))
+        last = int(ends[high - 1])
+        yield slice(low, high), slice(first, last)
+        first = last
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """Log-probs, entropy and overlap of a linear head, with the logits recomputed in the backward pass.
+
+    Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, counts ``[n]``, ids ``[A]``,
+    whether tails are wanted, the soft cap or None, the dtype of matrix products, positions per chunk, the ``limit`` of
+    ``SplitModel``. Outputs: those of ``TokenLogprobs``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        counts: Tensor,
+        ids: Tensor,
+        wants_tail: bool,
+        softcap: float | None,
+        dtype: torch.dtype,
+        size: int,
+        limit: int | None,
+    ) -> tuple[Tensor, ...]:
+        # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
+        norms, chosen, entropies, overlap = (
+            states.new_empty(len(targets), dtype=torch.float32) for _ in range(4)
+        )
+        found = states.new_empty(len(ids), dtype=torch.float32)
+        tails = torch.zeros_like(norms)
+        kept, space = operand(weight, dtype), workspace(size, weight)
+        for rows, entries in _chunks(counts, size):
+            logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
+            mask_rows_(logits, limit)
+            logprobs = log_softmax_(logits, norms[rows])
+            picked = _pick(logprobs, targets[rows], counts[rows], ids[entries])
+            chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
+            if wants_tail:
+                # The logits are ours, and have been read.
+                logprobs[_positions(counts[rows], ids[entries]), ids[entries]] = -torch.inf
+                tails[rows] = torch.where(counts[rows] > 0, logsumexp(logprobs), 0.0)
+            del logits, logprobs  # where there is no workspace, they would be there until the next are made
+        ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms, tails)
+        ctx.wants_tail, ctx.softcap, ctx.dtype, ctx.size = wants_tail, softcap, dtype, size
+        ctx.limit = limit
+        ctx.mark_non_differentiable(entropies, overlap)
+        return chosen, found, entropies, overlap, tails
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any,
+        grad_chosen: Tensor,
+        grad_found: Tensor,
+        _entropy: Tensor,
+        _overlap: Tensor,
+        grad_tail: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        states, weight, bias, targets, counts, ids, norms, tails = ctx.saved_tensors
+        softcap, dtype = ctx.softcap, ctx.dtype
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(states) if wants_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        low_weight, kept, space = weight.to(dtype), operand(weight, dtype), workspace(ctx.size, weight)
+        for rows, entries in _chunks(counts, ctx.size):
+            logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
+            slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
+            mask_rows_(logits, ctx.limit)
+            by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
+            position = _positions(counts[rows], ids[entries])
+            total = by_target.squeeze(-1).index_add(0, position, by_lookup).unsqueeze(-1)
+            logprobs = logits.sub_(norms[rows].unsqueeze(-1))
+            if ctx.wants_tail:
+                by_tail = torch.where(counts[rows] > 0, grad_tail[rows], 0.0)
+                grad = _tail_gradient_(logprobs, tails[rows], total, by_tail, position, ids[entries])
+            else:
+                grad = logprobs.exp_().mul_(-total)
+            grad.scatter_add_(-1, targets[rows].unsqueeze(-1), by_target)
+            grad.index_put_((position, ids[entries]), by_lookup, accumulate=True)
+            if slope is not None:
+                grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            low_grad = grad.to(dtype)
+            if grad_states is not None:
+                grad_states[rows] = (low_grad @ low_weight).to(states.dtype)
+            if grad_weight is not None and dtype == torch.float32:
+                grad_weight.addmm_(low_grad.T, states[rows].to(dtype))
+            elif grad_weight is not None:
+                grad_weight += low_grad.T @ states[rows].to(dtype)
+            del logits, logprobs, grad, low_grad
+        return (
+            grad_states,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 8,
+        )
+
+
+def _tail_gradient_(
+    logprobs: Tensor, tails: Tensor, total: Tensor, by_tail: Tensor, position: Tensor, ids: Tensor
+) -> Tensor:
+    """Over log-probs ``[c, V]``, where they lie: what tails, and the norms of all that was chosen, give by the logits."""
+    inside = logprobs[position, ids].exp()
+    logprobs[position, ids] = -torch.inf
+    total = total + by_tail.unsqueeze(-1)
+    finite = torch.where(tails.isneginf(), 0.0, tails)  # then no id is outside, and -inf stays -inf
+    for rows in row_blocks(logprobs):
+        share = (logprobs[rows] - finite[rows].unsqueeze(-1)).exp_().mul_(by_tail[rows].unsqueeze(-1))
+        logprobs[rows].exp_().mul_(-total[rows]).add_(share)
+    logprobs[position, ids] = -total.squeeze(-1)[position] * inside
+    return logprobs
+
+
+def _chunk(
+    split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor, wants_tail: bool
+) -> tuple[Tensor, ...]:
+    logprobs = torch.log_softmax(split.logits(states), dim=-1)
+    picked = _pick(logprobs, targets, counts, ids)
+    return *picked, _tail(logprobs, counts, ids) if wants_tail else torch.zeros_like(picked[2])
+
+
+def _tail(logprobs: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
+    """``[c]`` log of the mass of ``[c, V]`` log-probs outside the ids, with gradient."""
+    least = torch.finfo(logprobs.dtype).min  # -inf would be NaN in the gradient where no id is outside
+    index = (_positions(counts, ids), ids)
+    tail = logprobs.index_put(index, logprobs.new_tensor(least)).logsumexp(dim=-1)
+    tail = torch.where(tail < least / 2, -torch.inf, tail)
+    return torch.where(counts > 0, tail, 0.0)
+
+
+def _pick(
+    logprobs: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of targets and ids, entropy, and overlap, from ``[c, V]`` log-probs."""
+    chosen = logprobs[torch.arange(len(targets), device=targets.device), targets]
+    position = _positions(counts, ids)
+    found = logprobs[position, ids]
+    with torch.no_grad():
+        overlap = _overlap(logprobs, found, position, counts)
+    return chosen, found, entropy(logprobs), overlap
+
+
+def _positions(counts: Tensor, ids: Tensor) -> Tensor:
+    """``[A]`` position that each looked-up id belongs to."""
+    positions = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(
+        positions, counts, output_size=len(ids)
+    )  # with the size, a GPU need not wait
+
+
+def _overlap(logprobs: Tensor, found: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """An id is among the c likeliest iff its log-prob reaches the c-th largest."""
+    overlap = torch.full_like(logprobs[:, 0], torch.nan)
+    asked = counts > 0
+    if not bool(asked.any()):
+        return overlap
+    largest = logprobs[asked].topk(int(counts.max()), dim=-1).values
+    threshold = torch.full_like(overlap, torch.inf)
+    threshold[asked] = largest.gather(-1, (counts[asked] - 1).unsqueeze(-1)).squeeze(-1)
+    hits = torch.zeros_like(overlap).index_add_(0, rows, (found >= threshold[rows]).float())
+    return torch.where(asked, hits / counts.clamp(min=1), overlap)

@@ -1,0 +1,123 @@
+"""Token weights, and advantages that look beyond one token: detached statistics of a whole step (numpy).
+
+They are computed once per step over the student's T tokens of all rows, before micro-batches are cut, so that
+no result depends on how a step is cut up. ``rows`` ``[T]`` numbers the row of each token; tokens of a row are
+adjacent and in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tropd.pipeline.objectives.objective import TokenWeight
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What token weights may depend on, per student token ``[T]``. Optional ones only where an objective needs them."""
+
+    rows: Ints
+    advantages: Floats
+    """log π_T - log π_S, floored."""
+    student_entropy: Floats | None = None
+    """Nats, full vocabulary."""
+    divergence: Floats | None = None
+    """KL(π_S‖π_T) over the teacher's top k and the tail."""
+    overlap: Floats | None = None
+    """Share of the teacher's top k that is in the student's top k."""
+    gain: Floats | None = None
+    """log π_T - log π_ref, both floored: the teacher's gain over the reference model."""
+
+
+def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float) -> Floats:
+    """``[T]`` weight of one specification at ``progress`` (share of the training steps done); 1 outside its phase."""
+    ones = np.ones(len(statistics.rows))
+    if len(ones) == 0 or not spec.since <= progress < spec.until:
+        return ones
+    if spec.kind == "student_entropy_top":
+        return top_fraction(_needed(statistics.student_entropy, "student entropy"), spec.fraction)
+    if spec.kind == "advantage_floor":
+        return (statistics.advantages >= spec.floor).astype(np.float64)
+    if spec.kind == "soft_or_top":
+        score = soft_or(
+            _needed(statistics.student_entropy, "student entropy"),
+            _needed(statistics.divergence, "divergence"),
+        )
+        return top_fraction(score, spec.fraction)
+    if spec.kind == "prefix_importance":
+        return prefix_importance(np.abs(statistics.advantages), statistics.rows, spec.gamma)
+    drifted = _needed(statistics.overlap, "overlap") < spec.threshold
+    return (
+        np.clip(1.0 - spec.drop * running_sum(drifted.astype(np.float64), statistics.rows), 0.0, 1.0)
+        + spec.base
+    )
+
+
+def top_fraction(values: Floats, fraction: float) -> Floats:
+    """1 for the ⌈fraction·T⌉ largest values (and ties with the smallest of them), 0 elsewhere."""
+    keep = max(1, int(np.ceil(fraction * len(values))))
+    threshold = np.partition(values, len(values) - keep)[len(values) - keep]
+    return (values >= threshold).astype(np.float64)
+
+
+def soft_or(entropy: Floats, divergence: Floats) -> Floats:
+    """h + d - h·d of min-max normalised entropy and divergence (TIP, arXiv 2604.14084)."""
+    h, d = _min_max(entropy), _min_max(divergence)
+    return h + d - h * d
+
+
+def prefix_importance(magnitudes: Floats, rows: Ints, gamma: float) -> Floats:
+    """1 + γ(1 - Σ_{i<t}|A_i| / Σ_i|A_i|) within each row (IW-OPD, arXiv 2606.22600)."""
+    before = running_sum(magnitudes, rows) - magnitudes
+    total = row_sum(magnitudes, rows)
+    share = np.divide(before, total, out=np.zeros_like(before), where=total > 0)
+    return 1.0 + gamma * (1.0 - share)
+
+
+def mean_of_later(values: Floats, rows: Ints) -> Floats:
+    """For each token the mean of its row's later values; 0 for the last token (TOP-D, eq. 8)."""
+    later = row_sum(values, rows) - running_sum(values, rows)
+    count = row_sum(np.ones_like(values), rows) - running_sum(np.ones_like(values), rows)
+    return np.divide(later, count, out=np.zeros_like(values), where=count > 0)
+
+
+def standardize_by_group(values: Floats, groups: Ints) -> Floats:
+    """(value - mean)/max(std, 1e-6) over all tokens of a group (the rollouts of one prompt)."""
+    mean = row_sum(values, groups) / row_sum(np.ones_like(values), groups)
+    variance = row_sum((values - mean) ** 2, groups) / row_sum(np.ones_like(values), groups)
+    return (values - mean) / np.maximum(np.sqrt(variance), 1e-6)
+
+
+def row_sum(values: Floats, rows: Ints) -> Floats:
+    """``[T]`` each token gets the sum over its row (or any integer label)."""
+    if len(values) == 0:
+        return values
+    sums: Floats = np.bincount(rows, weights=values)[rows].astype(np.float64)
+    return sums
+
+
+def running_sum(values: Floats, rows: Ints) -> Floats:
+    """``[T]`` inclusive cumulative sum that restarts at each row; tokens of a row are adjacent."""
+    if len(values) == 0:
+        return values
+    total = np.cumsum(values)
+    first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
+    offset = np.repeat(total[first] - values[first], np.diff(np.append(first, len(values))))
+    return total - offset
+
+
+def _min_max(values: Floats) -> Floats:
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span > 0 else np.zeros_like(values)
+
+
+def _needed(values: Floats | None, name: str) -> Floats:
+    if values is None:
+        raise ValueError(f"this token weight needs the {name} of each token")
+    return values

@@ -1,0 +1,311 @@
+"""What a report holds, as data: the page is drawn from this, and ``tropd report --json`` prints it.
+
+A number that is not known is null, never zero. There is no clock in here: equal workspaces on one machine
+give equal reports.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tropd.pipeline.report.status import State
+from tropd.pipeline.report.verdicts.verdict_rules import Level
+from tropd.storage.formats.samples_file import StepSample
+
+Who = Literal["before", "after", "teacher"]
+Mode = Literal["greedy", "sampled"]
+
+
+class Record(BaseModel):
+    """Base of all parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class StageReport(Record):
+    """One stage."""
+
+    command: str
+    state: State
+    done: int | None
+    total: int | None
+    unit: str
+    rows: int
+    bytes: int
+    seconds: float | None
+    fingerprint: str | None
+    summary: dict[str, Any] = {}
+
+
+class Example(Record):
+    """One response, shortened, as evidence."""
+
+    prompt: str | None
+    response: str
+    answer: str | None
+    expected: str
+
+
+class Answers(Record):
+    """What the grader took for the answers of one model in one mode."""
+
+    unanswered: float | None
+    """Share of the responses that were not cut off in which it found none; null if all were cut off."""
+    commonest: str | None
+    """The answer that is given most often."""
+    commonest_fraction: float
+    """Its share of the responses."""
+    expected_fraction: float
+    """Share of the commonest expected answer, for comparison."""
+    examples: list[Example]
+    """The first few responses without an answer; without such, the first wrong ones."""
+
+
+class Accuracy(Record):
+    """Share of right answers, and its 95 % interval (see ``Evaluation.interval_method``)."""
+
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+    samples: int
+    """Responses over all problems."""
+    mean_tokens: float | None = None
+    truncated_fraction: float | None = None
+    """Share of responses that reached the length limit."""
+    answers: Answers | None = None
+
+
+class Measure(Record):
+    """A mean over tokens, or responses, and its 95 % interval over prompts."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    """None with fewer than three prompts."""
+
+
+class Distance(Record):
+    """How far a model is from the teacher on held-out prompts; nats and shares per token. A teacher's own has no KL."""
+
+    reverse_kl: Measure | None
+    forward_kl: Measure | None
+    acceptance: Measure | None
+    length: Measure | None
+    """Tokens of a response."""
+    truncated: Measure | None
+    """Share of responses that reached the length limit."""
+    entropy: Measure | None
+    prompts: int
+    method: Literal["exact", "topk"]
+    """Sums over all tokens, or from sampled tokens and the teacher's likeliest."""
+
+
+class Contender(Record):
+    """What one model can do: the student before or after training, or the teacher."""
+
+    greedy: Accuracy | None = None
+    sampled: Accuracy | None = None
+    distance: Distance | None = None
+
+
+class Gain(Record):
+    """After minus before on the problems that both answered, with a 95 % interval of the paired difference."""
+
+    difference: float
+    low: float
+    high: float
+    problems: int
+    became_right: int
+    """Problems on which more responses are right after than before."""
+    became_wrong: int
+
+
+class Gains(Record):
+    greedy: Gain | None = None
+    sampled: Gain | None = None
+
+
+class Evaluation(Record):
+    before: Contender | None = None
+    after: Contender | None = None
+    teacher: Contender | None = None
+    gain: Gains = Gains()
+    interval_method: str = (
+        "accuracy: Wilson score interval at the effective sample size of responses clustered by problem; "
+        "gain: normal interval of the paired per-problem difference; "
+        "distance: studentized bootstrap over prompts"
+    )
+
+    @property
+    def graded(self) -> bool:
+        """Whether there is any accuracy: problems need no answers."""
+        contenders = [one for one in (self.before, self.after, self.teacher) if one is not None]
+        return any(one.greedy or one.sampled for one in contenders)
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is any distance."""
+        return any(one is not None and one.distance for one in (self.before, self.after, self.teacher))
+
+    def distance(self, who: Who) -> Distance | None:
+        contender: Contender | None = getattr(self, who)
+        return contender.distance if contender else None
+
+    def accuracy(self, who: Who, mode: Mode) -> Accuracy | None:
+        contender: Contender | None = getattr(self, who)
+        found: Accuracy | None = getattr(contender, mode) if contender else None
+        return found
+
+
+class RegionFraction(Record):
+    """Share of supervised tokens per region, over the whole run."""
+
+    trust: float | None = None
+    outlier: float | None = None
+    guidance: float | None = None
+
+
+class Training(Record):
+    """Sums over the run, and the recorded curves."""
+
+    steps: int
+    planned_steps: int | None
+    tokens_on_policy: int | None = None
+    tokens_guidance: int | None = None
+    teacher_tokens_scored: int | None = None
+    teacher_topk_tokens: int | None = None
+    teacher_bytes_received: int | None = None
+    teacher_bytes_sent: int | None = None
+    region_fraction: RegionFraction = RegionFraction()
+    seconds: dict[str, float] = {}
+    """rollout, score, train, other: where the time of the stage went."""
+    series: dict[str, list[float | None]] = {}
+    """One column per metric, aligned with the column ``step``."""
+
+
+class Cache(Record):
+    """The teacher's scores of its own trajectories."""
+
+    tokens: int | None = None
+    bytes_per_token: float | None = None
+    alternatives_per_token: float | None = None
+    kept_mass: float | None = None
+    trajectories: int | None = None
+    mean_length: float | None = None
+    kept_fraction: float | None = None
+
+
+class Answer(Record):
+    """One response to a problem."""
+
+    text: str
+    answer: str | None
+    correct: bool
+
+
+class Comparison(Record):
+    """The same problem before and after training."""
+
+    prompt_id: str
+    mode: Mode
+    prompt: str | None
+    expected: str | None
+    before: Answer
+    after: Answer
+
+
+class SampledStep(Record):
+    """The responses of one step that the acceptance map shows, added up."""
+
+    step: int
+    responses: int
+    guidance_tokens: int
+    """Shown, as are the next."""
+    student_tokens: int
+    p_trust_mean: float | None
+    outlier_fraction: float | None
+    """Of the student's tokens."""
+    tokens_with_alternatives: int
+    """For which the teacher was asked what it would have written."""
+
+
+class RunSummary(Record):
+    """One of several runs side by side."""
+
+    label: str
+    """The workspace's folder, with as much of its path as tells it from the others."""
+    state: str
+    """How far it is, in words."""
+    objective: str | None
+    seed: int | None
+    evaluation: Evaluation
+    steps: int | None
+    tokens_on_policy: int | None
+    teacher_tokens_scored: int | None
+    teacher_bytes_received: int | None
+    outlier_fraction: float | None
+    seconds: float | None
+    """Of training."""
+    series: dict[str, list[float | None]]
+    """The metrics that are drawn for all runs, aligned with the column ``step``."""
+    missing: list[str]
+
+
+class Provenance(Record):
+    """What made this run. Versions and machine are those of the process that wrote the report."""
+
+    versions: dict[str, str]
+    platform: str
+    cpu_count: int | None
+    commit: str | None
+    """Of the source tree that this tropd runs from; ``+changes`` if it was edited since."""
+    fingerprints: dict[str, str]
+    inputs: dict[str, str]
+    """Hashes of models, tokenizers and files, as the stages recorded them."""
+
+
+class Verdict(Record):
+    """Something that is off, as a careful colleague would say it. A healthy run has none."""
+
+    name: str
+    """See ``verdict_rules.RULES``, and docs/troubleshooting.md."""
+    level: Level
+    """problem: the result is not what it seems, or the run fails; warning: to be looked at."""
+    sentence: str
+    evidence: list[str]
+    """Numbers with their steps, or responses."""
+    advice: str
+    """What to do, with settings by name in backticks."""
+
+    @property
+    def line(self) -> str:
+        """Sentence and advice in one line."""
+        return f"{self.sentence} {self.advice}"
+
+
+class Report(Record):
+    """Everything that is known about a run."""
+
+    workspace: str
+    headline: str
+    """The outcome in one sentence."""
+    verdicts: list[Verdict]
+    """What is off, problems first."""
+    stages: dict[str, StageReport]
+    evaluation: Evaluation
+    training: Training | None
+    cache: Cache
+    samples: list[Comparison]
+    acceptance: list[SampledStep]
+    acceptance_map: list[StepSample] = Field(default=[], exclude=True)
+    """Every token of the sampled steps; in JSON it is the trainer's own file."""
+    runs: list[RunSummary] = []
+    """This run and those beside it, if there are any."""
+    config: dict[str, Any] | None
+    config_sources: dict[str, str]
+    """Where a field's value comes from, for those that are not left at their default."""
+    provenance: Provenance
+    missing: list[str]
+    """What a finished, undamaged run would have and this one has not, in words."""

@@ -1,0 +1,1 @@
+"""The facts of a run as pages: HTML, and the model card."""

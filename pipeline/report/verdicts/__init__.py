@@ -1,0 +1,1 @@
+"""Verdicts: what went wrong in a run, said plainly, and the headline."""

@@ -1,0 +1,75 @@
+"""The first sentence of a report: whether the student came closer to the teacher, and what it gets right."""
+
+from __future__ import annotations
+
+from tropd.pipeline.report.data.facts import Distance, Evaluation
+from tropd.pipeline.report.page.formats import percent
+from tropd.pipeline.report.status import EVALUATED
+from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The outcome in one sentence: distances where both are known, and accuracy, in sampled answers if there are any."""
+    before, after = evaluation.distance("before"), evaluation.distance("after")
+    if before and after and before.reverse_kl and after.reverse_kl:
+        moved = _moved(before.reverse_kl.mean, after.reverse_kl.mean)
+        return f"{moved}: {_distances(before, after)}{_beside(evaluation)}."
+    return _accuracy(evaluation)
+
+
+def _moved(before: float, after: float) -> str:
+    if max(before, after) < LIMITS.same:
+        return "The student is where the teacher is"
+    if after <= (1 - LIMITS.closer) * before:
+        return "The student came closer to the teacher"
+    if after >= (1 + LIMITS.closer) * before:
+        return "The student moved away from the teacher"
+    return "The student did not come closer to the teacher"
+
+
+def _distances(before: Distance, after: Distance) -> str:
+    parts = [
+        f"{name} {_nats(start.mean)} → {_nats(end.mean)}"
+        for name, start, end in (
+            ("reverse KL", before.reverse_kl, after.reverse_kl),
+            ("forward KL", before.forward_kl, after.forward_kl),
+        )
+        if start and end
+    ]
+    return f"{', '.join(parts)} nats per token"
+
+
+def _nats(value: float) -> str:
+    """Two digits at least, also of what is small."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _beside(evaluation: Evaluation) -> str:
+    """Accuracy, as what comes after the distances."""
+    for mode in ("sampled", "greedy"):
+        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
+        if before and after:
+            beside = f" (teacher {percent(teacher.accuracy)})" if teacher else ""
+            return f"; {mode} answers right {percent(before.accuracy)} → {percent(after.accuracy)}{beside}"
+    return ""
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    for mode in ("sampled", "greedy"):
+        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
+        beside = f"; the teacher has {percent(teacher.accuracy)}" if teacher else ""
+        if before and after:
+            start, end = percent(before.accuracy), percent(after.accuracy)
+            if start == end:
+                return f"The student stayed at {end} of {mode} answers right{beside}."
+            verb = "fell" if after.accuracy < before.accuracy else "went"
+            return f"The student {verb} from {start} to {end} of {mode} answers right{beside}."
+        if after:
+            return f"The trained student has {percent(after.accuracy)} of {mode} answers right{beside}."
+        if before:
+            return (
+                f"Before training the student has {percent(before.accuracy)} of {mode} answers right{beside}."
+            )
+        if teacher:
+            return f"The teacher has {percent(teacher.accuracy)} of {mode} answers right."
+    return "This run has not been evaluated yet."

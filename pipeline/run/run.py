@@ -1,0 +1,52 @@
+"""A run: a workspace with its checked configuration, and the reporter that hears of its progress."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tropd.pipeline.config.resolve import ResolvedConfig
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.run.automatic import settled
+from tropd.pipeline.run.progress import Reporter
+from tropd.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A workspace with its checked configuration, and who listens."""
+
+    workspace: Workspace
+    resolved: ResolvedConfig
+    reporter: Reporter
+    assignments: tuple[str, ...] = ()
+    """The ``--set`` overrides that the configuration was read with, to pass on to processes started for the run."""
+
+    @cached_property
+    def config(self) -> Config:
+        """The checked configuration, with what was left automatic decided (see ``automatic``)."""
+        return settled(self.workspace, self.resolved.config, self.resolved.origins)
+
+    @property
+    def timings(self) -> Path:
+        """Log of the stages' times."""
+        return self.workspace.logs / "stages.jsonl"
+
+    def command(self, name: str) -> str:
+        """The command line that runs ``name`` (options may follow it) on this run, as one would type it."""
+        overrides = [part for assignment in self.assignments for part in ("--set", assignment)]
+        return " ".join([self.workspace.command(name), *map(shlex.quote, overrides)])
+
+
+def with_teacher(run: Run, url: str) -> Run:
+    """The run with its teacher at a service that is already there."""
+    config = run.config
+    teacher = config.teacher.model_copy(update={"url": url})
+    resolved = replace(run.resolved, config=config.model_copy(update={"teacher": teacher}))
+    return replace(run, resolved=resolved)

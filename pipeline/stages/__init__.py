@@ -1,0 +1,1 @@
+"""The commands that fill one folder of the workspace, other than training."""

@@ -1,0 +1,380 @@
+"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher; and how far
+the students are from the teacher.
+
+The problems of ``[evaluation]`` that have an answer are answered once by greedy decoding and n times by sampling, in
+``part-<who>.parquet``; those of each benchmark n times by sampling, in ``<benchmark>/part-<who>.parquet``. While a model
+is evaluated, its responses are committed batch by batch (``…-00000.parquet``), so that a killed stage loses one batch.
+Distances are in ``distance-<who>.parquet``, the responses that they were measured on in ``responses-<who>.parquet``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tropd.pipeline.config.sections.evaluation_settings import EvaluationConfig
+from tropd.pipeline.models.directories import model_directory
+from tropd.pipeline.models.engines.base import Sampler
+from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.grading.grading import RULES, check_expected
+from tropd.pipeline.problems.prompts import Prompt
+from tropd.pipeline.run.identity import (
+    engine_fields,
+    fingerprint_of,
+    harness_model_fields,
+    model_fields,
+    section_fields,
+    stop_fields,
+    tell_unrecorded,
+    token_fields,
+)
+from tropd.pipeline.run.opening import open_engine, role_room, role_tokenizer
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.selection import data_fields, evaluation_problems
+from tropd.pipeline.run.upstream import finished
+from tropd.pipeline.stages.evaluation.distance_summary import summarize_distance
+from tropd.pipeline.stages.evaluation.held_out import (
+    NUM_PROMPTS,
+    TEACHER,
+    HeldOut,
+    held_out_fields,
+    held_out_prompts,
+    responses_file,
+    sample_responses,
+    tell_ungraded,
+)
+from tropd.pipeline.stages.evaluation.lm_eval import check_harness, harness_fields, run_task
+from tropd.pipeline.stages.evaluation.measuring import (
+    check_teachers,
+    measure,
+    read_responses,
+    write_responses,
+)
+from tropd.pipeline.stages.evaluation.responses import SCHEMA, Mode, Response, respond
+from tropd.pipeline.stages.evaluation.statistics import average, pass_at
+from tropd.pipeline.teacher.by_domain import GENERAL, EngineSlot, batched
+from tropd.pipeline.teacher.connect import local_teacher
+from tropd.storage.disk.atomic import atomic_file
+from tropd.storage.errors import unknown_name
+from tropd.storage.formats.trajectories import Trajectory
+from tropd.storage.stage.fingerprint import Fingerprint, Scalar
+from tropd.storage.stage.manifest import Manifest, check_shard
+from tropd.storage.stage.stage import Stage, open_stage
+
+STAGE = "eval"
+Who = Literal["before", "after", "teacher"]
+WHO: tuple[Who, ...] = ("before", "after", "teacher")
+
+_PIECE = re.compile(r"part-[a-z]+-\d{5}\.parquet$")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Problems whose responses are sampled and committed together."""
+
+    mode: Mode
+    samples: int
+    problems: Sequence[Prompt]
+    encoded: Sequence[Sequence[int]]
+
+
+Problems = Mapping[tuple[str, str], Encoded]
+"""Problems by the name of their set and the role whose tokenizer encodes them."""
+
+
+def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
+    """All problems, as those who are evaluated read them.
+
+    Raises:
+        DataError: a file is missing, or holds what cannot be used.
+    """
+    found = {}
+    for role in dict.fromkeys("teacher" if who == "teacher" else "student" for who in whom):
+        tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
+        for name in run.config.evaluation_sets:
+            found[name, role] = evaluation_problems(run, tokenizer, longest, name)
+    return found
+
+
+def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) -> Fingerprint:
+    """Problems as each model reads them, sampling, and the weights of all models evaluated."""
+    config = run.config
+    fields: dict[str, Scalar] = {"run.seed": config.run.seed, "evaluation.grading_rules": RULES}
+    for name, settings in config.evaluation_sets.items():
+        prefix = f"benchmark.{name}." if name else ""
+        own = data_fields(run, "evaluation", name)
+        own |= section_fields("evaluation", settings)
+        own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
+        fields |= {f"{prefix}{k}": v for k, v in own.items()}
+    fields |= harness_fields(run) | held_out_fields(run)
+    for who in whom:
+        role, folder = _model_of(who, final)
+        of_model = model_fields(run, role, folder) | stop_fields(run, role, folder) | engine_fields(run, role)
+        if config.evaluation.harness:
+            of_model |= harness_model_fields(run, role, folder)
+        for name in config.evaluation_sets:
+            prefix = f"benchmark.{name}." if name else ""
+            of_model |= token_fields(problems[name, role], f"{prefix}data.evaluation")
+        fields |= {f"{who}.{k}": v for k, v in of_model.items()}
+    return fingerprint_of(run, fields)
+
+
+def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
+    """Role whose settings apply, and the directory if it is not the role's own."""
+    return ("teacher" if who == "teacher" else "student"), (final if who == "after" else None)
+
+
+def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Manifest:
+    """Evaluate whom has not been evaluated yet and return the finished manifest.
+
+    Raises:
+        ConfigError: ``whom`` names somebody who is not in ``WHO``.
+        TropdError: the student after training is asked for, and training is not finished.
+        DamagedShardError: that student is not what training left; or a file of an earlier evaluation is damaged.
+    """
+    for who in whom:
+        if who not in WHO:
+            raise unknown_name("role", who, WHO)
+    final = run.workspace.stage("train") / "final"
+    if "after" in whom:
+        check_shard(final.parent, finished(run, "train").shards[final.name])
+    whom = _present(run, whom)
+    folder = run.workspace.stage(STAGE)
+    problems = read_problems(run, whom)
+    identity = fingerprint(run, final, whom, problems)
+    with open_stage(folder, STAGE, identity, force=force, timings=run.timings) as stage:
+        measures = run.config.evaluation.distance_prompts > 0 and NUM_PROMPTS not in stage.unrecorded
+        stage.unrecorded = [name for name in stage.unrecorded if name not in (NUM_PROMPTS, TEACHER)]
+        tell_unrecorded(run, stage)
+        if not measures and run.config.evaluation.distance_prompts:
+            run.reporter.info(
+                f"evaluate: {folder} was begun by an older version of tropd, which did not measure distances to the "
+                "teacher; --force evaluates anew, with them"
+            )
+        # Small files, of which all figures are made: also those of a run that ended are read before they count.
+        for shard in stage.manifest.shards.values():
+            check_shard(folder, shard)
+        if stage.complete:
+            run.reporter.info("evaluate: done before, nothing to do")
+            return stage.manifest
+        check_harness(run)
+        tell_ungraded(run, next(found.prompts for (name, _), found in problems.items() if not name))
+        students: dict[str, Path | None] = {who: _model_of(who, final)[1] for who in whom if who != "teacher"}
+        held_out = None
+        if measures and students:
+            held_out = held_out_prompts(run, problems["", "student"])
+            check_teachers(run, held_out)
+        for who in (who for who in whom if who != "teacher"):
+            _evaluate_one(run, stage, who, problems, held_out, partial(_open, run, who, final))
+        slot = EngineSlot(
+            run,
+            "teacher",
+            batch_size=run.config.evaluation.batch_size,
+            batch_tokens=run.config.scores.batch_tokens,
+        )
+        if held_out is not None:
+            measure(run, stage, held_out, students, slot)
+        if "teacher" in whom:
+            _evaluate_one(run, stage, "teacher", problems, held_out, partial(slot.open, GENERAL))
+        slot.close()
+        _run_harness(run, stage, whom, final)
+        _drop_pieces(stage)
+        _tell_unanswered(run, folder, whom)
+        stage.finish(**summarize(run, folder, whom))
+        return stage.manifest
+
+
+def _present(run: Run, whom: Sequence[Who]) -> Sequence[Who]:
+    """Whom there is a model of on this machine: a teacher may be elsewhere."""
+    if "teacher" not in whom or local_teacher(run) is not None:
+        return whom
+    run.reporter.warning(
+        f"teacher.model = {run.config.teacher.model!r} is not on this machine: the teacher is not evaluated, and of the "
+        "distances to it there is no forward KL, which needs its responses"
+    )
+    return [who for who in whom if who != "teacher"]
+
+
+def _open(run: Run, who: Who, final: Path) -> tuple[Sampler, Any]:
+    return open_engine(run, *_model_of(who, final), batch_size=run.config.evaluation.batch_size)
+
+
+def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
+    """Warn of sets where no response of anybody has an answer: it is the grader that does not fit then."""
+    for name, settings in run.config.evaluation_sets.items():
+        answers = [pq.read_table(folder / _part(name, who), columns=["answer"])["answer"] for who in whom]
+        if any(len(column) for column in answers) and all(c.null_count == len(c) for c in answers):
+            rule = " with evaluation.answer_pattern" if settings.grader == "pattern" else ""
+            run.reporter.warning(
+                f"{name or 'evaluation'}: no response of {', '.join(whom)} has an answer that the grader "
+                f"{settings.grader!r} finds{rule}, so 0 % says nothing about them; "
+                "tropd config explain evaluation.grader shows the others"
+            )
+
+
+def _part(name: str, who: Who) -> str:
+    return f"{name}/part-{who}.parquet" if name else f"part-{who}.parquet"
+
+
+def _evaluate_one(
+    run: Run,
+    stage: Stage,
+    who: Who,
+    problems: Problems,
+    held_out: HeldOut | None,
+    open_model: Callable[[], tuple[Sampler, Any]],
+) -> None:
+    """Responses of one model to the sets of problems that it lacks, each batch of them committed; a student's to the
+    held-out prompts first."""
+    sets, role = run.config.evaluation_sets, "teacher" if who == "teacher" else "student"
+    names = [name for name in sets if not stage.has(_part(name, who))]
+    responds = held_out is not None and who != "teacher" and not stage.has(responses_file(who))
+    if not names and not responds:
+        return
+    batches = {name: _batches(sets[name], name, problems[name, role]) for name in names}
+    engine, tokenizer = open_model()
+    if held_out is not None and responds:
+        write_responses(stage, who, sample_responses(run, engine, tokenizer, held_out, "student"))
+    known = _known(stage.folder, who, held_out) if held_out is not None else {}
+    total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
+    with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
+        for name, group in batches.items():
+            part = _part(name, who)
+            pieces = [f"{part.removesuffix('.parquet')}-{number:05d}.parquet" for number in range(len(group))]
+            for piece, batch in zip(pieces, group, strict=True):
+                if not stage.has(piece):
+                    responses = respond(
+                        run,
+                        sets[name],
+                        engine,
+                        tokenizer,
+                        batch.problems,
+                        batch.encoded,
+                        batch.mode,
+                        batch.samples,
+                        {} if name else known,
+                    )
+                    _write(stage.folder / piece, who, responses)
+                    stage.commit(piece, rows=len(responses))
+                task.advance(len(batch.problems) * batch.samples)
+            tables = [pq.read_table(stage.folder / piece) for piece in pieces] or [SCHEMA.empty_table()]
+            _write_table(stage.folder / part, pa.concat_tables(tables))
+            stage.commit(part, rows=sum(table.num_rows for table in tables))
+
+
+def _known(folder: Path, who: Who, held_out: HeldOut) -> Mapping[str, Trajectory]:
+    """Its responses to held-out prompts; some of a teacher's may be another's, of their domain."""
+    own = held_out.of(GENERAL) if who == "teacher" else held_out
+    ids = {prompt.id for prompt in own.prompts}
+    return {name: found for name, found in read_responses(folder, who).items() if name in ids}
+
+
+def _run_harness(run: Run, stage: Stage, whom: Sequence[Who], final: Path) -> None:
+    """Every task on every model; each of them is committed by itself."""
+    jobs = [(task, who) for task in run.config.evaluation.harness for who in whom]
+    if not jobs:
+        return
+    with run.reporter.task("lm-eval", len(jobs), unit="tasks") as progress:
+        for task, who in jobs:
+            name = _harness_part(task.name, who)
+            if not stage.has(name):
+                role, folder = _model_of(who, final)
+                folder = folder or model_directory(run.workspace, getattr(run.config, role), role)
+                log = run.workspace.logs / "lm-eval" / f"{task.name}-{who}.log"
+                metrics = run_task(run, task, role, folder, stage.folder / name, log)
+                stage.commit(name, rows=len(metrics))
+            progress.advance(1, task=task.name, who=who)
+
+
+def _harness_part(name: str, who: Who) -> str:
+    return f"{name}/harness-{who}.json"
+
+
+def _drop_pieces(stage: Stage) -> None:
+    """Batches are in their parts by now; what a killed stage has left of them goes too."""
+    for piece in [name for name in stage.manifest.shards if _PIECE.search(name)]:
+        stage.retire(piece)
+    for path in stage.folder.rglob("*.parquet"):
+        if _PIECE.search(path.name):
+            path.unlink()
+
+
+def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_Batch]:
+    check_expected(settings.grader, problems.prompts)
+    modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
+    if not name:
+        modes.insert(0, ("greedy", 1))
+    graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
+    batches = []
+    for mode, samples in modes:
+        for some in batched(graded, max(1, settings.batch_size // samples)):
+            prompts, tokens = [problems.prompts[i] for i in some], [problems.tokens[i] for i in some]
+            batches.append(_Batch(mode, samples, prompts, tokens))
+    return batches
+
+
+def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
+    """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics; and
+    distances to the teacher. Where no problem has an answer, accuracy is None, and there is no avg@n."""
+    accuracy: dict[str, dict[str, float | None]] = {}
+    sampled: dict[str, dict[str, Any]] = {}
+    for name, settings in run.config.evaluation_sets.items():
+        for who in whom:
+            marks = read_marks(folder / _part(name, who))
+            if not name:
+                accuracy[who] = {mode: _share(marks.get(mode, {})) for mode in ("greedy", "sampled")}
+            if not marks:
+                continue
+            correct = list(marks["sampled"].values())
+            sampled.setdefault(name or STAGE, {})[who] = {
+                "samples": settings.samples,
+                "problems": len(correct),
+                "average": asdict(average(correct, seed=run.config.run.seed)),
+                "pass_at": {
+                    str(k): asdict(pass_at(k, correct, seed=run.config.run.seed)) for k in settings.pass_at
+                },
+            }
+    harness = {
+        task.name: {
+            who: json.loads((folder / _harness_part(task.name, who)).read_text(encoding="utf-8"))
+            for who in whom
+        }
+        for task in run.config.evaluation.harness
+    }
+    distance = summarize_distance(folder, whom, run.config.run.seed)
+    return {
+        "accuracy": accuracy,
+        "sampled": sampled,
+        **({"distance": distance} if distance else {}),
+        **({"harness": harness} if harness else {}),
+    }
+
+
+def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
+    """An evaluation's file as mode → problem → which of its responses are right."""
+    found: dict[str, dict[str, list[bool]]] = {}
+    for row in pq.read_table(path, columns=["mode", "prompt_id", "correct"]).to_pylist():
+        found.setdefault(row["mode"], {}).setdefault(row["prompt_id"], []).append(row["correct"])
+    return found
+
+
+def _share(marks: dict[str, list[bool]]) -> float | None:
+    every = [mark for group in marks.values() for mark in group]
+    return sum(every) / len(every) if every else None
+
+
+def _write(path: Path, who: Who, responses: Sequence[Response]) -> None:
+    _write_table(path, pa.Table.from_pylist([{"who": who, **vars(r)} for r in responses], schema=SCHEMA))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

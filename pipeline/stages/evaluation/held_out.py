@@ -1,0 +1,131 @@
+"""Held-out prompts on which student and teacher are compared, and the responses of both to them.
+
+A response is drawn from its model's own distribution, with a seed of the run, the prompt and nothing else: also where
+problems are answered by sampling at temperature 1, these are their first answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
+from tropd.pipeline.models.memory import within_memory
+from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.prompts import Prompt
+from tropd.pipeline.run.opening import role_room
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.selection import spread
+from tropd.pipeline.stages.prefixes import to_trajectory
+from tropd.pipeline.teacher.by_domain import teacher_of, teachers_in_use, with_only
+from tropd.pipeline.teacher.connect import local_teacher, teacher_fields
+from tropd.storage.catalog import RESPONSES
+from tropd.storage.formats.trajectories import Author, Trajectory
+from tropd.storage.seeds import derive_seed
+from tropd.storage.stage.fingerprint import Scalar
+
+NUM_PROMPTS = "evaluation.distance_prompts"
+TEACHER = "evaluation.distance_teacher"
+PLAIN = Sampling()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts as the student reads them, each with the name of its teacher (see ``teachers``)."""
+
+    prompts: list[Prompt]
+    tokens: list[list[int]]
+    teachers: list[str]
+
+    def of(self, teacher: str) -> HeldOut:
+        """Those of one teacher."""
+        return self.at([i for i, name in enumerate(self.teachers) if name == teacher])
+
+    def at(self, indices: Sequence[int]) -> HeldOut:
+        """Some of them."""
+        parts = ([values[i] for i in indices] for values in (self.prompts, self.tokens, self.teachers))
+        return HeldOut(*parts)  # type: ignore[arg-type]
+
+
+def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
+    """The prompts to compare on: ``evaluation.distance_prompts`` of the problems that a teacher of the run can read.
+
+    Raises:
+        ConfigError: a domain's teacher has no training prompt.
+    """
+    names = teachers_in_use(run)
+    response = run.config.evaluation_max_tokens
+    room: dict[str, int | None] = {}
+    for name in names:
+        own = with_only(run, name)
+        room[name] = None if local_teacher(own) is None else role_room(own, "teacher") - response
+    usable = []
+    for prompt, tokens in zip(problems.prompts, problems.tokens, strict=True):
+        name = teacher_of(run, prompt.domain)
+        if name in room and ((most := room[name]) is None or len(tokens) <= most):
+            usable.append((prompt, tokens, name))
+    chosen = [usable[i] for i in spread(len(usable), run.config.evaluation.distance_prompts)]
+    return HeldOut([p for p, _, _ in chosen], [t for _, t, _ in chosen], [name for _, _, name in chosen])
+
+
+def held_out_fields(run: Run) -> dict[str, Scalar]:
+    """Fingerprint fields of what is compared: how many prompts, and with which teachers."""
+    wanted = run.config.evaluation.distance_prompts
+    fields: dict[str, Scalar] = {NUM_PROMPTS: wanted}
+    if wanted:
+        text = json.dumps(dict(sorted(teacher_fields(run).items())))
+        fields[TEACHER] = hashlib.sha256(text.encode()).hexdigest()
+    return fields
+
+
+def tell_ungraded(run: Run, problems: Sequence[Prompt]) -> None:
+    """Say how many evaluation problems have no answer, and so no grade."""
+    without = sum(prompt.answer is None for prompt in problems)
+    if not without:
+        return
+    where = run.config.data.evaluation
+    name = run.config.data.answer_field
+    field = f"(field {name!r})" if name else "(data.answer_field is empty)"
+    if without == len(problems):
+        run.reporter.info(f"{where}: no problem has an answer {field}: none is graded, there is no accuracy")
+    else:
+        count = f"{without} of {len(problems)} problems have no answer"
+        run.reporter.info(f"{where}: {count} {field}: these are not graded")
+
+
+def responses_file(who: str) -> str:
+    """Name of the file of somebody's responses, in the stage's folder."""
+    return f"{RESPONSES}{who}.parquet"
+
+
+def sample_responses(
+    run: Run, engine: Sampler, tokenizer: Any, held_out: HeldOut, author: Author
+) -> list[Trajectory]:
+    """One response to each prompt."""
+    with within_memory(
+        "responses to held-out prompts", "lower evaluation.batch_size or evaluation.max_tokens"
+    ):
+        generations = engine.generate(
+            held_out.tokens,
+            PLAIN,
+            seeds=[derive_seed(run.config.run.seed, "eval", prompt.id, 0) for prompt in held_out.prompts],
+            max_tokens=[run.config.evaluation_max_tokens] * len(held_out.prompts),
+        )
+    rows = zip(held_out.prompts, held_out.tokens, generations, strict=True)
+    return [to_trajectory(prompt, tokens, 0, one, tokenizer, author) for prompt, tokens, one in rows]
+
+
+def as_generation(response: Trajectory) -> Generation:
+    """A stored response as an engine gives it."""
+    return Generation(list(response.tokens), list(response.sampled_logprobs), response.finish_reason)
+
+
+def sequences_of(responses: Sequence[Trajectory]) -> tuple[list[list[int]], list[int]]:
+    """Prompt and response of each as one sequence, and where the response starts."""
+    return (
+        [[*response.prompt_tokens, *response.tokens] for response in responses],
+        [len(response.prompt_tokens) for response in responses],
+    )

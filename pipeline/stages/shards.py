@@ -1,0 +1,170 @@
+"""A stage's work, cut in shards: which are missing, who makes them, and how the stage is completed.
+
+A shard depends on the run and on its own number only, so the outputs are the same bytes whoever makes them: this
+process, the jobs of an array (``--shards i/n``, see ``storage.parts``), or workers of Ray (``ray_workers``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tropd.pipeline.run.identity import tell_unrecorded
+from tropd.pipeline.run.progress import Task
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.stages.shard_work import ShardSpec, Work
+from tropd.storage.errors import ConfigError, StageLockedError
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.job_parts import gather, made_shards, part_folder, remove_parts
+from tropd.storage.stage.manifest import Manifest, read_manifest
+from tropd.storage.stage.stage import Stage, open_stage, refuse_other_settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """Job ``index`` of ``count``, counted from 1: it makes every ``count``-th shard."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """From ``i/n``.
+
+        Raises:
+            ConfigError: it is not of that form, or not 1 ≤ i ≤ n.
+        """
+        index, _, count = text.partition("/")
+        if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise ConfigError(f"--shards {text!r} is not i/n with 1 ≤ i ≤ n", hint="as in --shards 3/8")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Who makes the shards: by default this process, all of them."""
+
+    part: Part | None = None
+    ray_workers: int | None = None
+
+
+HERE = Execution()
+
+
+def run_stage(
+    run: Run,
+    name: str,
+    fingerprint: Fingerprint,
+    plan: Callable[[], Work],
+    finish: Callable[[Stage], None],
+    *,
+    execution: Execution = HERE,
+    force: bool = False,
+) -> Manifest:
+    """Make what a stage lacks. ``plan`` is asked only if something may be missing; ``finish`` completes the stage.
+
+    Returns the stage's manifest; that of a part, incomplete, while other parts are missing.
+
+    Raises:
+        TropdError: the stage cannot be opened, or a shard cannot be made.
+    """
+    folder = run.workspace.stage(name)
+    if execution.part is not None:
+        if force:
+            raise ConfigError(
+                "--force and --shards do not go together",
+                hint=f"move {folder} away first, then start all parts without --force",
+            )
+        return _run_part(run, name, fingerprint, plan, finish, execution.part)
+    with open_stage(folder, name, fingerprint, force=force, timings=run.timings) as stage:
+        tell_unrecorded(run, stage)
+        if stage.complete:
+            run.reporter.info(f"{name}: done before{_described(stage.manifest)}, nothing to do")
+            remove_parts(folder)
+            return stage.manifest
+        work = plan()
+        gather(stage, [spec.outputs for spec in work.shards])
+        missing = [spec for spec in work.shards if not _has(stage, spec)]
+        with _progress(run, work, work.shards, stage) as task:
+            if missing and execution.ray_workers is not None:
+                from tropd.pipeline.stages.shards_on_ray import make_with_ray
+
+                stage.shared = True
+                for spec, rows in make_with_ray(run, work, missing, stage.folder, execution.ray_workers):
+                    _commit(stage, spec, rows)
+                    task.advance(spec.size)
+            else:
+                _make_here(run, work, stage, missing, task)
+        finish(stage)
+        remove_parts(folder)
+        return stage.manifest
+
+
+def _run_part(
+    run: Run,
+    name: str,
+    fingerprint: Fingerprint,
+    plan: Callable[[], Work],
+    finish: Callable[[Stage], None],
+    part: Part,
+) -> Manifest:
+    folder = run.workspace.stage(name)
+    whole = read_manifest(folder)
+    if whole is not None:
+        refuse_other_settings(name, folder, whole, fingerprint)
+        if whole.complete:
+            return run_stage(run, name, fingerprint, plan, finish)
+    work = plan()
+    own = part_folder(folder, part.index, part.count)
+    elsewhere = made_shards(folder, fingerprint.digest, but=own)
+    # Of parts nothing is taken on trust: those of an older version would be counted as missing for ever.
+    with open_stage(own, name, Fingerprint(fingerprint.fields), timings=run.timings) as stage:
+        mine = [
+            spec
+            for spec in work.shards[part.index - 1 :: part.count]
+            if _has(stage, spec) or not elsewhere.issuperset(spec.outputs)
+        ]
+        with _progress(run, work, mine, stage) as task:
+            _make_here(run, work, stage, [spec for spec in mine if not _has(stage, spec)], task)
+        manifest = stage.manifest
+    made = made_shards(folder, fingerprint.digest)
+    missing = sum(not made.issuperset(spec.outputs) for spec in work.shards)
+    if missing:
+        run.reporter.info(
+            f"{name}: part {part.index}/{part.count} is done, {missing} shards of others are missing"
+        )
+        return manifest
+    try:
+        return run_stage(run, name, fingerprint, lambda: work, finish)
+    except StageLockedError:  # another part finished at the same moment, and completes the stage
+        return manifest
+
+
+def _make_here(run: Run, work: Work, stage: Stage, missing: Sequence[ShardSpec], task: Task) -> None:
+    if not missing:
+        return
+    maker = work.open_maker(run)
+    for spec in missing:
+        _commit(stage, spec, maker(spec.number, stage.folder, task.advance))
+
+
+def _commit(stage: Stage, spec: ShardSpec, rows: dict[str, int]) -> None:
+    for output in spec.outputs:
+        stage.commit(output, rows[output])
+
+
+def _has(stage: Stage, spec: ShardSpec) -> bool:
+    return all(stage.has(output) for output in spec.outputs)
+
+
+@contextmanager
+def _progress(run: Run, work: Work, shards: Sequence[ShardSpec], stage: Stage) -> Iterator[Task]:
+    done = sum(spec.size for spec in shards if _has(stage, spec))
+    with run.reporter.task(work.title, sum(spec.size for spec in shards), done=done, unit=work.unit) as task:
+        yield task
+
+
+def _described(manifest: Manifest) -> str:
+    known = [f"{manifest.summary[n]} {n}" for n in ("trajectories", "tokens") if n in manifest.summary]
+    return f" ({', '.join(known)})" if known else ""

@@ -1,0 +1,1 @@
+"""Messages between client and service, as Arrow streams."""

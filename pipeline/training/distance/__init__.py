@@ -1,0 +1,1 @@
+"""Distance to the teacher and accuracy on held-out prompts while training."""

@@ -1,0 +1,1 @@
+"""Everything that training leaves behind: checkpoints, metrics, samples, the final model."""

@@ -1,0 +1,1 @@
+"""Rows to train on: planned, sampled, and prepared a step ahead."""

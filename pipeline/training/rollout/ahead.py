@@ -1,0 +1,193 @@
+"""What a step needs before it can train: the student's responses, and what the teacher says of them.
+
+With ``train.max_staleness = 1`` this is done for step t + 1 while step t trains, so by a student that is one update
+older: the rows of step t + 1 are always those of the weights before step t, whatever takes longer. That makes such a
+run as reproducible as one in which everything waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tropd.pipeline.objectives.prefix_schedule import scheduled_length
+from tropd.pipeline.run.interrupt import StopRequest
+from tropd.pipeline.training.record.trace import Timeline
+from tropd.pipeline.training.rollout.rows import Row, RowPlan, plan_rows, roll_out, stored_rows
+from tropd.pipeline.training.session import Session
+from tropd.pipeline.training.signal.ask_teacher import TeacherData, ask_teacher, draw_regions
+from tropd.pipeline.training.update.gradients import StepInputs
+from tropd.pipeline.training.update.soundness import check_rollouts
+from tropd.storage.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a step's update is a function of, besides the weights."""
+
+    inputs: StepInputs
+    prefix_limit: int
+    """Scheduled length of the teacher prefix, in tokens."""
+    traffic: dict[str, int]
+    """What was asked of the teacher for this step, under the names of the metrics."""
+    retries: list[int]
+    """Failed attempts per teacher server."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    rows: Future[list[Row]]
+    prepared: Future[Prepared]
+
+
+class Preparation:
+    """Prepares steps: when they are asked for, or in a thread while the one before trains."""
+
+    def __init__(self, session: Session, timeline: Timeline, pool: ThreadPoolExecutor | None) -> None:
+        self._session = session
+        self._timeline = timeline
+        self._pool = pool
+        self._pending: _Pending | None = None
+
+    def begin(self, step: int, rows: list[Row] | None = None) -> None:
+        """Prepare a step in the background with the weights as they are now; nothing without staleness.
+
+        Args:
+            rows: its rows, if they are known already.
+        """
+        if self._pool is None or step >= self._session.run.config.train.steps:
+            return
+        if rows is None:
+            self._refresh(step)
+        rolled = self._pool.submit(lambda: self._rows(step) if rows is None else rows)
+        prepared = self._pool.submit(lambda: self._prepare(step, rolled.result()))
+        self._pending = _Pending(step, rolled, prepared)
+
+    def take(self, step: int) -> Prepared:
+        """The prepared step, as soon as it is; whatever was begun is over then."""
+        with self._timeline.span("wait", step):
+            if self._pending is not None and self._pending.step == step:
+                prepared = self._pending.prepared.result()
+                self._pending = None
+                return prepared
+            self._refresh(step)
+            return self._prepare(step, self._rows(step))
+
+    def rows_ahead(self, step: int) -> list[Row] | None:
+        """The rows of a step that was begun, as soon as they are rolled out; None if it was not.
+
+        After this the engine is idle. The rows belong into a checkpoint: later weights would roll out others.
+        """
+        if self._pending is None or self._pending.step != step:
+            return None
+        return self._pending.rows.result()
+
+    def _refresh(self, step: int) -> None:
+        with self._timeline.span("sync", step):
+            self._session.rolling.refresh()
+
+    def _rows(self, step: int) -> list[Row]:
+        with self._timeline.span("rollout", step):
+            rows = step_rows(self._session, step)
+        check_rollouts(self._session, step, rows)
+        return rows
+
+    def _prepare(self, step: int, rows: list[Row]) -> Prepared:
+        with self._timeline.span("score", step):
+            return _ask(self._session, step, rows)
+
+
+@contextmanager
+def open_preparation(session: Session, timeline: Timeline, stop: StopRequest) -> Iterator[Preparation]:
+    """Prepare steps while the block runs; what is under way at its end is given up."""
+    if not session.ahead:
+        yield Preparation(session, timeline, None)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="preparation") as pool:
+        try:
+            yield Preparation(session, timeline, pool)
+        finally:
+            # The thread may be waiting for a teacher that is away.
+            stop.end()
+            session.rolling.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prefix_limit(session: Session, step: int) -> int:
+    """Scheduled length of the teacher prefix at a step, in tokens."""
+    config = session.run.config
+    return scheduled_length(
+        config.objective.schedule,
+        step=step,
+        total_steps=config.train.steps,
+        max_tokens=config.rollout.max_tokens,
+    )
+
+
+def planned_rows(session: Session, step: int) -> list[RowPlan]:
+    """The rows of a step before the student writes."""
+    config = session.run.config
+    return plan_rows(
+        step,
+        prompt_ids=[p.id for p in session.inputs.prompts],
+        encoded=session.inputs.encoded,
+        store=session.inputs.store,
+        schedule=config.objective.schedule,
+        limit=prefix_limit(session, step),
+        rollout=config.rollout,
+        seed=config.run.seed,
+        continued=config.objective.rollouts != "teacher",
+    )
+
+
+def step_rows(session: Session, step: int) -> list[Row]:
+    """The step's rows: rolled out now, or read from disk where the objective trains on stored rollouts."""
+    config = session.run.config
+    if session.inputs.stored is not None:
+        return stored_rows(
+            step,
+            prompt_ids=[p.id for p in session.inputs.prompts],
+            encoded=session.inputs.encoded,
+            store=session.inputs.stored,
+            rollout=config.rollout,
+            seed=config.run.seed,
+        )
+    return roll_out(planned_rows(session, step), session.rolling.engine, config.rollout, session.aside)
+
+
+def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
+    config = session.run.config
+    objective = config.training_objective
+    traffic_before, retries_before = session.traffic(), session.retries()
+    teacher = _teacher_data(session, rows)
+    traffic = session.aside.total({k: v - traffic_before[k] for k, v in session.traffic().items()})
+    inputs = StepInputs(
+        rows=rows,
+        teacher=teacher,
+        regions=draw_regions(objective, rows, teacher),
+        guidance_topk=session.guidance_topk(rows),
+        reference_logprobs=session.reference_logprobs(rows),
+        progress=step / config.train.steps,
+        dropout_seed=derive_seed(config.run.seed, "dropout", step) if config.train.dropout else None,
+    )
+    retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
+    return Prepared(inputs, prefix_limit(session, step), traffic, retries)
+
+
+def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
+    if session.inputs.stored is not None and session.inputs.cached is not None:
+        return session.inputs.cached.responses(rows, session.inputs.stored, session.run.config.objective.k)
+    if not session.scorers:
+        return TeacherData.nothing()
+    return ask_teacher(
+        session.scorers,
+        rows,
+        session.run.config.objective,
+        session.needs,
+        session.vocab_limit,
+        session.aside,
+        teacher_of=session.teacher_of,
+    )

@@ -1,0 +1,210 @@
+"""The rows of a training step: which prompts, which teacher prefix, and what the student wrote after it.
+
+Everything is a function of (seed, step), so that a resumed run makes the same rows as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from tropd.pipeline.config.sections.training_settings import RolloutConfig
+from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
+from tropd.pipeline.models.memory import within_memory
+from tropd.pipeline.objectives.objective import Schedule
+from tropd.pipeline.objectives.prefix_schedule import prefix_length
+from tropd.pipeline.training.world import ALONE, World
+from tropd.storage.formats.trajectory_store import TrajectoryStore
+from tropd.storage.seeds import derive_seed, uniforms
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row before the student has written: a prompt, a seed, and the teacher tokens to start from."""
+
+    slot: int
+    """Number of the prompt within the step."""
+    prompt_index: int
+    prompt_tokens: Sequence[int]
+    prefix_tokens: Sequence[int]
+    trajectory: int | None
+    """Row of the trajectory store that the prefix comes from."""
+    prefix_complete: bool
+    """Nothing is left for the student: the prefix is a whole response, or has no room after it."""
+    seed: int
+    prefix_truncated: bool = False
+    """The prefix is complete, but ended by its length."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row with the student's tokens (none if the prefix is complete)."""
+
+    plan: RowPlan
+    tokens: Sequence[int]
+    sampler_logprobs: Sequence[float]
+    """log π_S of ``tokens`` as the sampling engine has it: full softmax, temperature 1."""
+    truncated: bool
+    """The response ended by its length, whoever wrote its last token."""
+    drawn_logprobs: Sequence[float] | None = None
+    """log μ of ``tokens``, of the distribution that they were drawn from: at the sampling temperature, renormalised over
+    the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
+
+    @cached_property
+    def sampler_array(self) -> Floats:
+        """``sampler_logprobs`` as an array, made once: a step looks at millions of them, again and again."""
+        return np.asarray(self.sampler_logprobs, dtype=np.float64)
+
+    @cached_property
+    def mu_array(self) -> Floats:
+        """log μ of ``tokens``, for importance weights."""
+        return (
+            self.sampler_array
+            if self.drawn_logprobs is None
+            else np.asarray(self.drawn_logprobs, dtype=np.float64)
+        )
+
+    @property
+    def context(self) -> list[int]:
+        """Prompt and prefix."""
+        return [*self.plan.prompt_tokens, *self.plan.prefix_tokens]
+
+    @property
+    def sequence(self) -> list[int]:
+        return [*self.context, *self.tokens]
+
+
+def sampler_logprobs(rows: Sequence[Row]) -> Floats:
+    """``[T]`` log π_S of the tokens of all rows, in their order, as the sampling engine has it."""
+    return np.concatenate([np.zeros(0), *(row.sampler_array for row in rows)])
+
+
+def mu_logprobs(rows: Sequence[Row]) -> Floats:
+    """``[T]`` log μ likewise: of the distribution that the tokens were drawn from."""
+    return np.concatenate([np.zeros(0), *(row.mu_array for row in rows)])
+
+
+def prompts_of_step(step: int, num_prompts: int, per_step: int, seed: int) -> list[int]:
+    """Prompt indices of a step: consecutive pieces of one seeded permutation per pass over the data."""
+    positions = np.arange(step * per_step, (step + 1) * per_step)
+    chosen = np.empty(per_step, dtype=np.int64)
+    for epoch in np.unique(positions // num_prompts):
+        generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "order", int(epoch))))
+        here = positions // num_prompts == epoch
+        chosen[here] = generator.permutation(num_prompts)[positions[here] % num_prompts]
+    return [int(i) for i in chosen]
+
+
+def plan_rows(
+    step: int,
+    *,
+    prompt_ids: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    store: TrajectoryStore | None,
+    schedule: Schedule,
+    limit: int,
+    rollout: RolloutConfig,
+    seed: int,
+    continued: bool = True,
+) -> list[RowPlan]:
+    """Rows of a step with their teacher prefixes.
+
+    A trajectory that ended by its length is no whole response: the student goes on from its end, where
+    ``rollout.max_tokens`` leaves room.
+
+    Args:
+        limit: scheduled prefix length of this step, in tokens.
+        store: teacher trajectories; None where the objective uses none.
+        continued: the student writes what the prefixes leave; otherwise it writes nothing, wherever they end.
+    """
+    rows = []
+    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompt_ids[index]) if store is not None and limit > 0 else []
+        for sample in range(rollout.samples_per_prompt):
+            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            prefix: list[int] = []
+            trajectory, complete, ended = None, False, True
+            if available and store is not None:
+                pick = int(uniforms(derive_seed(row_seed, "trajectory"), 0) * len(available))
+                trajectory = available[pick]
+                written = store.tokens(trajectory)
+                whole = written[: rollout.max_tokens]
+                prefix = whole[: prefix_length(schedule, limit=limit, seed=row_seed)]
+                ended = len(whole) == len(written) and not store.truncated(trajectory)
+                more = continued and not ended and len(whole) < rollout.max_tokens
+                complete = len(prefix) == len(whole) > 0 and not more
+            rows.append(
+                RowPlan(
+                    slot,
+                    index,
+                    encoded[index],
+                    prefix,
+                    trajectory if prefix else None,
+                    complete,
+                    row_seed,
+                    prefix_truncated=complete and not ended,
+                )
+            )
+    return rows
+
+
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """How the student samples in training."""
+    return Sampling(rollout.temperature, rollout.top_p)
+
+
+def roll_out(
+    plans: Sequence[RowPlan], engine: Sampler, rollout: RolloutConfig, world: World = ALONE
+) -> list[Row]:
+    """Let the student continue every row that its prefix leaves unfinished."""
+    sampling = sampling_of(rollout)
+
+    def generate(share: list[RowPlan]) -> list[Generation]:
+        with within_memory(
+            "the student's responses of a step", "lower rollout.batch_size or rollout.max_tokens"
+        ):
+            return engine.generate(
+                [[*p.prompt_tokens, *p.prefix_tokens] for p in share],
+                sampling,
+                seeds=[p.seed for p in share],
+                max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
+            )
+
+    generations = iter(world.spread([p for p in plans if not p.prefix_complete], generate))
+    rows = []
+    for plan in plans:
+        if plan.prefix_complete:
+            rows.append(Row(plan, [], [], truncated=plan.prefix_truncated))
+        else:
+            one = next(generations)
+            drawn = None if sampling.plain else one.drawn_logprobs
+            rows.append(Row(plan, one.tokens, one.logprobs, one.finish_reason == "length", drawn))
+    return rows
+
+
+def stored_rows(
+    step: int,
+    *,
+    prompt_ids: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    store: TrajectoryStore,
+    rollout: RolloutConfig,
+    seed: int,
+) -> list[Row]:
+    """Rows of a step whose responses a student wrote once and for all."""
+    rows = []
+    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompt_ids[index])
+        for sample in range(rollout.samples_per_prompt):
+            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            trajectory = available[sample % len(available)]
+            plan = RowPlan(slot, index, encoded[index], [], trajectory, False, row_seed)
+            logprobs = store.sampled_logprobs(trajectory)
+            rows.append(Row(plan, store.tokens(trajectory), logprobs, store.truncated(trajectory)))
+    return rows

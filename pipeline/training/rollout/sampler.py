@@ -1,0 +1,129 @@
+"""The engine that rolls out with the student's weights, and how these get there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tropd.pipeline.config.sections.model_settings import RuntimeConfig, StudentConfig
+from tropd.pipeline.config.sections.training_settings import RolloutConfig
+from tropd.pipeline.config.sections.value_types import Dtype
+from tropd.pipeline.models.engines.base import Engine, Sampler
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.loading import context_length, load_model, load_tokenizer
+from tropd.pipeline.models.runtime import configure_runtime
+from tropd.pipeline.run.opening import LoadedModel, open_vllm
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.training.rollout.rows import sampling_of
+from tropd.pipeline.training.rollout.sampler_process import SamplingProcess
+from tropd.pipeline.training.update.lora import merged_state
+from tropd.pipeline.training.update.student import copy_weights
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """The engine that rolls out, and what belongs to it."""
+
+    engine: Sampler
+    """Rolls out with the student's weights."""
+    whole_model: Any
+    """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
+    refresh: Callable[[], None]
+    """Copy the student's weights as they are now into engine and ``whole_model``. The engine must be idle."""
+    checked: Engine | None = None
+    """The engine, where it is another than the trainer's and could have other weights."""
+    close: Callable[[], None] = lambda: None
+    """End the engine's process, if it has one of its own."""
+
+
+def rollout_engine(
+    run: Run,
+    stack: ExitStack,
+    student: LoadedModel,
+    whole_model: Any,
+    folder: Path,
+    precision: torch.dtype | None,
+) -> Rolling:
+    """Open the engine that the configuration asks for, in this process or in one beside it."""
+    settings = run.config.student
+    sharded = whole_model is not student.model
+
+    def gather() -> None:
+        if sharded:
+            copy_weights(student.model, whole_model)
+
+    if settings.engine == "transformers":
+        autocast = None if sharded else precision
+        if run.config.train.max_staleness:
+            dtype: Dtype = "float32" if not sharded and settings.lora is None else settings.settled_dtype
+            return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
+        loaded = replace(student, model=whole_model)
+        engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
+        return Rolling(engine, whole_model, gather)
+    in_vllm = open_vllm(run, "student", folder, in_training=True)
+
+    def refresh() -> None:
+        in_vllm.set_weights(merged_state(whole_model).items())
+
+    return Rolling(in_vllm, whole_model, refresh, checked=in_vllm)
+
+
+def _process_engine(
+    run: Run,
+    stack: ExitStack,
+    student: LoadedModel,
+    whole_model: Any,
+    dtype: Dtype,
+    autocast: torch.dtype | None,
+    gather: Callable[[], None],
+) -> Rolling:
+    """As ``rollout_engine``, in a process beside the one that trains."""
+    state = merged_state(whole_model)
+    build = partial(
+        _sampling_engine,
+        student.folder,
+        student.stop_ids,
+        run.config.student,
+        run.config.runtime,
+        dtype=dtype,
+        rollout=run.config.rollout,
+        autocast=autocast,
+    )
+    engine = SamplingProcess(build, state, context_length(whole_model.config))
+    stack.callback(engine.close)
+
+    def refresh() -> None:
+        gather()
+        engine.set_weights(merged_state(whole_model).items())
+
+    return Rolling(engine, whole_model, refresh, close=engine.close)
+
+
+def _sampling_engine(
+    folder: Path,
+    stop_ids: frozenset[int],
+    settings: StudentConfig,
+    runtime: RuntimeConfig,
+    *,
+    dtype: Dtype,
+    rollout: RolloutConfig,
+    autocast: torch.dtype | None,
+) -> TransformersEngine:
+    """The student as it is on disk; its weights are replaced before it samples."""
+    device = configure_runtime(runtime)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    remote = settings.trust_remote_code
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    loaded = LoadedModel(folder, model, tokenizer, stop_ids, runtime.compile)
+    engine = loaded.engine(batch_size=rollout.batch_size, autocast=autocast)
+    engine.prepare(sampling_of(rollout))
+    return engine

@@ -1,0 +1,148 @@
+"""What the teacher says about a step's tokens: from the scoring service for the student's own, from the cache else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tropd.pipeline.objectives.needs import TeacherNeeds
+from tropd.pipeline.objectives.objective import Objective
+from tropd.pipeline.objectives.partition import Regions, partition_tokens
+from tropd.pipeline.teacher.by_domain import GENERAL
+from tropd.pipeline.teacher.wire.messages import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
+from tropd.pipeline.training.rollout.rows import Row, sampler_logprobs
+from tropd.pipeline.training.update.micro_batches import Floats32, RaggedTopk
+from tropd.pipeline.training.world import ALONE, World
+from tropd.storage.seeds import derive_seed, uniforms
+
+
+class Scorer(Protocol):
+    """Answers scoring requests: the client of the teacher service."""
+
+    tokens_scored: int
+    topk_tokens: int
+    bytes_sent: int
+    bytes_received: int
+
+    def score(self, request: ScoreRequest) -> ScoreResponse: ...
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """The teacher's view of T student tokens."""
+
+    logprobs: Floats32
+    """``[T]``."""
+    entropy: Floats32 | None
+    """``[T]`` nats, if the objective needs it."""
+    topk: RaggedTopk
+    """Alternatives of those tokens that need them."""
+
+    @staticmethod
+    def nothing(entropy: bool = False) -> TeacherData:
+        """Of a step without student tokens."""
+        none = np.zeros(0, dtype=np.float32)
+        return TeacherData(none, none if entropy else None, RaggedTopk.empty())
+
+
+def ask_teacher(
+    scorers: Mapping[str, Scorer],
+    rows: Sequence[Row],
+    objective: Objective,
+    needs: TeacherNeeds,
+    vocab_limit: int,
+    world: World = ALONE,
+    *,
+    teacher_of: Callable[[Row], str] = lambda row: GENERAL,
+) -> TeacherData:
+    """Have the student's tokens scored: no prompt, no prefix and no padding is asked for.
+
+    Args:
+        scorers: the teachers by name; they are asked at the same time.
+        teacher_of: name of a row's teacher.
+    """
+    items = [
+        (
+            teacher_of(row),
+            ScoreItem(
+                tokens=np.asarray(row.sequence, dtype=np.int32),
+                start=len(row.context),
+                student_logprobs=row.sampler_array.astype(np.float32),
+                seed=partition_seed(row),
+            ),
+        )
+        for row in rows
+        if row.tokens
+    ]
+
+    def ask_one(name: str, sequences: list[ScoreItem]) -> list[ScoredItem]:
+        request = ScoreRequest(
+            sequences=sequences,
+            partition=objective.partition,
+            topk=needs.topk,
+            k=needs.k,
+            entropy=needs.entropy,
+            vocab_limit=vocab_limit,
+        )
+        return list(scorers[name].score(request).items)
+
+    def ask(share: list[tuple[str, ScoreItem]]) -> list[ScoredItem]:
+        parts: dict[str, list[ScoreItem]] = defaultdict(list)
+        for name, item in share:
+            parts[name].append(item)
+        if len(parts) <= 1:
+            return [answer for name, part in parts.items() for answer in ask_one(name, part)]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            asked = {name: pool.submit(ask_one, name, part) for name, part in parts.items()}
+            answers = {name: iter(future.result()) for name, future in asked.items()}
+        return [next(answers[name]) for name, _ in share]
+
+    answers = world.spread(items, ask)
+    if not answers:
+        return TeacherData.nothing(needs.entropy)
+    first = np.cumsum([0, *(len(a.teacher_logprobs) for a in answers)])
+    topk = RaggedTopk.empty()
+    if needs.topk != "none":
+        index = np.concatenate([a.topk_positions + f for a, f in zip(answers, first[:-1], strict=True)])
+        ids = np.concatenate([a.topk_ids for a in answers]).astype(np.int64)
+        topk = RaggedTopk(
+            index=index.astype(np.int64),
+            counts=np.full(len(index), ids.shape[1], dtype=np.int64),
+            ids=ids.reshape(-1),
+            logprobs=np.concatenate([a.topk_logprobs for a in answers]).reshape(-1),
+            tail=np.concatenate([a.tail for a in answers]),
+        )
+    entropy = np.concatenate([a.entropy for a in answers if a.entropy is not None]) if needs.entropy else None
+    return TeacherData(np.concatenate([a.teacher_logprobs for a in answers]), entropy, topk)
+
+
+def partition_seed(row: Row) -> int:
+    """Seed of the numbers that the sampled partition draws for a row."""
+    return derive_seed(row.plan.seed, "partition")
+
+
+def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData) -> Regions:
+    """Partition the step's student tokens, with the same draws as the service."""
+    return partition_tokens(
+        objective.partition,
+        student_logprobs=sampler_logprobs(rows).astype(np.float32),
+        teacher_logprobs=teacher.logprobs,
+        uniforms=partition_draws(rows),
+        teacher_entropy=teacher.entropy,
+    )
+
+
+def partition_draws(rows: Sequence[Row]) -> npt.NDArray[np.float64]:
+    """One uniform number per student token, from the row's seed and the token's place in the sequence."""
+    parts = [
+        uniforms(partition_seed(row), np.arange(len(row.context), len(row.sequence)))
+        for row in rows
+        if row.tokens
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)

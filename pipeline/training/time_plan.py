@@ -1,0 +1,167 @@
+"""How long a run takes: a measurement of seconds on its own models, and arithmetic from there.
+
+The measurement samples from the teacher and trains the student on a few tokens. Other rates follow from the models'
+sizes: sampling and scoring take time in proportion to the parameters, and a forward pass is a third of a training pass.
+It is an estimate: a busy machine, or responses of another length than those measured, take several times as long.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.models.directories import model_directory
+from tropd.pipeline.models.engines.base import Generation, Sampling
+from tropd.pipeline.models.loading import context_length, load_model, num_parameters
+from tropd.pipeline.models.runtime import DTYPES, autocast, configure_runtime
+from tropd.pipeline.problems.prompts import scan_prompts
+from tropd.pipeline.run.opening import load_role
+from tropd.pipeline.run.run import Run
+
+ROWS = 8
+"""Prompts that the teacher answers."""
+TOKENS = 96
+"""Most tokens of an answer."""
+MOST_STOP = 0.75
+TRAINED = (4, 64)
+"""Rows and columns of the batch that the student is trained on."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second on this machine."""
+
+    teacher_sampling: float
+    teacher_scoring: float
+    student_sampling: float
+    student_training: float
+    lengths: tuple[int, ...]
+    """Tokens of the teacher's responses."""
+    stopped: bool
+    """Whether nearly all of these came to their end."""
+
+    def expected_length(self, most: int) -> float:
+        """Tokens of a response of at most ``most``: the mean of those measured, or all where many of these were cut."""
+        return min(float(most), mean(self.lengths)) if self.stopped else float(most)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much there is to do."""
+
+    prompts: int
+    problems: int
+    prompt_length: float
+    """Mean, in tokens."""
+
+
+def measure(run: Run, prompts: Sequence[Sequence[int]]) -> Rates:
+    """Sample a few responses of the teacher and train the student once; nothing is written.
+
+    Args:
+        prompts: token ids; the first few are answered.
+
+    Raises:
+        ConfigError, DataError, MemoryFullError: a model cannot be loaded.
+    """
+    sampling, answers, teacher_size = _sampling_rate(run, [list(tokens) for tokens in prompts[:ROWS]])
+    training, student_size = _training_rate(run)
+    ratio = student_size / teacher_size
+    return Rates(
+        teacher_sampling=sampling,
+        teacher_scoring=3 * training * ratio,
+        student_sampling=sampling / ratio,
+        student_training=training,
+        lengths=tuple(len(one.tokens) for one in answers),
+        stopped=mean(one.finish_reason == "stop" for one in answers) >= MOST_STOP,
+    )
+
+
+def _sampling_rate(run: Run, prompts: list[list[int]]) -> tuple[float, list[Generation], int]:
+    """Tokens per second of the teacher, its responses, and its parameters; its memory is free afterwards."""
+    teacher = load_role(run, "teacher")
+    engine = teacher.engine(batch_size=ROWS)
+    seeds = list(range(len(prompts)))
+    engine.generate(prompts, Sampling(), seeds=seeds, max_tokens=[2] * len(prompts))  # prepares the weights
+    began = time.perf_counter()
+    answers = engine.generate(prompts, Sampling(), seeds=seeds, max_tokens=[TOKENS] * len(prompts))
+    seconds = time.perf_counter() - began
+    return sum(len(one.tokens) for one in answers) / seconds, answers, num_parameters(teacher.model)
+
+
+def _training_rate(run: Run) -> tuple[float, int]:
+    """Tokens per second of forward and backward pass, and the student's parameters."""
+    settings = run.config.student
+    device = configure_runtime(run.config.runtime)
+    folder = model_directory(run.workspace, settings, "student")
+    model = load_model(folder, dtype="float32", device=device, trust_remote_code=settings.trust_remote_code)
+    precision = None if settings.settled_dtype == "float32" else DTYPES[settings.settled_dtype]
+    columns = min(TRAINED[1], context_length(model.config))
+    rows = torch.arange(TRAINED[0] * columns, device=device).reshape(TRAINED[0], columns)
+    rows = rows % model.get_input_embeddings().num_embeddings
+    seconds = []
+    for _ in range(2):  # the first one is slower
+        began = time.perf_counter()
+        with autocast(device, precision):
+            logits = model(input_ids=rows, use_cache=False).logits
+        logits.float().logsumexp(-1).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        model.zero_grad(set_to_none=True)
+    return rows.numel() / min(seconds), num_parameters(model)
+
+
+def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[str, float]:
+    """Seconds of each stage, of ``a step`` of training among them, by the configuration and the rates.
+
+    Training is counted as if the student wrote every token itself: teacher prefixes make early steps faster.
+    """
+    prefixes = min(
+        amounts.prompts, config.data.limit or amounts.prompts, config.prefixes.limit or amounts.prompts
+    )
+    written = prefixes * config.prefixes.samples_per_prompt
+    length = rates.expected_length(config.prefix_max_tokens)
+    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    own = rates.expected_length(config.rollout.max_tokens)
+    read = rows * (amounts.prompt_length + own)
+    step = rows * own / rates.student_sampling + read / rates.student_training + read / rates.teacher_scoring
+    problems = min(amounts.problems, config.evaluation.limit or amounts.problems)
+    answer = rates.expected_length(config.evaluation_max_tokens)
+    answers = problems * (1 + config.evaluation.samples)
+    rates_of = (rates.student_sampling, rates.student_sampling, rates.teacher_sampling)
+    return {
+        "generate-prefixes": written * length / rates.teacher_sampling,
+        "score-teacher": written * (amounts.prompt_length + length) / rates.teacher_scoring,
+        "a step": step,
+        "train": config.train.steps * step,
+        "evaluate": sum(answers * answer / rate for rate in rates_of),
+    }
+
+
+def estimate(run: Run, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Measure, and tell the seconds of each stage of a run.
+
+    Args:
+        prompts: its first training prompts as token ids.
+
+    Raises:
+        ConfigError, DataError: models or prompts cannot be read, or there are no prompts.
+    """
+    data = run.config.data
+    trained, _ = scan_prompts(run.workspace.resolve(data.prompts), data)
+    asked, _ = scan_prompts(run.workspace.resolve(data.evaluation), data)
+    lengths = sum(map(len, prompts)) / len(prompts)
+    return seconds_of_stages(run.config, measure(run, prompts), Amounts(len(trained), len(asked), lengths))
+
+
+def duration(seconds: float) -> str:
+    """Such as ``12 s``, ``3 min`` or ``1.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,203 @@
+"""The student in training: one module from token ids to the log-probs that a loss needs, sharded where there are many.
+
+With one process the model is used as it is. With several, FSDP2 (``fully_shard``) shards weights, gradients and
+optimiser state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
+norm, head) is the unit of this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from tropd.pipeline.config.sections.value_types import Dtype
+from tropd.pipeline.models.float32_attention import attend_in_float32
+from tropd.pipeline.models.loading import decoder_layers, load_model, load_tokenizer
+from tropd.pipeline.models.output.logprobs import Lookups, TokenLogprobs, token_logprobs
+from tropd.pipeline.models.output.output_layer import SplitModel, split_model
+from tropd.pipeline.models.runtime import autocast, evaluation_mode, pick_device
+from tropd.pipeline.models.stops import stop_ids
+from tropd.pipeline.run.opening import LoadedModel, load_role
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.training.update import dropout
+from tropd.pipeline.training.update.lora import add_adapters
+from tropd.pipeline.training.update.micro_batches import MicroBatch, Packing
+from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
+from tropd.storage.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+class StudentPass(torch.nn.Module):
+    """A causal LM on micro-batches. The head is part of the forward pass, where FSDP can see its use.
+
+    Args:
+        precision: of matrix products, where it is not that of the weights.
+        num_tokens: ids that the tokenizer has; all rows of the output layer if None.
+    """
+
+    def __init__(
+        self, model: Any, precision: torch.dtype | None = None, num_tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._split = [
+            split_model(model, num_tokens)
+        ]  # in a list: its parts are the model's, not modules of their own
+        self.precision = precision
+        self.packing = _packing(model, precision)
+
+    @property
+    def split(self) -> SplitModel:
+        return self._split[0]
+
+    def forward(self, batch: MicroBatch, lookups: Lookups) -> tuple[Tensor, ...]:
+        """The fields of ``TokenLogprobs``, as a tuple."""
+        hidden = self.split.hidden(**batch.inputs)
+        states = hidden[batch.row_index, batch.column_index]
+        found: TokenLogprobs = token_logprobs(self.split, states, batch.targets, lookups)
+        return found.targets, found.lookups, found.entropy, found.overlap, found.tail
+
+
+def _packing(model: Any, precision: torch.dtype | None) -> Packing:
+    """How a model takes rows one after another, told apart by their positions, for what they are; found by trying."""
+    for packing, lines in (("lines", 2), ("one line", 1)):
+        tells = _tells_rows_apart(model, lines, None)
+        if tells is None:  # flash attention exists in half precision only
+            tells = _tells_rows_apart(model, lines, precision)
+        if tells:
+            return cast(Packing, packing)
+    logger.info("%s does not take packed rows: they are padded", type(model).__name__)
+    return "padded"
+
+
+def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> bool | None:
+    """None if the model cannot compute that."""
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = (torch.arange(12 * lines, device=model.device) * 7 + 1).view(lines, 12) % vocab
+    positions = torch.arange(12, device=model.device).repeat(lines, 1)
+    positions[-1] = torch.cat([torch.arange(5), torch.arange(7)])
+    try:
+        with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[-1:, 5:]
+            alone = model(input_ids=ids[-1:, 5:], use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    return torch.allclose(packed.float(), alone.float(), rtol=tolerance, atol=tolerance)
+
+
+def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> None:
+    """Spread the weights over all processes, in float32; matrix products are in ``precision``."""
+    if world.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for module in decoder_layers(student.model):
+        fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    fully_shard(student, mesh=world.mesh, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or a state of it, gathered from all processes if it is sharded."""
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered.detach()
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """Set the weights of ``target`` to those of the sharded ``source``; every process must take part."""
+    targets = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        value = whole(parameter)
+        with torch.no_grad():
+            targets[name].copy_(value)
+
+
+def trainable_student(run: Run, folder: Path, device: torch.device, world: World) -> LoadedModel:
+    """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these.
+
+    With several processes all weights are float32 and in main memory: what is sharded together has one type.
+    """
+    settings = run.config.student
+    remote = settings.trust_remote_code
+    alone = world.size == 1
+    dtype: Dtype = settings.settled_dtype if settings.lora is not None and alone else "float32"
+    device = device if alone else torch.device("cpu")
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
+    _adapt(run, model)
+    if not run.config.train.dropout:
+        dropout.turn_off(model)
+    if run.config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.config.train.attention != "auto":
+        choose_attention(model, run, world)
+    elif settings.settled_dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
+        attend_in_float32(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    ends = stop_ids(run.workspace, run.config, "student", folder)
+    return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
+
+
+def check_attention(run: Run, world: World) -> None:
+    """Refuse before a model is loaded an attention that this machine does not have.
+
+    Raises:
+        ConfigError: there is no GPU, the package is missing, or the student is float32 or spread over processes.
+    """
+    attention = run.config.train.attention
+    if attention == "auto":
+        return
+    on_gpu = pick_device(run.config.runtime.device).type == "cuda"
+    if run.config.student.settled_dtype == "float32" or not on_gpu or world.size > 1:
+        raise ConfigError(
+            f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and so far a single process",
+            hint='set train.attention = "auto", or student.dtype = "bfloat16"',
+        )
+    installed = (
+        is_flash_attn_2_available() if attention == "flash_attention_2" else is_flash_attn_3_available()
+    )
+    if not installed:  # transformers would look for a kernel on the Hugging Face hub
+        raise ConfigError(
+            f"train.attention = {attention!r} needs a package that is not installed, or not for this GPU",
+            hint='install flash-attn (flash_attn_3 for version 3), or set train.attention = "auto"',
+        )
+
+
+def choose_attention(model: Any, run: Run, world: World) -> None:
+    """Switch the model to ``train.attention``.
+
+    Raises:
+        ConfigError: see ``check_attention``; or the model does not take it.
+    """
+    check_attention(run, world)
+    attention = run.config.train.attention
+    reason = "it cannot be changed"
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error)
+    if model.config._attn_implementation != attention:
+        raise ConfigError(
+            f"train.attention = {attention!r} is not possible with {type(model).__name__}: {reason}",
+            hint='set train.attention = "auto"',
+        )
+
+
+def whole_student(run: Run, folder: Path) -> Any:
+    """A copy of the student for inference beside the sharded one, with the same parameters."""
+    model = load_role(run, "student", folder).model
+    _adapt(run, model)
+    return model
+
+
+def _adapt(run: Run, model: Any) -> None:
+    settings = run.config.student.lora
+    if settings is not None:
+        add_adapters(model, settings, derive_seed(run.config.run.seed, "lora") % 2**31)

@@ -1,0 +1,57 @@
+"""The training pass on a few rows of the run, before the first step: its log-probs are those of a plain forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tropd.pipeline.models.engines import proof
+from tropd.pipeline.models.output.logprobs import Lookups
+from tropd.pipeline.models.runtime import autocast, evaluation_mode
+from tropd.pipeline.training.rollout.rows import Row, RowPlan
+from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
+from tropd.pipeline.training.update.student import StudentPass
+
+
+def prove_pass(
+    passes: StudentPass, sequences: Sequence[Sequence[int]], precision: torch.dtype | None
+) -> None:
+    """Try rows of the run, packed or padded as they will be.
+
+    Raises:
+        ConfigError: the model cannot be trained right.
+    """
+    model = passes.model
+    name, rows = type(model).__name__, proof.few(sequences)
+    rows.append(rows[1])  # the halves fit into one line
+
+    def scored(rows: proof.Rows, starts: Sequence[int]) -> list[proof.Floats]:
+        with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
+            written = [_row(list(row), start) for row, start in zip(rows, starts, strict=True)]
+            # In one batch, whatever its size: they are few.
+            return row_logprobs(passes, written, sum(len(row) for row in rows) * len(rows))
+
+    with proof.refusing(name):
+        plain = proof.plain_logprobs(model, precision, passes.split.limit)
+        proof.check_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
+
+
+def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[proof.Floats]:
+    """Log-probs of each row's student tokens, by the pass that trains, in micro-batches of ``budget`` tokens."""
+    layout = Layout(rows, guided=False)
+    found = np.zeros(int(layout.student_counts.sum()), dtype=np.float32)
+    for batch in micro_batches(layout, budget, passes.model.device, packing=passes.packing):
+        nothing = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
+        found[batch.student_tokens] = passes(batch, nothing)[0].detach().float().cpu().numpy()
+    return np.split(found, np.cumsum(layout.student_counts)[:-1])
+
+
+_PLAN = RowPlan(0, 0, (), (), None, False, 0)
+
+
+def _row(tokens: list[int], start: int) -> Row:
+    written = tokens[start:]
+    return Row(replace(_PLAN, prompt_tokens=tokens[:start]), written, [0.0] * len(written), False)

@@ -1,0 +1,1 @@
+"""File formats: each has one module that writes and reads it."""

@@ -1,0 +1,91 @@
+"""``samples.jsonl``: a few responses of a few training steps, token by token, for the report's acceptance map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tropd.storage.disk.atomic import write_text_atomic
+from tropd.storage.formats.step_log import log_line, read_log, resume_log, sampled_steps
+from tropd.storage.workspace import SAMPLES
+
+if TYPE_CHECKING:
+    pass
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Alternative(_Part):
+    """A token that the teacher would have written, and its probability."""
+
+    text: str
+    probability: float
+
+
+class StudentToken(_Part):
+    """A token that the student wrote, and what became of it. Log-probs are natural, at temperature 1."""
+
+    text: str
+    trust: float
+    """Weight with which it belongs to the trust region; ``outlier``: to the outliers."""
+    outlier: float
+    student_logprob: float
+    """As the engine that sampled it had it."""
+    teacher_logprob: float | None
+    """None: minus infinity."""
+    p_trust: float
+    """min(π_T/π_S, 1)."""
+    alternatives: list[Alternative] = []
+    """The teacher's likeliest, where it was asked for them."""
+
+
+class SampledResponse(_Part):
+    """One row of a step. The texts of ``guidance`` and ``tokens`` join to the response, or to the part that is kept."""
+
+    prompt_id: str
+    prompt: str
+    guidance: list[str]
+    """Tokens of the teacher's prefix."""
+    guidance_tokens: int
+    """How many there are in all."""
+    tokens: list[StudentToken]
+    student_tokens: int
+    """How many there are in all."""
+    truncated: bool
+    """The student ran into the length limit."""
+
+
+class StepSample(_Part):
+    """What is kept of a step."""
+
+    step: int
+    responses: list[SampledResponse]
+
+
+def resume_samples(folder: Path, first_step: int, total_steps: int) -> str:
+    """Forget what a lost session wrote from ``first_step`` on; returns in words what else is lost (see ``step_log``)."""
+    expected = [step for step in sampled_steps(total_steps) if step < first_step]
+    if not expected and not (folder / SAMPLES).exists():
+        return ""
+    return resume_log(folder, SAMPLES, first_step, expected)[1]
+
+
+def _write(folder: Path, samples: Sequence[StepSample]) -> None:
+    write_text_atomic(folder / SAMPLES, "".join(log_line(s.model_dump(mode="json")) for s in samples))
+
+
+def read_samples(path: Path) -> tuple[list[StepSample], int]:
+    """The samples in step order, and how many lines are not readable as such."""
+    found = read_log(path)
+    samples, unreadable = [], len(found.damaged)
+    for record in found.whole:
+        try:
+            samples.append(StepSample.model_validate(record))
+        except ValidationError:
+            unreadable += 1
+    return samples, unreadable

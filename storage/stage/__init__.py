@@ -1,0 +1,1 @@
+"""A stage on disk: its folder, lock, manifest and fingerprint."""

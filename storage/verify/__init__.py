@@ -1,0 +1,1 @@
+"""Checking a workspace without any model."""

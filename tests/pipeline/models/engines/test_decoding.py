@@ -1,0 +1,151 @@
+"""Batches from which rows leave as they are done: the same responses, whoever is beside them, and never too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tropd.pipeline.models.engines import decoding
+from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.decoding import Choice, decode, few_moved
+from tropd.pipeline.models.engines.transformers import TransformersEngine
+
+LONGEST = 24
+
+
+def short_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "lean":
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(
+            vocab_size=30, num_key_value_heads=2, max_position_embeddings=LONGEST, **sizes
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+    # Its positions are a table: one beyond the last is an error.
+    config = transformers.GPT2Config(vocab_size=30, n_embd=32, n_layer=1, n_head=2, n_positions=LONGEST)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["lean", "gpt2"])
+def test_a_row_that_is_done_early_never_leaves_the_models_positions(kind: str) -> None:
+    engine = TransformersEngine(short_model(kind), [], batch_size=64)
+    assert engine.is_lean == (kind == "lean")
+    # One of 21 is too few to leave: it rides along while the others are written to the end.
+    prompts = [[5] * (LONGEST - 2)] + [[3 + n] for n in range(20)]
+    results = engine.generate(prompts, Sampling(0.0), seeds=[0] * 21, max_tokens=[100] * 21)
+    assert [len(r.tokens) for r in results] == [2] + [LONGEST - 1] * 20
+    alone = [engine.generate([p], Sampling(0.0), seeds=[0], max_tokens=[100])[0] for p in prompts]
+    assert [r.tokens for r in results] == [r.tokens for r in alone]
+
+
+@pytest.mark.parametrize("kind", ["lean", "gpt2"])
+def test_a_prompt_that_fills_the_context_gets_no_token(kind: str) -> None:
+    engine = TransformersEngine(short_model(kind), [], batch_size=64)
+    full, other = [4] * LONGEST, [4, 5]
+    results = engine.generate([full, other], Sampling(), seeds=[0, 1], max_tokens=[3, 3])
+    assert [(len(r.tokens), r.finish_reason) for r in results] == [(0, "length"), (3, "length")]
+    (only,) = engine.generate([full], Sampling(), seeds=[0], max_tokens=[3])
+    assert only.tokens == []
+
+
+@pytest.mark.parametrize("kind", ["lean", "gpt2"])
+def test_responses_do_not_depend_on_when_rows_leave(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    engine = TransformersEngine(short_model(kind), [1, 7], batch_size=64)
+    prompts = [[2 + n % 20] * (1 + n % 5) for n in range(40)]
+    limits = [1 + n % 17 for n in range(40)]
+
+    def generate() -> Any:
+        return engine.generate(prompts, Sampling(), seeds=range(40), max_tokens=limits)
+
+    expected = generate()
+    assert {r.finish_reason for r in expected} == {"stop", "length"}
+    for share, segment in ((0.0, 3), (0.5, 1), (1.0, 128)):
+        monkeypatch.setattr(decoding, "DONE_SHARE", share)
+        monkeypatch.setattr(decoding, "SEGMENT", segment)
+        for one, other in zip(generate(), expected, strict=True):
+            assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_rows_leave_caches_of_linear_attention_too() -> None:
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    heads = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_key_value_heads": 2}
+    dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "max_position_embeddings": 64}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    torch.manual_seed(0)
+    config = transformers.Qwen3NextConfig(**sizes, **heads, **dims, **experts)
+    engine = TransformersEngine(transformers.Qwen3NextForCausalLM(config).eval(), [3], batch_size=9)
+    prompts, limits = [[4 + n] * (1 + n % 4) for n in range(9)], [2 + 3 * n for n in range(9)]
+    together = engine.generate(prompts, Sampling(), seeds=range(9), max_tokens=limits)
+    for n, found in enumerate(together):
+        (alone,) = engine.generate([prompts[n]], Sampling(), seeds=[n], max_tokens=[limits[n]])
+        assert found.tokens == alone.tokens
+        np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=1e-5)
+
+
+class Counting:
+    """A decoder of nothing: the token that it chooses is the number of the row's prompt."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._rows = torch.zeros(0, dtype=torch.long)
+
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: torch.Tensor) -> Choice:
+        self._rows = torch.tensor([prompt[0] for prompt in prompts])
+        return self.step(draws)
+
+    def step(self, draws: torch.Tensor) -> Choice:
+        assert draws.shape == self._rows.shape
+        self.sizes.append(len(draws))
+        return self._rows, draws.float(), draws.float()
+
+    def select(self, keep: torch.Tensor) -> None:
+        self._rows = self._rows[keep]
+
+
+@pytest.mark.parametrize("longest", [0, 1, 7])
+def test_the_last_row_goes_on_with_one_other(longest: int) -> None:
+    limits = [2] * 8
+    limits[longest] = 300  # more than two segments
+    decoder = Counting()
+    found = decode(
+        decoder,
+        [[10 + n] for n in range(8)],
+        seeds=range(8),
+        limits=limits,
+        stop_ids=[],
+        device=torch.device("cpu"),
+    )
+    assert [g.tokens for g in found] == [[10 + n] * limit for n, limit in enumerate(limits)]
+    assert decoder.sizes == [8] * 2 + [2] * 298
+    (alone,) = decode(decoder, [[5]], seeds=[longest], limits=[300], stop_ids=[], device=torch.device("cpu"))
+    assert alone.logprobs == found[longest].logprobs
+
+
+@given(st.sets(st.integers(0, 30), min_size=1))
+def test_as_few_rows_move_as_leave(places: set[int]) -> None:
+    going = np.array(sorted(places))
+    order = few_moved(going)
+    assert sorted(order.tolist()) == going.tolist()
+    moved = np.flatnonzero(order != np.arange(len(order)))
+    assert len(moved) == sum(place >= len(going) for place in places)
+    # What is moved comes from beyond the new batch: copies cannot overwrite each other's sources.
+    assert (order[moved] >= len(order)).all()

@@ -1,0 +1,45 @@
+"""What this machine cannot do is refused before anything is read, started or loaded."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.training import setup
+from tropd.pipeline.training.setup import open_session
+from tropd.pipeline.training.update import lora
+from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        ("student.engine = 'vllm'", 2, 'student.engine = "vllm" trains in a single process'),
+        ("student.engine = 'vllm'", 1, 'student.engine = "vllm" needs vLLM'),
+        ("train.region_gradients = true", 2, "train.region_gradients needs a single process"),
+        ("student.lora = { rank = 2 }", 1, "student.lora needs peft"),
+        (
+            "train.attention = 'flash_attention_2'\nstudent.dtype = 'bfloat16'",
+            1,
+            "train.attention = 'flash_attention_2' needs a CUDA GPU",
+        ),
+    ],
+)
+def test_settings_that_need_another_machine_are_refused_first(
+    settings: str, processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (lora, setup):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    # A run without a workspace: whatever reads a file or opens a model would fail otherwise.
+    run = cast(Any, SimpleNamespace(config=parse_config(settings).config))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    nothing = cast(Any, None)
+    with ExitStack() as stack, pytest.raises(ConfigError) as caught:
+        open_session(run, stack, World(size=processes), nothing, nothing, nothing)
+    assert message in str(caught.value)
+    assert caught.value.hint

@@ -1,0 +1,55 @@
+"""Estimates of time: a measurement on tiny models, and the arithmetic from there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.run.run import Run
+from tropd.pipeline.training.memory_plan import prompt_tokens
+from tropd.pipeline.training.time_plan import Amounts, Rates, duration, estimate, measure, seconds_of_stages
+
+RATES = Rates(100.0, 1000.0, 200.0, 500.0, (10, 20), stopped=True)
+
+
+def config(text: str = "") -> Config:
+    return parse_config(
+        "[rollout]\nprompts_per_step = 4\nsamples_per_prompt = 2\nmax_tokens = 50\n[train]\nsteps = 3\n"
+        + text
+    ).config
+
+
+def test_stages_take_what_their_tokens_take() -> None:
+    seconds = seconds_of_stages(config(), RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
+    assert seconds["generate-prefixes"] == 40 * 15 / 100
+    assert seconds["score-teacher"] == 40 * 20 / 1000
+    assert seconds["a step"] == pytest.approx(8 * (15 / 200 + 20 / 500 + 20 / 1000))
+    assert seconds["train"] == 3 * seconds["a step"]
+    assert seconds["evaluate"] == pytest.approx(12 * 15 * (1 / 200 + 1 / 200 + 1 / 100))
+
+
+def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
+    limited = config("[prefixes]\nlimit = 10\nsamples_per_prompt = 2\n[evaluation]\nlimit = 3\nsamples = 2\n")
+    cut = Rates(100.0, 1000.0, 200.0, 500.0, (20, 20), stopped=False)
+    seconds = seconds_of_stages(limited, cut, Amounts(40, 6, 5.0))
+    assert seconds["generate-prefixes"] == 20 * 50 / 100
+    assert seconds["evaluate"] == pytest.approx(9 * 50 * 0.02)
+
+
+def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:
+    prompts = prompt_tokens(tiny_run)
+    assert len(prompts) == 10
+    rates = measure(tiny_run, prompts)
+    # Teacher and student are the same model.
+    assert rates.teacher_sampling == rates.student_sampling > 0
+    assert rates.teacher_scoring == 3 * rates.student_training
+    assert len(rates.lengths) == 8
+    seconds = estimate(tiny_run, prompts)
+    assert all(value > 0 for value in seconds.values())
+    there = {path.name for path in tiny_run.workspace.root.iterdir()}
+    assert there == {"config.toml", "data", "workspace.json"}, "nothing is written"
+
+
+def test_durations_are_short() -> None:
+    assert [duration(s) for s in (0.123, 12.3, 250, 7200)] == ["0.12 s", "12 s", "4 min", "2.0 h"]
