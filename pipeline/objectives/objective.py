@@ -1,7 +1,7 @@
 """Objectives as data: partition rule × estimator per region × token weights × guidance × importance.
 
 Everything here is plain configuration (pydantic, TOML); the formulas are in ``partition.py``,
-``estimators.py`` and ``weights.py``. A named method is a TOML file in ``recipes/objectives``.
+``estimators.py`` and ``token_weights.py``. A named method is a TOML file in ``config/recipes/objectives``.
 """
 
 from __future__ import annotations

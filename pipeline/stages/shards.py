@@ -1,7 +1,7 @@
 """A stage's work, cut in shards: which are missing, who makes them, and how the stage is completed.
 
 A shard depends on the run and on its own number only, so the outputs are the same bytes whoever makes them: this
-process, the jobs of an array (``--shards i/n``, see ``storage.parts``), or workers of Ray (``ray_workers``).
+process, the jobs of an array (``--shards i/n``, see ``storage.stage.job_parts``), or workers of Ray (``shards_on_ray``).
 """
 
 from __future__ import annotations

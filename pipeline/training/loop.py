@@ -1,7 +1,7 @@
 """Stage 3, ``train``: take a prepared step, update the student; checkpointed, resumed exactly.
 
-A step is prepared first: the student rolls out, the teacher is asked (``preparation``). Then the loss and its gradient
-(``step``), the optimizer, a line in the journal, and now and then an evaluation and a checkpoint. Everything random is a
+A step is prepared first: the student rolls out, the teacher is asked (``rollout.ahead``). Then the loss and its gradient
+(``update.gradients``), the optimizer, a line in the journal, and now and then an evaluation and a checkpoint. Everything random is a
 function of the run's seed and the step's number, so that a run that was interrupted ends with the same weights.
 """
 

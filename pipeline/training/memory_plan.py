@@ -91,7 +91,7 @@ def memory_parts(
     """
     compute = BYTES[config.student.settled_dtype]
     on_cpu = _on_cpu(config)
-    cached = BYTES["float32"] if on_cpu else compute  # see engines.lean
+    cached = BYTES["float32"] if on_cpu else compute  # see lean_decoder
     adapters = config.student.lora
     trained = trained_parameters(config, student)
     # Frozen weights of a single process keep their own precision; what is sharded is float32.

@@ -44,7 +44,7 @@ class Session:
     """The engine that rolls out with the student's weights."""
     optimizer: torch.optim.Optimizer
     scorers: dict[str, TeacherClient]
-    """Clients of the teachers by name (see ``teachers``); none where all scores are on disk."""
+    """Clients of the teachers by name (see ``by_domain``); none where all scores are on disk."""
     reference: Engine | None
     problems: Encoded | None
     """Those with an answer that are evaluated along the way, spread over all."""

@@ -35,8 +35,8 @@ class TransformersEngine:
         batch_tokens: tokens, padding included, per scoring pass.
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
-        compiles: compile the model's layers and, where the model is one that ``lean`` knows, its decoding step.
-        lean: decode without the model's modules (see ``lean``), or with them; if None, without them where that gives the
+        compiles: compile the model's layers and, where the model is one that ``lean_decoder`` knows, its decoding step.
+        lean: decode without the model's modules (see ``lean_decoder``), or with them; if None, without them where that gives the
             same.
     """
 

@@ -34,7 +34,7 @@ PLAIN = Sampling()
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts as the student reads them, each with the name of its teacher (see ``teachers``)."""
+    """Prompts as the student reads them, each with the name of its teacher (see ``by_domain``)."""
 
     prompts: list[Prompt]
     tokens: list[list[int]]

@@ -43,7 +43,7 @@ class Dialect(Protocol):
 
 
 class TropdDialect:
-    """The teacher service of this package (see ``protocol``)."""
+    """The teacher service of this package (see ``messages``)."""
 
     def __init__(self, info: ServiceInfo) -> None:
         self.info = info

@@ -1,4 +1,4 @@
-"""The teacher-scoring service: FastAPI around one engine, Arrow in and out (see ``protocol``)."""
+"""The teacher-scoring service: FastAPI around one engine, Arrow in and out (see ``messages``)."""
 
 from __future__ import annotations
 

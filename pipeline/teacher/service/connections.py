@@ -2,7 +2,7 @@
 
 uvicorn limits only how long a connection may be idle between two requests. Everything else that a client can delay is
 limited here: the header of a request, reading an answer, and how many connections there are. The deadline of a body is
-the application's (``service``), which can say so in an answer.
+the application's (``app``), which can say so in an answer.
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ class StepInputs:
 
     @cached_property
     def sampler_logprobs(self) -> Floats:
-        """``[T]`` (see ``rollouts``)."""
+        """``[T]`` (see ``rows``)."""
         return sampler_logprobs(self.rows)
 
     @cached_property
     def mu_logprobs(self) -> Floats:
-        """``[T]`` (see ``rollouts``)."""
+        """``[T]`` (see ``rows``)."""
         return mu_logprobs(self.rows)
 
 

@@ -1,4 +1,4 @@
-"""Models made into machine code by ``torch.compile``: their layers, and the decoding step of ``lean``.
+"""Models made into machine code by ``torch.compile``: their layers, and the decoding step of ``lean_decoder``.
 
 A tiny model on a CPU gains since a step is some fifty operations, each of which costs more to call than to do; a large
 one since what lies between matrix products becomes one pass over memory. Compiling takes some ten seconds for each use
@@ -102,7 +102,7 @@ def choose(
     ids: Tensor,
     *arguments: Any,
 ) -> Choice:
-    """``lean.choose``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
+    """``lean_decoder.choose``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
     cache = arguments[1]
     if len(ids) == 1 or cache[0].shape[3] == 1:
         return lean_decoder.choose(sampling, draws, model, angles, ids, *arguments)
