@@ -171,7 +171,7 @@ def stop_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     if bad:
         raise ConfigError(
             f"eos_token_id in the {GENERATION_CONFIG} (or {CONFIG}) of {tokenizer.name_or_path} names {bad[0]!r}, which "
-            f"is no token: the tokenizer has ids 0 … {tokens - 1}",
+            f"is not a token: the tokenizer has ids 0 … {tokens - 1}",
             hint=f"correct it there; the tokenizer's own end-of-sequence token is {tokenizer.eos_token_id}",
         )
     return frozenset({int(tokenizer.eos_token_id), *ids})

@@ -57,7 +57,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", hint=COPY_AGAIN) from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object but a {type(content).__name__}", hint=COPY_AGAIN)
+        raise DataError(f"{path} holds a {type(content).__name__}, not a JSON object", hint=COPY_AGAIN)
     return content
 
 
@@ -84,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DataError(
             f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: {listed(missing)}",
-            hint=f"{COPY_AGAIN}; an interrupted download goes on where it stopped",
+            hint=f"{COPY_AGAIN}; an interrupted download resumes where it stopped",
         )
     if left_over := {path.name for path in folder.glob("model*.safetensors")} - set(names):
         raise ConfigError(
@@ -113,7 +113,7 @@ def check_for_vllm(folder: Path) -> None:
 def _indexed(index: Path) -> list[str]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
-        raise DataError(f"{index} names no files: its weight_map is no object of names", hint=COPY_AGAIN)
+        raise DataError(f"{index} names no files: its weight_map is not an object of names", hint=COPY_AGAIN)
     return sorted(set(places.values()))
 
 

@@ -39,7 +39,7 @@ def stop_ids(workspace: Workspace, config: Config, role: str, folder: Path | Non
         tokens = num_tokens(load_tokenizer(folder, trust_remote_code=settings.trust_remote_code))
         if max(given) >= tokens:
             raise ConfigError(
-                f"rollout.stop_ids names {max(given)}, which is no token of {role}.model: its tokenizer has ids "
+                f"rollout.stop_ids names {max(given)}, which is not a token of {role}.model: its tokenizer has ids "
                 f"0 … {tokens - 1}"
             )
         return frozenset(given)
@@ -72,7 +72,7 @@ def differing_stops(workspace: Workspace, config: Config, tokenizer: Any) -> str
     return (
         f"the teacher ends a response with {_named(teacher, tokenizer)}, the student with {_named(student, tokenizer)} "
         "(tokenizer_config.json and generation_config.json of the models). The student is stopped at all of them, and "
-        f"train/final says so; another choice is rollout.stop_ids, now {both}"
+        f"train/final says so; to choose otherwise, set rollout.stop_ids, now {both}"
     )
 
 

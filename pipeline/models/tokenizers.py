@@ -139,7 +139,7 @@ def _templates(tokenizer: Any) -> Mapping[str, str]:
     templates = found if isinstance(found, Mapping) else {DEFAULT: found} if found else {}
     if not all(isinstance(template, str) for template in templates.values()):
         raise ConfigError(
-            f"the chat template of the tokenizer in {tokenizer.name_or_path} is no text but {type(found).__name__}",
+            f"the chat template of the tokenizer in {tokenizer.name_or_path} is not text but {type(found).__name__}",
             hint="mend chat_template in tokenizer_config.json of the model, or leave it out",
         )
     return templates

@@ -76,7 +76,7 @@ def _not_whole(folder: Path, model: Any, parts: list[str], *, untied: bool = Fal
     return DataError(
         f"the weights in {folder} are not those of a {type(model).__name__} as its {CONFIG} describes it: "
         + "; ".join(parts),
-        hint=f'{COPY_AGAIN}; or set "tie_word_embeddings": true in its {CONFIG}, if that was so once'
+        hint=f'{COPY_AGAIN}; or set "tie_word_embeddings": true in its {CONFIG}, if the two were tied once'
         if untied
         else f"{COPY_AGAIN}; if it is whole, {CONFIG} is that of another model",
     )

@@ -90,5 +90,5 @@ def _content(number: int, content: Any) -> str:
         else {type(content).__name__}
     )
     raise ValueError(
-        f"has something else than text in message {number} ({printable(', '.join(sorted(kinds)))})"
+        f"has something other than text in message {number} ({printable(', '.join(sorted(kinds)))})"
     )

@@ -90,7 +90,7 @@ def encode_prompts(
             if not tokens:
                 rejects.append(Reject(prompt.line, f"prompt {prompt.id!r} has no tokens"))
             elif len(tokens) > max_length:
-                reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, room is for {max_length}"
+                reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, there is room for {max_length}"
                 rejects.append(Reject(prompt.line, reason))
             else:
                 kept.append(prompt)
@@ -100,7 +100,7 @@ def encode_prompts(
         notes.append(f"the tokenizer appends {tokenizer.eos_token!r} to prompts: it is left out")
     if begun_twice:
         notes.append(
-            f"the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it: it is there once"
+            f"the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it: it is kept once"
         )
     return Encoded(kept, encoded, rejects, notes, date if clock.read else None)
 
@@ -177,8 +177,8 @@ def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, ch
             continue
         if any(other != tokens for other in others):
             raise ConfigError(
-                f"prompt {prompt.id!r} is encoded in another way each time: the chat template or the tokenizer does "
-                "something at random",
+                f"prompt {prompt.id!r} is encoded differently each time: the chat template or the tokenizer draws "
+                "at random",
                 hint="take it out of the model's chat_template.jinja (|random, lipsum) or tokenizer.json (dropout); each "
                 "stage has to read the same prompts",
             )

@@ -82,7 +82,7 @@ def write_records(
             (i for i, (ours, theirs) in enumerate(common) if ours != theirs), min(len(lines), len(before))
         )
         raise DataError(
-            f"{name} has other records than {path}, with which {used_by} was made: {len(lines)} instead of "
+            f"{name} has other records than {path}, which {used_by} was made with: {len(lines)} instead of "
             f"{len(before)}, and the first that differs is {name}[{first}]",
             hint="name another workspace for them, or remove that folder to make it anew",
         )

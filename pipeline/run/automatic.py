@@ -1,4 +1,4 @@
-"""Settings that are not given, and depend on the machine, the models, or the results that a workspace holds already.
+"""Automatic settings, decided by the machine, the models, or the results that a workspace holds already.
 
 They are decided where a run is opened, so that the stages see, and record, plain values.
 """
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 TINY_BYTES = 64_000_000
 """Models whose weights take less are tiny: one thread is fastest."""
 FORMER_GRADER = "pattern"
-"""The grader of those who set none, until `math` took its place."""
+"""The default grader until `math` took its place."""
 
 
 def settled(workspace: Workspace, config: Config, origins: Origins) -> Config:
     """The configuration with precision and threads decided, and the grader that the workspace was begun with.
 
-    Precision (``dtype = "auto"``) is what a stage of the workspace has recorded, so that results stay usable, also on
+    Precision (``dtype = "auto"``) is that recorded by a stage of the workspace, so that results stay usable, also on
     another machine; else bfloat16 on CUDA and float32 on a CPU.
     """
     recorded = dict(_recorded(workspace))

@@ -1,4 +1,4 @@
-"""The runs of a comparison: one per objective and seed, each in a workspace of its own."""
+"""The runs of a comparison: one per objective and seed, each in its own workspace."""
 
 from __future__ import annotations
 

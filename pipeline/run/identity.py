@@ -1,4 +1,4 @@
-"""What a stage's output is a function of, beyond settings and weights: prompts as a model sees them, and where it stops.
+"""Fingerprint fields of a stage's inputs beyond settings and weights: prompts as a model sees them, and its stops.
 
 Fields have names that a refusal can show. Some came with later versions: what was made before has no value for them, and
 is neither refused nor trusted without a word.
@@ -74,7 +74,7 @@ def stop_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Sc
 
 
 def harness_model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, Scalar]:
-    """Fingerprint fields of what lm-eval reads of a model besides its weights."""
+    """Fingerprint fields of the parts of a model that lm-eval reads besides its weights."""
     settings: ModelConfig = getattr(run.config, role)
     folder = folder or model_directory(run.workspace, settings, role)
     generation = folder / GENERATION_CONFIG
@@ -88,7 +88,7 @@ def harness_model_fields(run: Run, role: str, folder: Path | None = None) -> dic
 
 
 def fingerprint_of(run: Run, fields: Mapping[str, Scalar]) -> Fingerprint:
-    """A fingerprint that also fits what older versions made, which recorded less."""
+    """A fingerprint that also fits the output of older versions, which recorded less."""
     return Fingerprint(
         fields,
         recent=[name for name in fields if name.endswith(RECENT)],
@@ -124,7 +124,7 @@ def tell_unrecorded(run: Run, stage: Stage) -> None:
     if stage.unrecorded:
         run.reporter.warning(
             f"{stage.folder} was begun by an older version of tropd, which did not record {', '.join(stage.unrecorded)}: "
-            "what it holds is taken on trust to be made with what these are now; --force makes it anew"
+            "its contents are assumed to match the values of today; --force makes it anew"
         )
 
 

@@ -13,11 +13,11 @@ LONGEST_NAP_SECONDS = 0.1
 
 
 class StopRequestedError(Exception):
-    """Someone has asked to stop while the loop was waiting."""
+    """A stop was requested while the loop was waiting."""
 
 
 class StopRequest:
-    """Whether someone has asked the loop to stop."""
+    """A request to the loop to stop, once a signal or a caller has made it."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -26,7 +26,7 @@ class StopRequest:
         return self.signal is not None
 
     def end(self) -> None:
-        """Ask without a signal: nothing that waits is needed any more."""
+        """Ask without a signal: nothing that waits is needed any longer."""
         if self.signal is None:
             self.signal = 0
 
@@ -36,7 +36,7 @@ class StopRequest:
         Naps, because an Event must not be set in the handler of a signal that may have interrupted its own wait.
 
         Raises:
-            StopRequestedError: there is a request.
+            StopRequestedError: a stop is requested.
         """
         end = time.monotonic() + seconds
         while not self and (left := end - time.monotonic()) > 0:

@@ -60,7 +60,7 @@ class LoadedModel:
 
 @contextmanager
 def loading(run: Run, role: str, folder: Path) -> Iterator[None]:
-    """Say that a model is being loaded, and what helps if it does not fit."""
+    """Report that a model is being loaded; if it does not fit, say which settings help."""
     advice = (
         f'set {role}.dtype = "bfloat16", take a smaller model, or free memory; {run.workspace.command("plan")} shows '
         "what the run needs"
@@ -145,8 +145,8 @@ def role_room(run: Run, role: str) -> int:
     claimed = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
     if longest < claimed:
         run.reporter.warning(
-            f"{role}.model takes {claimed} tokens, but here its sequences end at {longest}: beyond, its rotary positions "
-            "become others for a whole batch, so that log-probs would depend on the rows beside a row"
+            f"{role}.model takes {claimed} tokens, but here its sequences end at {longest}: beyond that, its rotary "
+            "positions change for a whole batch, and log-probs would depend on the other rows of it"
         )
     settings: ModelConfig = getattr(run.config, role)
     return longest if settings.engine == "transformers" else run.config.vllm.room(longest)

@@ -1,4 +1,4 @@
-"""How a stage says what it is doing, without knowing who listens."""
+"""The reporter to which a stage tells its progress, independent of any display."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A workspace with its checked configuration, and who listens."""
+    """A workspace with its checked configuration, and its reporter."""
 
     workspace: Workspace
     resolved: ResolvedConfig
@@ -30,7 +30,7 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
-        """The checked configuration, with what was left automatic decided (see ``automatic``)."""
+        """The checked configuration, with automatic settings decided (see ``automatic``)."""
         return settled(self.workspace, self.resolved.config, self.resolved.origins)
 
     @property
@@ -45,7 +45,7 @@ class Run:
 
 
 def with_teacher(run: Run, url: str) -> Run:
-    """The run with its teacher at a service that is already there."""
+    """The run with its teacher at a service that already runs."""
     config = run.config
     teacher = config.teacher.model_copy(update={"url": url})
     resolved = replace(run.resolved, config=config.model_copy(update={"teacher": teacher}))

@@ -1,4 +1,4 @@
-"""Which problems a run trains on and is measured by: usable, not contaminated, encoded, and what identifies them."""
+"""The problems a run trains on and is measured by: usable, not contaminated, encoded, with their fingerprint fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def _room(max_length: int, max_tokens: int) -> int:
-    """What a response of so many tokens leaves for a prompt.
+    """Tokens that a response of so many tokens leaves for a prompt.
 
     Raises:
         ConfigError: nothing.

@@ -19,13 +19,13 @@ def finished(run: Run, stage: str) -> Manifest:
 
     Raises:
         TropdError: it is not complete; the message names the command that makes it.
-        DamagedShardError: the manifest is missing while there is output, or is not readable.
+        DamagedShardError: the manifest is missing while output exists, or is not readable.
     """
     folder, command = run.workspace.stage(stage), run.command(stage_kind(stage).command)
     manifest = read_manifest(folder)
     if manifest is None and holds_output(folder):
         raise DamagedShardError(
-            f"{folder / MANIFEST} is missing, and without it nothing is known of what is beside it",
+            f"{folder / MANIFEST} is missing, and without it the files beside it cannot be used",
             hint=f"put it back from a copy, or make the stage anew: {command} --force",
         )
     if manifest is None:

@@ -34,7 +34,7 @@ RECORD_SUFFIX = ".sources.json"
 
 
 def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -> dict[str, dict[str, Any]]:
-    """Make the files of some sources that are not there; returns what each file was made of.
+    """Make the missing files of some sources; returns the record of each file's sources.
 
     Raises:
         ConfigError: the ``datasets`` library is missing, data cannot be reached, or a file was made of other sources.
@@ -51,7 +51,7 @@ def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -
         wanted = [to_plain(part) for part in parts]
         if target.exists() and not force:
             made[file] = _earlier(file, record_path, wanted)
-            run.reporter.info(f"fetch: {file} is there")
+            run.reporter.info(f"fetch: {file} exists")
             continue
         lines, record = _mixed(run, file, parts, data)
         made[file] = {"sources": wanted, **record}
@@ -69,13 +69,13 @@ def _earlier(file: str, record_path: Path, wanted: list[dict[str, Any]]) -> dict
         sources = record["sources"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{record_path}, which says what {file} was made of, cannot be read",
+            f"{record_path}, the record of the sources of {file}, cannot be read",
             hint=f"delete it to keep {file} as it is, or make both anew with tropd fetch --force",
         ) from None
     if sources != wanted:
         raise ConfigError(
             f"{file} was made of other sources than data.sources names now ({record_path.name} has them)",
-            hint="tropd fetch --force makes it anew; stages made with the old file then refuse to go on",
+            hint="tropd fetch --force makes it anew; stages made with the old file then refuse to continue",
         )
     return record
 
@@ -132,7 +132,7 @@ def _report_bad(run: Run, file: str, sources: Sequence[Source], bad: Sequence[Se
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many prompts of each source are used: all, or as many as there can be in the given shares."""
+    """How many prompts of each source are used: all, or as many as the given shares allow."""
     if all(weight is None for weight in weights):
         return list(sizes)
     known = [1.0 if weight is None else weight for weight in weights]
@@ -158,7 +158,7 @@ def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
 def _records(
     run: Run, source: Source, records: Iterable[Record], seen: set[str], rejects: list[Reject]
 ) -> Iterator[tuple[Ask, str | None]]:
-    """Prompt and answer of the records that are wanted; a prompt counts once. Others are added to ``rejects``.
+    """Prompt and answer of the wanted records; a prompt counts once. Others are added to ``rejects``.
 
     Raises:
         DataError: some are bad, and ``data.skip_bad`` is off.

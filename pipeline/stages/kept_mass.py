@@ -1,4 +1,4 @@
-"""How many alternatives a cache would need: measured on a few tokens, over the whole vocabulary."""
+"""Probability mass that a cache keeps, and the k for more: measured on a few tokens, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tropd.storage.cache.shard import TopK
 from tropd.storage.formats.trajectories import Trajectory
 
 LOW = 0.95
-"""Kept mass below which a word is said."""
+"""Kept mass below which a warning is given."""
 WANTED = 0.99
 POSITIONS = 32
 """Tokens that are looked at; each takes the vocabulary's log-probs."""
 
 
 def kept_mass(data: TopK) -> float:
-    """Mean probability of the alternatives that are kept of a token."""
+    """Mean probability of the alternatives that are kept per token."""
     return float(np.exp(data.logprobs.astype(np.float64)).sum()) / max(data.num_tokens, 1)
 
 
@@ -45,7 +45,7 @@ def needed_alternatives(engine: Engine, rows: Sequence[Trajectory], wanted: floa
 
 
 def low_mass_warning(kept: float, k: int, needed: int, most: int) -> str:
-    """What is said where a cache keeps little.
+    """The warning about a cache that keeps little.
 
     Args:
         needed: see ``needed_alternatives``.

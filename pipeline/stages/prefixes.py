@@ -57,7 +57,7 @@ BATCHES_PER_CALL = 4
 
 @dataclass(frozen=True)
 class Source:
-    """Who writes, how, and into which stage, from the section of that author."""
+    """Author, sampling settings and target stage, from the section of that author."""
 
     stage: str
     author: Author
@@ -115,7 +115,7 @@ def student_source(run: Run) -> Source:
 
 
 def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
-    """Everything that decides which trajectories of these prompts are made."""
+    """Everything that decides the trajectories of these prompts."""
     section = "prefixes" if source.author == "teacher" else "rollout"
     left_out = {"stage", "author"} | marks(type(getattr(run.config, section))).keys()
     fields: dict[str, Scalar] = {
@@ -197,8 +197,8 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
 def _to_filter(
     run: Run, source: Source, identity: Fingerprint, batches: Sequence[Batch], rejects: Path
 ) -> Manifest | None:
-    """The stage on disk, if it is complete and differs from what is asked for only in what it keeps, and if all that it
-    left out is there."""
+    """The stage on disk, if it is complete, differs from the request only in its filters, and has all that it left
+    out."""
     folder = run.workspace.stage(source.stage)
     made = read_manifest(folder)
     changed = only_filters_changed(identity, made) if made is not None and made.complete else []
@@ -211,14 +211,14 @@ def _to_filter(
     if not is_whole([folder / name for name in sorted(made.shards)], rejects, expected):
         return None
     run.reporter.info(
-        f"{source.stage}: only {', '.join(changed)} changed: what is there is filtered again and nothing is sampled; the "
-        "old output is moved aside"
+        f"{source.stage}: only {', '.join(changed)} changed: the stored trajectories are filtered again and nothing is "
+        "sampled; the old output is moved aside"
     )
     return made
 
 
 def open_generator(source: Source, batches: Sequence[Batch], rejects: Path, run: Run) -> Maker:
-    """What is returned writes one shard of trajectories after another; the author is loaded at the first."""
+    """Return a maker that writes one shard of trajectories after another; the author is loaded at the first."""
     authors = EngineSlot(run, source.author, batch_size=source.batch_size)
     step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
 

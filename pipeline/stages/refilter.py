@@ -1,4 +1,4 @@
-"""Trajectories filtered anew: where only the rules of what is kept have changed, nothing is sampled again.
+"""Trajectories filtered anew: where only the filters have changed, nothing is sampled again.
 
 Those that a filter leaves out are written beside the stage, to ``rejects/prefixes/<digest>/``, in a folder for each
 way of sampling. With the kept ones they are all that was sampled, from which another filter takes its own. A stage whose
@@ -25,14 +25,14 @@ from tropd.storage.stage.manifest import Manifest, check_shard, read_manifest
 FILTERS = frozenset(
     {"prefixes.keep", "evaluation.answer_pattern", "evaluation.grader", "evaluation.grading_rules"}
 )
-"""Fingerprint fields that decide what is kept of what was sampled."""
+"""Fingerprint fields that decide which sampled trajectories are kept."""
 
 Answered = tuple[Trajectory, str | None]
 """A trajectory, and the answer that its prompt expects."""
 
 
 def rejects_folder(run: Run, identity: Fingerprint) -> Path:
-    """Where trajectories are that were left out, of those sampled as ``identity`` says."""
+    """The folder of the rejected trajectories, of those sampled as ``identity`` says."""
     sampling = Fingerprint({name: v for name, v in identity.fields.items() if name not in FILTERS})
     return run.workspace.root / "rejects" / "prefixes" / sampling.digest[:16]
 
@@ -58,13 +58,13 @@ def separate(run: Run, keep: str, rows: Sequence[Answered]) -> tuple[list[Trajec
 
 
 def write_rejects(folder: Path, name: str, rows: Sequence[Trajectory]) -> None:
-    """Keep what a shard leaves out; before the shard itself, so that with one there is always the other."""
+    """Store the rejects of a shard, before the shard itself, so that one never exists without the other."""
     make_folder(folder)
     write_trajectories(folder / name, rows)
 
 
 def is_whole(shards: Sequence[Path], rejects: Path, expected: Sequence[Collection[tuple[str, int]]]) -> bool:
-    """Whether shards and their rejects together are all trajectories that were sampled, each once.
+    """True if shards and their rejects together are all trajectories that were sampled, each once.
 
     Args:
         expected: of each shard, prompt ids with sample numbers.
@@ -88,7 +88,7 @@ def _keys(path: Path) -> list[tuple[str, int]]:
 def open_filter(
     stage: str, made: Manifest, rejects: Path, keep: str, batches: Sequence[Sequence[Prompt]], run: Run
 ) -> Maker:
-    """What is returned filters one shard after another of the stage that was moved aside.
+    """Return a maker that filters one shard after another of the stage that was moved aside.
 
     Raises:
         TropdError: it is not there.
@@ -96,7 +96,7 @@ def open_filter(
     asides = sorted(run.workspace.root.glob(f"{stage}.old-*"))
     found = [folder for folder in asides if (old := read_manifest(folder)) and old == made]
     if not found:
-        raise TropdError(f"the {stage} stage that was to be filtered is not there any more")
+        raise TropdError(f"the {stage} stage that was to be filtered no longer exists")
     names = sorted(made.shards)
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:

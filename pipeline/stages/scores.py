@@ -57,7 +57,7 @@ ROWS_SCHEMA = pa.schema(
 
 
 def fingerprint(run: Run, source: Manifest) -> Fingerprint:
-    """Everything that decides the scores: the trajectories, the teacher, and what is kept."""
+    """Everything that decides the scores: the trajectories, the teacher, and the kept alternatives."""
 
     def of(run: Run) -> dict[str, Scalar]:
         fields = model_fields(run, "teacher") | engine_fields(run, "teacher")
@@ -71,7 +71,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
 def score_teacher(
     run: Run, *, source_stage: str = "prefixes", execution: Execution = HERE, force: bool = False
 ) -> Manifest:
-    """Score what is missing of the trajectories in ``source_stage``; returns the manifest (see ``run_stage``).
+    """Score the trajectories of ``source_stage`` that have no scores yet; returns the manifest (see ``run_stage``).
 
     Raises:
         ConfigError: no stage of that name has trajectories.
@@ -99,7 +99,7 @@ def score_teacher(
 
 
 def open_scorer(source_stage: str, run: Run) -> Maker:
-    """Load the teacher; what is returned scores one shard of trajectories after another."""
+    """Load the teacher; return a maker that scores one shard of trajectories after another."""
     source_folder = run.workspace.stage(source_stage)
     source = finished(run, source_stage)
     shards = list(source.shards.values())
@@ -117,7 +117,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
             if len(names) > 1:
                 raise TropdError(
                     f"{shard.name} of {source_stage} holds prompts of several teachers: it was made before "
-                    "teacher.by_domain was what it is",
+                    "teacher.by_domain was set as it is now",
                     hint=f"{run.command(stage_kind(source_stage).command)} --force",
                 )
             engine, _ = teachers.open(*names)

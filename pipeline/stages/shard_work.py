@@ -22,22 +22,22 @@ class ShardSpec:
 
 
 class Maker(Protocol):
-    """Makes shards; it holds what they all need, such as an engine."""
+    """Makes shards; it holds their shared resources, such as an engine."""
 
     def __call__(self, number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
         """Write the outputs of a shard into ``folder``; returns their row counts by name.
 
-        ``advance`` is told how many units more are done; over a shard they add up to its size.
+        ``advance`` is called with the number of further units done; over a shard they add up to its size.
         """
 
 
 Opener = Callable[[Run], Maker]
-"""Loads what a maker needs. It must be picklable, for it may run in another process."""
+"""Loads the resources of a maker. It must be picklable, for it may run in another process."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage has to make."""
+    """The work of a stage: its shards, and how to make them."""
 
     title: str
     unit: str

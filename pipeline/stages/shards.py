@@ -1,4 +1,4 @@
-"""A stage's work, cut in shards: which are missing, who makes them, and how the stage is completed.
+"""Running a stage in shards: find the missing ones, make them here or elsewhere, complete the stage.
 
 A shard depends on the run and on its own number only, so the outputs are the same bytes whoever makes them: this
 process, the jobs of an array (``--shards i/n``, see ``storage.stage.job_parts``), or workers of Ray (``shards_on_ray``).
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Execution:
-    """Who makes the shards: by default this process, all of them."""
+    """Maker and selection of the shards: by default this process makes all of them."""
 
     part: Part | None = None
     ray_workers: int | None = None
@@ -62,7 +62,7 @@ def run_stage(
     execution: Execution = HERE,
     force: bool = False,
 ) -> Manifest:
-    """Make what a stage lacks. ``plan`` is asked only if something may be missing; ``finish`` completes the stage.
+    """Make a stage's missing shards. ``plan`` is asked only if something may be missing; ``finish`` completes the stage.
 
     Returns the stage's manifest; that of a part, incomplete, while other parts are missing.
 
@@ -73,7 +73,7 @@ def run_stage(
     if execution.part is not None:
         if force:
             raise ConfigError(
-                "--force and --shards do not go together",
+                "--force and --shards cannot be combined",
                 hint=f"move {folder} away first, then start all parts without --force",
             )
         return _run_part(run, name, fingerprint, plan, finish, execution.part)
@@ -118,7 +118,7 @@ def _run_part(
     work = plan()
     own = part_folder(folder, part.index, part.count)
     elsewhere = made_shards(folder, fingerprint.digest, but=own)
-    # Of parts nothing is taken on trust: those of an older version would be counted as missing for ever.
+    # Of parts nothing is taken on trust: those of an older version would be counted as missing forever.
     with open_stage(own, name, Fingerprint(fingerprint.fields), timings=run.timings) as stage:
         mine = [
             spec
@@ -132,7 +132,7 @@ def _run_part(
     missing = sum(not made.issuperset(spec.outputs) for spec in work.shards)
     if missing:
         run.reporter.info(
-            f"{name}: part {part.index}/{part.count} is done, {missing} shards of others are missing"
+            f"{name}: part {part.index}/{part.count} is done, {missing} shards of other parts are missing"
         )
         return manifest
     try:

@@ -56,7 +56,7 @@ def prompt_teachers(run: Run) -> Mapping[str, str]:
 
 
 def with_only(run: Run, name: str) -> Run:
-    """The run as if it had this teacher only.
+    """The run with this teacher only.
 
     Raises:
         ConfigError: no teacher has that name.
@@ -74,7 +74,7 @@ def with_only(run: Run, name: str) -> Run:
 
 
 class EngineSlot:
-    """Room for one author's engine: another one takes its place."""
+    """Holds at most one loaded engine; opening another frees the first."""
 
     def __init__(self, run: Run, role: str, *, batch_size: int = 1, batch_tokens: int = 16384) -> None:
         self._run, self._role = run, role

@@ -25,7 +25,7 @@ from tropd.storage.stage.fingerprint import Scalar
 
 
 def local_teacher(run: Run) -> Path | None:
-    """The directory of a run's one teacher; None where it is not on this machine and ``teacher.url`` names who has it."""
+    """The directory of a run's one teacher; None where it is not on this machine (``teacher.url`` names its server)."""
     teacher = run.config.teacher
     if teacher.urls and not model_is_here(run.workspace, teacher):
         return None
@@ -41,7 +41,7 @@ def check_pairs(run: Run) -> None:
 
 
 def teacher_fields(run: Run) -> dict[str, Scalar]:
-    """Fingerprint fields of all teachers: of a directory, or what the servers say where there is none here."""
+    """Fingerprint fields of all teachers: of a directory, or the servers' descriptions where none is here."""
     return fields_of_all(run, teachers_in_use(run), _fields)
 
 
@@ -125,7 +125,7 @@ def connect_teacher(
         tokenizer: the student's.
         stop_ids: tokens that end the student's responses.
         needed_length: tokens of the longest prompt and response together.
-        on_wait: told why nothing happens while a server is away.
+        on_wait: called with the reason why nothing happens while a server is away.
         sleep: waits between two attempts; may raise to end the wait.
 
     Raises:
@@ -152,7 +152,7 @@ def connect_teacher(
     check_stops(run, client.url, info, stop_ids)
     if info.kind == "vllm" and not client.check_token_texts(tokenizer.decode, identity.vocab_size):
         run.reporter.warning(
-            f"the server at {client.url} has no /detokenize: its tokenizer is taken on trust"
+            f"the server at {client.url} has no /detokenize: its tokenizer cannot be checked"
         )
     objective = run.config.objective
     client.check_gives(teacher_needs(objective), objective)
@@ -161,11 +161,11 @@ def connect_teacher(
             run.reporter.info(f"train: teacher at {replica.url}: {_described(replica.before)}")
     if folder is None:
         run.reporter.info(
-            f"train: teacher.model = {teacher.model!r} is not on this machine; its identity is what the service says"
+            f"train: teacher.model = {teacher.model!r} is not on this machine; its identity is taken from the service"
         )
     elif info.kind == "vllm":
         run.reporter.info(
-            f"train: a vLLM server does not tell its weights; {info.model} is taken to be {folder.name}"
+            f"train: a vLLM server does not report its weights; {info.model} is assumed to be {folder.name}"
         )
     elif info.weights != (weights := weights_digest(folder)):
         raise ConfigError(
@@ -188,7 +188,7 @@ def check_stops(run: Run, url: str, info: ServiceInfo, stop_ids: Collection[int]
         )
     if not info.stop_ids and local_teacher(run) is None:
         run.reporter.warning(
-            f"the teacher at {url} does not say which tokens end its responses: the student's own are taken, "
+            f"the teacher at {url} does not say which tokens end its responses: the student's own are used, "
             f"{sorted(stop_ids)}; rollout.stop_ids sets others"
         )
 

@@ -45,7 +45,7 @@ class LocalTeacher:
     def __enter__(self) -> LocalTeacher:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as log:
-            self._log_start = log.tell()  # what is before it is an earlier service's
+            self._log_start = log.tell()  # an earlier service wrote all before it
             # A session of its own: Ctrl-C reaches the trainer only, which stops this when it has saved its state.
             self.process = subprocess.Popen(
                 self._command,
@@ -81,7 +81,7 @@ class LocalTeacher:
         def read() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                if not self._url:  # what is printed later is read, lest the pipe fill, and dropped
+                if not self._url:  # later output is read, lest the pipe fill, and dropped
                     lines.put(line)
 
         threading.Thread(target=read, daemon=True).start()
@@ -111,7 +111,7 @@ class LocalTeacher:
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        # What is still loading a model does not look at its input yet, and has nothing to lose.
+        # A service that is still loading its model does not look at its input yet, and has nothing to lose.
         for stop in (lambda: None, process.terminate, process.kill)[not self._url :]:
             stop()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What a training run reads from its workspace, checked before any model is loaded."""
+"""The inputs of a training run: prompts and earlier stages, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tropd.storage.workspace import scores_stage, stage_kind
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts with their token ids, and what the stages before have made."""
+    """Prompts with their token ids, and the outputs of earlier stages."""
 
     prompts: list[Prompt]
     encoded: list[list[int]]
@@ -43,10 +43,10 @@ def student_prompts(run: Run) -> Encoded:
 
 
 def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
-    """Read and check what belongs to these prompts.
+    """Read and check the stored trajectories and scores of these prompts.
 
     Raises:
-        ConfigError, DataError: naming file or stage, and what makes it.
+        ConfigError, DataError: naming file or stage, and the command that makes it.
     """
     config, objective = run.config, run.config.objective
     tokenizer, longest = role_tokenizer(run, "student"), role_room(run, "student")
@@ -110,7 +110,7 @@ def _check_prompts(
 
 
 def _cache(run: Run, source: str, tokens: int) -> CachedScores:
-    """The scores of the trajectories in stage ``source``: of those that are there now, by the teacher that is named.
+    """The named teacher's scores of the trajectories that stage ``source`` has now.
 
     Raises:
         ConfigError: the trajectories were made anew since, or the scores are another teacher's.
@@ -121,7 +121,7 @@ def _cache(run: Run, source: str, tokens: int) -> CachedScores:
     trajectories = read_manifest(run.workspace.stage(source))
     if trajectories is None or manifest.fields.get(f"upstream.{source}") != trajectories.fingerprint:
         raise ConfigError(
-            f"the {stage} stage holds scores of other trajectories than those that are in {source} now",
+            f"the {stage} stage holds scores of other trajectories than {source} has now",
             hint=f"score these: {run.command(command)} --force",
         )
     for field, value in teacher_fields(run).items():

@@ -1,8 +1,9 @@
 """Stage 3, ``train``: take a prepared step, update the student; checkpointed, resumed exactly.
 
 A step is prepared first: the student rolls out, the teacher is asked (``rollout.ahead``). Then the loss and its gradient
-(``update.gradients``), the optimizer, a line in the journal, and now and then an evaluation and a checkpoint. Everything random is a
-function of the run's seed and the step's number, so that a run that was interrupted ends with the same weights.
+(``update.gradients``), the optimizer, a line in the journal, and now and then an evaluation and a checkpoint.
+Everything random is a function of the run's seed and the step's number, so that an interrupted run ends with the
+same weights.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def train(run: Run, *, force: bool = False) -> Manifest:
     check_wandb(run.config.train.wandb_project)
     with ExitStack() as stack:
         world = stack.enter_context(join_world(pick_device(run.config.runtime.device)))
-        # One process writes and talks; the others learn from it whether there is anything to do.
+        # One process writes and talks; the others learn from it whether anything is left to do.
         prompts, stage = None, None
         if world.leads:
             check_pairs(run)

@@ -1,4 +1,4 @@
-"""What a training run needs in memory and on disk, from the models' configurations alone.
+"""Memory and disk space of a training run, from the models' configurations alone.
 
 Exact are parameters (the model is built without storage), gradients, AdamW's moments and the KV cache. Activations are
 an estimate: what autograd keeps per token of a decoder layer with fused attention, the inputs of its matrix products
@@ -24,7 +24,7 @@ from tropd.pipeline.run.opening import role_room, role_tokenizer
 from tropd.pipeline.run.run import Run
 
 BYTES = {"float32": 4, "bfloat16": 2}
-# What allocators and kernels take besides, as a share.
+# The share that allocators and kernels take besides.
 OVERHEAD = 0.1
 LOOKED_AT = 2000
 """Prompts whose lengths are counted."""
@@ -36,7 +36,7 @@ CACHE_BYTES = 95
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on."""
+    """The sizes of a model that memory depends on."""
 
     parameters: int
     layers: int
@@ -82,7 +82,7 @@ def memory_parts(
     *,
     longest_prompt: int = 0,
 ) -> list[Part]:
-    """Memory of each training process on its device, by what it is for.
+    """Memory of each training process on its device, by purpose.
 
     Args:
         teacher: None where another device has it (``teacher.url``).
@@ -94,7 +94,7 @@ def memory_parts(
     cached = BYTES["float32"] if on_cpu else compute  # see lean_decoder
     adapters = config.student.lora
     trained = trained_parameters(config, student)
-    # Frozen weights of a single process keep their own precision; what is sharded is float32.
+    # Frozen weights of a single process keep their own precision; sharded ones are float32.
     width = compute if adapters is not None and processes == 1 else BYTES["float32"]
     frozen = student.parameters if adapters is not None else 0
     share = trained / processes

@@ -29,14 +29,14 @@ from tropd.pipeline.training.world import World
 
 @dataclass(frozen=True)
 class Session:
-    """What the loop needs. Models share the process; the teacher is behind ``scorer``."""
+    """Models, clients and data of the loop. Models share the process; the teacher is behind ``scorer``."""
 
     run: Run
     world: World
     aside: World
     """The same for the thread that prepares the next step."""
     inputs: Inputs
-    """Prompts, and what the stages before have made."""
+    """Prompts, and the outputs of earlier stages."""
     student: LoadedModel
     passes: StudentPass
     """The student as it is trained, sharded where there are several processes."""
@@ -49,16 +49,16 @@ class Session:
     problems: Encoded | None
     """Those with an answer that are evaluated along the way, spread over all."""
     held_out: HeldOutSet | None
-    """What the student is compared with its teacher on along the way."""
+    """Prompts and responses on which the student is compared with its teacher along the way."""
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the objective asks of the teacher."""
+        """The objective's demands on the teacher."""
         return teacher_needs(self.run.config.objective)
 
     @property
     def precision(self) -> torch.dtype | None:
-        """The student's passes are in this precision; None: in that of its weights."""
+        """Precision of the student's passes; None: that of its weights."""
         return self.passes.precision
 
     @property
@@ -72,11 +72,11 @@ class Session:
 
     @property
     def vocab_limit(self) -> int:
-        """Ids that mean something to the student: rows of its output layer that are no tokens do not count."""
+        """Number of ids that are tokens of the student: other rows of its output layer do not count."""
         return num_tokens(self.student.tokenizer)
 
     def traffic(self) -> dict[str, int]:
-        """What was asked of the teacher so far, under the names of the metrics."""
+        """Counts of requests to the teacher so far, under the names of the metrics."""
         clients = self.scorers.values()
         return {
             "teacher_tokens_scored": sum(client.tokens_scored for client in clients),

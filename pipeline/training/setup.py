@@ -52,7 +52,7 @@ def open_session(
 
     Args:
         prompts: to train on.
-        on_wait: told why nothing happens while the teacher is away.
+        on_wait: called with the reason why nothing happens while the teacher is away.
         sleep: waits between two attempts to reach it; may raise to end the wait.
 
     Raises:
@@ -87,8 +87,8 @@ def open_session(
     passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
     if config.train.attention != "auto" and passes.packing == "padded":
         raise ConfigError(
-            f"with train.attention = {config.train.attention!r} {type(student.model).__name__} does not tell rows "
-            "in one line apart",
+            f"with train.attention = {config.train.attention!r} {type(student.model).__name__} mixes the rows "
+            "that are packed into one line",
             hint='set train.attention = "auto"',
         )
     if world.size == 1:  # sharded, its parts are in main memory here
@@ -123,7 +123,7 @@ def _graded(run: Run, problems: Encoded | None) -> Encoded | None:
 
 
 def _check_settings(run: Run, world: World) -> None:
-    """Refuse before anything is loaded what this machine, or its processes, cannot do.
+    """Refuse settings that this machine, or its processes, cannot satisfy, before anything is loaded.
 
     Raises:
         ConfigError: naming the setting.
@@ -133,7 +133,7 @@ def _check_settings(run: Run, world: World) -> None:
     check_attention(run, world)
     if world.size > 1 and config.student.engine == "vllm":
         raise ConfigError(
-            'student.engine = "vllm" trains in a single process so far',
+            'student.engine = "vllm" currently trains in a single process only',
             hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
         )
     if world.size > 1 and config.train.region_gradients:
@@ -157,7 +157,7 @@ def _connect(
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
 ) -> dict[str, TeacherClient]:
-    """Every process is a client; the first knows where the services are that it has started."""
+    """A client in every process; the first process knows the addresses of the services it has started."""
     connect = partial(
         connect_teachers,
         run,

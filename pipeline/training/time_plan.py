@@ -1,4 +1,4 @@
-"""How long a run takes: a measurement of seconds on its own models, and arithmetic from there.
+"""Time estimate of a run: a measurement of seconds on its own models, and arithmetic from there.
 
 The measurement samples from the teacher and trains the student on a few tokens. Other rates follow from the models'
 sizes: sampling and scoring take time in proportion to the parameters, and a forward pass is a third of a training pass.
@@ -52,7 +52,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much there is to do."""
+    """Amounts of work: prompts, tokens, rows."""
 
     prompts: int
     problems: int
@@ -161,7 +161,7 @@ def estimate(run: Run, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``12 s``, ``3 min`` or ``1.5 h``."""
+    """Seconds as text, such as ``12 s``, ``3 min`` or ``1.5 h``."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The stage that training fills: its identity, its opening by the process that writes, and one that has ended."""
+"""The ``train`` stage on disk: its fingerprint, its opening by the writing process, the check of a finished one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     if config.student.lora is not None:
         fields |= section_fields("student.lora", config.student.lora)
     if config.train.dropout:
-        # What is dropped depends on how a step is cut up.
+        # The dropped activations depend on how a step is cut up.
         fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
     if config.rollouts_differ:
         fields[IMPORTANCE_CLIP] = config.train.importance_clip
@@ -69,7 +69,7 @@ def open_train_stage(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]
         if IMPORTANCE_CLIP in stage.unrecorded and not stage.complete and own is None:
             run.reporter.warning(
                 f"{stage.folder} was begun by an older version of tropd, which did not weight responses sampled in "
-                "bfloat16: the steps that are still to come are weighted (train.importance_clip)"
+                "bfloat16: the remaining steps are weighted (train.importance_clip)"
             )
         stage.unrecorded = [name for name in stage.unrecorded if name != IMPORTANCE_CLIP]
         tell_unrecorded(run, stage)
@@ -77,7 +77,7 @@ def open_train_stage(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]
 
 
 def check_finished(run: Run, stage: Stage) -> None:
-    """The final model of a run that has ended is as it was written; damaged logs, on which no weight depends, are named.
+    """Check that the final model of an ended run is as written; warn of damaged logs, on which no weight depends.
 
     Raises:
         DamagedShardError: it is not.

@@ -1,7 +1,7 @@
 """The processes that train together: one, or as many as torchrun has started.
 
 Every process plans the whole step and does its share of it: rollouts, questions to the teacher, micro-batches. Rows and
-answers are exchanged, so that what the loss is normalised by is the same everywhere, however many there are. Process
+answers are exchanged, so that the loss has the same denominator everywhere, however many there are. Process
 0 leads: it alone writes files and talks to the user.
 """
 
@@ -30,13 +30,13 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class World:
-    """Who takes part. With size 1 every method is the identity."""
+    """The processes that take part. With size 1 every method is the identity."""
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
-    """Whom messages go through; the default group if not set."""
+    """Process group of the messages; the default group if not set."""
 
     @property
     def leads(self) -> bool:
@@ -49,7 +49,7 @@ class World:
         return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, by rank. Values are pickled, between processes of this run only."""
+        """Every process's value, by rank. Values are pickled, between processes of this run only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -65,7 +65,7 @@ class World:
         return box[0]
 
     def spread(self, items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
-        """``work`` over all items, each item done by one process; everyone gets all results, in order."""
+        """``work`` over all items, each item done by one process; every process gets all results, in order."""
         if self.size == 1:
             return work(list(items))
         results: list[Any] = [None] * len(items)
@@ -74,7 +74,7 @@ class World:
         return results
 
     def merge(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Everyone's array in one: at most one process has a number at a place, the others NaN."""
+        """All processes' arrays in one: at most one process has a number at a place, the others NaN."""
         if self.size == 1:
             return array
         merged = np.full_like(array, np.nan)

@@ -67,7 +67,7 @@ def test_a_vllm_server_teaches_the_same(tropd: Any, prepared: Path, finished: Pa
     with running(app) as url:
         result = tropd.ok("train", "-w", workspace, "--set", f"teacher.url={url}")
         assert "vLLM, /models/teacher, at most 127 tokens, top 12, no entropy" in result.output
-        assert "does not tell its weights" in result.output
+        assert "does not report its weights" in result.output
         refused = tropd(
             "train",
             "-w",

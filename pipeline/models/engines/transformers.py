@@ -36,7 +36,7 @@ class TransformersEngine:
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean_decoder`` knows, its decoding step.
-        lean: decode without the model's modules (see ``lean_decoder``), or with them; if None, without them where that gives the
+        lean: decode without the model's modules (see ``lean_decoder``), or with them; None: without, where that gives the
             same.
     """
 

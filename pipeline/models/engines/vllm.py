@@ -111,7 +111,7 @@ class VllmEngine:
         )
         if not all(self._call(self._llm.apply_model, partial(keep_rows, num_tokens))):
             raise ConfigError(
-                f"vLLM's implementation of the model in {folder} cannot be kept from ids that are no tokens",
+                f"vLLM's implementation of the model in {folder} cannot be limited to ids that are tokens",
                 hint='set engine = "transformers"',
             )
 

@@ -50,11 +50,11 @@ def answer_scores(
 
 
 def checked_logprobs(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """vLLM has been seen to return garbage for cached positions: what is no log-prob never goes on."""
+    """Refuse values that are not log-probs: vLLM has been seen to return garbage for cached positions."""
     if not are_logprobs(logprobs):
         raise TropdError(
             f"vLLM returned {float(np.nanmax(logprobs)):.3g} as a log-prob",
-            hint="of a student in training: its weights are out of bounds, and a lower train.learning_rate helps; "
-            "else another version of vLLM may. Nothing was written for this batch",
+            hint="for a student in training, its weights are out of bounds: lower train.learning_rate; otherwise "
+            "try another version of vLLM. Nothing was written for this batch",
         )
     return np.minimum(logprobs, np.float32(0.0))

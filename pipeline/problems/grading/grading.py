@@ -86,8 +86,8 @@ def check_expected(grader: GraderName, problems: Sequence[Prompt]) -> None:
     for problem in problems:
         if grader == "choice" and problem.answer is not None and expected_choice(problem.answer) is None:
             raise DataError(
-                f"problem {problem.id!r}: its answer {problem.answer[:80]!r} is no choice: a letter A to J, or an index "
-                "that counts from 0",
+                f"problem {problem.id!r}: its answer {problem.answer[:80]!r} is not a choice: a letter A to J, or an "
+                "index that counts from 0",
                 hint='set data.answer_field to the field that has the letter, or evaluation.grader to "exact" or "math"',
             )
 

@@ -1,4 +1,4 @@
-"""How far student and teacher are apart, per token: KL from whoever wrote a response to the other, and acceptance.
+"""How far student and teacher are apart, per token: KL from a response's author to the other, and acceptance.
 
 Of a position with the distributions p of the writer and q of the other, exactly over all tokens: KL(p‖q) =
 Σ_v p(v)·[log p(v) - log q(v)] and acceptance Σ_v min(p(v), q(v)), which is 1 less their total-variation distance. On the
@@ -31,7 +31,7 @@ from tropd.pipeline.teacher.wire.messages import log_tail
 
 Floats = npt.NDArray[np.float64]
 LEAST = -1e4
-"""What the log-prob of a token counts as that a model gives no probability at all: KLs stay finite."""
+"""Log-prob of a token to which a model gives no probability at all: KLs stay finite."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TokenDistances:
     """Of the n tokens of one response."""
 
     kl: Floats
-    """``[n]`` from the distribution of whoever wrote it to the other's."""
+    """``[n]`` from the writer's distribution to the other's."""
     acceptance: Floats | None
     """``[n]``; None where it is not known."""
     entropy: Floats | None
@@ -109,7 +109,7 @@ def _compare(
             torch.sum(mass * (p[block] - q[block]), dim=-1, out=kl[rows][block])
             torch.sum(mass * p[block], dim=-1, out=entropy[rows][block])
             torch.sum(torch.minimum(mass, q[block].exp()), dim=-1, out=acceptance[rows][block])
-        del p, q  # where there is no workspace, they would be there until the next are made
+        del p, q  # without a workspace, they would stay until the next are made
     return _floats(kl.clamp_(min=0.0)), _floats(acceptance.clamp_(max=1.0)), _floats(entropy.neg_())
 
 

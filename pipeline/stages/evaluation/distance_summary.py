@@ -1,4 +1,4 @@
-"""Distances over all held-out prompts, with intervals: what the summary of ``eval`` says of each model.
+"""Distances over all held-out prompts, with intervals, per model, for the summary of ``eval``.
 
 Reverse and forward KL, acceptance and entropy are means over tokens, the length over responses; prompts are resampled.
 """

@@ -91,10 +91,10 @@ Problems = Mapping[tuple[str, str], Encoded]
 
 
 def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
-    """All problems, as those who are evaluated read them.
+    """All problems, as the evaluated models read them.
 
     Raises:
-        DataError: a file is missing, or holds what cannot be used.
+        DataError: a file is missing, or holds unusable problems.
     """
     found = {}
     for role in dict.fromkeys("teacher" if who == "teacher" else "student" for who in whom):
@@ -133,12 +133,12 @@ def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
 
 
 def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Manifest:
-    """Evaluate whom has not been evaluated yet and return the finished manifest.
+    """Evaluate the models that have not been evaluated yet and return the finished manifest.
 
     Raises:
         ConfigError: ``whom`` names somebody who is not in ``WHO``.
         TropdError: the student after training is asked for, and training is not finished.
-        DamagedShardError: that student is not what training left; or a file of an earlier evaluation is damaged.
+        DamagedShardError: that student is not the one that training wrote; or a file of an earlier evaluation is damaged.
     """
     for who in whom:
         if who not in WHO:
@@ -193,12 +193,12 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
 
 
 def _present(run: Run, whom: Sequence[Who]) -> Sequence[Who]:
-    """Whom there is a model of on this machine: a teacher may be elsewhere."""
+    """Those whose models are on this machine: a teacher may be elsewhere."""
     if "teacher" not in whom or local_teacher(run) is not None:
         return whom
     run.reporter.warning(
-        f"teacher.model = {run.config.teacher.model!r} is not on this machine: the teacher is not evaluated, and of the "
-        "distances to it there is no forward KL, which needs its responses"
+        f"teacher.model = {run.config.teacher.model!r} is not on this machine: the teacher is not evaluated, and the "
+        "forward KL, which needs its responses, is not measured"
     )
     return [who for who in whom if who != "teacher"]
 
@@ -208,7 +208,7 @@ def _open(run: Run, who: Who, final: Path) -> tuple[Sampler, Any]:
 
 
 def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
-    """Warn of sets where no response of anybody has an answer: it is the grader that does not fit then."""
+    """Warn of sets where no model's response has an answer: the grader does not fit then."""
     for name, settings in run.config.evaluation_sets.items():
         answers = [pq.read_table(folder / _part(name, who), columns=["answer"])["answer"] for who in whom]
         if any(len(column) for column in answers) and all(c.null_count == len(c) for c in answers):
@@ -299,7 +299,7 @@ def _harness_part(name: str, who: Who) -> str:
 
 
 def _drop_pieces(stage: Stage) -> None:
-    """Batches are in their parts by now; what a killed stage has left of them goes too."""
+    """Delete the batches, which are in their parts by now, and the rest that a killed stage has left."""
     for piece in [name for name in stage.manifest.shards if _PIECE.search(name)]:
         stage.retire(piece)
     for path in stage.folder.rglob("*.parquet"):

@@ -72,7 +72,7 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
 
 
 def held_out_fields(run: Run) -> dict[str, Scalar]:
-    """Fingerprint fields of what is compared: how many prompts, and with which teachers."""
+    """Fingerprint fields of the comparison: how many prompts, and with which teachers."""
     wanted = run.config.evaluation.distance_prompts
     fields: dict[str, Scalar] = {NUM_PROMPTS: wanted}
     if wanted:
@@ -90,14 +90,16 @@ def tell_ungraded(run: Run, problems: Sequence[Prompt]) -> None:
     name = run.config.data.answer_field
     field = f"(field {name!r})" if name else "(data.answer_field is empty)"
     if without == len(problems):
-        run.reporter.info(f"{where}: no problem has an answer {field}: none is graded, there is no accuracy")
+        run.reporter.info(
+            f"{where}: no problem has an answer {field}: none is graded, so no accuracy is computed"
+        )
     else:
         count = f"{without} of {len(problems)} problems have no answer"
         run.reporter.info(f"{where}: {count} {field}: these are not graded")
 
 
 def responses_file(who: str) -> str:
-    """Name of the file of somebody's responses, in the stage's folder."""
+    """Name of the file of a model's responses, in the stage's folder."""
     return f"{RESPONSES}{who}.parquet"
 
 

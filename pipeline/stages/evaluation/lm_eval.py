@@ -1,4 +1,4 @@
-"""Benchmarks that a harness has and we do not: tasks of EleutherAI's lm-eval (GPQA, MMLU-Redux, IFEval, code, …).
+"""Benchmarks of EleutherAI's lm-eval harness, run on the models of a run (GPQA, MMLU-Redux, IFEval, code, …).
 
 The harness runs in a process of its own on the student's or teacher's directory, with an engine of its own. A task
 that runs what the model has written (HumanEval, MBPP, …) does so in that process, cut off from every network; where that
@@ -68,7 +68,7 @@ def check_harness(run: Run) -> None:
     """Refuse tasks that cannot be run, before any model is loaded.
 
     Raises:
-        ConfigError: there is no such task, or code cannot be isolated here.
+        ConfigError: no such task exists, or code cannot be isolated here.
     """
     for task in run.config.evaluation.harness:
         if task.runs_code and not _can_isolate():
@@ -81,12 +81,12 @@ def check_harness(run: Run) -> None:
         if done.returncode:
             raise ConfigError(
                 f"evaluation.harness: lm-eval has no task {task.task!r}, or cannot read it:\n{_tail(done)}",
-                hint="lm-eval ls tasks lists those that there are; evaluation.harness.folder names a folder of your own",
+                hint="lm-eval ls tasks lists the tasks that exist; evaluation.harness.folder names a folder of your own",
             )
 
 
 def run_task(run: Run, task: HarnessTask, role: str, folder: Path, target: Path, log: Path) -> list[Metric]:
-    """Run one task on the model in ``folder``; writes the metrics to ``target`` and what was said to ``log``.
+    """Run one task on the model in ``folder``; writes the metrics to ``target`` and the output to ``log``.
 
     Raises:
         TropdError: the harness failed; the end of its log is in the message.
@@ -112,7 +112,7 @@ def run_task(run: Run, task: HarnessTask, role: str, folder: Path, target: Path,
             )
             raise TropdError(
                 f"lm-eval failed on {task.task} ({role}):\n{_tail(done)}",
-                hint=f"all of it is in {log}{offline}",
+                hint=f"the full output is in {log}{offline}",
             )
         metrics = read_metrics(json.loads(found[-1].read_text(encoding="utf-8")), task.task)
     write_text_atomic(target, json.dumps([vars(metric) for metric in metrics], indent=1) + "\n")

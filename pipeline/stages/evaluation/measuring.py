@@ -62,13 +62,13 @@ def check_teachers(run: Run, held_out: HeldOut) -> None:
 
 
 def write_responses(stage: Stage, who: str, responses: Sequence[Trajectory]) -> None:
-    """Commit somebody's responses."""
+    """Commit a model's responses."""
     name = responses_file(who)
     stage.commit(name, rows=write_trajectories(stage.folder / name, responses))
 
 
 def read_responses(folder: Path, who: str) -> Responses:
-    """What somebody has written; nothing where there is no such file."""
+    """A model's stored responses; none where no such file exists."""
     path = folder / responses_file(who)
     rows = read_trajectories(path) if path.exists() else ()
     return {row.prompt_id: row for row in rows if row.tokens}
@@ -107,18 +107,18 @@ def _local(run: Run, held_out: HeldOut) -> list[str]:
 
 
 def exact_teachers(run: Run, held_out: HeldOut) -> list[str]:
-    """Names of those whose probabilities of all tokens are to be had here."""
+    """Names of the teachers whose probabilities of all tokens are available here."""
     return [
         name for name in _local(run, held_out) if with_only(run, name).config.teacher.engine == "transformers"
     ]
 
 
 Asked = dict[tuple[str, str], Answer]
-"""By who has written the response, and its prompt's id."""
+"""By the response's author, and its prompt's id."""
 
 
 def _ask(run: Run, folder: Path, held_out: HeldOut, students: Sequence[str], slot: EngineSlot) -> Asked:
-    """What the other teachers say about the responses of students, and about their own."""
+    """Answers of the other teachers about the responses of students, and about their own."""
     names = [name for name in dict.fromkeys(held_out.teachers) if name not in exact_teachers(run, held_out)]
     answers: Asked = {}
     for name in names if students else []:
@@ -236,7 +236,7 @@ def _derived(
 def _columns(
     author: str, kl: str, responses: Responses, found: Mapping[str, TokenDistances], prompt_id: str
 ) -> dict[str, Any]:
-    """Means over the tokens of a response; nothing where there is none."""
+    """Means over the tokens of a response; nothing where none exists."""
     if prompt_id not in found:
         return {}
     response, distances = responses[prompt_id], found[prompt_id]

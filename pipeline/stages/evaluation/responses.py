@@ -66,7 +66,7 @@ def respond(
     """Graded responses to some problems. Seeds depend on problem and sample, not on the model: paired comparisons.
 
     Args:
-        known: first responses at temperature 1 that are there already, by the problem's id.
+        known: stored first responses at temperature 1, by the problem's id.
     """
     config = run.config
     jobs = [(p, t, i) for p, t in zip(problems, encoded, strict=True) for i in range(samples)]

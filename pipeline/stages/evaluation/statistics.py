@@ -1,4 +1,4 @@
-"""Means and their 95 % intervals: of accuracies, of what is counted per token, and of both over several runs.
+"""Means and their 95 % intervals: of accuracies, of counts per token, and of both over several runs.
 
 ===================== ==================================================== ==========================================
 of                    interval                                             shown by
@@ -134,7 +134,7 @@ def _bootstrap(values: npt.NDArray[np.float64], seed: int) -> Estimate:
 
 
 def _all_alike(mean: float, count: int) -> Estimate:
-    """Resampling equal values shows no spread: the rule of three says what cannot be ruled out."""
+    """Resampling equal values shows no spread: the rule of three bounds the rest."""
     unseen = min(1.0, 3.0 / max(count, 1))
     return Estimate(mean, max(0.0, mean - unseen), min(1.0, mean + unseen))
 

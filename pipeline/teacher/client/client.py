@@ -34,7 +34,7 @@ class TeacherClient:
         url: of the server, or of several.
         token: bearer token, if they want one.
         timeout_seconds: how long a request is retried before ``score`` gives up.
-        on_wait: told once per outage why nothing happens.
+        on_wait: called once per outage, with the reason why nothing happens.
         sleep: waits between two attempts; may raise to end the wait.
         transport: carries requests; sockets if None.
 
@@ -75,7 +75,7 @@ class TeacherClient:
             try:
                 httpx.URL(one)
             except httpx.InvalidURL as error:
-                raise ConfigError(f"the teacher's address {one!r} is no URL: {error}") from error
+                raise ConfigError(f"the teacher's address {one!r} is not a URL: {error}") from error
         # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
         self._http = httpx.Client(headers=headers, trust_env=False, transport=transport)
         self._replicas = Replicas(
@@ -105,7 +105,7 @@ class TeacherClient:
         return sum(replica.retries for replica in self.replicas)
 
     def info(self) -> ServiceInfo:
-        """Who the teacher is (asked once), and what all servers that have answered accept.
+        """The teacher's identity (asked once), and the limits that all servers that have answered accept.
 
         Raises:
             TropdError: none answers, one is no scoring server, or they have different teachers.
@@ -125,7 +125,7 @@ class TeacherClient:
 
         Args:
             tokenizer: hash of the student's.
-            differing: parts of the tokenizers that differ, where a server says what its parts are.
+            differing: parts of the tokenizers that differ, where a server names its parts.
 
         Raises:
             ConfigError: other tokenizer, or a context that is too short; with both values.
@@ -136,7 +136,7 @@ class TeacherClient:
             raise ConfigError(
                 f"the teacher at {self.url} ({info.model}) has another tokenizer than the student: "
                 f"{info.tokenizer_size} tokens, hash {info.tokenizer[:12]}… against {tokenizer_size}, {tokenizer[:12]}…"
-                + (f"; different are: {', '.join(differing)}" if differing else ""),
+                + (f"; different parts: {', '.join(differing)}" if differing else ""),
                 hint="distillation by log-probs needs models that share a tokenizer",
             )
         if info.max_length < needed_length:
@@ -229,13 +229,15 @@ class TeacherClient:
             outlier = outlier_mask(request, asked, item.teacher_logprobs, item.entropy)
             if not np.array_equal(item.trusted, ~outlier):
                 raise TropdError(
-                    f"the teacher at {url} partitioned sequence {number} otherwise than this client"
+                    f"the teacher at {url} partitioned sequence {number} differently from this client"
                 )
             wanted = {"none": np.zeros_like(outlier), "outliers": outlier, "all": np.ones_like(outlier)}[
                 request.topk
             ]
             if not np.array_equal(item.topk_positions, np.flatnonzero(wanted)):
-                raise TropdError(f"the teacher at {url} gave alternatives for other tokens than asked")
+                raise TropdError(
+                    f"the teacher at {url} gave alternatives for tokens other than those asked for"
+                )
             k = min(request.k, request.vocab_limit, self.info().vocab_size)
             if len(item.topk_positions) and item.topk_ids.shape[1] != k:
                 raise TropdError(

@@ -1,4 +1,4 @@
-"""How to ask a scoring server: in our own protocol, or as vLLM's OpenAI-compatible server is asked.
+"""Protocols of scoring servers: tropd's own, or that of vLLM's OpenAI-compatible server.
 
 Which one it is shows in its API: ours answers ``/v1/info``; a server that does not know that path but lists a
 model under ``/v1/models`` is one of vLLM's.
@@ -27,11 +27,11 @@ from tropd.storage.errors import TropdError
 
 
 class Dialect(Protocol):
-    """One server's way of being asked."""
+    """The protocol of one server."""
 
     @property
     def info(self) -> ServiceInfo:
-        """Who it is, and what it accepts."""
+        """Its identity and the limits that it accepts."""
 
     def score(self, exchange: Exchange, request: ScoreRequest) -> ScoreResponse:
         """Have a request scored that is within the server's limits.
@@ -58,7 +58,7 @@ class TropdDialect:
 
 
 def identify(exchange: Exchange) -> Dialect:
-    """Find out what kind of server this is, and who its teacher is.
+    """Find out the kind of server, and its teacher.
 
     Raises:
         TropdError: neither kind, or one that speaks another version of the protocol.
@@ -72,7 +72,7 @@ def identify(exchange: Exchange) -> Dialect:
         info = ServiceInfo.model_validate_json(exchange.accepted(response).content)
     except ValidationError as error:
         raise TropdError(
-            f"{exchange.url} is not a tropd teacher service, nor one of vLLM's",
+            f"{exchange.url} is neither a tropd teacher service nor a vLLM server",
             hint="teacher.url is the address of `tropd serve-teacher` or `vllm serve`",
         ) from error
     if info.protocol != PROTOCOL_VERSION:

@@ -1,4 +1,4 @@
-"""One HTTP exchange with a scoring server: what may pass is told apart from what will not."""
+"""One HTTP exchange with a scoring server; separates transient from permanent failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TryAgainError(Exception):
 
 
 class ServerFaultError(TropdError):
-    """The server failed at this request (500): it would again, but another one may not."""
+    """The server failed at this request (500) and would fail again, but another server may not."""
 
 
 class Exchange:

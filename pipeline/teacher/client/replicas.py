@@ -1,4 +1,4 @@
-"""The servers behind one client: who is asked, who rests after a failure, and that all have the same teacher."""
+"""The servers behind one client: choose a server, back off after failures, verify that all serve the same teacher."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from tropd.storage.errors import ConfigError, TropdError
 FIRST_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 10.0
 LAST_ATTEMPT_SECONDS = 1.0
-"""What an attempt gets at least, also the one at the end of the time."""
+"""Shortest time limit of an attempt, also of the one at the end of the time."""
 PROBE_SECONDS = 2.0
-"""What a server that has failed gets to say that it is back, where others could be asked instead."""
+"""Time limit of a server that has failed, where others could be asked instead."""
 
 Answer = TypeVar("Answer")
 Work = Callable[[Exchange, Dialect], Answer]
-"""What is to be done at a server, whichever it is."""
+"""A piece of work that any server can do."""
 
 
 @dataclass
 class Replica:
-    """One server, and how it has fared."""
+    """One server, with its failures and outstanding work."""
 
     url: str
     dialect: Dialect | None = None
-    """How to ask it; None until it has said who it is, and again after each failure."""
+    """Its protocol; None until it has identified itself, and again after each failure."""
     before: ServiceInfo | None = None
-    """What it said of itself last."""
+    """The last description that it gave of itself."""
     outstanding: int = 0
     """Tokens sent and not yet answered."""
     requests: int = 0
@@ -57,9 +57,9 @@ class Replicas:
 
     Args:
         urls: of the servers, without a slash at the end.
-        http: what requests are made with.
+        http: the client that makes the requests.
         timeout_seconds: all attempts at a piece of work together.
-        on_wait: told once per outage of a server, and when it is back.
+        on_wait: called once per outage of a server, and when it is back.
         sleep: waits the given seconds; may raise to end the wait.
     """
 
@@ -82,11 +82,11 @@ class Replicas:
 
     @property
     def infos(self) -> list[ServiceInfo]:
-        """What the servers said of themselves, of those that have answered."""
+        """The descriptions of the servers that have answered."""
         return [replica.before for replica in self.all if replica.before is not None]
 
     def greet(self) -> None:
-        """Ask every server once who it is. One that does not answer is asked again when its turn comes.
+        """Ask every server once for its identity. One that does not answer is asked again when its turn comes.
 
         Raises:
             ConfigError: two of them have different teachers.
@@ -116,7 +116,7 @@ class Replicas:
             seconds = max(left() / (1 + len(untried)), min(LAST_ATTEMPT_SECONDS, self._timeout))
             failed.append(replica)
             try:
-                # Who has failed may still be away: the others are not kept waiting for it.
+                # A server that has failed may still be away: the others are not kept waiting for it.
                 probe = min(PROBE_SECONDS, seconds) if replica.failures and untried else seconds
                 dialect = self._known(replica, probe)
                 answer = work(Exchange(self._http, replica.url, seconds), dialect)
@@ -157,11 +157,11 @@ class Replicas:
             where = ", ".join(dict.fromkeys(replica.url for replica in failed))
             raise TropdError(
                 f"the teacher at {where} gave no answer for {time.monotonic() - started:.0f} s (last: {error})",
-                hint="see its log, start it again, and rerun the same command: it goes on from the last checkpoint",
+                hint="see its log, start it again, and rerun the same command: it resumes from the last checkpoint",
             ) from error
 
     def each(self, work: Work[Answer]) -> list[Answer]:
-        """Have work done once by every server that is known; one that is away now is left out.
+        """Do work once at every known server; one that is away now is left out.
 
         Raises:
             TropdError: one of them refused.
@@ -188,7 +188,7 @@ class Replicas:
         self._known(replica, min(CONNECT_SECONDS, self._timeout))
 
     def _pick(self, tokens: int, failed: Sequence[Replica], faults: set[str]) -> Replica:
-        """The server with the fewest outstanding tokens, of those that do not rest; else who rests the shortest.
+        """The server with the fewest outstanding tokens, of those that do not rest; else the first to end its rest.
 
         Those come last that have failed at this work, and those never that would fail again.
         """
@@ -204,7 +204,7 @@ class Replicas:
             return chosen
 
     def _known(self, replica: Replica, seconds: float) -> Dialect:
-        """How to ask a server, which must have the teacher that it and all others had before."""
+        """The protocol of a server, which must have the teacher that it and all others had before."""
         known = replica.dialect
         if known is not None:
             return known
@@ -228,7 +228,7 @@ class Replicas:
 
     def _failed(self, replica: Replica, error: TryAgainError) -> None:
         with self._lock:
-            replica.dialect = None  # who comes back may be another
+            replica.dialect = None  # a restarted server may hold a different model
             replica.failures += 1
             longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(replica.failures, 30))
             replica.rest_seconds = max(random.uniform(0.0, longest), error.after)

@@ -12,7 +12,7 @@ from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest, ScoreR
 from tropd.storage.errors import ConfigError
 
 ROW_BYTES, MESSAGE_BYTES = 32, 2048
-"""Upper bounds of what a sequence and a request cost beside token ids and log-probs (20 and 1,136 measured)."""
+"""Upper bounds of a sequence's and a request's bytes beside token ids and log-probs (20 and 1,136 measured)."""
 
 
 def split_request(
@@ -55,7 +55,7 @@ def side_by_side(
 ) -> list[ScoreResponse]:
     """The answers of all parts in order, of which so many are worked on at once; the first failure is raised.
 
-    The threads are daemons: whoever interrupts the wait for them does not have to wait for an answer first.
+    The threads are daemons: a caller that interrupts the wait for them does not have to wait for an answer first.
     """
     todo: SimpleQueue[int] = SimpleQueue()
     done: SimpleQueue[tuple[int, ScoreResponse | BaseException]] = SimpleQueue()

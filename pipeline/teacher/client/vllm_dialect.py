@@ -213,7 +213,7 @@ class VllmDialect:
 
 
 def _max_topk(exchange: Exchange, model: str) -> int:
-    """Most alternatives that it gives: its limit, which it tells only who asks for more, less the spare ones."""
+    """Most alternatives that it gives: its limit, which it states only when asked for more, less the spare ones."""
     body = completion_body(model, [[0, 0]], prompt_logprobs=10**6)
     response = exchange.ask("POST", "/v1/completions", body, JSON)
     told = re.search(r"max allowed: (\d+)", reason(response))

@@ -1,4 +1,4 @@
-"""What vLLM's completions are asked with and what they answer, as JSON; checked as everything from outside is."""
+"""Requests to vLLM's completions and their answers, as JSON; checked as everything from outside is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_PROMPTS = 256
 MAX_NUMBERS = 1 << 18
 """Token ids and log-probs per request: some 20 MB of JSON."""
 MINUS_INFINITY = -9999.0
-"""What the server writes for a probability of zero, which JSON has no number for."""
+"""The server's value for a probability of zero, for which JSON has no number."""
 # Raw log-probs whatever a server is set to report, and whatever sampling its model suggests.
 _UNCHANGED = {
     "temperature": 1.0,
@@ -31,11 +31,11 @@ _UNCHANGED = {
 
 Floats = npt.NDArray[np.float32]
 Position = dict[str, Any]
-"""Token id → ``{"logprob": …, "rank": …, "decoded_token": …}``: the token that is there, and the k likeliest."""
+"""Token id → ``{"logprob": …, "rank": …, "decoded_token": …}``: the actual token, and the k likeliest."""
 
 
 def completion_body(model: str, sequences: Sequence[list[int]], **options: Any) -> bytes:
-    """A request for one token after each sequence; what is wanted of it is in ``options``."""
+    """A request for one token after each sequence; ``options`` say what is wanted of it."""
     body = {"model": model, "prompt": list(sequences), "max_tokens": 1, "add_special_tokens": False}
     return json.dumps(body | _UNCHANGED | options).encode()
 
@@ -109,7 +109,7 @@ def alternatives(
     values: list[list[float]] = []
     for row, position in enumerate(positions):
         try:
-            # The token that is there is listed too, whether it is among the likeliest or not.
+            # The actual token is listed too, whether it is among the likeliest or not.
             ranked = sorted(
                 (e["rank"], int(i), e["logprob"]) for i, e in position.items() if e["rank"] <= width
             )
@@ -134,7 +134,7 @@ def _logprobs(url: str, values: Sequence[float]) -> Floats:
     try:
         found = np.array(values, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError) as error:
-        raise unusable(url, "a log-prob is no number") from error
+        raise unusable(url, "a log-prob is not a number") from error
     if not are_logprobs(found):
         worst = "NaN" if np.isnan(found).any() else f"{found.max():+.3f}"
         raise TropdError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass
 class Timing:
-    """Where the time of a request went, in milliseconds; filled in by whoever does the work."""
+    """Where the time of a request went, in milliseconds; filled in by the code that does the work."""
 
     queue_ms: float | None = None
     """From its arrival in the queue to the start of its batch."""
@@ -23,7 +23,7 @@ class Timing:
 
 @dataclass
 class Access:
-    """One request. What it never came to is None."""
+    """One request; fields it never reached are None."""
 
     client: str
     method: str
@@ -48,7 +48,7 @@ AccessLog = Callable[[Access], None]
 def open_access_log(path: Path) -> AccessLog:
     """A log that appends to ``path``. A file that was moved away (logrotate) is made anew.
 
-    A disk that is full costs lines and not requests: ``logging`` says so on standard error and goes on.
+    A disk that is full costs lines and not requests: ``logging`` says so on standard error and continues.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = WatchedFileHandler(path, encoding="utf-8", delay=True)

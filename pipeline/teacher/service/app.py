@@ -40,7 +40,7 @@ PROBES = ("/healthz", "/readyz")
 BODY_IDLE_SECONDS = 10.0
 """A body that stops arriving for this long is given up."""
 STUCK_SECONDS = 1.0
-"""How long the end waits for a batch that has taken longer than its grace; nobody is left who would get its answers."""
+"""Time limit of a batch that outlasts the grace of a stopping service; no client is left to get its answers."""
 
 
 class _Metrics:
@@ -223,7 +223,7 @@ async def _read_body(request: Request, settings: ServiceConfig) -> bytes | None:
         except TimeoutError:
             if left < BODY_IDLE_SECONDS:
                 raise TimeoutError(f"the body took longer than {settings.body_seconds:g} s") from None
-            raise TimeoutError(f"nothing of the body came for {BODY_IDLE_SECONDS:g} s") from None
+            raise TimeoutError(f"no part of the body arrived for {BODY_IDLE_SECONDS:g} s") from None
         if part is None:
             return b"".join(parts)
         size += len(part)
@@ -233,7 +233,7 @@ async def _read_body(request: Request, settings: ServiceConfig) -> bytes | None:
 
 
 async def _unless_stopping(work: Awaitable[T], stopping: asyncio.Event, grace: float) -> T:
-    """What ``work`` gives, if it does before the service has been stopping for ``grace`` seconds.
+    """The result of ``work``, if it comes before the service has been stopping for ``grace`` seconds.
 
     Raises:
         StoppingError: it did not, and was canceled.

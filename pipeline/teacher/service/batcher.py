@@ -56,7 +56,7 @@ class Batcher:
     Args:
         batch_tokens: requests are merged while their tokens stay within this.
         queue_tokens: most tokens that may wait.
-        on_batch: told (sequences, tokens, seconds) of every forward batch.
+        on_batch: called with (sequences, tokens, seconds) of every forward batch.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ def outlier_mask(
     teacher_logprobs: npt.NDArray[np.float32],
     entropy: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[np.bool_]:
-    """``[n]`` which scored tokens have outlier weight; service and client compute it alike."""
+    """``[n]`` the scored tokens that have outlier weight; service and client compute it alike."""
     regions = partition_tokens(
         request.partition,
         student_logprobs=item.student_logprobs,

@@ -21,14 +21,14 @@ from tropd.pipeline.config.sections.model_settings import ServiceConfig
 
 TICK_SECONDS = 0.1
 LAST_WORDS_SECONDS = 1.0
-"""How long a client may take to read its answer once the service is stopping."""
+"""Time a client has to read its answer once the service is stopping."""
 
 Phase = Literal["header", "body", "work", "answer"]
 
 
 @dataclass(frozen=True)
 class _Since:
-    """What a connection waits for, for which request, and since when (monotonic seconds)."""
+    """The phase a connection waits in, its request, and since when (monotonic seconds)."""
 
     phase: Phase
     cycle: Any
@@ -53,7 +53,7 @@ def server_for(app: Any, settings: ServiceConfig) -> uvicorn.Server:
 async def serve_within(
     server: uvicorn.Server, listener: socket.socket, settings: ServiceConfig, stopping: asyncio.Event
 ) -> None:
-    """Serve until the server is told to exit; ``stopping`` is set as soon as it is."""
+    """Serve until the server is asked to exit; ``stopping`` is set as soon as it is."""
     watch = asyncio.create_task(_watch(server, settings, stopping))
     try:
         await server.serve(sockets=[listener])
@@ -83,7 +83,7 @@ def _since(connection: Any, seen: dict[Any, _Since], now: float) -> _Since:
 
 
 def _phase(connection: Any) -> Phase:
-    """What a connection waits for: a header (or a next request), a body, our own work, or that its answer is read."""
+    """The phase a connection waits in: for a header (or a next request), a body, our own work, or its reader."""
     if connection.transport.get_write_buffer_size():
         return "answer"
     cycle = connection.cycle

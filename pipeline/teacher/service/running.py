@@ -1,4 +1,4 @@
-"""Running the teacher service until it is told to stop, or its parent ends."""
+"""Running the teacher service until it is asked to stop, or its parent ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_service(
     Args:
         on_ready: called with the URL once the service answers.
         exit_with_parent: also stop when standard input ends, which it does if the process that started this dies.
-        access_log: told of every request.
+        access_log: called with every request.
 
     Raises:
         ConfigError: the address is not loopback and there is no token, or it cannot be had.

@@ -1,4 +1,4 @@
-"""What a teacher must be able to do before it is called ready."""
+"""The self-test that a teacher must pass before it is called ready."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SELF_TEST_DIFFERENCE = 0.05
 
 
 def self_test(engine: Engine) -> None:
-    """Score a few tokens twice; a teacher that cannot, or says something else the second time, must not be ready.
+    """Score a few tokens twice; a teacher that cannot, or answers differently the second time, must not be ready.
 
     The second time finds the first one in whatever cache the engine has.
 
@@ -33,5 +33,5 @@ def self_test(engine: Engine) -> None:
     difference = float(np.abs(second - first).max(initial=0.0))
     if not difference <= SELF_TEST_DIFFERENCE:
         raise TeacherOutputError(
-            f"the teacher gave the same tokens other log-probs the second time (difference {difference:.2g})"
+            f"the teacher gave the same tokens different log-probs the second time (difference {difference:.2g})"
         )

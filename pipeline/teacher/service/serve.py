@@ -21,7 +21,7 @@ ACCESS_LOG = "teacher-access.jsonl"
 
 
 def load_service(run: Run) -> tuple[Engine, ServiceInfo]:
-    """The teacher of a run in memory, and what a service of it says of itself."""
+    """The teacher of a run in memory, and the description that its service gives."""
     settings = run.config.service
     folder = model_directory(run.workspace, run.config.teacher, "teacher")
     engine, tokenizer = open_engine(run, "teacher", batch_size=1, batch_tokens=settings.batch_tokens)

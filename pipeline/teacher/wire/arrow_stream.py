@@ -111,12 +111,12 @@ def _decoded_size(data: bytes) -> int:
 
 
 def follow(buffer: memoryview, at: int) -> int:
-    """Where the flatbuffer offset at ``at`` points."""
+    """The place that the flatbuffer offset at ``at`` points to."""
     return int(at + struct.unpack_from("<I", buffer, at)[0])
 
 
 def field(buffer: memoryview, table: int, number: int) -> int | None:
-    """Where a field of a flatbuffer table lies; None if it is absent."""
+    """The place of a field of a flatbuffer table; None if it is absent."""
     vtable = table - struct.unpack_from("<i", buffer, table)[0]
     (size,) = struct.unpack_from("<H", buffer, vtable)
     place = 4 + 2 * number

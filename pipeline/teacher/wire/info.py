@@ -1,4 +1,4 @@
-"""What a scoring server says of itself."""
+"""The description that a scoring server gives of itself."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tropd.pipeline.teacher.wire.messages import PROTOCOL_VERSION
 
 
 class ServiceInfo(BaseModel):
-    """What ``/v1/info`` says: who the teacher is, and what it accepts."""
+    """The answer of ``/v1/info``: the teacher's identity, and the limits that it accepts."""
 
     model_config = ConfigDict(frozen=True)
 
     protocol: int = PROTOCOL_VERSION
     kind: Literal["tropd", "vllm"] = "tropd"
-    """Whether this is our service, or what is known of a server of vLLM's."""
+    """``tropd`` for our service, ``vllm`` for what is known of a vLLM server."""
     model: str
     weights: str
-    """SHA-256 of the weights (of a vLLM server, which does not tell: ``vllm:`` and the model's place)."""
+    """SHA-256 of the weights (of a vLLM server, which does not report it: ``vllm:`` and the model's place)."""
     tokenizer: str
     """SHA-256 of the tokenizer's content (empty of a vLLM server)."""
     tokenizer_size: int

@@ -86,7 +86,7 @@ class ScoreItem:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What is asked: K1 of every scored token, and top-k where ``topk`` says."""
+    """A request: K1 of every scored token, and top-k where ``topk`` says."""
 
     sequences: Sequence[ScoreItem]
     partition: Partition
@@ -108,7 +108,7 @@ class ScoredItem:
     entropy: Floats | None
     """``[n]`` nats, if asked for."""
     topk_positions: npt.NDArray[np.int32]
-    """``[m]`` which of the n tokens, rising."""
+    """``[m]`` indices of these among the n tokens, rising."""
     topk_ids: npt.NDArray[np.int32]
     """``[m, k]`` likeliest first."""
     topk_logprobs: Floats
@@ -147,7 +147,7 @@ class _ResponseOptions(BaseModel):
 
 
 def encode_request(request: ScoreRequest) -> bytes:
-    """A request as bytes."""
+    """Encode a request as bytes."""
     options = _RequestOptions(
         version=PROTOCOL_VERSION,
         partition=request.partition,

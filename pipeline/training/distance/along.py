@@ -28,7 +28,7 @@ _SMALLER = "lower scores.batch_tokens, or evaluation.distance_prompts"
 
 
 def evaluate_student(session: Session) -> Record:
-    """Metrics of the student as it is now. The engine must be idle."""
+    """Metrics of the current student. The engine must be idle."""
     if session.problems is None and session.held_out is None:
         return {}
     session.rolling.refresh()
@@ -71,7 +71,7 @@ def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Traj
         and names[response.prompt_id] in session.scorers
         and np.isfinite(response.sampled_logprobs).all()
     ]
-    # Copies count for themselves: what evaluation asks is no traffic of a step.
+    # Copies count for themselves: requests of an evaluation are no traffic of a step.
     scorers = {name: copy.copy(scorer) for name, scorer in session.scorers.items()}
 
     def ask(share: list[Trajectory]) -> list[Answer | None]:

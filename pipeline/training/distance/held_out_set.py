@@ -1,4 +1,4 @@
-"""Held-out prompts of a training run, and what its teachers have written to them: made once, before the first step.
+"""Held-out prompts of a training run and its teachers' responses to them, made once, before the first step.
 
 In ``W/held-out/<identity>.parquet``: a function of prompts, teachers, seed and the length of responses. A file
 that is gone or damaged is made again; one of another identity is left where it is.
@@ -40,7 +40,7 @@ class TeacherResponse:
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """What a student is compared on while it trains."""
+    """The prompts and responses that a student is compared on while it trains."""
 
     prompts: HeldOut
     written: list[TeacherResponse]
@@ -48,7 +48,7 @@ class HeldOutSet:
 
 
 def read_held_out(run: Run, problems: Encoded) -> HeldOutSet:
-    """The held-out prompts among the problems, with the responses of teachers to them, sampled if they are not there.
+    """The held-out prompts among the problems, with the responses of teachers to them, sampled if they do not exist.
 
     A teacher is loaded in this process for that, and freed again.
     """
@@ -56,8 +56,8 @@ def read_held_out(run: Run, problems: Encoded) -> HeldOutSet:
     names = [name for name in dict.fromkeys(prompts.teachers) if _samples_here(with_only(run, name))]
     if not names:
         run.reporter.info(
-            "train: no teacher of transformers is on this machine: of the distance to it on held-out prompts there is "
-            "no forward KL during training, which needs its responses"
+            "train: no transformers teacher is on this machine: the forward KL on held-out prompts, which needs its "
+            "responses, is not measured during training"
         )
         return HeldOutSet(prompts, [])
     path = run.workspace.root / FOLDER / f"{_identity(run, prompts, names)[:16]}.parquet"
@@ -124,7 +124,7 @@ def _write(path: Path, responses: Sequence[TeacherResponse]) -> None:
 
 
 def _read(path: Path) -> list[TeacherResponse] | None:
-    """None if there is no such file, or no whole one."""
+    """None if no such file exists, or no whole one."""
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException):

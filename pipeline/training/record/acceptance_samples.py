@@ -34,7 +34,7 @@ ROWS = 4
 MAX_TOKENS = 400
 """Of the student's tokens in a response, this many from the first one are kept."""
 MAX_GUIDANCE = 100
-"""Of the teacher's prefix, this many up to the last one are kept: those that the student goes on from."""
+"""Of the teacher's prefix, this many up to the last one are kept: those that the student continues from."""
 MAX_PROMPT = 1000
 ALTERNATIVES = 5
 _DIGITS = 5

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and optimiser state as safetensors, the rest as JSON; atomic, resumed bit for bit.
+"""Checkpoints: weights and optimizer state as safetensors, the rest as JSON; atomic, resumed bit for bit.
 
 Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state; rows
 that older weights have rolled out for the next step are kept with it. A copy of the state is written in a thread,
@@ -68,7 +68,7 @@ class CheckpointWriter:
         """Copy the state after ``step`` steps; write it, commit it, then delete the oldest.
 
         Args:
-            counters: JSON-serialisable sums over the run so far.
+            counters: JSON-serializable sums over the run so far.
             rows: those of the next step, where they are rolled out already.
 
         Raises:
@@ -101,7 +101,7 @@ class CheckpointWriter:
         prune_checkpoints(self._stage, self._keep)
 
     def check(self) -> None:
-        """Raise what has gone wrong since, if anything has."""
+        """Raise the error of a write that has failed since, if one has."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
@@ -119,11 +119,11 @@ class CheckpointWriter:
     ) -> None:
         self._pool.shutdown()
         if error is None or isinstance(error, InterruptedStageError):
-            self.wait()  # who is told that a checkpoint was saved must find one
+            self.wait()  # the message claims a checkpoint exists, so wait until it does
 
 
 def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """What the student wrote; prompt, prefix and seed follow from the step."""
+    """The student's responses; prompt, prefix and seed follow from the step."""
     tensors = {
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
         "tokens": torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64),
@@ -152,7 +152,7 @@ def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:
-    """What training changes: with adapters, these only."""
+    """The tensors that training changes: with adapters, these only."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -181,7 +181,7 @@ def newest_checkpoint(stage: Stage) -> Path | None:
     """The newest checkpoint that matches its checksum; damaged ones after it are set aside. None without any.
 
     Raises:
-        DamagedShardError: there are checkpoints, but none is whole: from the first step again is not what anybody
+        DamagedShardError: checkpoints exist, but none is whole: a restart from the first step is not what anybody
             expects of a run that has some.
     """
     problems = {name: "missing or truncated" for name in stage.broken if name.startswith(f"{FOLDER}/")}
@@ -196,12 +196,12 @@ def newest_checkpoint(stage: Stage) -> Path | None:
             set_aside(stage.folder, lost)
         if problems:
             where = aside_folder(stage.folder)
-            logger.warning("going on from %s; damaged (see %s): %s", name, where, "; ".join(problems))
+            logger.warning("resuming from %s; damaged (see %s): %s", name, where, "; ".join(problems))
         return stage.folder / name
     if problems:
         lines = "\n".join(f"    {name}: {problem}" for name, problem in sorted(problems.items()))
         raise DamagedShardError(
-            f"{stage.folder} has no whole checkpoint to go on from:\n{lines}",
+            f"{stage.folder} has no whole checkpoint to resume from:\n{lines}",
             hint="put the files back, or start over with --force (the old output is moved aside, not deleted)",
         )
     return None
@@ -210,7 +210,7 @@ def newest_checkpoint(stage: Stage) -> Path | None:
 def load_checkpoint(
     folder: Path | None, model: Any, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Any]]:
-    """Restore a checkpoint into model and optimiser; returns the steps done and the counters. Without one, step 0."""
+    """Restore a checkpoint into model and optimizer; returns the steps done and the counters. Without one, step 0."""
     if folder is None:
         return 0, {}
     if not (folder / TENSORS).is_dir():
@@ -250,7 +250,7 @@ def remove_uncommitted(stage: Stage) -> list[Path]:
     newer = [name for name in found if not committed or name > committed[-1]]
     if len(newer) > 1:
         raise DamagedShardError(
-            f"{stage.folder / MANIFEST} is older than what is beside it: it does not know {', '.join(newer)}",
+            f"{stage.folder / MANIFEST} is older than the checkpoints beside it: it does not list {', '.join(newer)}",
             hint="put the newest version of it back, or start over with --force (the old output is moved aside, not "
             "deleted)",
         )

@@ -1,4 +1,4 @@
-"""What training leaves: the student."""
+"""The final model of a run: the trained student as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export_student(session: Session, stage: Stage) -> None:
 
 
 def set_stops(generation: Any, stop_ids: Collection[int]) -> None:
-    """Say in a generation configuration where responses end, so that whoever serves the model ends them there."""
+    """Say in a generation configuration where responses end, so that any server of the model ends them there."""
     ends = sorted(stop_ids)
     before = generation.eos_token_id
     if sorted(before if isinstance(before, list) else [before]) != ends:

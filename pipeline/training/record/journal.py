@@ -1,4 +1,4 @@
-"""What training writes down as it goes: metrics, sampled responses, curves elsewhere, the screen.
+"""The journal of a run: metrics, sampled responses, curves elsewhere, the screen.
 
 One process writes. The others have a journal that keeps nothing, so that the loop need not know which of them it is in.
 """
@@ -85,7 +85,7 @@ class NoJournal:
 
 @contextmanager
 def open_journal(session: Session, stage: Stage | None, first_step: int) -> Iterator[Journal]:
-    """Resume the records of a run at ``first_step``; what a lost run wrote from there on is dropped."""
+    """Resume the records of a run at ``first_step``; records that a lost run wrote from there on are dropped."""
     if stage is None:
         yield NoJournal()
         return

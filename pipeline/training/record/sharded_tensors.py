@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in main memory, of sharded tensors this process's part: training may go on."""
+    """Copies in main memory, of sharded tensors this process's part: training may continue."""
     stager = DefaultStager(
         StagingOptions(
             use_pinned_memory=False,
@@ -62,21 +62,21 @@ def save_tensors(
 ) -> None:
     """Write the parts of all tensors; every process of ``group`` must take part, with the same names.
 
-    Returns once everything is there, in every process.
+    Returns once every process has written its part.
 
     Raises:
         DiskError: some process does not see process 0's folder.
-        Exception: what any process's writing has raised.
+        Exception: the error of any process's writing.
     """
     with _plain_errors():
         save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, whole shapes and types of what is stored.
+    """Names, whole shapes and types of the stored tensors.
 
     Raises:
-        DamagedShardError: a file is missing, or a tensor is there in part only.
+        DamagedShardError: a file is missing, or only part of a tensor is stored.
     """
     names = json.loads((folder / INDEX).read_text())
     missing = [name for name in names if not (folder / name).exists()]
@@ -176,7 +176,7 @@ def _apart(path: Path) -> DiskError:
 
 
 def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """By name: the optimiser lists what it has made in another order than what it was given back."""
+    """By name: the optimizer lists the state it has made in another order than the state it was given back."""
     batch: list[WriteItem] = []
     size = 0
     for item in sorted(items, key=lambda item: item.index.fqn):

@@ -29,7 +29,7 @@ HISTOGRAM_BINS = 10
 
 
 def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
-    """Everything that is known about a step's tokens, as flat numbers; the report says what each means."""
+    """All metrics of a step's tokens, as flat numbers; the report explains each."""
     student = inputs.sampler_logprobs.astype(np.float32)
     teacher = inputs.teacher.logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
@@ -132,17 +132,17 @@ def _weighted_mean(values: Any, weights: Any) -> float | None:
 
 
 class MetricsLog:
-    """Appends one record per step, to ``metrics.jsonl`` and for TensorBoard. It goes on from ``first_step``.
+    """Appends one record per step, to ``metrics.jsonl`` and for TensorBoard. It resumes at ``first_step``.
 
-    What a lost session wrote from there on is dropped; TensorBoard's files are made anew from the records before it,
-    so that each step is there once.
+    Records that a lost run wrote from there on are dropped; TensorBoard's files are made anew from the records before
+    it, so that each step appears once.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         path, board = folder / METRICS, folder / BOARD
         written = path.stat().st_mtime if path.exists() else time.time()
         self.earlier, self.lost = resume_log(folder, METRICS, first_step, range(first_step))
-        """The records so far; and in words which are lost, empty if none is."""
+        """The records so far; and a sentence that names the lost ones, empty if none is."""
         for events in board.glob("events.out.tfevents.*"):
             if self.lost:
                 set_aside(folder, f"{BOARD}/{events.name}")

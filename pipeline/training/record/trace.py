@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds per step for the metrics, and on request a trace for ui.perfetto.dev."""
+"""The time of a run by activity: seconds per step for the metrics, and on request a trace for ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Timeline:
         self._threads: dict[int, int] = {}
         self._stream = None
         if trace is not None:
-            # What a kill has left of a last line would spoil all that comes after it.
+            # The rest of a last line that a kill cut short would spoil all that comes after it.
             whole = trace.read_bytes().rfind(b"\n") + 1 if trace.exists() else 0
             self._stream = trace.open("a", encoding="utf-8")
             self._stream.truncate(whole)

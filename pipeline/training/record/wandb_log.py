@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases, for those who want them there too: ``train.wandb_project``."""
+"""Metrics to Weights & Biases as well, with ``train.wandb_project``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Log = Callable[[Mapping[str, Any]], None]
 
 
 def check_wandb(project: str | None) -> None:
-    """Refuse before any work what could not be logged after it.
+    """Fail early if wandb is requested but not installed.
 
     Raises:
         ConfigError: a project is named and wandb is not installed.
@@ -35,7 +35,7 @@ def check_wandb(project: str | None) -> None:
 def wandb_identity(folder: Path) -> str:
     """The id of the training run in a stage folder, drawn when it is first asked for and kept in ``wandb.json``.
 
-    A run that goes on has the same one; one that is begun anew, or is in another workspace, has another.
+    A run that resumes has the same one; one that is begun anew, or is in another workspace, has another.
 
     Raises:
         DamagedShardError: the file is not readable.
@@ -46,11 +46,11 @@ def wandb_identity(folder: Path) -> str:
     try:
         identity = json.loads(path.read_bytes())["id"]
         if re.fullmatch(r"[0-9a-f]{16}", identity) is None:
-            raise ValueError(f"{identity!r} is no id")
+            raise ValueError(f"{identity!r} is not an id")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedShardError(
             f"{path} does not hold the run's id at Weights & Biases: {error}",
-            hint="put it back from a copy, or move it away: the run goes on there under a new id",
+            hint="put it back from a copy, or move it away: the run then continues there under a new id",
         ) from error
     return str(identity)
 
@@ -62,7 +62,7 @@ def open_wandb(
     """Log records while the block runs; does nothing without a project.
 
     Args:
-        identity: a run that resumes under the same one goes on in the same curves.
+        identity: a run that resumes under the same one continues the same curves.
         folder: where wandb keeps its own files.
     """
     if project is None:

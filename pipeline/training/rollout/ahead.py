@@ -1,4 +1,4 @@
-"""What a step needs before it can train: the student's responses, and what the teacher says of them.
+"""Preparing a step, also ahead of time: the student's responses, and the teacher's scores of them.
 
 With ``train.max_staleness = 1`` this is done for step t + 1 while step t trains, so by a student that is one update
 older: the rows of step t + 1 are always those of the weights before step t, whatever takes longer. That makes such a
@@ -31,7 +31,7 @@ class Prepared:
     prefix_limit: int
     """Scheduled length of the teacher prefix, in tokens."""
     traffic: dict[str, int]
-    """What was asked of the teacher for this step, under the names of the metrics."""
+    """Counts of requests to the teacher for this step, under the names of the metrics."""
     retries: list[int]
     """Failed attempts per teacher server."""
 
@@ -67,7 +67,7 @@ class Preparation:
         self._pending = _Pending(step, rolled, prepared)
 
     def take(self, step: int) -> Prepared:
-        """The prepared step, as soon as it is; whatever was begun is over then."""
+        """The prepared step, as soon as it is ready; nothing that was begun is left then."""
         with self._timeline.span("wait", step):
             if self._pending is not None and self._pending.step == step:
                 prepared = self._pending.prepared.result()
@@ -102,7 +102,7 @@ class Preparation:
 
 @contextmanager
 def open_preparation(session: Session, timeline: Timeline, stop: StopRequest) -> Iterator[Preparation]:
-    """Prepare steps while the block runs; what is under way at its end is given up."""
+    """Prepare steps while the block runs; work under way at its end is given up."""
     if not session.ahead:
         yield Preparation(session, timeline, None)
         return

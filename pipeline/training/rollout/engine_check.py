@@ -1,4 +1,4 @@
-"""Whether another engine that rolls out has the weights that are trained."""
+"""The check that a separate rollout engine has the weights that are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a training step: which prompts, which teacher prefix, and what the student wrote after it.
+"""The rows of a training step: prompts, teacher prefixes, and the student's tokens after them.
 
 Everything is a function of (seed, step), so that a resumed run makes the same rows as one that was never stopped.
 """
@@ -53,7 +53,7 @@ class Row:
     truncated: bool
     """The response ended by its length, whoever wrote its last token."""
     drawn_logprobs: Sequence[float] | None = None
-    """log μ of ``tokens``, of the distribution that they were drawn from: at the sampling temperature, renormalised over
+    """log μ of ``tokens``, of the distribution they were drawn from: at the sampling temperature, renormalized over
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
 
     @cached_property
@@ -115,13 +115,13 @@ def plan_rows(
 ) -> list[RowPlan]:
     """Rows of a step with their teacher prefixes.
 
-    A trajectory that ended by its length is no whole response: the student goes on from its end, where
+    A trajectory that ended by its length is not a whole response: the student continues from its end, where
     ``rollout.max_tokens`` leaves room.
 
     Args:
         limit: scheduled prefix length of this step, in tokens.
         store: teacher trajectories; None where the objective uses none.
-        continued: the student writes what the prefixes leave; otherwise it writes nothing, wherever they end.
+        continued: the student completes the prefixes; otherwise it writes nothing, wherever they end.
     """
     rows = []
     for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):

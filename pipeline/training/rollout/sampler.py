@@ -29,14 +29,14 @@ from tropd.pipeline.training.update.student import copy_weights
 
 @dataclass(frozen=True)
 class Rolling:
-    """The engine that rolls out, and what belongs to it."""
+    """The engine that rolls out, and how it gets new weights and ends."""
 
     engine: Sampler
     """Rolls out with the student's weights."""
     whole_model: Any
-    """The student, or where that is sharded a whole copy of it, as new as the engine's weights."""
+    """The full student: the model itself, or an unsharded copy refreshed together with the engine."""
     refresh: Callable[[], None]
-    """Copy the student's weights as they are now into engine and ``whole_model``. The engine must be idle."""
+    """Copy the current weights into the engine and ``whole_model``. Call only while the engine is idle."""
     checked: Engine | None = None
     """The engine, where it is another than the trainer's and could have other weights."""
     close: Callable[[], None] = lambda: None

@@ -1,4 +1,4 @@
-"""What the teacher says about a step's tokens: from the scoring service for the student's own, from the cache else."""
+"""The teacher's scores of a step's tokens: from the service for the student's own, from the cache otherwise."""
 
 from __future__ import annotations
 

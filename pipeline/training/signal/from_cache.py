@@ -1,4 +1,4 @@
-"""The trainer's view of the top-k cache: what the teacher said of stored tokens, with no teacher alive."""
+"""The trainer's view of the top-k cache: stored scores of stored tokens, with no teacher running."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CachedScores:
 def limited(data: TopK, k: int, num_tokens: int) -> RaggedTopk:
     """At most k alternatives per token, the likeliest that are tokens; tokens are numbered in order.
 
-    What is cut off joins the tail.
+    The mass that is cut off joins the tail.
     """
     counts, tail = data.counts.astype(np.int64), data.tail
     logprobs = data.logprobs.astype(np.float32)

@@ -33,7 +33,7 @@ def turn_off(model: Any) -> None:
                 setattr(module, name, 0.0)
     if is_random(model):
         raise ConfigError(
-            f"{type(model).__name__} is random in training by other means than dropout that can be turned off",
+            f"{type(model).__name__} is random in training through more than dropout that can be turned off",
             hint="set its dropout to 0 in config.json, or train.dropout = true",
         )
 

@@ -1,4 +1,4 @@
-"""One optimiser step's loss and gradient, from rows and what the teacher said of them."""
+"""One optimizer step's loss and gradient, from rows and the teacher's scores of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StepInputs:
     progress: float
     """Share of the training steps done."""
     dropout_seed: int | None = None
-    """Root of what is dropped, where the student trains with dropout."""
+    """Root seed of dropout, where the student trains with it."""
 
     @cached_property
     def sampler_logprobs(self) -> Floats:
@@ -63,7 +63,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What the step measured, per token of the step; gradients are in the parameters."""
+    """Measurements of the step, per token of it; gradients are in the parameters."""
 
     losses: dict[str, float]
     """Loss per region."""
@@ -130,7 +130,7 @@ def backpropagate(
             losses[name] += float(value.detach())
         if region_gradients:
             _add_region_gradients(regions, parameters, region_sums)
-        # FSDP averages over processes; the loss is normalised over all of them, so its parts add up.
+        # FSDP averages over processes; the loss is normalized over all of them, so its parts add up.
         (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
         _measure(measured, micro_batch, output, batch)
     for _ in range(len(batches), rounds):

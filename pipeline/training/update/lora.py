@@ -25,13 +25,13 @@ from tropd.storage.errors import ConfigError
 _BASE = ".base_layer"
 _LORA = ".lora_"
 MERGED_DIFFERENCES = {torch.float32: 0.01, torch.bfloat16: 0.25}
-"""Of what adapters change in the logits, the share by which the merged layers may differ from them: rounding."""
+"""Share of the adapters' change in the logits by which the merged layers may differ from them: rounding."""
 TRIED_SCALE = 0.1
-"""Of the matrices B while merging is tried: what they add to a layer is then about as large as what it had."""
+"""Scale of the matrices B while merging is tried: they then add about as much to a layer as it had."""
 
 
 def check_peft(settings: LoraSettings | None) -> None:
-    """Refuse before a model is loaded what could not be added to it.
+    """Fail early if adapters are requested but peft is not installed.
 
     Raises:
         ConfigError: adapters are asked for, and peft is not installed.
@@ -80,7 +80,7 @@ def merged_state(model: Any) -> dict[str, Tensor]:
 
 
 def _target(name: str, adapter: Any) -> str:
-    """What the original calls the parameter: a weight, or one of several of an experts' layer."""
+    """The original's name of the parameter: a weight, or one of several of an experts' layer."""
     return f"{name}.{_parameter(adapter)}".replace(_BASE, "")
 
 
@@ -135,7 +135,8 @@ def _check_values(model: Any) -> None:
     change, difference = float((adapted - before).abs().mean()), float((adapted - merged).abs().mean())
     if not difference <= MERGED_DIFFERENCES.get(model.dtype, MERGED_DIFFERENCES[torch.bfloat16]) * change:
         raise _refusal(
-            model, f"merged, they change its logits otherwise ({difference:.2g} of {change:.2g} on average)"
+            model,
+            f"once merged, they change its logits differently ({difference:.2g} of {change:.2g} on average)",
         )
 
 

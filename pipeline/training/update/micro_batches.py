@@ -100,7 +100,7 @@ class MicroBatch:
     """Some rows and their supervised positions."""
 
     inputs: dict[str, torch.Tensor]
-    """What the model takes: ``input_ids`` ``[B, W]``, and ``attention_mask`` (padded) or ``position_ids`` (packed)."""
+    """Inputs of the model: ``input_ids`` ``[B, W]``, and ``attention_mask`` (padded) or ``position_ids`` (packed)."""
     row_index: torch.Tensor
     """``[n]`` line of each supervised position."""
     column_index: torch.Tensor

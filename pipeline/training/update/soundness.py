@@ -1,4 +1,4 @@
-"""Whether the student is still a language model: asked before the teacher is, and before anything is saved.
+"""Checks that the student is still a language model, before the teacher is asked and before anything is saved.
 
 A step that is far too large leaves weights whose log-probs are NaN, or nowhere near the student's of before. That is
 nobody's fault but the step's: it is said as such, with the batch, and the last checkpoint stays the last.
@@ -33,7 +33,7 @@ UNBOUNDED = "its update left weights that are not finite"
 
 
 def check_rollouts(session: Session, step: int, rows: Sequence[Row]) -> None:
-    """The student's log-probs of what it has just written are log-probs.
+    """Check that the student's log-probs of its new tokens are log-probs.
 
     Raises:
         TropdError: one is NaN, infinite or positive.
@@ -44,7 +44,7 @@ def check_rollouts(session: Session, step: int, rows: Sequence[Row]) -> None:
 
 
 def check_student(session: Session, step: int, inputs: StepInputs) -> None:
-    """After a step's update: the weights are finite and of a sane size, and so are the log-probs of its tokens.
+    """Check after a step's update: the weights are finite and of a sane size, and so are the log-probs of its tokens.
 
     A pass over some of the step's rows, without gradient. Every process takes part, with the same rows.
 

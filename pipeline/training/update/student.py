@@ -1,7 +1,7 @@
 """The student in training: one module from token ids to the log-probs that a loss needs, sharded where there are many.
 
 With one process the model is used as it is. With several, FSDP2 (``fully_shard``) shards weights, gradients and
-optimiser state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
+optimizer state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
 norm, head) is the unit of this module.
 """
 
@@ -68,7 +68,7 @@ class StudentPass(torch.nn.Module):
 
 
 def _packing(model: Any, precision: torch.dtype | None) -> Packing:
-    """How a model takes rows one after another, told apart by their positions, for what they are; found by trying."""
+    """How a model takes rows one after another that only their positions separate; found by trying."""
     for packing, lines in (("lines", 2), ("one line", 1)):
         tells = _tells_rows_apart(model, lines, None)
         if tells is None:  # flash attention exists in half precision only
@@ -123,7 +123,7 @@ def copy_weights(source: Any, target: Any) -> None:
 def trainable_student(run: Run, folder: Path, device: torch.device, world: World) -> LoadedModel:
     """The student with float32 weights, in which updates of 5e-6 do not vanish; with adapters, only these.
 
-    With several processes all weights are float32 and in main memory: what is sharded together has one type.
+    With several processes all weights are float32 and in main memory: tensors that are sharded together have one type.
     """
     settings = run.config.student
     remote = settings.trust_remote_code
@@ -146,7 +146,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
 
 
 def check_attention(run: Run, world: World) -> None:
-    """Refuse before a model is loaded an attention that this machine does not have.
+    """Refuse an attention that this machine does not have, before a model is loaded.
 
     Raises:
         ConfigError: there is no GPU, the package is missing, or the student is float32 or spread over processes.
@@ -157,7 +157,7 @@ def check_attention(run: Run, world: World) -> None:
     on_gpu = pick_device(run.config.runtime.device).type == "cuda"
     if run.config.student.settled_dtype == "float32" or not on_gpu or world.size > 1:
         raise ConfigError(
-            f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and so far a single process",
+            f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and currently a single process",
             hint='set train.attention = "auto", or student.dtype = "bfloat16"',
         )
     installed = (

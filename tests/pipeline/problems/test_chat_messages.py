@@ -45,7 +45,7 @@ def test_text_to_be_shown() -> None:
         ([{"role": 1, "content": "x"}], "no role in message 0"),
         (
             [USER | {"content": [{"type": "image", "url": "x"}]}],
-            r"something else than text in message 0 \(image\)",
+            r"something other than text in message 0 \(image\)",
         ),
         ([USER | {"content": 5}], r"message 0 \(int\)"),
         ([USER | {"content": "\ud800"}], "half of a surrogate pair"),

@@ -45,7 +45,7 @@ def test_prompts_that_do_not_fit_are_rejected_with_their_line() -> None:
     assert (found.prompts, found.tokens[0], found.rejects) == (both, [3, 12, 4, 15], [])
     found = encode_prompts(both, tokenizer, chat=False, max_length=7)
     assert (found.prompts, len(found.tokens)) == (both[:1], 1)
-    assert found.rejects == [Reject(4, "prompt 'b' has 8 tokens, room is for 7")]
+    assert found.rejects == [Reject(4, "prompt 'b' has 8 tokens, there is room for 7")]
     with pytest.raises(DataError, match="no chat template"):
         encode_prompts(both, tokenizer, chat=True, max_length=8)
 
@@ -90,7 +90,7 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             "<pad> $A",
             "<pad>1=",
             [PAD_ID, 3, 15],
-            ["the tokenizer adds '<pad>' to prompts that begin with it: it is there once"],
+            ["the tokenizer adds '<pad>' to prompts that begin with it: it is kept once"],
         ),
         ("$A", "1=<eos>", [3, 15, EOS_ID], []),  # the user's own
         ("<pad> $A", "1=<eos>", [PAD_ID, 3, 15, EOS_ID], []),
@@ -167,7 +167,7 @@ def test_a_template_is_told_the_date_that_is_fixed(template: str) -> None:
 
 @pytest.mark.parametrize("template", ["{{ [1, 2] | random }}" + USER, "{{ lipsum(n=1) }}" + USER])
 def test_a_template_that_says_something_else_each_time_is_refused(template: str) -> None:
-    with pytest.raises(ConfigError, match="prompt 'p0' is encoded in another way each time"):
+    with pytest.raises(ConfigError, match="prompt 'p0' is encoded differently each time"):
         encode_prompts(prompts("1="), templated(template), chat=True, max_length=9999)
 
 

@@ -198,7 +198,7 @@ def test_bad_prompts_stop_before_any_model_is_loaded(tiny_run: Run, monkeypatch:
         generate_prefixes(tiny_run)
     told = str(caught.value)
     assert "line 4: not valid JSON" in told
-    assert "line 5: prompt '5' has 62 tokens, room is for 28" in told
+    assert "line 5: prompt '5' has 62 tokens, there is room for 28" in told
     assert "line 6: field 'prompt' is empty" in told
     assert "line 7: id 'p0' is also on line 1" in told
 

@@ -435,5 +435,5 @@ def test_a_mask_that_differs_from_the_clients_own_is_refused(monkeypatch: pytest
     with serving(FakeEngine()) as url, TeacherClient(url) as client:
         honest = batcher.outlier_mask
         monkeypatch.setattr(batcher, "outlier_mask", lambda *a: ~honest(*a))
-        with pytest.raises(TropdError, match="partitioned sequence 0 otherwise"):
+        with pytest.raises(TropdError, match="partitioned sequence 0 differently"):
             client.score(ask([item([2, 9, 4])]))

@@ -75,7 +75,7 @@ def test_the_rest_of_what_is_not_is_weighted_and_says_so(
     with pytest.raises(TropdError, match="here"):
         loop.train(run)
     [warning] = said.warnings
-    assert "the steps that are still to come are weighted (train.importance_clip)" in warning
+    assert "the remaining steps are weighted (train.importance_clip)" in warning
 
 
 def test_what_is_begun_now_records_it(tiny_run: Run) -> None:

@@ -102,7 +102,7 @@ def choose(
     ids: Tensor,
     *arguments: Any,
 ) -> Choice:
-    """``lean_decoder.choose``, which ``prepare`` has compiled; not for a single row, nor for prompts of a single token."""
+    """``lean_decoder.choose``, compiled by ``prepare``; not for a single row, nor for prompts of a single token."""
     cache = arguments[1]
     if len(ids) == 1 or cache[0].shape[3] == 1:
         return lean_decoder.choose(sampling, draws, model, angles, ids, *arguments)

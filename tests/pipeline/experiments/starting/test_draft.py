@@ -156,7 +156,7 @@ def refusals(request: Request, tmp_path: Path) -> list[tuple[Request, str]]:
         (replace(request, objective="magic"), "unknown objective 'magic'"),
         (replace(request, evaluation=other), "rename it in one of the files"),
         (replace(request, prompts=write(tmp_path / "m.jsonl", turns)), "only a chat template can write"),
-        (replace(request, prompts=long), "room is for"),
+        (replace(request, prompts=long), "there is room for"),
         (replace(request, prompts=write(tmp_path / "one.jsonl", sums(1))), "has one prompt only"),
     ]
 

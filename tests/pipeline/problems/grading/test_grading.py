@@ -169,7 +169,7 @@ def test_choices_as_data_sets_write_them(field: str, letter: str | None) -> None
     problems = [Prompt(id="p1", text="", answer=None), Prompt(id="p2", text="", answer=field)]
     check_expected("math", problems)
     if letter is None:
-        with pytest.raises(DataError, match=r"'p2'.*is no choice"):
+        with pytest.raises(DataError, match=r"'p2'.*is not a choice"):
             check_expected("choice", problems)
     else:
         check_expected("choice", problems)

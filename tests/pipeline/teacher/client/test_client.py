@@ -137,7 +137,7 @@ def f32(*values: float) -> np.ndarray:
         ({"tail": f32(-1, np.nan, -1)}, "NaN or positive"),
         ({"topk_logprobs": np.full((3, 3), np.nan, dtype=np.float32)}, "NaN or positive"),
         ({"topk_ids": np.full((3, 3), V, dtype=np.int32)}, "outside 0 … 23"),
-        ({"trusted": np.array([False, True, False])}, "partitioned sequence 0 otherwise"),
+        ({"trusted": np.array([False, True, False])}, "partitioned sequence 0 differently"),
         (
             {
                 "topk_positions": np.array([0, 2], dtype=np.int32),
@@ -145,7 +145,7 @@ def f32(*values: float) -> np.ndarray:
                 "topk_logprobs": np.full((2, 3), -2, dtype=np.float32),
                 "tail": f32(-1, -1),
             },
-            "alternatives for other tokens than asked",
+            "alternatives for tokens other than those asked for",
         ),
     ],
     ids=range(9),
@@ -250,7 +250,7 @@ def test_what_would_not_pass_is_an_error_at_once(
 def test_something_else_at_the_address_is_not_a_teacher(body: str) -> None:
     transport = httpx.MockTransport(lambda sent: httpx.Response(200, text=body))
     client = TeacherClient("http://teacher", transport=transport)
-    with client, pytest.raises(TropdError, match="not a tropd teacher service"):
+    with client, pytest.raises(TropdError, match="neither a tropd teacher service"):
         client.info()
 
 

@@ -190,7 +190,7 @@ def first_entry(answer: dict[str, Any]) -> dict[str, Any]:
     ("alter", "words"),
     [
         (lambda a: first_entry(a).update(logprob=0.146), r"log-prob of \+0\.146.*--no-enable-prefix-caching"),
-        (lambda a: first_entry(a).update(logprob="x"), "unusable answer: a log-prob is no number"),
+        (lambda a: first_entry(a).update(logprob="x"), "unusable answer: a log-prob is not a number"),
         (lambda a: first_entry(a).pop("logprob"), "unusable answer: no log-prob of token"),
         (lambda a: a["choices"][0]["prompt_logprobs"].__setitem__(-1, {}), "no log-prob of token"),
         (lambda a: a["choices"][0]["prompt_logprobs"].__setitem__(-1, None), "unusable answer"),

@@ -115,7 +115,7 @@ class Moody:
         ((np.nan, -1.0), "NaN or positive"),
         ((0.146, -1.0), "NaN or positive"),
         ((-np.inf, -np.inf), "not finite"),
-        ((-1.0, -1.2), r"other log-probs the second time \(difference 0\.2\)"),
+        ((-1.0, -1.2), r"different log-probs the second time \(difference 0\.2\)"),
         ((-1.0, np.nan), "NaN or positive"),
     ],
 )

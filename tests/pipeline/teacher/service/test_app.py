@@ -148,7 +148,7 @@ def test_a_body_that_stops_arriving_is_given_up(table_engine: Any, monkeypatch: 
         connection.sendall(head.encode() + b"a beginning")
         answer = b"".join(iter(lambda: connection.recv(4096), b""))  # to its end: the service closes
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"nothing of the body came" in answer
+    assert b"no part of the body arrived" in answer
 
 
 def test_a_body_that_arrives_slowly_is_taken(table_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_the_one_before_stands_in_for_a_damaged_one(
         assert newest == folder / checkpoint_name(2)
         assert list(stage.manifest.shards) == [checkpoint_name(2)]
         remove_uncommitted(stage)
-    assert "going on from checkpoints/step-000002; damaged" in caplog.text
+    assert "resuming from checkpoints/step-000002; damaged" in caplog.text
     assert checkpoint_name(3) in caplog.text
     assert not (folder / checkpoint_name(3)).exists()
     assert damage == "folder gone" or (folder.parent / "damaged/train" / checkpoint_name(3)).is_dir()

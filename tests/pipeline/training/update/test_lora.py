@@ -154,7 +154,7 @@ def test_adapters_that_do_nothing_or_are_merged_otherwise_are_refused(
     with monkeypatch.context() as patch:
         delta = Linear.get_delta_weight
         patch.setattr(Linear, "get_delta_weight", lambda self, name: 1.5 * delta(self, name))
-        with pytest.raises(ConfigError, match="merged, they change its logits otherwise"):
+        with pytest.raises(ConfigError, match="merged, they change its logits differently"):
             adapted(tiny_model)
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "forward", lambda self, x, *_, **__: self.base_layer(x))
