@@ -1,1 +1,1 @@
-"""Models: loading, tokenizers, limits, precision."""
+"""Models: loading, tokenizers, limits, precision, engines."""

@@ -1,4 +1,4 @@
-"""Main memory of a run on a CPU: what a step frees is kept for the next one.
+"""Main memory of a run on a CPU: memory that a step frees is kept for the next one.
 
 By default glibc gives large free blocks back to the system, which hands them out again page by page, each zeroed at its
 first touch. A step frees and asks for the same tensors over and over, which took a small model a tenth of its time.

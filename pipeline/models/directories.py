@@ -49,7 +49,7 @@ def _check_made(folder: Path) -> None:
     """Every file of a model that ``tropd prepare`` has made: fingerprints know those that decide tokens only.
 
     Raises:
-        DamagedShardError: it is not what the manifest beside it says, or that is not readable.
+        DamagedShardError: it differs from the manifest beside it, or that is not readable.
     """
     manifest = read_manifest(folder.parent)
     if manifest is None or folder.name not in manifest.shards:
@@ -64,14 +64,14 @@ def _check_made(folder: Path) -> None:
 
 
 def model_is_here(workspace: Workspace, config: ModelConfig) -> bool:
-    """Whether ``model_directory`` would find the model without downloading it."""
+    """True if ``model_directory`` would find the model without downloading it."""
     return workspace.resolve(config.model).exists() or (
         is_hub_name(config.model) and _downloaded(config.model)
     )
 
 
 def described_directory(workspace: Workspace, config: ModelConfig, role: str) -> Path:
-    """As ``model_directory``, but of a hub model that is not here, only what describes it is downloaded: no weights.
+    """Like ``model_directory``, but of a hub model that is not here, all but the weights is downloaded.
 
     Raises:
         ConfigError, DataError: as there.
@@ -82,7 +82,7 @@ def described_directory(workspace: Workspace, config: ModelConfig, role: str) ->
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model that is no folder may be one of the Hugging Face hub."""
+    """True if a model that is not a folder may be one of the Hugging Face hub."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~", "models/"))
 
 

@@ -34,7 +34,7 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # what the many kinds of models raise has no class in common
+    except Exception as error:  # the errors of the many kinds of models have no class in common
         raise _unusable(folder, error) from error
 
 
@@ -64,7 +64,7 @@ def check_model(folder: Path, tokenizer: Any, *, trust_remote_code: bool = False
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What changes if a file of a model does."""
+    """A value that changes whenever a file of a model does."""
     found = [
         (path.name, path.stat()) for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern)
     ]
@@ -75,7 +75,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 def check_weights(folder: Path, trust_remote_code: bool, stamp: tuple[tuple[str, int, int], ...]) -> int:
     """Compare weight files and configuration; returns the rows that input and output embeddings both have.
 
-    Not of quantized models and those with code of their own: what their tensors become is known only once loaded.
+    Not of quantized models and those with code of their own: the form of their tensors is known only once loaded.
     """
     config = load_model_config(folder, trust_remote_code=trust_remote_code)
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -93,7 +93,7 @@ def check_weights(folder: Path, trust_remote_code: bool, stamp: tuple[tuple[str,
 
 
 def _unusable(folder: Path, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split()).split(". ")[0]  # transformers goes on about updates
+    reason = " ".join(str(error).split()).split(". ")[0]  # transformers adds advice about updates
     return ConfigError(
         f"{folder / CONFIG} describes no causal language model that can be used here: {reason}",
         hint=f"{COPY_AGAIN}; a new kind of model needs a newer transformers (pip install -U transformers), one with "
@@ -137,7 +137,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the library in Rust raises Exception itself
-        if (folder / CONFIG).is_file():  # which is read, too, and may be what is wrong
+        if (folder / CONFIG).is_file():  # which is read, too, and may be at fault
             load_model_config(folder, trust_remote_code=trust_remote_code)
         raise ConfigError(f"{folder} has no readable tokenizer: {error}", hint=COPY_AGAIN) from error
     if tokenizer.eos_token_id is None:
@@ -146,7 +146,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """The generation configuration of a model directory; where there is none, what its ``config.json`` says of it.
+    """The generation configuration of a model directory; without one, the settings of its ``config.json``.
 
     Raises:
         ConfigError: it has values that it cannot have.

@@ -1,4 +1,4 @@
-"""Running out of memory, in words: what did not fit, and the settings that make it smaller."""
+"""Out-of-memory errors in words: the thing that did not fit, and the settings that make it smaller."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SAID = 200
 
 @contextmanager
 def within_memory(what: str, smaller: str) -> Iterator[None]:
-    """Name what a block is about and the settings that shrink it, if memory ends in it; the innermost block speaks.
+    """Name the block's work and the settings that shrink it, if memory ends in it; the innermost block speaks.
 
     Args:
         what: as a subject: "the step's gradients".
-        smaller: what to change, as a hint.
+        smaller: the settings to change, as a hint.
 
     Raises:
         MemoryFullError: instead of whatever the libraries raise, of main or GPU memory, or of threads.

@@ -1,4 +1,4 @@
-"""What a model's folder holds, read without its weights: configuration files, and which tensors of which shape are where.
+"""Contents of a model's folder, read without its weights: configuration files, names, shapes and places of tensors.
 
 transformers and vLLM differ in what they read where files are left over or missing. Here both would read the same, or
 the folder is refused by name.
@@ -25,10 +25,10 @@ COPY_AGAIN = "copy or download the model again"
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder with unreadable configuration files, or without weights that can be told from other files.
+    """Refuse a folder with unreadable configuration files, or without weights that stand apart from other files.
 
     Raises:
-        ConfigError, DataError: naming the file, and what to do.
+        ConfigError, DataError: naming the file and the fix.
     """
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -143,7 +143,7 @@ def read_tensors(folder: Path, names: tuple[str, ...]) -> list[Any]:
 
 
 def unreadable(folder: Path, error: Exception) -> DataError:
-    """What to say of weights that are no safetensors."""
+    """The error for weights that are not safetensors."""
     return DataError(
         f"the weights in {folder} cannot be read: {error}",
         hint=f"{COPY_AGAIN}; rerunning a stage makes its own output again",

@@ -1,4 +1,4 @@
-"""Device, threads, precision and attention masks: how a model is run, whichever it is."""
+"""Device, threads, precision and attention masks of any model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def configure_runtime(runtime: RuntimeConfig) -> torch.device:
     """Set the thread count, pick the device, and on a CPU keep freed memory.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: CUDA is asked for and not available.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)

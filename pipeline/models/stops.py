@@ -1,4 +1,4 @@
-"""Where a response ends: at which token ids, for whoever writes in a run.
+"""The token ids at which a response ends, for student and teacher.
 
 A teacher stops where it was made to: at the end-of-sequence token of its tokenizer and those of its
 ``generation_config.json``. The student is stopped at these too, besides its own. Where it is a base model and the teacher

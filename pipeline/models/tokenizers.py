@@ -1,4 +1,4 @@
-"""Whether the token ids of two models mean the same: their tokenizers compared by content."""
+"""Tokenizers compared by content: the check that the token ids of two models mean the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ END = "end of sequence"
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What must agree between two models that exchange token ids."""
+    """The properties in which two models that exchange token ids must agree."""
 
     digest: str
     """SHA-256 of the vocabulary, the merges, the rules and the special tokens."""
@@ -35,7 +35,7 @@ def num_tokens(tokenizer: Any) -> int:
 
 
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
-    """Hash vocabulary, merges, normalisation, and the added tokens with the one that ends a sequence.
+    """Hash vocabulary, merges, normalization, and the added tokens with the one that ends a sequence.
 
     The chat template is a part but not in the digest: it decides how prompts are written where ``data.chat`` is on,
     and nothing else, while a base model and the model tuned from it often differ there.
@@ -150,7 +150,7 @@ def _joined(merge: Any) -> str:
 
 
 def _differences(part: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Iterator[str]:
-    """Where two mappings differ, in words; places in the order of the student, then those that only the teacher has."""
+    """Differences of two mappings, in words; places in the student's order, then those that only the teacher has."""
     places = sorted(student.keys() | teacher.keys()) if part == "vocabulary" else list({**student, **teacher})
     for place in places:
         mine, other = student.get(place), teacher.get(place)

@@ -1,4 +1,4 @@
-"""Whether a model is whole: each of its tensors is in the folder, in its shape, and nothing else is.
+"""The check that a model is whole: each of its tensors is in the folder, in its shape, and nothing else is.
 
 transformers fills what is missing or has another shape with random numbers, and says so in a report that nobody must
 read. Its report is what is checked here, since it knows which tensors a model renames, joins, ties, or can do without.
@@ -18,7 +18,7 @@ from tropd.storage.errors import DataError
 
 
 def check_headers(folder: Path, empty: Any) -> None:
-    """Compare what the weight files say they hold with what the model wants.
+    """Compare the tensors that the weight files declare with those of the model.
 
     Args:
         empty: the model without storage, on the device ``meta``.
@@ -83,7 +83,7 @@ def _not_whole(folder: Path, model: Any, parts: list[str], *, untied: bool = Fal
 
 
 def _looks_tied(model: Any, missing: set[str]) -> bool:
-    """Whether just the output layer is missing, as where it is the embeddings."""
+    """True if just the output layer is missing, as where it is the embeddings."""
     head = model.get_output_embeddings()
     return head is not None and missing == {n for n, p in model.named_parameters() if p is head.weight}
 

@@ -1,4 +1,4 @@
-"""What the pipeline asks of an inference engine: sample from a model, and score given tokens with it.
+"""The interface of an inference engine: sample from a model, and score given tokens with it.
 
 Token ids in, token ids and log-probs out; engines know nothing of prompts, objectives or files.
 """
@@ -41,7 +41,7 @@ class Generation:
     finish_reason: FinishReason
     drawn_logprobs: list[float] | None = None
     """Natural log-probs of ``tokens`` under the distribution that they were drawn from: at the sampling temperature,
-    renormalised over the nucleus (0 where the choice was greedy). None: these are ``logprobs``, as the sampling was
+    renormalized over the nucleus (0 where the choice was greedy). None: these are ``logprobs``, as the sampling was
     plain; or the engine does not know them."""
 
     @property

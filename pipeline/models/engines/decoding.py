@@ -30,7 +30,7 @@ DONE_SHARE = 0.25
 SEGMENT = 128
 
 Choice = tuple[Tensor, Tensor, Tensor]
-"""Tokens, their log-probs, and those of what they were drawn from, ``[B]`` each; see ``sample_tokens``."""
+"""Tokens, their log-probs, and those under the distribution drawn from, ``[B]`` each; see ``sample_tokens``."""
 
 
 class Decoder(Protocol):
@@ -43,10 +43,10 @@ class Decoder(Protocol):
         """Begin with these rows, which will get at most ``room`` tokens each, and choose the first."""
 
     def step(self, draws: Tensor) -> Choice:
-        """Append to each row what was chosen last, and choose the next."""
+        """Append to each row its last chosen token, and choose the next."""
 
     def select(self, keep: Tensor) -> None:
-        """Go on with these rows of the batch only."""
+        """Continue with these rows of the batch only."""
 
 
 def decode(
@@ -60,7 +60,7 @@ def decode(
 ) -> list[Generation]:
     """Continue each prompt until a stop token or its limit (≥ 1).
 
-    What a row draws depends on its seed and the number of its tokens only.
+    The tokens that a row draws depend on its seed and the number of its tokens only.
     """
     shape = (len(prompts), max(limits))
     draws = uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :])
@@ -95,7 +95,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What was drawn for each row, and how much of it counts."""
+    """The tokens drawn for each row, and how many of them count."""
 
     tokens: Ints
     """``[R, limit]``."""
@@ -110,7 +110,7 @@ class _Drawn:
     def add(
         self, rows: Ints, step: int, segment: tuple[Ints, Floats, Floats], stop_ids: Sequence[int]
     ) -> Ints:
-        """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that go on."""
+        """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that continue."""
         tokens, logprobs, drawn_logprobs = segment
         is_stop = np.isin(tokens, stop_ids).T
         end = step + len(tokens)
@@ -160,7 +160,7 @@ def _segment(choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]) -> 
     segment: list[Choice] = []
     for choice in choices:
         segment.append(choice)
-        # On the host: these are few numbers, and the next step waits for what they say.
+        # On the host: these are few numbers, and the next step waits for them.
         tokens = choice[0].cpu().numpy()
         for stop in stop_ids:
             going &= tokens != stop

@@ -45,7 +45,7 @@ class ModelDecoder:
         """``[B]`` positions of the next tokens."""
         self._length = 0
         self._tokens = self._next
-        """``[B]`` what was chosen last."""
+        """``[B]`` the last chosen tokens."""
 
     def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
         """See ``Decoder.start``."""

@@ -1,4 +1,4 @@
-"""What an engine must show of a model before it is trusted with it: its log-probs are those of a plain forward pass.
+"""The proof of an engine before it is trusted with a model: its log-probs are those of a plain forward pass.
 
 A plain pass is the model on one row by itself: no padding, no mask, no cache. What can go wrong between the two
 depends on the architecture: a cache that does not hold all of a model's state, padding that is read, positions that are
@@ -80,7 +80,7 @@ def check_decoding(
     plain: Logprobs,
     tolerance: float,
 ) -> None:
-    """What was decoded after the prompts has the log-probs that a plain pass over all of it gives.
+    """Check that decoded tokens have the log-probs that a plain pass over prompt and tokens gives.
 
     Raises:
         ConfigError: it has not.
@@ -91,7 +91,7 @@ def check_decoding(
 
 
 def check_scores(name: str, rows: Rows, scores: Logprobs, plain: Logprobs, tolerance: float) -> None:
-    """Rows that are scored together have the log-probs of a plain pass over each, and so have their first halves.
+    """Check that rows scored together have the log-probs of a plain pass over each, and so have their first halves.
 
     Raises:
         ConfigError: they have not.
@@ -99,7 +99,7 @@ def check_scores(name: str, rows: Rows, scores: Logprobs, plain: Logprobs, toler
     starts = middles(rows)
     found = scores(rows, starts)
     _compare(name, "scored", found, plain(rows, starts), tolerance)
-    # What comes later must not matter: a model that looks ahead has other log-probs for the same tokens.
+    # Later tokens must not matter: a model that looks ahead has other log-probs for the same tokens.
     cuts = [row[: start + (len(row) - start + 1) // 2] for row, start in zip(rows, starts, strict=True)]
     sooner = plain(cuts, starts)
     _compare(
@@ -109,7 +109,7 @@ def check_scores(name: str, rows: Rows, scores: Logprobs, plain: Logprobs, toler
 
 @contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """What fails within is a reason not to use this model.
+    """Turn a failure within the block into a refusal of this model.
 
     Raises:
         ConfigError: in place of whatever else, except a lack of memory.
@@ -131,7 +131,7 @@ def _compare(
     one, other = np.concatenate(found), np.concatenate(expected)
     if not len(one):
         return
-    # What is no number in both is reported where it is used.
+    # NaN in both is reported where it is used.
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     differences = np.abs(one - other)[~same]
     if not (differences <= tolerance * np.maximum(1.0, np.abs(other[~same]))).all():

@@ -32,8 +32,8 @@ def float32_stream(model: Any) -> Iterator[None]:
 
 
 def takes_float32_stream(model: Any) -> bool:
-    """Whether a model is in bfloat16, and its last hidden states come out in float32, and otherwise the same; found by
-    trying, since what a layer does with two precisions is its own."""
+    """True if a model is in bfloat16, and its last hidden states come out in float32, and otherwise the same; found by
+    trying, since each layer handles two precisions in its own way."""
     if model.dtype != torch.bfloat16:
         return False
     ids = torch.arange(12, device=model.device).view(2, 6) * 7 + 1

@@ -22,7 +22,7 @@ LOGIT_ELEMENTS_ON_CPU = 1 << 23
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What scoring wants to know of each position. Everything is float32, log-probs are at most 0."""
+    """Scores of each position. Everything is float32, log-probs are at most 0."""
 
     sampled: Tensor
     """``[n]`` log-probs of the targets."""
@@ -52,7 +52,7 @@ def score_states(
         limit: only ids below this are alternatives.
     """
     n = len(states)
-    # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
+    # Made first: lasting tensors, allocated among short-lived ones, would keep these from being freed.
     sampled, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(norms) if entropy else None
     top_ids, top_logprobs = targets.new_empty(n, k), norms.new_empty(n, k)
@@ -63,7 +63,7 @@ def score_states(
         sampled[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         if entropies is not None:
             entropies[rows] = vocabulary_sums.entropy(logprobs)
-        del logits, logprobs  # where there is no workspace, they would be there until the next are made
+        del logits, logprobs  # without a workspace, they would stay until the next are made
     top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
     return HeadScores(sampled.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs)
 

@@ -26,7 +26,7 @@ from tropd.pipeline.models.runtime import autocast, evaluation_mode, masked_atte
 class TransformersEngine:
     """Samples from and scores with a causal LM in this process.
 
-    It shares the model's weights with whoever trains it, and switches it to evaluation mode while it works.
+    It shares the model's weights with its trainer, and switches it to evaluation mode while it works.
 
     Args:
         model: a causal LM of transformers.
@@ -36,8 +36,7 @@ class TransformersEngine:
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean_decoder`` knows, its decoding step.
-        lean: decode without the model's modules (see ``lean_decoder``), or with them; None: without, where that gives the
-            same.
+        lean: decode without the model's modules (see ``lean_decoder``), or with them; None: without, if equal.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class TransformersEngine:
 
     @functools.cached_property
     def is_lean(self) -> bool:
-        """Whether it decodes without the model's modules; found out at first use, which takes a copy of the weights."""
+        """True if it decodes without the model's modules; found out at first use, which takes a copy of the weights."""
         if self._lean is not None:
             return self._lean
         with masked_attention(self.model):
@@ -146,7 +145,7 @@ class TransformersEngine:
         order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
         if len(order) > 1 and self._batch_size > 1:
             self.prepare(sampling)
-        # What is not in the order has no room for a token.
+        # Rows that are not in the order have no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
         with self._inference(None if self.is_lean else self._autocast), self._stance():
             weights = self._lean_model() if self.is_lean else None

@@ -87,11 +87,11 @@ class VllmEngine:
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
         if in_training:
             options["hf_overrides"] = {"tie_word_embeddings": False}
-            # Of what tokens are drawn from, for the importance weights; those at temperature 1 are scored.
+            # Of the distribution drawn from, for the importance weights; those at temperature 1 are scored.
             options["logprobs_mode"] = "processed_logprobs"
         if settings.quantization is not None:
             options["quantization"] = settings.quantization
-        # One thread makes all calls, whoever asks: vLLM's CPU kernels want the thread that they were set up in.
+        # One thread makes all calls, for every caller: vLLM's CPU kernels want the thread that they were set up in.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._llm = self._call(
             self._vllm.LLM,
@@ -137,7 +137,7 @@ class VllmEngine:
         responses are scored as well. Elsewhere those at temperature 1 are the only ones.
 
         Raises:
-            ConfigError: at the first call, what is decoded and what is scored differ.
+            ConfigError: at the first call, decoded and scored log-probs differ.
         """
         self._check(prompts, [1] * len(prompts))
         self._prove(prompts)
@@ -180,7 +180,7 @@ class VllmEngine:
     def _with_drawn(
         self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]
     ) -> list[Generation]:
-        """What was reported are the log-probs of what tokens were drawn from; those at temperature 1 are scored."""
+        """Take the reported log-probs as those of the distribution drawn from; those at temperature 1 are scored."""
         written = [i for i, generation in enumerate(generations) if generation.tokens]
         scores = self.score(
             [[*prompts[i], *generations[i].tokens] for i in written], [len(prompts[i]) for i in written]
@@ -204,8 +204,8 @@ class VllmEngine:
         """See ``Engine.score``.
 
         Raises:
-            ConfigError: ``entropy`` is asked for, which vLLM does not give; or, at the first call, what is decoded and
-                what is scored differ.
+            ConfigError: ``entropy`` is asked for, which vLLM does not give; or, at the first call, decoded and scored
+                log-probs differ.
             TropdError: a log-prob that is none, or too few alternatives below ``vocab_limit``.
         """
         if entropy:
@@ -254,7 +254,7 @@ class VllmEngine:
         self._call(self._llm.reset_prefix_cache)
 
     def _prove(self, rows: Sequence[Sequence[int]]) -> None:
-        """Tokens that are decoded, across the cache and beside other rows, have the log-probs that scoring gives them.
+        """Check that tokens decoded across the cache and beside other rows have the log-probs that scoring gives them.
 
         Whether these are the model's own is seen in training, where the trainer has it too.
         """
@@ -268,7 +268,7 @@ class VllmEngine:
             return [scores.sampled for scores in self.score(rows, starts)]
 
         try:
-            # In training it reports what tokens are drawn from, which is this only where sampling is plain.
+            # In training it reports the distribution drawn from, which is this only where sampling is plain.
             how = Sampling() if self._in_training else Sampling(0.0)
             drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
             tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
@@ -332,7 +332,7 @@ def keep_rows(number: int, model: torch.nn.Module) -> bool:
 
 
 def _import_vllm() -> Any:
-    """vLLM, in this process, with settings for a CPU where there is no GPU; what the user has set stays."""
+    """vLLM, in this process, with settings for a CPU where no GPU exists; the user's own settings stay."""
     for name, value in (IN_PROCESS | ({} if torch.cuda.is_available() else ON_CPU)).items():
         os.environ.setdefault(name, value)
     try:

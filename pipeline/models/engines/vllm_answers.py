@@ -1,4 +1,4 @@
-"""vLLM's flat lists of log-probs as arrays; what is no log-prob never goes on."""
+"""vLLM's flat lists of log-probs as checked arrays; values that are not log-probs are refused."""
 
 from __future__ import annotations
 

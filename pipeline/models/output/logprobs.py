@@ -50,7 +50,7 @@ class Lookups:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What an objective needs of the student."""
+    """The student's values that an objective needs."""
 
     targets: Tensor
     """``[n]`` log-prob of each target, float32, with gradient."""
@@ -153,7 +153,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         size: int,
         limit: int | None,
     ) -> tuple[Tensor, ...]:
-        # Made first: what lasts, allocated among what does not, would keep the memory of the latter from being freed.
+        # Made first: lasting tensors, allocated among short-lived ones, would keep these from being freed.
         norms, chosen, entropies, overlap = (
             states.new_empty(len(targets), dtype=torch.float32) for _ in range(4)
         )
@@ -170,7 +170,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 # The logits are ours, and have been read.
                 logprobs[_positions(counts[rows], ids[entries]), ids[entries]] = -torch.inf
                 tails[rows] = torch.where(counts[rows] > 0, logsumexp(logprobs), 0.0)
-            del logits, logprobs  # where there is no workspace, they would be there until the next are made
+            del logits, logprobs  # without a workspace, they would stay until the next are made
         ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms, tails)
         ctx.wants_tail, ctx.softcap, ctx.dtype, ctx.size = wants_tail, softcap, dtype, size
         ctx.limit = limit
@@ -232,7 +232,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 def _tail_gradient_(
     logprobs: Tensor, tails: Tensor, total: Tensor, by_tail: Tensor, position: Tensor, ids: Tensor
 ) -> Tensor:
-    """Over log-probs ``[c, V]``, where they lie: what tails, and the norms of all that was chosen, give by the logits."""
+    """Gradient by the logits, of tails and of the norms of all chosen tokens, written over log-probs ``[c, V]``."""
     inside = logprobs[position, ids].exp()
     logprobs[position, ids] = -torch.inf
     total = total + by_tail.unsqueeze(-1)

@@ -30,7 +30,7 @@ BLOCK = 8192
 
 
 def is_plain(head: Any) -> bool:
-    """Whether a head is a linear layer and nothing else, so that its gradient can be written down."""
+    """True if a head is a linear layer and nothing else, so that its gradient can be written down."""
     return type(head) is torch.nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
 
 
@@ -62,7 +62,7 @@ def plain_logits(
 ) -> Tensor:
     """Float32 logits ``[n, V]`` of states ``[n, H]``, from a product whose precision would be ``dtype``.
 
-    They lie in the first n rows of ``space``, a ``workspace``, where there is one.
+    They lie in the first n rows of ``space``, a ``workspace``, if given.
     """
     with torch.autocast(states.device.type, enabled=False):
         if states.device.type == "cpu" and dtype.itemsize <= 4:
@@ -88,7 +88,7 @@ def _on_cpu(states: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 
 @functools.cache
 def keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product can come out in float32 (CUDA, since PyTorch 2.8). 267 would be rounded."""
+    """True if a product can come out in float32 (CUDA, since PyTorch 2.8). 267 would be rounded."""
     operand = torch.ones(16, 264, device=device, dtype=dtype)
     operand[:, 0] = 2
     try:
@@ -169,7 +169,7 @@ class SplitModel:
         """Float32 logits ``[n, V]`` of states ``[n, H]``, without gradient, that the caller may write over; -inf for what
         is no token.
 
-        They lie in ``space`` where there is one; see ``workspace``.
+        They lie in ``space`` if given; see ``workspace``.
         """
         head, dtype = self.head, product_dtype(states)
         if is_plain(head):

@@ -39,7 +39,7 @@ def compile_layers(model: Any) -> None:
     """Have each decoder layer compiled when it is first used; layers of a kind share their code.
 
     Raises:
-        ConfigError: there is no working compiler.
+        ConfigError: no compiler works here.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -73,7 +73,7 @@ def check_compiler() -> None:
 
 
 def _is_checked(guards: Sequence[Any]) -> list[bool]:
-    """What of a call is compared with what the code was made for: its tensors, and ``key`` instead of each weight.
+    """The parts of a call that are compared with those of the compiled code: its tensors, and ``key`` for the weights.
 
     To compare all weights, and all functions that are called, took a tenth of a small model's step.
     """
@@ -83,7 +83,7 @@ def _is_checked(guards: Sequence[Any]) -> list[bool]:
 def _choose(
     key: str, sampling: Sampling, draws: Tensor, model: lean_decoder.LeanModel, *arguments: Any
 ) -> Choice:
-    if not key:  # what is used is compared at each call; an assertion would not be under `python -O`
+    if not key:  # used values are compared at each call; an assertion would not be under `python -O`
         raise ValueError("a model without a key")
     return lean_decoder.choose(sampling, draws, model, *arguments)
 

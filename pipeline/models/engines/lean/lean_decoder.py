@@ -49,7 +49,7 @@ class _Layer:
     """``[H]`` float32 weights of the norm before it, where they are no part of it; likewise below."""
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
-    """``[heads + kv_heads, 1, D]``: queries and keys are normalised and rotated together."""
+    """``[heads + kv_heads, 1, D]``: queries and keys are normalized and rotated together."""
     out: Tensor
     out_bias: Tensor | None
     gate_up: Tensor
@@ -131,7 +131,7 @@ class LeanDecoder:
     Args:
         longest: tokens that a row may have, prompt included.
         sampling: how tokens are chosen.
-        forward: ``choose``, or what a compiler has made of it, which is always given a mask.
+        forward: ``choose``, or its compiled form, which is always given a mask.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class LeanDecoder:
         self._cache: list[Tensor] = []
         """Keys and values ``[2, B, kv_heads, capacity, D]`` of each layer."""
         self._allowed: Tensor | None = None
-        """``[B, 1, 1, width + room]`` what is no padding; None where nothing is."""
+        """``[B, 1, 1, width + room]`` True where a column is not padding; None where nothing is padded."""
         self._next = torch.zeros(0, dtype=torch.long, device=model.embedding.device)
         """``[B]`` positions of the next tokens."""
         self._tokens = self._next
-        """``[B]`` what was chosen last."""
+        """``[B]`` the last chosen tokens."""
         self._length = 0
 
     @property
@@ -234,7 +234,7 @@ def next_logits(
         ids: ``[B, T]`` new tokens, at ``positions`` ``[B, T]`` of their rows.
         cache: ``[2, B, kv_heads, S, D]`` keys and values of each layer. The last T columns are those of the new tokens,
             and are written here.
-        allowed: ``[B, 1, T, S]`` (or with 1 for T) what may be looked at; everything where it is None.
+        allowed: ``[B, 1, T, S]`` (or with 1 for T) the columns that may be looked at; all where it is None.
     """
     rows, new = ids.shape
     x = functional.embedding(ids, model.embedding).float()
@@ -279,7 +279,7 @@ def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -
 
 
 def _causal(mask: Tensor) -> Tensor:
-    """``[B, 1, T, T]`` what each token of left-padded prompts looks at: itself, and tokens before it."""
+    """``[B, 1, T, T]`` the tokens that each one of left-padded prompts looks at: itself, and those before it."""
     size = mask.shape[1]
     before = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
     # Padding looks at itself: a row of nothing would be NaN.
@@ -292,7 +292,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _all_plain(model: Any) -> bool:
-    """Whether every projection is a linear layer and nothing else (no adapters, no quantisation), and the MLPs are SiLU
+    """True if every projection is a linear layer and nothing else (no adapters, no quantization), and the MLPs are SiLU
     without bias."""
     try:
         layers = [getattr(layer, part) for layer in model.model.layers for part in ("self_attn", "mlp")]
@@ -310,7 +310,7 @@ def _all_plain(model: Any) -> bool:
 
 
 def is_lean(model: Any) -> bool:
-    """Whether a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens.
+    """True if a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens.
 
     These are compared in the precision of its weights.
     """
