@@ -1,4 +1,4 @@
-"""A training run at a glance: from its metrics so far to what a terminal shows."""
+"""The dashboard of a training run: its metrics so far, drawn for a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDE = 96
 
 @dataclass(frozen=True)
 class Dashboard:
-    """What is known of a run; renders to the width that there is."""
+    """State of a run; renders to the available width."""
 
     title: str
     records: Sequence[Record]
@@ -39,7 +39,7 @@ class Dashboard:
     state: str = ""
     """A remark beside the title: finished, waiting, …"""
     verdicts: Sequence[Verdict] = ()
-    """What is off."""
+    """Verdicts on the steps so far."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE

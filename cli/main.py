@@ -30,12 +30,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Trust Region On-Policy Distillation: distil a large language model into a small one.\n\n"
+    help="Trust Region On-Policy Distillation: distill a large language model into a small one.\n\n"
     "Stages, each resumable on its own: init → prepare (demo) → generate-prefixes → score-teacher → train → "
     "evaluate → report. `tropd run` does those of a workspace in order, `tropd demo` all of them on two tiny models.",
 )
 INTERRUPTED = 130
-INTERRUPTED_MESSAGE = "interrupted; the same command goes on where it stopped"
+INTERRUPTED_MESSAGE = "interrupted; run the same command again to resume"
 
 
 def _show_version(wanted: bool) -> None:
@@ -94,9 +94,7 @@ def main() -> None:
         if _interruptions:
             tell(INTERRUPTED_MESSAGE)
             sys.exit(INTERRUPTED)
-        explained = memory_error(
-            error, "tropd", "tropd plan shows what a run needs, and what makes it smaller"
-        )
+        explained = memory_error(error, "tropd", "tropd plan shows a run's needs, and how to reduce them")
         if explained is not None:
             sys.exit(_refused(explained))
         tell(f"{type(error).__name__}: {error}", label="internal error: ", style="red")
@@ -115,8 +113,8 @@ def _refused(error: TropdError) -> int:
 def _leave(code: int) -> NoReturn:
     """End with this exit code.
 
-    Under torchrun, with all that Python does at its end, but without the end of the native libraries: the threads of
-    torch.distributed and these race there, and now and then a run that is done would end with SIGABRT.
+    Under torchrun, Python's own cleanup runs, but not that of the native libraries: it races with the threads of
+    torch.distributed, and now and then a finished run would end with SIGABRT.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit._run_exitfuncs()

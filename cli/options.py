@@ -37,21 +37,21 @@ ShardsOption = Annotated[
     str | None,
     typer.Option(
         "--shards",
-        help="Make only part i of n, as one job of an array; the last part to finish completes the stage.",
+        help="Run only part i of n (one job of an array job). The last part to finish completes the stage.",
         metavar="I/N",
     ),
 ]
 ExecutorOption = Annotated[
-    Literal["local", "ray"], typer.Option(help="Who makes the shards: this process, or workers of Ray.")
+    Literal["local", "ray"], typer.Option(help="Make the shards in this process, or with Ray workers.")
 ]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Workers of Ray, each with an engine of its own.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Ray workers, each with an engine of its own.")]
 
 
 def execution_of(shards: str | None, executor: str, workers: int) -> Execution:
-    """Who makes a stage's shards, from the options.
+    """Executor of a stage's shards, from the options.
 
     Raises:
-        ConfigError: options that do not go together.
+        ConfigError: options that exclude each other.
     """
     from tropd.pipeline.stages.shards import Execution, Part
     from tropd.storage.errors import ConfigError
@@ -59,7 +59,7 @@ def execution_of(shards: str | None, executor: str, workers: int) -> Execution:
     if shards is None:
         return Execution(ray_workers=workers if executor == "ray" else None)
     if executor == "ray":
-        raise ConfigError("--shards and --executor ray do not go together", hint="Ray splits the work itself")
+        raise ConfigError("--shards and --executor ray exclude each other", hint="Ray splits the work itself")
     return Execution(part=Part.parse(shards))
 
 

@@ -1,4 +1,4 @@
-"""What people see: progress bars on a terminal, plain lines elsewhere, tables and JSON."""
+"""Output for people: progress bars on a terminal, plain lines elsewhere, tables and JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tropd.pipeline.report.watch import TrainingProgress
 
 # Progress and messages go to stderr, so that stdout holds results only.
-# Into a pipe or a file, lines are not cut to the width of a terminal that is not there.
+# Lines into a pipe or a file are not cut to the width of a terminal.
 PIPE_WIDTH = 200
 # Markup and emoji codes are off: what is printed holds paths, prompts and answers, in which they are text.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -51,7 +51,7 @@ stdout = Console(
 PLAIN_INTERVAL_SECONDS = 10.0
 WATCH_INTERVAL_SECONDS = 1.0
 PATIENCE_SECONDS = 1.0
-"""How long nothing need be said."""
+"""Seconds before libraries that still load are mentioned."""
 
 
 def say(text: str, *, style: str = "", end: str = "\n") -> None:
@@ -65,7 +65,7 @@ def tell(text: str, *, label: str = "", style: str = "") -> None:
 
 
 def tell_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """What is off with a run, and what to do about it: a line each."""
+    """Show the verdicts on a run with their remedies, a line each."""
     for verdict in verdicts:
         tell(verdict.line, label=f"{verdict.level}: ", style=VERDICT_STYLES[verdict.level])
 
@@ -100,7 +100,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _Verdicts:
-    """Verdicts on the steps so far, looked for now and then: they go through all steps."""
+    """Verdicts on the steps so far, computed only now and then, since they read all steps."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
@@ -270,7 +270,7 @@ def _format_values(values: Mapping[str, object]) -> str:
     )
 
 
-# Controls that JSON takes as they are, and halves of characters, which no encoding takes.
+# Controls that JSON leaves unescaped, and halves of surrogate pairs, which no encoding accepts.
 _NOT_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

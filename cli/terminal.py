@@ -11,7 +11,7 @@ import sys
 import warnings
 
 SPELLED = "tropd.spelled"
-"""Name of the error handler of output streams: what their encoding lacks is spelled in ASCII."""
+"""Name of the error handler of output streams: it spells characters that their encoding lacks in ASCII."""
 # A character and its spelling, each.
 _PAIRS = """▁_ ▂. ▃- ▄: ▅= ▆+ ▇* █# →-> ←<- −- –- —- …... ·* •* ±+- ×x ≤<= ≥>= ≠!= ‖|| πpi “" ”" ‘' ’'"""
 _SPELLING = {pair[0]: pair[1:] for pair in _PAIRS.split()} | {"\u00a0": " "}
@@ -47,19 +47,19 @@ def open_streams() -> None:
 
 
 def takes_unicode() -> bool:
-    """Whether standard output has an encoding of all of Unicode."""
+    """True if standard output's encoding has all of Unicode."""
     return (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith(("utf", "u8"))
 
 
 def wants_debug() -> bool:
-    """Whether ``TROPD_DEBUG`` asks for tracebacks and debug logs."""
+    """True if ``TROPD_DEBUG`` asks for tracebacks and debug logs."""
     return os.environ.get("TROPD_DEBUG", "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def quiet_libraries(debug: bool) -> None:
     """Send logs to standard error: everything with ``debug``, else tropd's warnings and errors of libraries.
 
-    Processes that are started inherit it. What the user has set in the environment stays.
+    Processes that are started inherit it. Variables that the user has set stay.
     """
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("tropd").setLevel(logging.DEBUG if debug else logging.WARNING)

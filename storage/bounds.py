@@ -1,4 +1,4 @@
-"""How far above 0 a log-prob may be, for all who take one from a model, a file or another machine."""
+"""Bound of log-probs above 0, for every reader of a model, a file or another machine's answer."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ LOGPROB_SLACK = 1e-3
 
 
 def are_logprobs(values: npt.ArrayLike) -> bool:
-    """Whether values may be log-probs: none is NaN, and none above 0 but for rounding. Minus infinity is one."""
+    """True if values may be log-probs: none is NaN, and none above 0 but for rounding. Minus infinity is one."""
     return bool((np.asarray(values) <= LOGPROB_SLACK).all())

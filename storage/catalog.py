@@ -16,7 +16,7 @@ distances     as in ``DISTANCES``: a row per prompt, means over its tokens      
 Only shards that a manifest names are visible; a stage that has not run gives an empty view. Views are Arrow
 streams made anew for every scan: nothing is read before a query asks for it, and tables larger than memory
 pass through in batches. DuckDB itself may open no file at all, so that no SQL can read or write outside.
-What this module does not do: check checksums (``verify`` does) and keep anything between two queries.
+This module neither checks checksums (``verify`` does) nor keeps anything between two queries.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ DISTANCES = pa.schema(
 """Of a student (before or after training) and the teacher on a held-out prompt: means over the tokens of a response."""
 _LINES_PER_BATCH = 4096
 DISTANCE, RESPONSES = "distance-", "responses-"
-"""How names of files begin in eval/: distances per prompt, and the responses that they were measured on."""
+"""Beginnings of file names in eval/: distances per prompt, and the responses that they were measured on."""
 _PROMPT_FILES = {".jsonl", ".json", ".parquet", ".csv"}
 _ABOUT = ".sources.json"
-"""How names of files end that say what a prompt file was made of."""
+"""Ending of the names of files that list a prompt file's sources."""
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _LOCK_DOWN = """
     SET autoinstall_known_extensions = false;
@@ -139,7 +139,7 @@ class _Lazy:
 
 
 def open_catalog(workspace: Workspace) -> duckdb.DuckDBPyConnection:
-    """A connection with the six views and no way to any file; close it after use.
+    """A connection with the six views and no access to any file; close it after use.
 
     Raises:
         DamagedShardError: a manifest is damaged, or a shard that it names is missing.

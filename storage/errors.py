@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read: what was wrong, where, and what to do about it."""
+"""Errors for users to read: the fault, its place, and the remedy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StageLockedError(TropdError):
 
 
 class DiskError(TropdError):
-    """The disk failed, refused, or is not writable; what was finished before is untouched."""
+    """The disk failed, refused, or is not writable; finished output is untouched."""
 
 
 class DiskFullError(DiskError):
@@ -63,7 +63,7 @@ class DiskFullError(DiskError):
 
 
 class MemoryFullError(TropdError):
-    """Main memory, a GPU's memory or the system's threads do not suffice; what was finished before is untouched."""
+    """Main memory, a GPU's memory or the system's threads do not suffice; finished output is untouched."""
 
 
 class WorkspaceVersionError(TropdError):

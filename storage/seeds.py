@@ -3,7 +3,7 @@
 Randomness here is a pure function of *what* is drawn, never of *when*: a result depends neither on batch
 size, nor on the number of workers, nor on where a run was interrupted. ``derive_seed`` hashes a path such as
 ``(run seed, "rollout", step, prompt_id, sample)`` to 64 bits; ``uniforms`` turns (seed, counter) pairs into
-numbers in [0, 1) with the SplitMix64 finaliser (Steele, Lea and Flood, 2014), vectorised and stateless.
+numbers in [0, 1) with the SplitMix64 finalizer (Steele, Lea and Flood, 2014), vectorized and stateless.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The workspace: one directory is one run. This module knows where things are, and which command makes them."""
+"""The workspace: one directory is one run. This module has the folder and the command of each stage."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class StageKind:
     scores_of: str | None = None
     """The stage whose trajectories it holds the scores of."""
     listed: bool = True
-    """Whether ``status`` lists it: not what most runs do without, and not what counts as a part of another."""
+    """True if ``status`` lists it: not a stage that most runs do without, nor one that counts as a part of another."""
     brought: bool = False
-    """Whether its files may be the user's own."""
+    """True if its files may be the user's own."""
     companions: tuple[str, ...] = ()
     """Patterns of files that no manifest names: logs, which grow, and pages, which are made from everything else."""
 
@@ -57,14 +57,14 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 TRAJECTORIES = tuple(stage.scores_of for stage in STAGES if stage.scores_of is not None)
 """Stages that hold trajectories."""
 CACHE_STAGES = tuple(s.name for s in STAGES if s.name in TRAJECTORIES or s.scores_of is not None)
-"""Trajectories and their scores: what is made once, before training."""
+"""Trajectories and their scores, which are made once, before training."""
 
 
 def stage_kind(name: str) -> StageKind:
     """The stage of that name.
 
     Raises:
-        ConfigError: there is none; the message lists those there are.
+        ConfigError: no stage has that name; the message lists all stages.
     """
     for stage in STAGES:
         if stage.name == name:
@@ -76,7 +76,7 @@ def scores_stage(trajectories: str) -> str:
     """Name of the stage that holds the scores of another one's trajectories.
 
     Raises:
-        ConfigError: that one has no trajectories to be scored; the message lists those that have.
+        ConfigError: that one has no trajectories to score; the message lists the stages that have.
     """
     scores = {stage.scores_of: stage.name for stage in STAGES if stage.scores_of}
     if trajectories not in scores:
@@ -112,10 +112,10 @@ class Workspace:
         return f"tropd {words} -w {shlex.quote(shown_path(self.root))}"
 
     def template_date(self) -> datetime.date | None:
-        """The date that chat templates tell in this workspace, if it was fixed here.
+        """The date that chat templates write in this workspace, if it was fixed here.
 
         Raises:
-            WorkspaceVersionError: what is written there is no date.
+            WorkspaceVersionError: the text written there is no date.
         """
         kept = self._marker().get(TEMPLATE_DATE)
         try:
@@ -127,7 +127,7 @@ class Workspace:
             ) from error
 
     def keep_template_date(self, date: datetime.date) -> None:
-        """Fix the date that chat templates tell in this workspace."""
+        """Fix the date that chat templates write in this workspace."""
         marker = self._marker() | {TEMPLATE_DATE: date.isoformat()}
         write_text_atomic(self.root / MARKER, json.dumps(marker) + "\n")
 

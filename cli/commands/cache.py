@@ -1,4 +1,4 @@
-"""Commands for the teacher cache as a thing of its own, and for cleaning up."""
+"""Commands on the teacher cache itself, and for cleaning up."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def export(
 
 @cache_app.command("verify")
 def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
-    """As tropd verify, for the cache and the trajectories that it scores; exit 1 if anything is wrong."""
+    """Check the cache and the trajectories that it scores, as tropd verify does; exit 1 if anything is wrong."""
     from tropd.storage.workspace import CACHE_STAGES
 
     verify_stages(workspace, CACHE_STAGES, repair, as_json)
@@ -77,7 +77,7 @@ def merge(
     from tropd.storage.workspace import Workspace
 
     manifest = merge_caches([Workspace.open(s) for s in sources], Workspace.open(workspace))
-    state = "complete" if manifest.complete else "not complete; tropd score-teacher makes the rest"
+    state = "complete" if manifest.complete else "not complete; tropd score-teacher scores the rest"
     say(f"{len(manifest.shards)} shards, {state}")
 
 
@@ -88,7 +88,7 @@ def collect(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List (or delete) what interrupted writers, --force and --repair have left behind."""
+    """List (or delete) leftovers of interrupted writers, --force and --repair."""
     from tropd.storage.disk.garbage import collect_garbage
     from tropd.storage.workspace import Workspace
 
@@ -99,4 +99,4 @@ def collect(
         say("nothing to clean up")
     else:
         print_table(("path", "bytes", "reason"), [(g.path, g.bytes, g.reason) for g in found])
-        say("deleted" if delete else "nothing was deleted; --delete does it")
+        say("deleted" if delete else "nothing was deleted; --delete deletes these")

@@ -28,7 +28,7 @@ def compare(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Several methods side by side: same start, same prompts, same prefixes; resumable run by run."""
+    """Compare several methods: same start, same prompts, same prefixes; resumable run by run."""
     from tropd.pipeline.experiments.compare import compare as run_compare
     from tropd.pipeline.report.comparison.comparison import collect_comparison
     from tropd.pipeline.report.comparison.comparison_page import write_comparison

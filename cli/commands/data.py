@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def fetch(
     workspace: WorkspaceOption,
     settings: SetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Make files anew that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Rewrite files that already exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the prompt files from data.sources: Hugging Face datasets or local files, mixed by weight."""
@@ -31,7 +31,7 @@ def fetch(
 
     run = open_run(workspace, settings)
     if not run.config.data.sources:
-        raise ConfigError("data.sources is empty", hint="docs/data.md shows what it may name")
+        raise ConfigError("data.sources is empty", hint="docs/data.md lists the possible sources")
     made = fetch_sources(run, run.config.data.sources, force=force)
     if as_json:
         print_json(made)
@@ -48,12 +48,14 @@ def contamination(
     workspace: WorkspaceOption,
     words: Annotated[
         int | None,
-        typer.Option(min=1, help="Consecutive words that count (default: data.decontaminate, or 13)."),
+        typer.Option(
+            min=1, help="Number of consecutive words that count (default: data.decontaminate, or 13)."
+        ),
     ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Training prompts that share a stretch of words with an evaluation problem; nothing is changed."""
+    """List training prompts that share a stretch of words with an evaluation problem; changes nothing."""
     from tropd.pipeline.problems.decontaminate import USUAL_WORDS, find_overlaps
 
     run = open_run(workspace, settings)

@@ -1,4 +1,4 @@
-"""Commands that look: status, query, verify, config, objectives."""
+"""Commands that only read: status, watch, query, verify, plan, doctor, config, objectives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
-    """Stages of a run: state, progress, size, time, and what to do next."""
+    """Show the stages of a run: state, progress, size, time, and the next command."""
     from tropd.pipeline.report.data.collect import build_report
     from tropd.pipeline.report.status import workspace_status
     from tropd.storage.workspace import Workspace
@@ -80,7 +80,7 @@ def query(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Ask the run's files in SQL (DuckDB, read-only)."""
+    """Query the run's files with SQL (DuckDB, read-only)."""
     from tropd.storage.catalog import run_query
     from tropd.storage.workspace import Workspace
 
@@ -101,7 +101,7 @@ def verify(workspace: WorkspaceOption, repair: RepairOption = False, as_json: Js
 
 
 def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_json: bool) -> None:
-    """Check some stages and show what was found.
+    """Check some stages and show the findings.
 
     Raises:
         typer.Exit: with 1 if anything is wrong.
@@ -119,7 +119,7 @@ def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_jso
         for finding in findings:
             say(str(finding))
         if not findings:
-            say("everything is as its manifest says")
+            say("OK: every file matches its manifest")
     errors = [f for f in findings if f.severity == "error"]
     if repair and errors:
         for line in repair_workspace(opened, findings):
@@ -140,13 +140,13 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Memory and disk that training would need, from the models' configurations; with --time, how long stages take."""
+    """Estimate training's memory and disk from the models' configurations; with --time, also the stages' durations."""
     from tropd.pipeline.training.memory_plan import disk_bytes, memory_parts, prompt_tokens, shapes
     from tropd.pipeline.training.time_plan import duration, estimate
 
     run = open_run(workspace, settings)
     student, teacher = shapes(run)
-    # With several processes only the first has the teacher beside it: it is the one that must fit.
+    # Of several processes only the first has the teacher beside it, so that one must fit.
     prompts = prompt_tokens(run)
     longest = max(map(len, prompts), default=0)
     parts = memory_parts(run.config, student, teacher, gpus, longest_prompt=longest)
@@ -182,7 +182,7 @@ def doctor(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32,
     as_json: JsonOption = False,
 ) -> None:
-    """How far sampler, trainer and teacher are apart on the same weights; exit 1 if rounding does not explain it."""
+    """Compare sampler, trainer and teacher on the same weights; exit 1 if rounding does not explain the differences."""
     from dataclasses import asdict
 
     from tropd.pipeline.experiments.doctor.examine import examine
@@ -223,7 +223,7 @@ def _weights(found: Difference) -> str:
 
 @config_app.command("show")
 def config_show(workspace: WorkspaceOption, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """The resolved configuration of a run, as TOML with documentation."""
+    """Show the resolved configuration of a run, as TOML with documentation."""
     from tropd.pipeline.config.resolve import dump_config, load_config
     from tropd.pipeline.config.schema import to_plain
     from tropd.storage.workspace import Workspace
@@ -245,7 +245,7 @@ def config_explain(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """A field's value, where the value comes from, and what it means."""
+    """Show a field's value, its source and its meaning."""
     from pathlib import Path
 
     from tropd.pipeline.config.explain import explain
@@ -270,7 +270,7 @@ def config_explain(
 
 @objectives_app.callback(invoke_without_command=True)
 def objectives_list(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the methods: what each asks of the teacher, and where it comes from."""
+    """List the methods, each with its needs of the teacher and its source."""
     if context.invoked_subcommand:
         return
     from tropd.pipeline.config.objective_list import list_objectives
@@ -284,7 +284,7 @@ def objectives_list(context: typer.Context, as_json: JsonOption = False) -> None
 
 @objectives_app.command("show")
 def objectives_show(name: str, as_json: JsonOption = False) -> None:
-    """A method's formula, source, teacher needs and recipe."""
+    """Show a method's formula, source, teacher needs and recipe."""
     from tropd.pipeline.config.objective_list import describe_needs
     from tropd.pipeline.config.recipe_files import load_objective, recipe_text
     from tropd.pipeline.config.schema import to_plain

@@ -31,7 +31,7 @@ def sft(
     from tropd.pipeline.experiments.sft import RESULT
     from tropd.pipeline.experiments.sft import sft as stage
 
-    # The prefixes' student does not exist yet: what it is made from stands for it.
+    # The prefixes' student does not exist yet: its base model stands in for it.
     run = open_run(workspace, [*(settings or []), f'student.model="{base}"'])
     manifest = stage(run, base, force=force)
     if as_json:
@@ -54,7 +54,7 @@ def reproduce(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make one of the paper's tables, from downloads to numbers; run it again after a crash, and it goes on."""
+    """Make one of the paper's tables, from downloads to numbers; after a crash, run it again to resume."""
     from tropd.pipeline.config.paper_tables import load_table
     from tropd.pipeline.experiments.reproduce import Job, to_markdown
     from tropd.pipeline.experiments.reproduce import reproduce as make_table

@@ -1,4 +1,4 @@
-"""Commands on what a run has made: the student, to be shipped."""
+"""Commands that ship a run's student."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The trained student with a model card: in a folder, or on the Hugging Face hub."""
+    """Export the trained student with a model card: to a folder, or to the Hugging Face hub."""
     from tropd.pipeline.experiments.export import export_to, push
     from tropd.storage.errors import ConfigError
 

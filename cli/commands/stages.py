@@ -79,7 +79,7 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
 
 
 def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
-    """The stages that a run needs, up to the evaluation; what is done is skipped, what was interrupted goes on."""
+    """Run the stages that a run needs, up to the evaluation: finished ones are skipped, interrupted ones resume."""
     from tropd.pipeline.report.data.collect import build_report
     from tropd.storage.workspace import Workspace
 
@@ -144,7 +144,7 @@ def score_teacher(
     settings: SetOption = None,
     source: Annotated[
         Literal["prefixes", "rollouts"],
-        typer.Option(help="Whose trajectories: the teacher's or the student's."),
+        typer.Option(help="Trajectories to score: the teacher's or the student's."),
     ] = "prefixes",
     shards: ShardsOption = None,
     executor: ExecutorOption = "local",
@@ -166,7 +166,7 @@ def train(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 3: distil the student; starts a local teacher service unless teacher.url is set."""
+    """Stage 3: distill the student; starts a local teacher service unless teacher.url is set."""
     from tropd.pipeline.report.watch import training_progress
     from tropd.pipeline.training.loop import train as stage
     from tropd.storage.workspace import Workspace
@@ -183,7 +183,7 @@ def evaluate(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy on held-out problems, and distance to the teacher: student before and after, and teacher."""
+    """Measure accuracy on held-out problems and distance to the teacher: student before and after, and teacher."""
     from tropd.pipeline.report.data.collect import build_report
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as stage
     from tropd.storage.workspace import Workspace
@@ -289,7 +289,7 @@ def serve_teacher(
         int | None, typer.Option(help="Port; 0 takes a free one (default: service.port).")
     ] = None,
     executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where it runs: in this process, or on Ray Serve.")
+        Literal["local", "ray"], typer.Option(help="Run in this process, or on Ray Serve.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Replicas on Ray Serve, behind one address.")] = 1,
     domain: Annotated[
@@ -330,8 +330,8 @@ def demo(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Everything, on two tiny models trained on the spot (or, with --recipe demo-llm, on a real one that is fetched from
-    the package registry): minutes on a laptop, no GPU."""
+    """Run everything on two tiny models trained on the spot (or, with --recipe demo-llm, on a real one that is fetched
+    from the package registry): minutes on a laptop, no GPU."""
     from tropd.pipeline.config.recipe_files import recipe_text
     from tropd.storage.disk.atomic import write_text_atomic
     from tropd.storage.workspace import Workspace
@@ -345,7 +345,7 @@ def demo(
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """The stages that a run needs, in order; what is done already is skipped. Returns the summary of the evaluation."""
+    """Run the stages that a run needs, in order, skipping finished ones; returns the evaluation's summary."""
     from tropd.pipeline.experiments.api import stages_before_training
     from tropd.pipeline.experiments.demo.prepare import prepare as run_prepare
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as run_evaluate

@@ -20,8 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def init(
     workspace: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],
-    teacher: Annotated[str, typer.Option(help="Model that teaches: a directory, or a name on the hub.")] = "",
-    student: Annotated[str, typer.Option(help="Model that learns, with the same tokenizer.")] = "",
+    teacher: Annotated[str, typer.Option(help="Teacher model: a directory, or a name on the hub.")] = "",
+    student: Annotated[str, typer.Option(help="Student model, with the same tokenizer.")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts: JSON lines, JSON, Parquet or CSV, one prompt a record.")
     ] = None,
@@ -29,15 +29,19 @@ def init(
         Path | None, typer.Option(help="Problems to evaluate on; if not given, some prompts are held out.")
     ] = None,
     objective: Annotated[str | None, typer.Option(help="Method (tropd objectives lists them).")] = None,
-    prompt_field: Annotated[str | None, typer.Option(help="Field of the prompt; found if not given.")] = None,
-    answer_field: Annotated[str | None, typer.Option(help="Field of the answer; found if not given.")] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Field with the prompt; detected if not given.")
+    ] = None,
+    answer_field: Annotated[
+        str | None, typer.Option(help="Field with the answer; detected if not given.")
+    ] = None,
     settings: SetOption = None,
     measure: Annotated[
-        bool, typer.Option(help="Load the models for seconds, to see how long answers and steps take.")
+        bool, typer.Option(help="Load the models for seconds, to measure the time of answers and steps.")
     ] = True,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Packaged recipe to start from, instead of all this.", show_default=False),
+        typer.Option(help="Packaged recipe to start from, instead of your own models.", show_default=False),
     ] = None,
 ) -> None:
     """Make a workspace for your own models (--teacher, --student, --prompts), or from a packaged recipe (--recipe)."""

@@ -31,7 +31,7 @@ def explain(resolved: ResolvedConfig, path: str) -> list[FieldInfo]:
     """Every leaf field at or below a dotted path (all with an empty path).
 
     Raises:
-        ConfigError: there is no such field; the message names close ones.
+        ConfigError: the field does not exist; the message names close ones.
     """
     everything = list(_walk(resolved, resolved.config, ""))
     found = [f for f in everything if not path or f.path == path or f.path.startswith(f"{path}.")]

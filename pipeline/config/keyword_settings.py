@@ -66,10 +66,6 @@ def _plain(path: str, value: Any) -> Any:
     try:
         tomlkit.item(value)
     except (TypeError, ValueError) as error:
-        hint = (
-            "leave it out to have the default"
-            if value is None
-            else "give a number, a text, a list or a dictionary"
-        )
+        hint = "omit it for the default" if value is None else "give a number, a text, a list or a dictionary"
         raise ConfigError(f"{path} = {value!r} is no setting: {error}", hint=hint) from None
     return value

@@ -18,7 +18,7 @@ class Row(Spec):
     """One method."""
 
     label: str
-    """As the paper names it."""
+    """The paper's name for it."""
     objective: str
     """A packaged objective, or a variant of one (see ``compare``)."""
     paper: dict[str, float] = Field(default_factory=dict)
@@ -50,7 +50,7 @@ class Table(Spec):
     """A table of the paper."""
 
     title: str
-    """What it compares."""
+    """The subject of its comparison."""
     settings: tuple[Setting, ...]
     """Its blocks."""
 
@@ -65,7 +65,7 @@ def load_table(name: str, *, rehearse: bool) -> Table:
     """A packaged table; for a rehearsal, with the tiny models' recipe in every setting.
 
     Raises:
-        ConfigError: there is none of that name, or it names what there is not.
+        ConfigError: no table has that name, or it refers to something that does not exist.
     """
     if name not in table_names():
         raise unknown_name("table", name, table_names())

@@ -1,5 +1,5 @@
-"""From where pydantic says that something is wrong to fields of the configuration: its locations also hold the tags of
-unions, which are read off the unions themselves.
+"""Fields of the configuration from pydantic's locations of errors, which also hold the tags of unions; these are read
+off the unions themselves.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def _is_fixed(annotation: Any) -> bool:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a value may be one of: what is annotated, all members of a union, or none."""
+    """The models that a value may be one of: the annotated one, all members of a union, or none."""
     if get_origin(annotation) in (Union, UnionType, Annotated):
         return [model for member in get_args(annotation) for model in _models(member)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def _given(annotation: Any) -> Any:
-    """An annotation without what is noted on it, and without the choice of no value."""
+    """An annotation without its metadata and without None."""
     if get_origin(annotation) is Annotated:
         return _given(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

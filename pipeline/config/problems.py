@@ -1,5 +1,5 @@
-"""What is wrong with given settings, in words: refusals of the schema, each with where its value came from, and warnings
-about values that are possible but hardly meant.
+"""Problems of given settings, in words: refusals of the schema, each with the source of its value, and warnings about
+values that are possible but hardly meant.
 """
 
 from __future__ import annotations
@@ -48,33 +48,33 @@ UNUSUAL: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("prefixes.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
     ("rollout.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
     ("evaluation.top_p", lambda mass: mass < 0.1, "sampling is then all but greedy"),
-    ("scores.mass", lambda mass: mass < 0.5, "most of what the teacher says is then not cached"),
+    ("scores.mass", lambda mass: mass < 0.5, "most of the teacher's probability is then not cached"),
     ("objective.trust.weight", lambda weight: weight > 100, "0 to 1 is usual"),
     ("objective.outlier.weight", lambda weight: weight > 100, "0 to 1 is usual"),
     ("objective.guidance.weight", lambda weight: weight > 100, "0 to 1 is usual"),
     (
         "evaluation.grading_seconds",
         lambda seconds: seconds > 600,
-        "one answer may hold up everything for so long",
+        "one answer may block everything for that long",
     ),
     ("teacher.timeout_seconds", lambda seconds: seconds < 1, "a service under load takes longer to answer"),
 )
-"""Fields, when a value is unusual, and what is to be said about it."""
+"""Fields, when a value is unusual, and why."""
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where values come from."""
+    """Sources of values."""
 
     where: str
-    """What is read: a file, or what stands for one."""
+    """Name of the text: a file's, or one that stands for it."""
     text: str
     """Its text."""
     sources: Mapping[str, str]
     """Dotted path of each leaf that is given → ``where``, the override, or the recipe that it comes from."""
 
     def given(self, path: Location) -> str | None:
-        """Where the value of a path, or what is around it, comes from; None if it is not given."""
+        """Source of the value at a path, or of the table around it; None if neither is given."""
         for length in range(len(path), 0, -1):
             source = self.sources.get(_dotted(path[:length]))
             if source is not None:
@@ -82,7 +82,7 @@ class Origins:
         return None
 
     def of(self, path: Location) -> str:
-        """As ``given``; of a table, where all that is in it comes from, or else what is read."""
+        """Source as by ``given``; else the one source of everything in the table, or else ``where``."""
         below = {source for leaf, source in self.sources.items() if leaf.startswith(f"{_dotted(path)}.")}
         alone = below.pop() if len(below) == 1 else self.where
         return self.given(path) or (self._with_line(path) if alone == self.where else alone)
@@ -101,11 +101,11 @@ RENAMED: Mapping[str, str] = {
     "objective.guidance.loss.k": "objective.k",
     "objective.token_weights.k": "objective.k",
 }
-"""Fields that had another name or place in earlier versions, and what they are now; without numbers of elements."""
+"""Fields that had another name or place in earlier versions, with their present one; without numbers of elements."""
 
 
 def renamed(path: Location) -> str | None:
-    """What a field of an earlier version is called now; None if there was none of that name."""
+    """Present name of a field of an earlier version; None if no such field existed."""
     return RENAMED.get(_dotted(tuple(part for part in path if isinstance(part, str))))
 
 
@@ -130,14 +130,14 @@ def checked(model: type[Checked], data: Plain, origins: Origins, prefix: Locatio
     """Data of TOML as a specification. Types are taken at their word: 1 is no boolean, true no number, "1" neither.
 
     Raises:
-        ConfigError: a line for every problem: where the value comes from, the field, and what it takes.
+        ConfigError: a line for every problem: the value's source, the field, and its valid values.
     """
     try:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _sentences(model, problem, origins, prefix)]
         raise ConfigError(
-            "\n  ".join(dict.fromkeys(lines)), hint="tropd config explain FIELD shows what a field takes"
+            "\n  ".join(dict.fromkeys(lines)), hint="tropd config explain FIELD shows the values of a field"
         ) from error
 
 
@@ -148,7 +148,7 @@ def _sentences(model: type[BaseModel], problem: Any, origins: Origins, prefix: L
     if problem["type"] != "value_error" or not isinstance(problem.get("input"), dict):
         yield f"{origins.of(path)}: {named}{message}"
         return
-    for line in message.splitlines():  # fields that do not go together; each line names them
+    for line in message.splitlines():  # fields that exclude each other; each line names them
         words = dict.fromkeys(re.findall(r"\w+(?:\.\w+)*", line))
         places = {word: origins.given((*path, *word.split("."))) for word in words}
         given = [f"{word}: {place}" for word, place in places.items() if place is not None]

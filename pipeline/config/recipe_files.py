@@ -27,7 +27,7 @@ def recipe_text(name: str, kind: str = "runs") -> str:
     """Text of a packaged recipe.
 
     Raises:
-        ConfigError: there is none of that name; the message lists those there are.
+        ConfigError: no recipe has that name; the message lists all.
     """
     names = recipe_names(kind)
     if name not in names:
@@ -38,7 +38,7 @@ def recipe_text(name: str, kind: str = "runs") -> str:
 
 
 def dated_recipe(text: str, date: datetime.date) -> str:
-    """A recipe's text that also says which date chat templates tell, where it uses them."""
+    """A recipe's text that also fixes the date that chat templates write, where it uses them."""
     document = tomlkit.parse(text)
     data = document.get("data", {})
     if data.get("chat", False) and "template_date" not in data:

@@ -21,13 +21,13 @@ from tropd.storage.formats.toml_text import MOST_LEVELS, NotTomlError, Plain, pa
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A checked configuration, and where its values come from."""
+    """A checked configuration, with the sources of its values."""
 
     config: Config
     origins: Origins
 
     def source(self, path: str) -> str:
-        """Where the value of a dotted field path comes from."""
+        """Source of the value at a dotted field path."""
         return self.origins.sources.get(path, "default")
 
 
@@ -35,8 +35,8 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> ResolvedConfig:
     """Read ``config.toml``, apply ``section.field=value`` assignments, and check everything.
 
     Raises:
-        ConfigError: with the field's path, the file and line or the assignment that it comes from, the reason and what
-            would be valid.
+        ConfigError: with the field's path, the file and line or the assignment that it comes from, the reason and the
+            valid values.
     """
     if not path.exists():
         folder = shlex.quote(str(path.parent))
@@ -62,7 +62,7 @@ def config_text(path: Path, shown: str) -> str:
 
 
 def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "config.toml") -> ResolvedConfig:
-    """As ``load_config``, from text."""
+    """Load a configuration as ``load_config`` does, from text."""
     data = parse_toml(text, where)
     sources = dict.fromkeys(leaves(data), where)
     for assignment in assignments:
@@ -86,10 +86,10 @@ def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "co
 
 
 def parse_assignment(text: str) -> Plain:
-    """Turn ``section.field=value`` into nested dicts. The value is TOML; what is not TOML is a string.
+    """Turn ``section.field=value`` into nested dicts. The value is TOML, or else a string.
 
     Raises:
-        ConfigError: there is no ``=`` or no field path, or more levels than a configuration has.
+        ConfigError: ``=`` or the field path is missing, or it has more levels than a configuration.
     """
     path, separator, raw = text.partition("=")
     keys = path.strip().split(".")

@@ -1,4 +1,4 @@
-"""The configuration: every section and what must hold between them. The sections are in ``sections``."""
+"""The configuration: every section and the rules between them. The sections are in ``sections``."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Config(Spec):
 
     @property
     def rollouts_differ(self) -> bool:
-        """Whether the student samples its responses from another distribution than the one that is trained.
+        """True if the student samples its responses from another distribution than the one that is trained.
 
-        In bfloat16 it does: what is rounded depends on the order of sums, so on the shapes of batches, and log-probs of
+        In bfloat16 it does: rounding depends on the order of sums, so on the shapes of batches, and log-probs of
         sampler and trainer are some hundredths apart. Stored responses are no samples of this run: an objective that
         trains on them says itself how it weighs them.
         """
@@ -87,7 +87,7 @@ class Config(Spec):
 
     @property
     def problem_files(self) -> dict[str, DataConfig]:
-        """Where the problems of each of these sets are, as ``evaluation``, and how they are read."""
+        """Location of each set's problems, as ``evaluation``, and how they are read."""
         files = {"": self.data}
         for benchmark in self.evaluation.benchmarks:
             own = {
@@ -105,7 +105,7 @@ def to_plain(spec: Spec) -> dict[str, Any]:
 def _conflicts(config: Config) -> Iterator[str]:
     """A line for each reason to refuse settings of several sections: why, and what to set instead.
 
-    Only what follows from the settings alone; what depends on files, models or the machine is refused by the stages.
+    Only reasons that follow from the settings alone; the stages refuse those that need files, models or the machine.
     """
     yield from _length_conflicts(config)
     yield from _teacher_conflicts(config)
@@ -141,8 +141,8 @@ def _teacher_conflicts(config: Config) -> Iterator[str]:
     cached = needs.cached_topk or (objective.rollouts == "stored" and needs.topk != "none")
     if cached and objective.k > config.scores.k:
         yield (
-            f"objective.k ({objective.k}) is above scores.k ({config.scores.k}): the cache, which is learned from, does "
-            "not hold that many alternatives; lower objective.k, or raise scores.k"
+            f"objective.k ({objective.k}) is above scores.k ({config.scores.k}): the student learns from the "
+            "cache, which does not hold that many alternatives; lower objective.k, or raise scores.k"
         )
     if objective.rollouts == "stored" and objective.importance.clip is not None and not config.rollout.plain:
         yield (
@@ -175,7 +175,7 @@ def _training_conflicts(config: Config) -> Iterator[str]:
         )
     if train.region_gradients and config.runtime.compile:
         yield (
-            "train.region_gradients and runtime.compile exclude each other: compiled backward passes can be gone through "
+            "train.region_gradients and runtime.compile exclude each other: a compiled backward pass can run "
             "only once; set train.region_gradients = false, or runtime.compile = false"
         )
     if train.attention != "auto":
@@ -211,7 +211,7 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
             )
         if name and not config.problem_files[name].answer_field:
             yield (
-                f"{owner} has no answers to be graded by, since data.answer_field is empty: set data.answer_field, or "
+                f"{owner} has no expected answers, since data.answer_field is empty: set data.answer_field, or "
                 "that of the benchmark"
             )
     if not config.data.answer_field and not config.evaluation.distance_prompts:

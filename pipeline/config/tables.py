@@ -1,4 +1,4 @@
-"""Nested tables of a TOML file: merged, listed, without what TOML cannot say."""
+"""Nested tables of a TOML file: merged, listed, without values that TOML cannot express."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tropd.pipeline.config.schema import Config
 from tropd.storage.formats.toml_text import Plain
 
 KINDS = frozenset(discriminators(Config))
-"""Fields that say of which kind a table is. A ``kind`` counts as one also where it tells no members of a union apart."""
+"""Fields that name a table's kind. A ``kind`` counts as one also where it tells no members of a union apart."""
 
 
 def merge(base: Plain, override: Plain) -> Plain:

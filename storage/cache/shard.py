@@ -13,7 +13,7 @@ tail         float32[tokens]           log of the probability mass that was not 
 sampled      float32[tokens]           log-prob of the token that the trajectory has
 ===========  ========================  ==========================================================
 
-Kept are as many alternatives as reach the mass, at most k. ``tail`` is computed from the rounded (float16)
+As many alternatives are kept as reach the mass, at most k. ``tail`` is computed from the rounded (float16)
 log-probs, so that kept and tail mass of what is stored add up to one. Of equal log-probs the lower id is first.
 
 On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` and, encoded as
@@ -148,7 +148,7 @@ def _round(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 def _leading(
     logprobs: npt.NDArray[np.float32], mass: float
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Which alternatives ``[tokens, k]`` are kept, and their mass ``[tokens]``."""
+    """Mask ``[tokens, k]`` of the kept alternatives, and their mass ``[tokens]``."""
     num_tokens, k = logprobs.shape
     keep = np.zeros((num_tokens, k), dtype=np.bool_)
     kept_mass = np.zeros(num_tokens)
@@ -267,7 +267,7 @@ def _wrong_lengths(
 
 
 def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
-    """What is wrong with the arrays, in words; empty if they are consistent."""
+    """Problems of the arrays, in words; empty if they are consistent."""
     tokens = data.num_tokens
     arrays = {name: getattr(data, name) for name in _DTYPES}
     if problems := _wrong_lengths(data.offsets, data.counts, arrays):

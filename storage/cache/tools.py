@@ -1,4 +1,4 @@
-"""Looking at a teacher cache and moving it: statistics, export to Parquet, merging, and removing what is left over.
+"""Tools on a whole teacher cache: statistics, export to Parquet, and merging.
 
 All stream shard by shard, so that a cache may be larger than memory. Nothing here scores or changes a shard.
 """
@@ -44,7 +44,7 @@ _EXPORT_ROWS = 256
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds. Means are over tokens."""
+    """Content of a cache. Means are over tokens."""
 
     rows: int
     tokens: int
@@ -140,7 +140,7 @@ def export_parquet(workspace: Workspace, out: Path) -> int:
 
 
 def export_datasets(workspace: Workspace, out: Path) -> int:
-    """As ``export_parquet``, but a directory for ``datasets.load_from_disk``; replaces ``out`` if it exists.
+    """Like ``export_parquet``, but a directory for ``datasets.load_from_disk``; replaces ``out`` if it exists.
 
     Raises:
         ConfigError: the ``datasets`` library is not installed.
@@ -187,7 +187,7 @@ def merge_caches(sources: Sequence[Workspace], target: Workspace) -> Manifest:
     """Copy the score shards of ``sources`` that ``target`` lacks into its scores stage; returns its manifest.
 
     Every copied shard is checked first. The result is complete if one of the caches was; otherwise rerunning
-    the stage scores what is still missing.
+    the stage scores the missing shards.
 
     Raises:
         DataError: a source has no cache, or two caches have different content under one name.

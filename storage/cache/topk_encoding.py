@@ -1,4 +1,4 @@
-"""How alternatives become bytes: ids as gaps, log-probs as codes, and back.
+"""Encoding of alternatives as bytes and back: ids as gaps, log-probs as codes.
 
 A token's alternatives are a set of (id, log-prob) pairs whose order follows from the log-probs, so the order
 need not be stored. They are sorted by id, ids become the gaps between them (a gap of a set takes 7 bits where
@@ -13,8 +13,8 @@ float16    magnitude bits, uint16      |l|/2048 (the rounding of ``TopK`` itself
 q8         logarithmic level, uint8    0.016·(|l| + H + 0.02) + 0.001, H = entropy of the kept alternatives
 =========  ==========================  =========================================================================
 
-q8 has 255 levels, ``-0.01·(e^(q·a) - 1)`` from 0 to -20: a relative error of 1.5 %, as an 8-bit float has; what is
-below -20 becomes -20. The tail is kept to half precision, and decoded log-probs are shifted per token so that
+q8 has 255 levels, ``-0.01·(e^(q·a) - 1)`` from 0 to -20: a relative error of 1.5 %, as an 8-bit float has; values
+below -20 become -20. The tail is kept to half precision, and decoded log-probs are shifted per token so that
 kept mass and tail add up to exactly 1: this takes the error out of the dominant alternative, whose complement
 is small and known well, and makes the error of a KL up to five times smaller. With d the largest error of a
 token's log-probs, its Σ π_T·(log π_T - log π_S) over the alternatives is off by at most

@@ -1,4 +1,4 @@
-"""What cannot be used any more is set aside under its own name in the workspace's ``damaged/``, never deleted.
+"""Setting unusable files aside, under their own names in the workspace's ``damaged/``; nothing is deleted.
 
 ``damaged/train/checkpoints/step-000050`` is what was ``train/checkpoints/step-000050``; a second one gets ``.2``.
 ``tropd gc`` names all of it, and deletes it when asked to.
@@ -16,13 +16,13 @@ DAMAGED = "damaged"
 
 
 def aside_folder(stage_folder: Path) -> Path:
-    """Where the damaged files of a stage (or of one of its parts) are."""
+    """Folder of the damaged files of a stage (or of one of its parts)."""
     root = next((p for p in stage_folder.parents if (p / MARKER).is_file()), stage_folder.parent)
     return root / DAMAGED / stage_folder.relative_to(root)
 
 
 def set_aside(stage_folder: Path, name: str) -> Path | None:
-    """Move a file or folder of a stage out of the way; returns where it is now, None if there was none.
+    """Move a file or folder of a stage out of the way; returns its new path, None if it did not exist.
 
     Raises:
         DiskError: it cannot be moved.
@@ -39,7 +39,7 @@ def set_aside(stage_folder: Path, name: str) -> Path | None:
 
 
 def keep_aside(stage_folder: Path, name: str, content: bytes) -> Path:
-    """Write what was found in a file and cannot stay there; returns where it is.
+    """Write content that cannot stay in its file; returns the new path.
 
     Raises:
         DiskError: it cannot be written.

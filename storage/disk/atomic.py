@@ -1,7 +1,7 @@
 """Durable, atomic writes: a reader sees the whole new content or the old one, never a part.
 
 Every write goes to a temporary name in the same folder, is flushed to disk, renamed, and the folder
-entry flushed. Temporary names start with ``.tmp-`` so that a later run can tell and remove them.
+entry flushed. Temporary names start with ``.tmp-`` so that a later run can recognize and remove them.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path, skip: Collection[Path] = ()) -> None:
-    """Delete what interrupted writers left in ``folder`` and below. Call only while holding its lock.
+    """Delete interrupted writers' leftovers in ``folder`` and below. Call only while holding its lock.
 
     ``skip`` names folders that need no search: finished shards hold no temporary.
     """
@@ -180,7 +180,7 @@ def content_digest(path: Path) -> str:
 
 
 def content_size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder. What is not there, or goes meanwhile, has none."""
+    """Bytes of a file, or of all files in a folder. Missing files, and those that vanish meanwhile, count 0."""
     if not path.is_dir():
         return _file_size(path)
     return sum(_file_size(Path(parent, name)) for parent, _, names in os.walk(path) for name in names)

@@ -1,7 +1,7 @@
-"""Removing what a workspace no longer needs: leftovers of killed writers and of parts, and what was moved aside.
+"""Removal of a workspace's garbage: leftovers of killed writers and of parts, and output that was moved aside.
 
-Shards, foreign files and logs are never touched. No stage calls this: what was moved aside (``<stage>.old-<n>``
-by ``--force``, ``damaged/`` by repair) stays until someone asks for it to go.
+Shards, foreign files and logs are never touched. No stage calls this: output that was moved aside (``<stage>.old-<n>``
+by ``--force``, ``damaged/`` by repair) stays until a user asks to delete it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OLD = re.compile(rf"({'|'.join(STAGE_NAMES)})\.old-\d+")
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that can go. ``path`` is relative to the workspace."""
+    """One piece of garbage. ``path`` is relative to the workspace."""
 
     path: str
     bytes: int

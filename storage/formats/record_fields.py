@@ -1,4 +1,4 @@
-"""Values of a record by name, and as text: nothing becomes text that is not meant as one.
+"""Values of a record by name, and as text: only values that are meant as text become text.
 
 A field is named by its name, or by a path of names and numbers that leads into objects and lists: ``messages.1.content``.
 """
@@ -37,7 +37,7 @@ def field_text(record: Mapping[str, Any], path: str, setting: str) -> str | None
     """A field as text; None where it is null or absent. Numbers are written plainly, whole ones without a fraction.
 
     Args:
-        setting: what names the path, for the error: ``data.answer_field``.
+        setting: name of the setting that has the path, for the error: ``data.answer_field``.
 
     Raises:
         ValueError: it is something else, a number that has no exact text, half of a surrogate pair, or too long.

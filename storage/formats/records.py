@@ -1,9 +1,9 @@
-"""Records of a file that somebody made: JSON lines, one JSON array, Parquet or CSV, told apart by their content.
+"""Records of a file that somebody made: JSON lines, one JSON array, Parquet or CSV, recognized by their content.
 
 This is the only reader of such files. It holds one record in memory (of Parquet, a small batch), whatever the size of
-the file, and never decides what to do about a bad record: it says what is wrong with it, and goes on where it can.
+the file, and never decides about a bad record: it names the fault, and continues where it can.
 Text is UTF-8, or UTF-16 or UTF-32 (by a byte order mark, or by the zeros of its first characters). CSV has no mark of
-its own: it is what is called ``.csv``, and all of its values are text.
+its own: a file is CSV if its name ends in ``.csv``, and all of its values are text.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _MARK = "\ufeff"
 
 @dataclass(frozen=True)
 class Record:
-    """One record, or why there is none."""
+    """One record, or the reason why it is unreadable."""
 
     number: int
     """From 1: the line of JSON lines and CSV (of CSV, the last of the record), else the count of the record."""
     fields: Mapping[str, Any] | None
     """Values by name. Fractions in JSON are ``Decimal``, so that no digit is lost; None if the record is bad."""
     problem: str = ""
-    """What is wrong with a bad one."""
+    """Fault of a bad record."""
     text: str = ""
-    """The record as it is in the file, its beginning if it is long; what is no text is escaped. Empty for Parquet."""
+    """The record as it is in the file, its beginning if it is long; bytes that are no text are escaped; empty for Parquet."""
 
     @property
     def whole(self) -> str:
@@ -64,13 +64,13 @@ class Record:
 
     @property
     def shown(self) -> str:
-        """The beginning of it."""
+        """Its beginning."""
         text = self.whole
         return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def record_unit(path: Path) -> str:
-    """What ``Record.number`` counts in this file: ``line``, ``record`` or ``row``.
+    """Unit of ``Record.number`` in this file: ``line``, ``record`` or ``row``.
 
     Raises:
         DataError: the file cannot be read, or is compressed.
@@ -170,7 +170,7 @@ def _checked(number: int, value: Any, text: str) -> Record:
 
 
 def _no_text(text: str) -> str:
-    """Why the bytes of a record are no text, if they are not."""
+    """Reason why the bytes of a record are not text; empty if they are."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -236,7 +236,7 @@ class _Window:
                 if self.grow(max(CHUNK, held)):
                     continue
                 raise
-            # A number at the end of the window may go on behind it.
+            # A number at the end of the window may continue beyond it.
             if end < len(self.text) or not self.grow(CHUNK):
                 text, self.at = self.text[self.at : end], end
                 return value, text
@@ -273,7 +273,7 @@ def _array_records(path: Path, stream: TextIO) -> Iterator[Record]:
             following = window.next_character()
     window.at += 1
     if window.next_character():
-        raise _broken(path, number, "the array ends after it, and the file goes on")
+        raise _broken(path, number, "the array ends after it, and the file continues")
 
 
 def _broken(path: Path, number: int, problem: str) -> DataError:

@@ -28,14 +28,14 @@ class Alternative(_Part):
 
 
 class StudentToken(_Part):
-    """A token that the student wrote, and what became of it. Log-probs are natural, at temperature 1."""
+    """A token that the student wrote, and its region. Log-probs are natural, at temperature 1."""
 
     text: str
     trust: float
     """Weight with which it belongs to the trust region; ``outlier``: to the outliers."""
     outlier: float
     student_logprob: float
-    """As the engine that sampled it had it."""
+    """As reported by the sampling engine."""
     teacher_logprob: float | None
     """None: minus infinity."""
     p_trust: float
@@ -52,23 +52,23 @@ class SampledResponse(_Part):
     guidance: list[str]
     """Tokens of the teacher's prefix."""
     guidance_tokens: int
-    """How many there are in all."""
+    """Number of the prefix's tokens, kept here or not."""
     tokens: list[StudentToken]
     student_tokens: int
-    """How many there are in all."""
+    """Number of the student's tokens, kept here or not."""
     truncated: bool
     """The student ran into the length limit."""
 
 
 class StepSample(_Part):
-    """What is kept of a step."""
+    """Kept responses of a step."""
 
     step: int
     responses: list[SampledResponse]
 
 
 def resume_samples(folder: Path, first_step: int, total_steps: int) -> str:
-    """Forget what a lost session wrote from ``first_step`` on; returns in words what else is lost (see ``step_log``)."""
+    """Forget what a lost session wrote from ``first_step`` on; returns other losses in words (see ``step_log``)."""
     expected = [step for step in sampled_steps(total_steps) if step < first_step]
     if not expected and not (folder / SAMPLES).exists():
         return ""

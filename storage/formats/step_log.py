@@ -1,7 +1,7 @@
 """Records of training steps as JSON lines, each with a checksum of its own: damage to one costs no other.
 
 A line ends with the first 16 digits of the SHA-256 of what it would be without them. Files of earlier versions have
-no checksums; their lines count if they are records. What a kill leaves of a last line is not damage.
+no checksums; their lines count if they are records. A last line cut short by a kill is not damage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tropd.storage.workspace import METRICS, SAMPLES
 
 Record = dict[str, Any]
 SAMPLED_STEPS = 8
-"""Of so many steps of a run, responses are kept."""
+"""Number of steps of a run whose responses are kept."""
 _SEALED = re.compile(rb'(.*), "checksum": "([0-9a-f]{16})"\}', re.DOTALL)
 _SEAL = b'"checksum": "'
 
@@ -34,12 +34,12 @@ class DamagedLine:
     """From 1."""
     content: bytes
     torn: bool
-    """The last line, without its end: what a kill leaves while it is written."""
+    """The last line, without its end: a kill cut it short."""
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """The records of a file in the order of their steps, the last one of each step; and what else is in it."""
+    """The records of a file in the order of their steps, the last one of each step; and its damaged lines."""
 
     whole: list[Record]
     damaged: list[DamagedLine]
@@ -79,7 +79,7 @@ def _checksum(plain: bytes) -> str:
 
 
 def read_log(path: Path) -> StepLog:
-    """All that is whole in a file; nothing where there is none.
+    """Read the whole records of a file; a missing file has none.
 
     Raises:
         OSError: the file cannot be read.
@@ -113,7 +113,7 @@ def _record(line: bytes, sealed: bool) -> Record | None:
 
 
 def resume_log(folder: Path, name: str, first_step: int, expected: Iterable[int]) -> tuple[list[Record], str]:
-    """Go on with a stage's file from a step: the records before it, and in words what is lost (empty if nothing).
+    """Resume a stage's file at a step: the records before it, and the losses in words (empty if nothing is lost).
 
     Later records are dropped, since their steps come again. Damaged lines are set aside (see ``aside``).
 
@@ -141,7 +141,7 @@ def resume_log(folder: Path, name: str, first_step: int, expected: Iterable[int]
 
 
 def check_log(path: Path, expected: Iterable[int]) -> list[str]:
-    """What is wrong with a file, in words: damaged lines, and steps without a record."""
+    """Problems of a file, in words: damaged lines, and steps without a record."""
     found = read_log(path)
     missing = found.missing(expected)
     damaged = [line.number for line in found.damaged if missing or not line.torn]
@@ -152,7 +152,7 @@ def check_log(path: Path, expected: Iterable[int]) -> list[str]:
 
 
 def log_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What is wrong with the logs of a training stage: name of the file, and the problem in words."""
+    """Problems of a training stage's logs: name of the file, and the problem in words."""
     for name, steps in (
         (METRICS, range(trained_steps(manifest))),
         (SAMPLES, steps_with_samples(manifest)),

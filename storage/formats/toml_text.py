@@ -73,7 +73,7 @@ def parse_toml(text: str, where: str) -> Plain:
 
 
 def _check_structure(text: str, where: str) -> None:
-    """Refuse what the parser would recurse into, or take minutes for."""
+    """Refuse text that the parser would recurse into, or take minutes for."""
     structure = _TEXT.sub("_", text)
     depth = 0
     for bracket in _BRACKETS.finditer(structure):
@@ -99,10 +99,10 @@ def _check_values(data: Plain, where: str) -> None:
 
 
 def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
-    """Line (from 1) on which the value of a path ends, in text that is valid TOML; None if it is not there.
+    """Line (from 1) on which the value of a path ends, in text that is valid TOML; None if it is absent.
 
-    The parser tells no positions, but the beginning of a TOML text up to a line's end is TOML too, unless a value goes
-    on; so the first line after which the value is there is found by halving.
+    The parser tells no positions, but the beginning of a TOML text up to a line's end is TOML too, unless a value
+    continues; so the first line after which the value is there is found by halving.
     """
     lines = text.splitlines(keepends=True)
     tries = _MOST_TRIES

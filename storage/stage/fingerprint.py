@@ -22,7 +22,7 @@ class Fingerprint:
     recent: Collection[str] = ()
     """Names of fields that older versions did not record: where another fingerprint lacks them, nothing is known."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Field → the file that decides it, or where its setting comes from: for people, no part of the identity."""
+    """Field → the file that decides it, or the source of its setting: for people, not part of the identity."""
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """Stages that several jobs make at once: each has a folder and manifest of its own, gathered into the stage.
 
-``<stage>.parts/<i>-of-<n>/`` is written by job i alone, so that no manifest ever has two writers. Whoever finds
-that nothing is missing moves the shards into the stage, under the stage's lock and with every checksum checked.
+``<stage>.parts/<i>-of-<n>/`` is written by job i alone, so that no manifest ever has two writers. The job that
+finds nothing missing moves the shards into the stage, under the stage's lock and with every checksum checked.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SUFFIX = ".parts"
 
 
 def parts_folder(stage_folder: Path) -> Path:
-    """Where the jobs write, beside the stage."""
+    """Folder that holds the jobs' parts, beside the stage."""
     return stage_folder.with_name(f"{stage_folder.name}{SUFFIX}")
 
 
 def part_folder(stage_folder: Path, index: int, count: int) -> Path:
-    """Where job ``index`` of ``count`` writes."""
+    """Folder of the part of job ``index`` of ``count``."""
     return parts_folder(stage_folder) / f"{index}-of-{count}"
 
 
@@ -87,7 +87,7 @@ def _adopt(stage: Stage, folder: Path, shard: Shard) -> None:
             os.replace(source, target)
             fsync_path(target.parent)
     elif not target.exists():
-        return  # neither here nor there: it is made again
+        return  # in neither place: it is made again
     else:
         check_shard(stage.folder, shard)  # moved by a gatherer that was killed before it could say so
     stage.commit(shard.name, shard.rows)

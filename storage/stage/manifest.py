@@ -1,4 +1,4 @@
-"""Manifests: what a stage has produced so far, under which fingerprint, with row counts and checksums.
+"""Manifests: a stage's output so far, with its fingerprint, row counts and checksums.
 
 The file ends with a SHA-256 of itself (taken with the digest's place left empty), so that damage to the
 manifest is found like damage to a shard.
@@ -22,7 +22,7 @@ from tropd.storage.workspace import Workspace
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
-"""Folder of the shards that a stage goes on from, and cannot make again without a whole one of them."""
+"""Folder of the shards that a stage resumes from, and cannot make again without a whole one of them."""
 
 
 class Shard(BaseModel):
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def holds_output(folder: Path) -> bool:
-    """Whether anything but a manifest and what a killed writer left is in a stage folder."""
+    """True if a stage folder holds more than a manifest and a killed writer's leftovers."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return any(name != FILE_NAME and not name.startswith(TEMPORARY_PREFIX) for name in names)
 
@@ -132,7 +132,7 @@ def trained_steps(manifest: Manifest) -> int:
 
 
 def can_go_on(manifest: Manifest, damaged: Collection[str]) -> bool:
-    """Whether a stage can go on without its damaged shards: it has no checkpoints, or a whole one."""
+    """True if a stage can resume without its damaged shards: it has no checkpoints, or a whole one."""
     checkpoints = [name for name in manifest.shards if name.startswith(f"{CHECKPOINTS}/")]
     return not checkpoints or any(name not in damaged for name in checkpoints)
 
@@ -155,7 +155,7 @@ def describe_shard(folder: Path, name: str, rows: int) -> Shard:
 
 
 def broken_shards(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Shards that are missing or have another size, and in words which. What is in them is not read."""
+    """Shards that are missing or have another size, with the problem in words. Their content is not read."""
     broken = {}
     for shard in manifest.shards.values():
         path = folder / shard.name

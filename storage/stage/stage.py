@@ -63,7 +63,7 @@ class Stage:
         self.unrecorded: Sequence[str] = ()
         """Recent fields of the fingerprint that the manifest, made by an older version, does not have."""
         self.shared = False
-        """Whether others write into the folder, as workers do that may outlive an error here."""
+        """True if others write into the folder, such as workers that may outlive an error here."""
         self._timings = timings
         self._mark = time.monotonic()
         self._place = _place(folder)
@@ -87,7 +87,7 @@ class Stage:
         self._replace(shards={k: v for k, v in self.manifest.shards.items() if k != name})
 
     def finish(self, **summary: Any) -> None:
-        """Mark the stage complete, with a small JSON-serialisable summary."""
+        """Mark the stage complete, with a small JSON-serializable summary."""
         self._replace(complete=True, summary=summary)
         self._log_time()
 
@@ -121,7 +121,7 @@ class Stage:
 
 
 def _place(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one under its name; None if there is none."""
+    """Identity of a folder, which another one under its name does not have; None if the folder does not exist."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def lock_stage(folder: Path) -> Iterator[None]:
         except Timeout:
             raise StageLockedError(
                 f"another process is writing {folder}",
-                hint="wait for it to end, or stop it; the lock goes away with the process",
+                hint="wait for it, or stop it; the lock is released when the process ends",
             ) from None
     try:
         yield
@@ -168,7 +168,7 @@ def open_stage(
         StageLockedError: another process holds the stage.
         DamagedShardError: the manifest is not readable, or missing while there is output.
         FingerprintMismatchError: the existing output was made with other settings or inputs.
-        InterruptedStageError: for a KeyboardInterrupt after ``force`` has had an effect: the hint says how to go on.
+        InterruptedStageError: for a KeyboardInterrupt after ``force`` has had an effect: the hint says how to resume.
     """
     with lock_stage(folder):
         aside = _move_aside(folder) if force else None
@@ -192,9 +192,9 @@ _SAME = "the same command"
 
 
 def _begun_anew(name: str, error: BaseException) -> BaseException:
-    """The error that ended a stage which ``force`` has begun anew: with it once more, all would be begun anew again."""
+    """The error that ended a stage begun anew by ``force``; its hint drops ``--force``, which would start over again."""
     if isinstance(error, KeyboardInterrupt):
-        hint = f"{_SAME} without --force goes on where it stopped"
+        hint = f"run {_SAME} without --force to resume"
         return InterruptedStageError(f"{name}: interrupted", hint=hint)
     if isinstance(error, TropdError) and error.hint is not None:
         error.hint = error.hint.replace(_SAME, f"{_SAME} without --force")
@@ -229,7 +229,7 @@ def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | Non
 
 
 def _move_aside(folder: Path) -> Path | None:
-    """Returns where the old output is, if there was one."""
+    """Move a stage's output aside; returns its new path, None if there was no output."""
     if not any(folder.iterdir()):
         return None
     number = 1
@@ -242,7 +242,7 @@ def _move_aside(folder: Path) -> Path | None:
 
 
 def _move_back(aside: Path, folder: Path) -> None:
-    """Never in the way of the error that is the reason for it."""
+    """Move the old output back; a failure here never hides the error that is the reason for it."""
     try:
         remove_temporaries(folder)
         (folder / FILE_NAME).unlink(missing_ok=True)

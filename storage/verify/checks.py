@@ -1,6 +1,6 @@
-"""What must hold inside a shard, by kind: used by ``verify``, which has checked the checksums before.
+"""Invariants inside a shard, by kind, for ``verify``, which has checked the checksums before.
 
-A checksum proves that a shard is what its writer wrote; these checks find what the writer got wrong, and
+A checksum proves that a shard is what its writer wrote; these checks find mistakes of the writer, and
 stages that do not belong together. Each function returns problems in words, an empty list if there are none.
 """
 
@@ -145,7 +145,7 @@ def _against_trajectories(data: TopK, table: TrajectoryTable, coarse: bool) -> l
 def _tolerance(
     logprobs: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64], coarse: bool
 ) -> npt.NDArray[np.float64]:
-    """How far a stored log-prob may be from a float32 one; ``entropy`` is that of the token's alternatives."""
+    """Largest distance of a stored log-prob from a float32 one; ``entropy`` is that of the token's alternatives."""
     rounding = _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * np.abs(logprobs)
     return rounding + q8_error(logprobs, entropy) if coarse else rounding
 
@@ -162,7 +162,7 @@ def check_score_rows(path: Path, shard: Shard, source: Path | None) -> list[str]
 
 
 def belongs_to(scores: Manifest, source: Manifest | None) -> bool:
-    """Whether the scores were made from these trajectories (unknown counts as yes)."""
+    """True if the scores were made from these trajectories, or from unknown ones."""
     if source is None:
         return False
     return scores.fields.get(f"upstream.{source.stage}") in (None, source.fingerprint)

@@ -1,6 +1,6 @@
-"""Checking everything a workspace has stored, and setting aside what is damaged.
+"""Checking everything a workspace has stored, and setting damaged shards aside.
 
-``verify_workspace`` reads every shard that a manifest names: checksum, row count, and what must hold inside
+``verify_workspace`` reads every shard that a manifest names: checksum, row count, and the invariants inside
 (``checks.py``). Files that no manifest names are left alone and mentioned. ``repair`` moves damaged shards to
 ``damaged/<stage>/`` and strikes them from the manifest, so that rerunning the stage makes them again; it never
 deletes anything.
@@ -50,14 +50,14 @@ from tropd.storage.workspace import (
     stage_kind,
 )
 
-# Which people edit; what was made of them knows them by their content.
+# People edit these files; stages made from them identify them by their content.
 PROBLEMS = "data"
 TRAIN = "train"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be. ``shard`` is set if setting that shard aside repairs it."""
+    """One fault. ``shard`` is set if setting that shard aside repairs it."""
 
     severity: Literal["error", "note"]
     stage: str
@@ -74,7 +74,7 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES
     """Check the stages; errors first within a stage, in manifest order.
 
     Raises:
-        ConfigError: one of them is no stage; the message lists those there are.
+        ConfigError: one of them is no stage; the message lists all stages.
     """
     for name in stages:
         stage_kind(name)
@@ -102,7 +102,7 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES
 
 
 def _is_made(workspace: Workspace, kind: StageKind) -> bool:
-    """Whether only tropd writes into a stage's folder: models and data may be the user's own."""
+    """True if only tropd writes into a stage's folder: models and data may be the user's own."""
     if not kind.brought:
         return kind.name != "report"
     return any((workspace.stage(other.name) / FILE_NAME).exists() for other in STAGES if other.brought)
@@ -208,13 +208,13 @@ def _known(stage: str, path: str, listed: set[str]) -> bool:
 
 _RESTORE = "put it back from a copy, or start the stage over with --force (the old output is moved aside)"
 _LINES = (
-    "tropd train sets damaged lines aside and goes on without them; a step that is gone can only be put back"
+    "tropd train sets damaged lines aside and resumes without them; a step that is gone can only be put back"
 )
 _ADVICE = {f"{TRAIN}/{METRICS}": _LINES, f"{TRAIN}/{SAMPLES}": _LINES}
 
 
 def repair(workspace: Workspace, findings: Sequence[Finding]) -> list[str]:
-    """Set aside every damaged shard; returns what was done, and what could not be, one line each.
+    """Set aside every damaged shard; returns a line for each repair, and for each that was impossible.
 
     Raises:
         StageLockedError: a stage is running.

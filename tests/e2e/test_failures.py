@@ -88,7 +88,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_whole_group_and_shows_no_traceback(
     assert process.wait(120) == 130, log.read_text()
     output = log.read_text()
     assert "Traceback" not in output
-    assert "interrupted; the same command goes on" in output
+    assert "run the same command again to resume" in output
     eventually(lambda: not left_of(process.pid), 30, "all processes of the group have ended")
     tropd.ok("prepare", "-w", workspace)
     assert content_digest(workspace / "models") == content_digest(finished / "models")

@@ -19,10 +19,10 @@ from tropd.storage.cache.topk_encoding import Precision
 
 
 class Source(Spec):
-    """Where prompts come from, for `tropd fetch`, which writes them into files of the workspace."""
+    """A source of prompts for `tropd fetch`, which writes them into files of the workspace."""
 
     dataset: str = Field(min_length=1)
-    """A name on the Hugging Face hub, a directory (a dataset's files, or what the `datasets` library has saved), or a
+    """A name on the Hugging Face hub, a directory (a dataset's files, or one saved by the `datasets` library), or a
     file (JSON lines, a JSON array, Parquet or .csv); a relative path is inside the workspace."""
     file: str | None = None
     """File of the workspace that it is written to; data.prompts if not set."""
@@ -54,18 +54,18 @@ class DataConfig(Spec):
     prompts: Apart[str] = "data/train.jsonl"
     """Training prompts. A relative path is inside the workspace."""
     evaluation: Apart[str] = "data/eval.jsonl"
-    """Evaluation problems; what is to be graded needs an answer."""
+    """Evaluation problems; graded ones need an answer."""
     id_field: str = "id"
     """Field with a unique name of the prompt; where absent or null, the line number is used."""
     prompt_field: str = "prompt"
     """Field with the prompt: a text, or with chat = true a list of messages. As with the other fields, dots lead into
     lists and objects: `messages.1.content`."""
     answer_field: str = "answer"
-    """Field with the expected answer; empty: there are none, and nothing is graded."""
+    """Field with the expected answer; empty: no answers, and nothing is graded."""
     domain_field: Apart[str] = "domain"
     """Field with the domain of the prompt, where there are several."""
     sources: Apart[tuple[Source, ...]] = ()
-    """Where `tropd fetch` takes the files from."""
+    """Sources from which `tropd fetch` makes the files."""
     decontaminate: Apart[int | None] = Field(default=None, ge=1, le=10_000)
     """Leave out training prompts that share this many consecutive words with an evaluation problem (13 is usual); they
     are listed in rejects/. `tropd contamination` shows what it would do."""
@@ -75,7 +75,7 @@ class DataConfig(Spec):
     """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
     used as it is."""
     template_date: Apart[datetime.date | None] = None
-    """The date that a chat template tells which writes today's into prompts, as YYYY-MM-DD. `tropd init` sets it; if not
+    """The date for chat templates that write today's into prompts, as YYYY-MM-DD. `tropd init` sets it; if not
     set, the day on which such a template is first used is kept in workspace.json."""
     limit: Apart[int | None] = Field(default=None, ge=1, le=MOST)
     """Use only the first this many training prompts."""
@@ -92,7 +92,7 @@ class PrefixesConfig(Spec):
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    """Nucleus sampling: keep the most likely tokens whose total probability reaches this."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Only the first this many training prompts get trajectories; on the others the student starts from the prompt."""
     keep: Literal["all", "correct"] = "all"
@@ -103,7 +103,7 @@ class PrefixesConfig(Spec):
     batch_size: Inert[int] = Field(default=64, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     shard_prompts: int = Field(default=512, ge=1, le=MOST_ROWS)
-    """Prompts per shard: what a crash can cost."""
+    """Prompts per shard: the most that a crash can cost."""
 
 
 class ScoresConfig(Spec):
@@ -114,7 +114,7 @@ class ScoresConfig(Spec):
     mass: float = Field(default=0.999, gt=0.0, le=1.0)
     """Keep alternatives until they hold this much probability."""
     precision: Precision = "float16"
-    """How log-probs are stored: `float16` (exact to 11 bits), or `q8` (about two thirds of the bytes, log-probs
+    """Storage of log-probs: `float16` (exact to 11 bits), or `q8` (about two thirds of the bytes, log-probs
     exact to about 2 %; docs/cache.md has the bounds)."""
     batch_tokens: Inert[int] = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward pass."""

@@ -63,9 +63,9 @@ class HarnessTask(Spec):
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
     fewshot: int | None = Field(default=None, ge=0, le=1000)
-    """Examples in the prompt; what the task says if not set."""
+    """Examples in the prompt; the task's own number if not set."""
     batch_size: int = Field(default=8, ge=1, le=MOST_ROWS)
-    """Problems at once, where vLLM does not decide that itself."""
+    """Problems at once; vLLM decides that itself."""
     generation: dict[str, bool | Whole | Number | str] = Field(default_factory=dict)
     """Settings of generation: `{ do_sample = true, temperature = 0.6, max_gen_toks = 8096 }`."""
     runs_code: bool = False
@@ -80,20 +80,20 @@ class EvaluationConfig(Spec):
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Temperature of sampled responses."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    """Nucleus sampling: keep the most likely tokens whose total probability reaches this."""
     max_tokens: Apart[int | None] = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest response; rollout.max_tokens if not set."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Use only the first this many problems."""
     distance_prompts: Apart[int] = Field(default=64, ge=0, le=MOST)
     """Prompts, spread over all problems, on which the distance between student and teacher is measured: reverse and
-    forward KL, acceptance and lengths. These need no answer; what has none is not graded. 0: no distance."""
+    forward KL, acceptance and lengths. These need no answer; problems without one are not graded. 0: no distance."""
     batch_size: Inert[int] = Field(default=128, ge=1, le=MOST_ROWS)
     """Sequences decoded together."""
     grader: GraderName = "math"
-    """What is the answer, and when it is right: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
+    """The rule that finds the answer and judges it: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
     after ####, stated, or the last number; equal as mathematics), `choice` (the declared letter A to J; an expected
-    index counts from 0), `exact` (all of the response). What thinking holds, or the length cut off, is no answer."""
+    index counts from 0), `exact` (all of the response). Text within thinking, or in a response cut off, is no answer."""
     grading_seconds: Inert[float] = Field(default=5.0, gt=0.0, le=3600.0)
     """Longest time that the comparison of one mathematical answer may take; then it is wrong."""
     answer_pattern: str = r"#\s*([^\s#]+)\s*$"
@@ -103,7 +103,7 @@ class EvaluationConfig(Spec):
     benchmarks: Apart[tuple[Benchmark, ...]] = ()
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
     harness: Apart[tuple[HarnessTask, ...]] = ()
-    """Tasks of lm-eval, for what it has and we do not."""
+    """Tasks of lm-eval, for benchmarks that tropd does not have."""
 
     @field_validator("answer_pattern")
     @classmethod
@@ -113,7 +113,7 @@ class EvaluationConfig(Spec):
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
         if not groups:
-            raise ValueError("the pattern needs a group, as in '#(.*)', which is the answer")
+            raise ValueError("the pattern needs a group that is the answer, as in '#(.*)'")
         return pattern
 
 
@@ -121,10 +121,10 @@ class DemoConfig(Spec):
     """The embedded tasks and their models; only `tropd prepare` reads this."""
 
     enabled: Inert[bool] = False
-    """Whether `tropd prepare` makes the models and problems of this run."""
+    """Let `tropd prepare` make the models and problems of this run."""
     models: Apart[Literal["tiny", "smollm2"]] = "tiny"
     """`tiny`: two tiny models, trained on the spot, and arithmetic; `smollm2`: SmolLM2-135M-Instruct from the package
-    registry, a student cut out of it, and short questions. Of what is below, it takes the numbers of problems only."""
+    registry, a student cut out of it, and short questions. Of the fields below, it takes the numbers of problems only."""
     train_problems: Apart[int] = Field(default=2000, ge=1, le=MOST)
     """Training problems written to data.prompts."""
     eval_problems: Apart[int] = Field(default=500, ge=1, le=MOST)
@@ -144,7 +144,7 @@ class DemoConfig(Spec):
     student_steps: int = Field(default=1000, ge=1, le=MOST)
     """Supervised steps of the student on clean chains."""
     spoil_steps: int = Field(default=120, ge=0, le=MOST)
-    """Steps that spoil the student afterwards, so that there is something to distil."""
+    """Steps that spoil the student afterwards, so that something remains to distill."""
     spoil: Literal["noisy", "terse"] = "noisy"
     """`noisy`: wrong intermediate results and some terse answers (mild); `terse`: another format (mismatch)."""
 

@@ -20,10 +20,10 @@ from tropd.pipeline.objectives.objective import Spec
 
 
 class RuntimeConfig(Spec):
-    """How this machine is used. Nothing here changes results beyond rounding."""
+    """Use of this machine. Nothing here changes results beyond rounding."""
 
     device: Device = "auto"
-    """Where models run: auto takes CUDA if there is one."""
+    """Device of the models; auto takes CUDA if available."""
     threads: int | None = Field(default=None, ge=0, le=4096)
     """Intra-op CPU threads per process; 0 leaves PyTorch's choice, usually a thread for each core. If not set: 1 for tiny
     models (weights below 64 MB), whose threads would mostly wait, spin, and slow each other down; otherwise as 0."""
@@ -31,7 +31,7 @@ class RuntimeConfig(Spec):
     """Compile the layers of models (torch.compile), for long runs of tiny models: they train and score in 10 to 25 % less
     time, and sample on a CPU in about 40 % less. A model of 135M parameters gains 7 % of a step on a CPU, after half a
     minute to minutes at the start of each process. Needs a C++ compiler on a CPU. A resumed run may then differ in the
-    last digits. vLLM does not look at this."""
+    last digits. vLLM ignores this."""
 
 
 class ModelConfig(Spec):
@@ -46,7 +46,7 @@ class ModelConfig(Spec):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
     engine: EngineName = "transformers"
-    """What samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
+    """Engine that samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
 
     @property
     def settled_dtype(self) -> Dtype:
@@ -65,7 +65,7 @@ class ServedTeacher(ModelConfig):
     token_env: str = "TROPD_TEACHER_TOKEN"
     """Environment variable with the bearer token of that service."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=WEEK)
-    """How long the trainer keeps trying to get an answer before it stops, with everything saved."""
+    """Seconds that the trainer keeps asking for an answer before it stops, with everything saved."""
 
     @field_validator("url")
     @classmethod
@@ -109,7 +109,7 @@ class TeacherConfig(ServedTeacher):
 
 
 class LoraSettings(Spec):
-    """Low-rank adapters instead of all weights: less memory for gradients and optimiser, smaller checkpoints."""
+    """Low-rank adapters instead of all weights: less memory for gradients and optimizer, smaller checkpoints."""
 
     rank: int = Field(default=32, ge=1, le=MOST_ROWS)
     """Rank of the adapters of every linear layer."""
@@ -127,7 +127,7 @@ class StudentConfig(ModelConfig):
 
 
 class VllmConfig(Spec):
-    """How vLLM runs a model whose `engine` is `vllm`."""
+    """Settings of vLLM for a model whose `engine` is `vllm`."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     """GPUs that a model is spread over."""
@@ -138,7 +138,7 @@ class VllmConfig(Spec):
     enforce_eager: bool = False
     """No CUDA graphs: slower, starts faster."""
     quantization: str | None = None
-    """Quantisation method of the weights (`fp8`, `awq`, …); what the model says if not set."""
+    """Quantization method of the weights (`fp8`, `awq`, …); the model's own if not set."""
     check_every: int = Field(default=10, ge=1, le=MOST)
     """In training, steps between two checks that engine and trainer agree (besides that after the first update)."""
     max_mean_difference: float = Field(default=0.1, gt=0.0, le=100.0)
@@ -165,7 +165,7 @@ class ServiceConfig(Spec):
     max_request_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 36)
     """Largest request body."""
     max_connections: int = Field(default=512, ge=1, le=1 << 16)
-    """Most open connections; beyond this those are cut that have kept the service waiting longest."""
+    """Most open connections; beyond this, those that have kept the service waiting longest are cut."""
     header_seconds: float = Field(default=10.0, gt=0.0, le=3600.0)
     """Longest time for the whole header of a request, and between two requests of a connection."""
     body_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
@@ -173,4 +173,4 @@ class ServiceConfig(Spec):
     answer_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
     """Longest time in which a client reads its answer."""
     stop_seconds: float = Field(default=10.0, gt=0.0, le=3600.0)
-    """How long what is queued may still be scored once the service is told to stop."""
+    """Longest time to score queued requests after the service is asked to stop."""

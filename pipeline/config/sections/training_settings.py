@@ -29,9 +29,9 @@ class RolloutConfig(Spec):
     max_tokens: int = Field(default=8096, ge=1, le=MOST_TOKENS)
     """Longest response, teacher prefix included (the paper's number is 8,096)."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Sampling temperature. Losses are at temperature 1, and corrected for what was sampled (train.importance_clip)."""
+    """Sampling temperature. Losses are at temperature 1, and corrected for the difference (train.importance_clip)."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling: keep the likeliest tokens up to this mass."""
+    """Nucleus sampling: keep the most likely tokens whose total probability reaches this."""
     stop_ids: Apart[tuple[TokenId, ...] | None] = Field(default=None, min_length=1)
     """Token ids that end a response, of student and teacher in all stages. If not set: a teacher's are those of its
     tokenizer and generation_config.json, the student's are its own and the teacher's."""
@@ -45,10 +45,10 @@ class RolloutConfig(Spec):
 
 
 class TrainConfig(Spec):
-    """Optimisation."""
+    """Optimization."""
 
     steps: int = Field(default=200, ge=1, le=MOST)
-    """Optimiser steps."""
+    """Optimizer steps."""
     learning_rate: float = Field(default=5e-6, gt=0.0, le=1000.0)
     """Peak learning rate (AdamW)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -63,7 +63,7 @@ class TrainConfig(Spec):
     """Gradients are scaled down to this norm."""
     max_staleness: int = Field(default=0, ge=0, le=1)
     """1: the student's responses for the next step are sampled and scored while this step trains, so by weights that are
-    one update older. 0: strictly on-policy."""
+    one update behind. 0: strictly on-policy."""
     importance_clip: Apart[float] = Field(default=2.0, gt=0.0, le=1e9)
     """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
     own (older weights, another engine, another temperature or top-p, or bfloat16, in which sampler and trainer round
@@ -73,12 +73,12 @@ class TrainConfig(Spec):
     gradient_checkpointing: Inert[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Inert[Literal["auto", "flash_attention_2", "flash_attention_3"]] = "auto"
-    """How the student attends in training. auto: PyTorch's scaled dot product, where rows that share a line need a mask
-    of its length squared. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
+    """Attention of the student in training. auto: PyTorch's scaled dot product, where packed rows need a mask quadratic
+    in the packed length. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
     `flash_attn_3`), `student.dtype = "bfloat16"` and a single process."""
     dropout: Apart[bool] = False
-    """Whether the student has the dropout that its config.json names while it trains. Off, gradients are those of the
-    student that samples. On, what is dropped follows from the seed, the step, the process and the micro-batch."""
+    """Train the student with the dropout that its config.json names. Off, gradients are those of the
+    student that samples. On, the dropout mask follows from the seed, the step, the process and the micro-batch."""
     region_gradients: Inert[bool] = False
     """Also measure the gradient norm of each region on its own (metrics grad_norm_trust, …): slower, and not
     with runtime.compile."""
@@ -89,7 +89,7 @@ class TrainConfig(Spec):
     wandb_project: Inert[str | None] = Field(default=None, min_length=1)
     """Log metrics to this project of Weights & Biases too (pip install "tropd[wandb]")."""
     trace: Inert[bool] = False
-    """Write train/trace.json: what each thread did when, for ui.perfetto.dev."""
+    """Write train/trace.json: a timeline of each thread, for ui.perfetto.dev."""
     evaluate_every: Inert[int] = Field(default=0, ge=0, le=MOST)
     """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
     evaluate_problems: Inert[int] = Field(default=100, ge=1, le=MOST)
@@ -97,7 +97,7 @@ class TrainConfig(Spec):
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up that there are: the last step of a short trial has the whole learning rate."""
+        """Effective steps of warm-up: the last step of a short trial has the whole learning rate."""
         return min(self.warmup_steps, self.steps - 1)
 
 
@@ -105,7 +105,7 @@ class SftConfig(Spec):
     """`tropd sft`: supervised fine-tuning on the teacher's trajectories (the paper's settings, but for the steps)."""
 
     steps: int = Field(default=1000, ge=1, le=MOST)
-    """Optimiser steps (the paper trains on 14 million samples, about 27,000 steps)."""
+    """Optimizer steps (the paper trains on 14 million samples, about 27,000 steps)."""
     prompts_per_step: int = Field(default=512, ge=1, le=MOST_ROWS)
     """Trajectories per step."""
     learning_rate: float = Field(default=5e-5, gt=0.0, le=1000.0)

@@ -12,7 +12,7 @@ EngineName = Literal["transformers", "vllm"]
 GraderName = Literal["pattern", "math", "choice", "exact"]
 Device = Literal["auto", "cpu", "cuda"]
 
-# Every number has bounds: what is beyond them is a slip of the pen, and would fail late or never end.
+# Every number has bounds: a value beyond them is a slip of the pen, and would fail late or never end.
 MOST = 1_000_000_000
 """Most of anything that is counted: steps, prompts, problems."""
 MOST_ALTERNATIVES = 1024

@@ -172,7 +172,7 @@ def test_after_force_the_way_to_go_on_is_without_it(tmp_path: Path) -> None:
     fill(tmp_path / "s")
     with pytest.raises(InterruptedStageError) as interrupted:
         fail(tmp_path / "s", KeyboardInterrupt(), make=True)
-    assert interrupted.value.hint == "the same command without --force goes on where it stopped"
+    assert interrupted.value.hint == "run the same command without --force to resume"
     with pytest.raises(DiskFullError) as full:
         fail(tmp_path / "s", DiskFullError("full", hint="then run the same command again"), make=True)
     assert full.value.hint == "then run the same command without --force again"
