@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Progress and messages go to stderr, so that stdout holds results only.
 # Lines into a pipe or a file are not cut to the width of a terminal.
 PIPE_WIDTH = 200
-# Markup and emoji codes are off: what is printed holds paths, prompts and answers, in which they are text.
+# Markup and emoji codes are off: output holds paths, prompts and answers, in which they are text.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 stdout = Console(
     highlight=False,

@@ -189,7 +189,7 @@ def run_query(workspace: Workspace, sql: str) -> QueryResult:
             error
         ):  # how DuckDB introduces what Arrow could not read
             raise DamagedShardError(
-                f"the query failed: {error}", hint="tropd verify finds what is damaged"
+                f"the query failed: {error}", hint="tropd verify finds the damage"
             ) from None
         raise DataError(
             f"the query failed: {error}",
@@ -206,7 +206,7 @@ def _shards(folder: Path, suffix: str) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise DamagedShardError(
-                f"{path} is missing, but its manifest lists it", hint="tropd verify finds what is damaged"
+                f"{path} is missing, but its manifest lists it", hint="tropd verify finds the damage"
             )
     return paths
 
@@ -279,7 +279,7 @@ def _tokens(workspace: Workspace) -> Iterator[pa.RecordBatch]:
                 if topk is not None and last > topk.num_tokens:
                     raise DamagedShardError(
                         f"{scored[path.stem]} has {topk.num_tokens} tokens, {path} has more",
-                        hint="tropd verify finds what is damaged",
+                        hint="tropd verify finds the damage",
                     )
                 starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
                 nothing = pa.nulls(len(rows))

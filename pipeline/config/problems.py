@@ -67,7 +67,7 @@ class Origins:
     """Sources of values."""
 
     where: str
-    """Name of the text: a file's, or one that stands for it."""
+    """Name of the text: a file, or its stand-in."""
     text: str
     """Its text."""
     sources: Mapping[str, str]

@@ -6,8 +6,8 @@
     run.train()
     run.report()
 
-Everything that decides a result is in the workspace, so that ``tropd … -w runs/mine`` goes on with such a run, and
-``open_run`` with one of the command line. Whatever was interrupted goes on when it is called again.
+Everything that decides a result is in the workspace, so that ``tropd … -w runs/mine`` continues such a run, and
+``open_run`` one of the command line. An interrupted stage resumes when it is called again.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class Distillation:
         return dict(score_teacher(self.run, force=force).summary)
 
     def train(self, *, force: bool = False) -> dict[str, Any]:
-        """Distil the student; earlier stages that the objective needs are made first.
+        """Distill the student; earlier stages that the objective needs are made first.
 
         Raises:
-            InterruptedStageError: Ctrl-C, or the interrupt of a notebook's kernel; called again, training goes on.
-            TropdError: whatever the stages refuse, with what to do in ``hint``.
+            InterruptedStageError: Ctrl-C, or the interrupt of a notebook's kernel; call again to resume.
+            TropdError: refusals of the stages, with the remedy in ``hint``.
         """
         from tropd.pipeline.training.loop import train
 
@@ -112,7 +112,7 @@ class Distillation:
 
     @property
     def metrics(self) -> pa.Table:
-        """What was measured at each training step so far: a column each, null where a step has no such number."""
+        """Metrics of each training step so far: a column each, null where a step has no such number."""
         import pyarrow as pa
 
         from tropd.pipeline.report.data.training_metrics import read_metrics
@@ -141,8 +141,8 @@ class Distillation:
 
 
 def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
-    """What the run's objective needs of the teacher's, and of stored rollouts, before it trains: stages to be called in
-    this order. A demo shows all of the teacher's."""
+    """Stages that the run's objective needs before training (teacher prefixes, scores, stored rollouts), in the order to
+    call them. A demo shows all of the teacher's."""
     from tropd.pipeline.objectives.needs import teacher_needs
     from tropd.pipeline.stages.prefixes import generate_prefixes, generate_rollouts
     from tropd.pipeline.stages.scores import score_teacher
@@ -170,10 +170,10 @@ def distill(
     reporter: Reporter | None = None,
     **settings: Any,
 ) -> Distillation:
-    """A run that distils ``teacher`` into ``student`` on ``prompts``; its stages run when they are called.
+    """A run that distills ``teacher`` into ``student`` on ``prompts``; its stages run when they are called.
 
-    Called again with the same arguments it is the same run, which goes on where it stopped. With others, a stage that
-    was made with those before refuses and says what differs.
+    Called again with the same arguments it is the same run, which resumes where it stopped. With others, a stage that
+    was made with the earlier ones refuses and names the differences.
 
     Args:
         teacher, student: folders of models, or names on the Hugging Face hub.
@@ -216,7 +216,7 @@ def distill(
 def open_run(
     workspace: str | os.PathLike[str], *, reporter: Reporter | None = None, **settings: Any
 ) -> Distillation:
-    """The run in a workspace, whoever made it.
+    """The run in an existing workspace.
 
     Args:
         workspace: folder of the run.
@@ -231,7 +231,7 @@ def open_run(
 
 
 def load_run(workspace: Path, assignments: tuple[str, ...], reporter: Reporter) -> Run:
-    """The run in a workspace with ``section.field=value`` overrides; settings that are unusual are said."""
+    """The run in a workspace with ``section.field=value`` overrides; unusual settings are reported."""
     from tropd.pipeline.run.run import Run
 
     opened = Workspace.open(workspace)
@@ -243,7 +243,7 @@ def load_run(workspace: Path, assignments: tuple[str, ...], reporter: Reporter) 
 
 
 def default_reporter() -> Reporter:
-    """Who shows progress where nobody is named: what is registered for it, as tropd.cli is; else nobody."""
+    """The default reporter: one that is registered, as that of tropd.cli; else a silent one."""
     for entry in entry_points(group=REPORTERS):
         reporter: Reporter = entry.load()()
         return reporter

@@ -37,11 +37,11 @@ from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import CACHE_STAGES, STAGES, Workspace
 
 SHARED = (*(stage.name for stage in STAGES if stage.brought), *CACHE_STAGES, "sft")
-"""What the runs of a comparison have in common: everything that is made before training."""
+"""The shared part of a comparison's runs: everything that is made before training."""
 
 
 def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1) -> list[Cell]:
-    """Train and evaluate every objective with every seed; what is done already is kept.
+    """Train and evaluate every objective with every seed; finished cells are kept.
 
     The stages of the base workspace up to ``scores`` must be complete. Returns the cells, objectives in the order
     given.

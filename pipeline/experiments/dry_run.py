@@ -1,4 +1,4 @@
-"""What making a table would take: its stages as commands, GPU-hours, disk, downloads; and what can be checked before.
+"""The plan of a table: its stages as commands, GPU-hours, disk, downloads; and checks that can be made before.
 
 Rates are assumptions, stated with the numbers: an H100 makes ``PREFILL_FLOPS`` useful operations a second in passes over
 whole sequences, and decodes ``DECODE_TOKENS`` tokens a second of a 1B model in large batches (inversely to its size).
@@ -29,7 +29,7 @@ from tropd.storage.workspace import shown_path
 PREFILL_FLOPS = 3.0e14
 DECODE_TOKENS = 2.0e4
 MEAN_LENGTH = 0.6
-"""Of the longest response: what responses are assumed to have on average."""
+"""Assumed average length of responses, as a share of the longest."""
 CACHE_BYTES = 95
 """Per token of the teacher cache (docs/cache.md)."""
 

@@ -1,4 +1,4 @@
-"""What one ships: the trained student with a model card, in a folder or on the Hugging Face hub."""
+"""Export of the trained student with a model card, to a folder or to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def export_to(run: Run, folder: Path) -> Path:
-    """Write the trained student and its card to a folder that is not there yet, or empty.
+    """Write the trained student and its card to a folder that does not exist yet, or is empty.
 
     Raises:
         ConfigError: there is something in it.
@@ -42,7 +42,7 @@ def export_to(run: Run, folder: Path) -> Path:
 def push(run: Run, repository: str, *, public: bool = False) -> str:
     """Upload the trained student and its card to the Hugging Face hub; returns the page's address.
 
-    The repository is made if it is missing, private unless ``public``; one that is there keeps its visibility.
+    The repository is made if it is missing, private unless ``public``; an existing one keeps its visibility.
 
     Raises:
         ConfigError: the name is none, or there is no token (``HF_TOKEN``, or that of ``hf auth login``).
@@ -55,7 +55,7 @@ def push(run: Run, repository: str, *, public: bool = False) -> str:
     token = get_token()
     if token is None:
         raise ConfigError(
-            "pushing needs a token of the Hugging Face hub, and there is none",
+            "pushing needs a token of the Hugging Face hub, and none is set",
             hint="set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)",
         )
     source, card = _source(run), _card(run)
@@ -63,7 +63,7 @@ def push(run: Run, repository: str, *, public: bool = False) -> str:
     with run.reporter.waiting(f"uploading the student to {repository}"):
         try:
             address = str(hub.create_repo(repository, private=not public, exist_ok=True))
-            # The card last: who reads it finds the model that it describes.
+            # The card last, so that its readers find the model that it describes.
             hub.upload_folder(
                 repo_id=repository, folder_path=source, commit_message="tropd export: the student"
             )
@@ -75,7 +75,7 @@ def push(run: Run, repository: str, *, public: bool = False) -> str:
             )
         except Exception as error:  # of the hub's client, of HTTP, of the network
             raise TropdError(
-                f"{repository} cannot be pushed: {error}", hint="the same command goes on where it stopped"
+                f"{repository} cannot be pushed: {error}", hint="run the same command again to resume"
             ) from error
     return address
 
@@ -104,7 +104,7 @@ def _card(run: Run) -> str:
 
 
 def _base(run: Run, role: str, settings: ModelConfig, manifest: Manifest, domain: str = "") -> BaseModel:
-    """A model of the run; what its own card says is left out where it is on another machine."""
+    """A model of the run; its own card is left out where it is on another machine."""
     here = model_is_here(run.workspace, settings)
     weights = manifest.fields.get(f"{role}.{domain}.weights" if domain else f"{role}.weights")
     return describe_base(

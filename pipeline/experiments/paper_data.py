@@ -1,4 +1,4 @@
-"""The problems of the paper's tables: where they are on the Hugging Face hub."""
+"""The problems of the paper's tables: their places on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tropd.pipeline.config.sections.data_settings import Source
 
-# Names and columns as of the datasets' pages on the hub; a column that is not there is reported with those that are.
+# Names and columns as of the datasets' pages on the hub; a missing column is reported with the existing ones.
 EVALUATIONS = (
     Source(file="data/aime24.jsonl", dataset="HuggingFaceH4/aime_2024", prompt="problem", answer="answer"),
     Source(

@@ -1,4 +1,4 @@
-"""Making a table: every stage of every setting, resumable at each; what is there is not made again.
+"""Making a table: every stage of every setting, resumable at each; finished ones are not made again.
 
 ROOT/<setting>/             a workspace: prefixes and scores once, ``compare`` for the rows
 ROOT/<table>.json, .md      the numbers, the paper's beside ours
@@ -66,7 +66,7 @@ class Result(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """How a table is to be made."""
+    """The options of making a table."""
 
     root: Path
     name: str
@@ -86,7 +86,7 @@ def open_setting(job: Job, setting: Setting, reporter: Reporter) -> Run:
 
 
 def reproduce(job: Job, reporter: Reporter) -> Result:
-    """Make a table; killed and called again, it goes on where it was.
+    """Make a table; killed and called again, it resumes.
 
     Raises:
         TropdError: of a stage.

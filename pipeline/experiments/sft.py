@@ -1,8 +1,8 @@
 """``sft``: make a student by supervised fine-tuning on the teacher's trajectories, before it learns on its own.
 
 The run's prefixes are the training data; a workspace ``W/sft`` of its own, whose inputs are links to W's, is trained with
-the objective ``sft`` and the settings of ``[sft]``. Its last student, ``sft/train/final``, is what ``student.model`` of W
-then names.
+the objective ``sft`` and the settings of ``[sft]``. ``student.model`` of W then names its last student,
+``sft/train/final``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a run stands: what each stage has done, how much room and time it took, and which command is next.
+"""State of a run: progress, size and time of each stage, and the next command.
 
 Reads files only, loads no model and takes no lock, so it may run beside a running stage. Checksums are left
 to ``tropd verify``: here a shard counts as damaged when it is missing or has another size than promised.
@@ -35,7 +35,7 @@ State = Literal["not started", "in progress", "complete", "damaged"]
 DATA_STAGE = "data"
 """`prepare` fills this folder too; it counts as part of the stage ``models``."""
 EVALUATED = ("before", "after", "teacher")
-"""Who is evaluated, one file each."""
+"""The evaluated models, one file each."""
 
 
 class StageStatus(BaseModel):
@@ -51,17 +51,17 @@ class StageStatus(BaseModel):
     done: int | None = None
     total: int | None = None
     unit: str = ""
-    """What ``done`` and ``total`` count (shards, steps, models); either may be unknown."""
+    """Unit of ``done`` and ``total`` (shards, steps, models); either may be unknown."""
     rows: int = 0
     bytes: int = 0
-    """Everything in the folder, not only what the manifest lists."""
+    """Bytes of everything in the folder, listed in the manifest or not."""
     seconds: float | None = None
     """Time spent, over all sessions; None if there is no record."""
     fingerprint: str | None = None
     problem: str = ""
-    """What is damaged, stale or other than config.toml says, in words."""
+    """The damaged, stale or differently configured part, in words."""
     lost: bool = False
-    """Whether running the stage again cannot make it good: files are put back, or it is started over."""
+    """True if rerunning the stage cannot repair it: files are put back, or it is started over."""
 
     @property
     def progress_text(self) -> str:
@@ -83,14 +83,14 @@ class Status(BaseModel):
     next_command: str | None
     """The command to run next; None when there is nothing left to do."""
     next_reason: str
-    """Why that one, in words."""
+    """Reason for that command, in words."""
 
     def stage(self, name: str) -> StageStatus | None:
         return next((s for s in self.stages if s.name == name), None)
 
 
 def is_needed(stage: StageStatus, stages: list[StageStatus]) -> bool:
-    """Whether the run needs a stage: a purely on-policy one trains without prefixes and their scores."""
+    """True if the run needs a stage: a purely on-policy one trains without prefixes and their scores."""
     trains = any(s.name == "train" and s.state != "not started" for s in stages)
     return not (trains and stage.name in ("prefixes", "scores") and stage.state == "not started")
 
@@ -121,7 +121,7 @@ def workspace_status(workspace: Workspace) -> Status:
 
 
 def _prepares(workspace: Workspace, config: Config | None) -> bool:
-    """Whether this run makes its own models (demo recipes), or has done so."""
+    """True if this run makes its own models (demo recipes), or has done so."""
     return (config is not None and config.demo.enabled) or (workspace.stage("models") / FILE_NAME).exists()
 
 
@@ -218,7 +218,7 @@ def _progress(
 
 
 def _asked_steps(manifest: Manifest, config: Config | None) -> int | None:
-    """Steps that training was, or is to be, done for: where it is complete, those it was told."""
+    """Steps that training runs for; where it is complete, those that it ran for."""
     asked = manifest.fields.get("train.steps")
     if manifest.complete and isinstance(asked, int):
         return asked
@@ -236,7 +236,7 @@ def _trial(workspace: Workspace, manifest: Manifest, config: Config | None, tota
 
 
 def _prefix_shards(workspace: Workspace, config: Config | None) -> int | None:
-    """How many shards the prefixes will have: known from the length of the prompt file."""
+    """Number of shards that the prefixes will have, from the length of the prompt file."""
     if config is None:
         return None
     try:
@@ -248,7 +248,7 @@ def _prefix_shards(workspace: Workspace, config: Config | None) -> int | None:
 
 
 def count_steps(metrics: Path) -> int:
-    """Optimiser steps on record. A step that was repeated after an interruption counts once."""
+    """Optimizer steps on record. A step that was repeated after an interruption counts once."""
     try:
         records = read_log(metrics).whole
     except OSError:
@@ -292,5 +292,5 @@ def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) 
             return command, stage.problem or f"{stage.command} is not finished ({stage.progress_text})"
         if stage.lost:
             return f"{command} --force", f"{stage.problem}: put it back from a copy, or start the stage over"
-        return command, f"{stage.problem}: running the stage again makes it good"
+        return command, f"{stage.problem}: rerun the stage to repair it"
     return None, f"everything is done: open {shown_path(workspace.stage('report') / 'index.html')}"

@@ -1,4 +1,4 @@
-"""Where a training run stands, from its files alone: it may run in another process, or on another machine."""
+"""State of a training run, from its files alone: it may run in another process, or on another machine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class TrainingProgress:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What is off in the steps so far."""
+        """Verdicts on the steps so far."""
         return training_verdicts(columns_of(self.records), self.settings)
 
 
 def training_progress(workspace: Workspace) -> TrainingProgress:
-    """Read where training stands.
+    """Read the state of training.
 
     Raises:
         TropdError: nothing was ever trained in the workspace, or its configuration or manifest is damaged.

@@ -1,4 +1,4 @@
-"""The ragged top-k cache: for every token of a trajectory, the teacher's likeliest alternatives.
+"""The ragged top-k cache: for every token of a trajectory, the teacher's most likely alternatives.
 
 ``TopK`` is a shard in memory, the tokens of all rows concatenated in row order:
 
@@ -14,7 +14,7 @@ sampled      float32[tokens]           log-prob of the token that the trajectory
 ===========  ========================  ==========================================================
 
 As many alternatives are kept as reach the mass, at most k. ``tail`` is computed from the rounded (float16)
-log-probs, so that kept and tail mass of what is stored add up to one. Of equal log-probs the lower id is first.
+log-probs, so that stored kept and tail mass add up to one. Of equal log-probs the lower id is first.
 
 On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` and, encoded as
 ``topk_encoding`` describes, ``id_gaps``, ``codes`` and ``ceilings``. Each array is one file (Zarr's sharding codec) of
@@ -240,10 +240,10 @@ def read_topk(path: Path) -> TopK:
         raise
     except Exception as error:  # zarr and its codecs raise many types for a damaged store
         raise DamagedShardError(
-            f"{path} is not a readable top-k cache: {error}", hint="tropd verify finds what is damaged"
+            f"{path} is not a readable top-k cache: {error}", hint="tropd verify finds the damage"
         ) from error
     if problems := check_invariants(data):
-        raise DamagedShardError(f"{path}: {'; '.join(problems)}", hint="tropd verify finds what is damaged")
+        raise DamagedShardError(f"{path}: {'; '.join(problems)}", hint="tropd verify finds the damage")
     return data
 
 

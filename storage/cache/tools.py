@@ -68,7 +68,7 @@ def cache_stats(workspace: Workspace) -> CacheStats:
     """Read the whole cache once.
 
     Raises:
-        DataError: there is none.
+        DataError: the cache does not exist.
         DamagedShardError: a shard is not what its manifest says.
     """
     manifest, shards = _scores(workspace)

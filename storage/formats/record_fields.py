@@ -95,7 +95,7 @@ def _whole(text: str) -> str:
 
 
 def _number(value: float | Decimal) -> str:
-    """A number in plain digits: 42.0 (what is left of 42 in a column with gaps) as 42, 1e-7 as 0.0000001."""
+    """A number in plain digits: 42.0 (as 42 becomes in a column with gaps) as 42, 1e-7 as 0.0000001."""
     near = float(value)
     if not math.isfinite(near):
         raise ValueError(f"is {value}, no number that can be an answer or a name")

@@ -55,7 +55,7 @@ class Record:
     problem: str = ""
     """Fault of a bad record."""
     text: str = ""
-    """The record as it is in the file, its beginning if it is long; bytes that are no text are escaped; empty for Parquet."""
+    """The record as it is in the file, or its beginning if it is long, with other bytes escaped. Empty for Parquet."""
 
     @property
     def whole(self) -> str:
@@ -204,7 +204,7 @@ class _Window:
         self._stream, self.text, self.at = stream, "", 0
 
     def grow(self, size: int) -> bool:
-        """Drop what was read and add ``size`` characters; whether there were any more."""
+        """Drop the read part and add ``size`` characters; false at the end of the stream."""
         more = self._stream.read(size)
         self.text, self.at = self.text[self.at :] + more, 0
         return bool(more)

@@ -35,13 +35,13 @@ class StudentToken(_Part):
     """Weight with which it belongs to the trust region; ``outlier``: to the outliers."""
     outlier: float
     student_logprob: float
-    """As reported by the sampling engine."""
+    """Log-prob as reported by the sampling engine."""
     teacher_logprob: float | None
     """None: minus infinity."""
     p_trust: float
     """min(π_T/π_S, 1)."""
     alternatives: list[Alternative] = []
-    """The teacher's likeliest, where it was asked for them."""
+    """The teacher's most likely tokens, where it was asked for them."""
 
 
 class SampledResponse(_Part):

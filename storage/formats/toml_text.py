@@ -24,7 +24,7 @@ MOST_LEVELS = 32
 _MOST_TRIES = 64
 """Parses that are spent on finding a line."""
 
-# Strings and comments, to the end of the text where one is not closed; what is left is structure.
+# Strings and comments, to the end of the text where one is not closed; the rest is structure.
 _TEXT = re.compile(
     r'"""(?:\\.|[^\\])*?(?:"""|\Z)|\'\'\'.*?(?:\'\'\'|\Z)|"(?:\\.|[^"\\\n])*"?|\'[^\'\n]*\'?|#[^\n]*',
     re.DOTALL,

@@ -121,7 +121,7 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
                 raise pa.ArrowInvalid(f"its row counts disagree by {missing}")
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise DamagedShardError(
-            f"{path} is not readable: {error}", hint="tropd verify finds what is damaged"
+            f"{path} is not readable: {error}", hint="tropd verify finds the damage"
         ) from error
 
 

@@ -94,8 +94,8 @@ class Stage:
     def _check_place(self) -> None:
         if _place(self.folder) != self._place:
             raise DiskError(
-                f"{self.folder} is not the folder any more that this stage was started in: it was moved, deleted or "
-                "replaced meanwhile; what was made since its last commit is not part of it",
+                f"{self.folder} is no longer the folder that this stage was started in: it was moved, deleted or "
+                "replaced meanwhile; output since its last commit is not part of it",
                 hint="run the same command again, with -w where the workspace is now",
             )
 
@@ -159,7 +159,7 @@ def open_stage(
     """Lock a stage folder and load or start its manifest.
 
     Shards that are listed but missing or of the wrong size are left out of the stage's manifest, so that they are
-    made again (what is left of one is set aside); the manifest on disk follows with the stage's first change. A stage
+    made again (the remains of one are set aside); the manifest on disk follows with the stage's first change. A stage
     that was started but holds nothing yet takes the new fingerprint; one that holds something keeps its own, also where
     that lacks recent fields. With ``force``, an existing output is moved aside to ``<folder>.old-<n>``; it is moved back
     where the block fails before it has made anything, as on bad input.
@@ -207,7 +207,7 @@ def _load(folder: Path, name: str, fingerprint: Fingerprint, timings: Path | Non
     if manifest is None and holds_output(folder):
         found = sorted(path.name for path in folder.iterdir())
         raise DamagedShardError(
-            f"{folder / FILE_NAME} is missing, and without it nothing is known of what is beside it "
+            f"{folder / FILE_NAME} is missing, and without it nothing is known of the files beside it "
             f"({', '.join(found[:5])}{', …' if found[5:] else ''}); nothing was changed",
             hint="put it back from a copy, or start the stage over with --force (the old output is moved aside, not "
             "deleted)",

@@ -93,7 +93,7 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES
         if manifest is not None:
             findings += _verify_stage(workspace, stage, manifest, manifests.get(kind.scores_of or ""))
         elif _is_made(workspace, kind) and holds_output(folder):
-            problem = "is missing, and without it nothing is known of what is beside it"
+            problem = "is missing, and without it nothing is known of the files beside it"
             findings.append(Finding("error", stage, f"{stage}/{FILE_NAME}", problem))
             continue
         if manifest is not None or not kind.brought:

@@ -30,7 +30,7 @@ from tropd.storage.stage.stage import Stage, open_stage
 
 STAGE = "models"
 DATA_STAGE = "data"
-# Part of the fingerprint: raise it when the task or the training changes what they produce.
+# Part of the fingerprint: raise it when the task or the training changes its output.
 TASK_VERSION = 1
 PATHS = {"teacher.model": "models/teacher", "student.model": "models/student"}
 DATA_PATHS = {"data.prompts": "data/train.jsonl", "data.evaluation": "data/eval.jsonl"}
@@ -39,7 +39,7 @@ Trainer = Callable[[DemoConfig, int, Callable[[float], None]], Any]
 
 
 def prepare(run: Run, *, force: bool = False) -> Manifest:
-    """Write the problems and train what is missing; returns the finished manifest of the models.
+    """Write the problems and train the missing models; returns the finished manifest of the models.
 
     Raises:
         ConfigError: the recipe is not a demo recipe, or its paths point elsewhere.
@@ -73,7 +73,7 @@ def _check(config: Config) -> None:
     if not config.demo.enabled:
         raise ConfigError(
             "tropd prepare makes the models of the demo recipes, and demo.enabled is false",
-            hint="for your own models set teacher.model and student.model, and go on with generate-prefixes",
+            hint="for your own models set teacher.model and student.model, and continue with generate-prefixes",
         )
     given = {
         "teacher.model": config.teacher.model,

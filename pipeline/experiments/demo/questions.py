@@ -1,6 +1,6 @@
 """Short questions for a small language model: many kinds, from small lists of words; some have one right answer.
 
-What is held out differs in its subject, not only in its wording: no wording of a held-out question is trained on.
+Held-out questions differ in their subject, not only in their wording: no wording of one is trained on.
 """
 
 from __future__ import annotations

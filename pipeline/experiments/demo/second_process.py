@@ -22,7 +22,7 @@ class SecondProcess:
 
     The child is born with its work and says on a pipe when a step is done, so that it ends with its parent even
     where that is killed: nobody reads the pipe then, and writing fails. (A worker of a process pool waits for its
-    work instead, for ever if the parent is killed at that moment.)
+    work instead, forever if the parent is killed at that moment.)
     """
 
     def __init__(self, name: str, target: Callable[..., None], *arguments: Any) -> None:
@@ -34,14 +34,14 @@ class SecondProcess:
             self._process.start()
         writer.close()  # the child has the only one left: its end is the end of the pipe
         self.done = False
-        """Whether the call has returned."""
+        """True if the call has returned."""
 
     def take_steps(self, wait: float = 0.0) -> int:
         """Steps done since the last call; waits at most ``wait`` seconds for one.
 
         Raises:
             TropdError: the child was killed.
-            Exception: whatever ``target`` raised.
+            Exception: the one that ``target`` raised.
         """
         steps = 0
         while not self.done and self._reader.poll(0.0 if steps else wait):
@@ -59,7 +59,7 @@ class SecondProcess:
         self._process.join()
         return TropdError(
             f"the process that makes the {self._name} ended without a result (exit code {self._process.exitcode})",
-            hint="the system may be short of memory; run the same command again, what is finished is kept",
+            hint="the system may be short of memory; run the same command again: finished work is kept",
         )
 
     def __enter__(self) -> SecondProcess:

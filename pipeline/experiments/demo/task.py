@@ -64,7 +64,7 @@ def write_chain(
     problem: Problem, *, terse: bool = False, noise: float = 0.0, generator: np.random.Generator | None = None
 ) -> Chain:
     """A chain of thought. With ``noise``, each intermediate result is wrong with that probability, and the chain
-    goes on from the wrong value."""
+    continues from the wrong value."""
     value, text, injected = problem.digits[0], "", []
     for operation, digit in zip(problem.operations, problem.digits[1:], strict=True):
         result = apply(value, operation, digit)

@@ -26,7 +26,7 @@ STUDENT_NOISE = 0.1
 TERSE_SHARE = 0.15
 
 Step = Callable[[float], None]
-"""Called after every optimiser step with the loss."""
+"""Called after every optimizer step with the loss."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ STUDENT = Shape(layers=2, hidden=64, heads=4)
 
 
 def make_model(shape: Shape, seed: int) -> Any:
-    """A randomly initialised Qwen3; the global random state is left as it was."""
+    """A randomly initialized Qwen3; the global random state is left as it was."""
     config = Qwen3Config(
         vocab_size=len(vocabulary()),
         hidden_size=shape.hidden,

@@ -1,1 +1,1 @@
-"""How far the parts of a run are apart that compute log-probs of the same tokens."""
+"""Differences between the parts of a run that compute log-probs of the same tokens."""

@@ -1,4 +1,4 @@
-"""How far two parts of a run are apart, what is allowed, and what it makes of the objective's partition."""
+"""Differences between two parts of a run, their limits, and their effect on the objective's partition."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Difference:
 
     @property
     def sound(self) -> bool:
-        """Whether rounding explains it."""
+        """True if rounding explains it."""
         return self.beyond == 0 and self.mean is not None and self.mean <= self.mean_limit
 
 
 @dataclass(frozen=True)
 class FalseOutliers:
-    """What the partition makes of differences that are none: student and teacher have the same weights."""
+    """The partition's outliers between a student and a teacher with the same weights."""
 
     rejected: float
     """Mean of 1 - min(π_T/π_S, 1): the share that ``sampled`` would draw, in expectation."""
@@ -68,7 +68,7 @@ class FalseOutliers:
 
 
 def compare(one: Part, other: Part, mean_limit: float | None = None) -> Difference:
-    """Figures of two parts; the coarser one's precision decides what is allowed.
+    """Figures of two parts; the coarser one's precision decides the limits.
 
     Args:
         mean_limit: another one for the mean; single tokens then have the limit of bfloat16.
@@ -103,7 +103,7 @@ def false_outliers(
     uniforms: npt.NDArray[np.float64],
     with_teacher: Floats32 | None,
 ) -> FalseOutliers:
-    """What an objective would take for outliers of a student that is its own teacher.
+    """The tokens that an objective would take for outliers of a student that is its own teacher.
 
     Args:
         student: ``[T]`` log-probs of the sampler.
@@ -130,14 +130,12 @@ def false_outliers(
 
 
 def meaning(objective: Objective, found: FalseOutliers) -> str:
-    """A sentence on what false outliers do to a run with this objective."""
+    """A sentence on the effect of false outliers on a run with this objective."""
     if found.rule not in TOKEN_RULES:
-        return (
-            f"partition {found.rule!r} of {objective.name} does not look at this: no token changes its region"
-        )
+        return f"partition {found.rule!r} of {objective.name} ignores this: no token changes its region"
     words = (
         f"with the student in the teacher's place, partition {found.rule!r} of {objective.name} takes "
-        f"{found.share:.2%} of its tokens for outliers where there are none"
+        f"{found.share:.2%} of its tokens for outliers, though none exist"
     )
     estimators = (objective.trust.loss.estimator, objective.outlier.loss.estimator)
     effect = f": {_EFFECTS[estimators[1]]}" if found.share and estimators[0] != estimators[1] else ""
@@ -150,9 +148,9 @@ _EFFECTS = {
     "zero": "they would have no part in the loss",
     "k1": "their advantage would be bounded",
     "nll": "their likelihood would be raised",
-    "topk_fkl": "they would learn from the teacher's likeliest tokens instead",
-    "topk_rkl": "they would learn from the teacher's likeliest tokens instead",
-    "topk_jsd": "they would learn from the teacher's likeliest tokens instead",
+    "topk_fkl": "they would learn from the teacher's most likely tokens instead",
+    "topk_rkl": "they would learn from the teacher's most likely tokens instead",
+    "topk_jsd": "they would learn from the teacher's most likely tokens instead",
 }
 
 

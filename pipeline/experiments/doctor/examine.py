@@ -1,4 +1,4 @@
-"""``tropd doctor``: a few of the run's prompts through all that computes log-probs in it.
+"""``tropd doctor``: a few of the run's prompts through all of its parts that compute log-probs.
 
 The student answers them as it would in training, and each part says how likely it finds these answers: the engine that
 sampled them, the pass that trains, a plain pass of the same weights, and the student's weights in the place of the
@@ -53,7 +53,7 @@ LOG_NAME = "doctor-teacher-service"
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found."""
+    """Findings of a comparison."""
 
     prompts: int
     tokens: int
@@ -62,14 +62,14 @@ class Examination:
     differences: list[Difference]
     outliers: FalseOutliers
     meaning: str
-    """What false outliers do to a run with the configured objective."""
+    """The effect of false outliers on a run with the configured objective."""
     advice: list[str]
-    """A line for each difference that rounding does not explain; none where all is well."""
+    """A line for each difference that rounding does not explain."""
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Rows that the student has written, and what its own parts say of them."""
+    """Rows that the student has written, and the log-probs of its own parts."""
 
     folder: Path
     tokenizer: Any
@@ -88,7 +88,7 @@ def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
     One model is in memory at a time (two where vLLM samples), besides the service's.
 
     Args:
-        prompts: how many, at most those that there are.
+        prompts: number of them, at most all.
         tokens: of each answer, at most ``rollout.max_tokens``.
 
     Raises:
@@ -183,7 +183,7 @@ def _roll_out(run: Run, found: Encoded, engine: Sampler, prompts: int, tokens: i
 
 
 def _mean_limit(run: Run, *roles: str) -> float | None:
-    """vLLM rounds by its own rules, and its settings say what is too much."""
+    """Apply the limit of the vLLM settings, since vLLM rounds by its own rules."""
     engines = [getattr(run.config, role).engine for role in roles]
     return run.config.vllm.max_mean_difference if "vllm" in engines else None
 
@@ -221,7 +221,7 @@ def _lengths(answers: _Answers, teacher: str) -> list[int]:
 
 
 def _ask_service(run: Run, answers: _Answers) -> TeacherData:
-    """What a step of training would be told of these rows."""
+    """The service's log-probs of these rows, as a step of training gets them."""
     teachers = {row.plan.slot: name for row, name in zip(answers.rows, answers.teachers, strict=True)}
     with ExitStack() as stack:
         clients = connect_teachers(

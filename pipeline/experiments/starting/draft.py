@@ -1,4 +1,4 @@
-"""The configuration that fits somebody's models, prompts and machine: a few settings, each with its reason."""
+"""The configuration that fits a user's models, prompts and machine: a few settings, each with its reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PASSES = 5
 CPU_ROWS = 16
 """Prompts of a step on a CPU, with one response each."""
 UNKNOWN_LENGTH = {"cuda": 2048, "cpu": 256}
-"""Longest response where nothing tells."""
+"""Longest response where nothing suggests one."""
 LONGEST = 8096
 """The paper's longest response."""
 WORKED = 16
@@ -61,12 +61,12 @@ SMALLER: Sequence[Mapping[str, Any]] = (
     {"rollout.batch_size": 4},
     {"student.lora": LoraSettings().model_dump()},
 )
-"""What is given up, one after another, until a run fits into memory."""
+"""Settings given up, one after another, until a run fits into memory."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for."""
+    """A user's request."""
 
     workspace: Workspace
     teacher: str
@@ -92,7 +92,7 @@ class Choice:
 
 @dataclass
 class Draft:
-    """What is to be written, and what is to be said about it."""
+    """The configuration to write, and notes on it."""
 
     given: Mapping[str, Any]
     choices: list[Choice] = field(default_factory=list)
@@ -117,9 +117,7 @@ class Draft:
             section, _, name = choice.path.partition(".")
             line = f"{name} = {_toml(choice.value)}"
             sections.setdefault(section, []).append(f"{line:<36}  # {' '.join(choice.why.split())}")
-        head = (
-            "# What differs from the defaults, and why; tropd config explain FIELD says what a field takes.\n"
-        )
+        head = "# Differences from the defaults, and why; tropd config explain FIELD explains a field.\n"
         return head + "".join(
             f"\n[{name}]\n" + "".join(f"{line}\n" for line in lines)
             for name, lines in sections.items()
@@ -144,7 +142,7 @@ def draft_run(request: Request, reporter: Reporter) -> Draft:
     """Look at everything, and decide; nothing is written.
 
     Raises:
-        ConfigError, DataError: models or prompts that cannot be used, or settings that are none.
+        ConfigError, DataError: unusable models or prompts, or invalid settings.
     """
     draft = Draft(dict(_given(assignment) for assignment in request.assignments))
     given = draft.given
@@ -158,7 +156,7 @@ def draft_run(request: Request, reporter: Reporter) -> Draft:
     device = _device(draft)
     data, lengths, problems = _choose_data(draft, request, models, device)
     if lengths.date is not None:
-        draft.choose("data.template_date", lengths.date.isoformat(), "the chat template tells this date")
+        draft.choose("data.template_date", lengths.date.isoformat(), "the chat template writes this date")
     rates = _measured(request, draft, models, lengths, device, reporter)
     _choose_sizes(draft, models, data, lengths, rates, device)
     _fit_memory(draft, models, lengths, device)
@@ -193,8 +191,8 @@ def _opened(request: Request, draft: Draft, reporter: Reporter) -> Run:
 
 
 def _choose_data(draft: Draft, request: Request, models: Models, device: str) -> tuple[Data, Lengths, int]:
-    """Where prompts and problems are, and how they are read and graded; also the lengths of all prompts of that file, and
-    how many problems there are."""
+    """Settings of prompts and problems: their files, reading and grading; also the lengths of all prompts of that file,
+    and the number of problems."""
     names = request.prompt_field, request.answer_field
     template = draft.given.get("data.template", "{prompt}")
     data = look_at_data(request.prompts, models.chat, template, *names)
@@ -305,7 +303,7 @@ def _choose_sizes(
 def _response_length(
     models: Models, data: Data, lengths: Lengths, rates: Rates | None, device: str
 ) -> tuple[int, str]:
-    """Longest response, and what says so."""
+    """Longest response, and the reason."""
     room = response_room(models, lengths)
     answers = answers_of(data.records, data.fields.answer)
     counted = [len(models.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers[:500]]
@@ -359,7 +357,7 @@ def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> 
             draft.choose("train.learning_rate", LORA_FACTOR * rate, "adapters learn with ten times the rate")
         total = needed()
     note = f"memory: about {total / 1e9:.1f} GB for training, {free / 1e9:.1f} GB are free"
-    draft.notes.append(note if total <= free else f"{note}: it will hardly fit, tropd plan says what helps")
+    draft.notes.append(note if total <= free else f"{note}: it will hardly fit; tropd plan shows remedies")
 
 
 def free_memory(device: str) -> float:

@@ -1,4 +1,4 @@
-"""Which fields of somebody's records hold the prompt and the answer, and what the answers are like."""
+"""Detection of the fields that hold prompt and answer in a user's records, and of the kind of answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANSWERS = (
     "completion",
 )  # fmt: skip
 MOST = 0.9
-"""Share of the answers that decide what all are like."""
+"""Share of the answers that decides the kind of all."""
 MOST_WORDS = 8
 """Longer answers are texts, which no response repeats word for word."""
 NUMBER = re.compile(r"[-+±]?[$€£]?[\d.,]*\d(?:/\d+)?(?:e-?\d+)?\s*(?:%|°|\\%)?", re.IGNORECASE)
@@ -44,20 +44,20 @@ LETTER = re.compile(r"\(?[A-J]\)?\.?")
 
 @dataclass(frozen=True)
 class Fields:
-    """Where prompts and answers are."""
+    """Fields of prompts and answers."""
 
     prompt: str
     answer: str | None
     """None: no field looks like an answer's."""
     messages: bool
-    """Whether prompts are lists of messages."""
+    """True if prompts are lists of messages."""
     others: tuple[str, ...]
     """Fields that could be the prompt as well."""
 
 
 @dataclass(frozen=True)
 class Grading:
-    """How answers can be graded. ``grader`` is None where they cannot."""
+    """The grading of answers. ``grader`` is None where they cannot be graded."""
 
     grader: GraderName | None
     reason: str
@@ -123,7 +123,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _is_filled(records: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether most records have a text or number there."""
+    """True if most records have a text or number there."""
     values = [value_at(record, name) for record in records]
     good = [
         v for v in values if v is not None and not isinstance(v, list | Mapping | bool) and str(v).strip()
@@ -132,7 +132,7 @@ def _is_filled(records: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def answers_of(records: Sequence[Mapping[str, Any]], name: str | None) -> list[str]:
-    """The answers that are there."""
+    """The answers that exist."""
     values = [] if name is None else [value_at(record, name) for record in records]
     return [str(value).strip() for value in values if value is not None and str(value).strip()]
 

@@ -34,7 +34,7 @@ def split(prompts: Sequence[Prompt], num_held_out: int, seed: int, path: Path) -
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "held-out")))
     shuffled = [list(groups.values())[int(i)] for i in generator.permutation(len(groups))]
     held = min(num_held_out, len(groups) - 1)
-    # One of each: a problem that stands there twice is no second piece of evidence.
+    # One of each: a repeated problem is no second piece of evidence.
     return [line for group in shuffled[held:] for line in group], [group[0] for group in shuffled[:held]]
 
 
@@ -51,7 +51,7 @@ def _line(fields: Mapping[str, Any], number: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: fractions as numbers, times as text."""
+    """Convert values that JSON has no form for: fractions to numbers, times to text."""
     try:
         return float(value)
     except (TypeError, ValueError):

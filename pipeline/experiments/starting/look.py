@@ -1,4 +1,4 @@
-"""A look at two models and a file of prompts: what a configuration for them depends on. Of weights, headers are read."""
+"""A look at two models and a file of prompts, on which a configuration depends. Of weights, only headers are read."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Models:
     context: int
     """Longest sequence that both take, in tokens."""
     here: bool
-    """Whether the weights of both are on this machine."""
+    """True if the weights of both are on this machine."""
     chat: bool
-    """Whether their tokenizer has a chat template."""
+    """True if their tokenizer has a chat template."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Lengths:
 
     encoded: Sequence[Sequence[int]]
     date: datetime.date | None
-    """What the chat template was told, if it asked."""
+    """The date given to the chat template, if it uses one."""
 
     @property
     def longest(self) -> int:
@@ -68,7 +68,7 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
     """Configurations and tokenizers of the pair; of models on the hub that are not here, only these are fetched.
 
     Args:
-        chat: whether prompts are to be written with the chat template; if not given, where there is one.
+        chat: write prompts with the chat template; if not given, where one exists.
 
     Raises:
         ConfigError, DataError: one is not there, cannot be read or is not whole, or their tokenizers differ.

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: accuracy per method with intervals, paired differences, and what each cost."""
+"""The numbers of a comparison: accuracy per method with intervals, paired differences, and the cost of each."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class MethodResult(BaseModel):
 
 
 class Comparison(BaseModel):
-    """What ``tropd compare`` found."""
+    """Result of ``tropd compare``."""
 
     workspace: str
     baseline: str
@@ -71,7 +71,7 @@ class Comparison(BaseModel):
     teacher: dict[str, float]
     methods: list[MethodResult]
     distance_before: dict[str, Estimate] = {}
-    """Of the student that all begin with."""
+    """Of the common start, the student before training."""
 
 
 def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Comparison:

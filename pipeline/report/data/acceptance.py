@@ -1,7 +1,7 @@
-"""The acceptance map: sampled responses with every token coloured by how far the teacher accepts it.
+"""The acceptance map: sampled responses with every token colored by how far the teacher accepts it.
 
-What is known of a token is the text of its ``title``: readable as it is without scripts, and what ``page.js`` makes
-a box of. A line is a heading, or a name and a value with a tab between.
+The facts of a token are the text of its ``title``: readable as it is without scripts, and made into a box by
+``page.js``. A line is a heading, or a name and a value with a tab between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_TEXT = "◌"
 class ShownToken:
     text: str
     after: str
-    """The line break at its end, which has no colour."""
+    """The line break at its end, which has no color."""
     kind: str
     """CSS class: ``guidance``, ``trust`` or ``outlier``."""
     percent: float | None
@@ -115,7 +115,7 @@ def _token(token: StudentToken) -> ShownToken:
         f"teacher\t{_percent(teacher)}",
     ]
     if token.alternatives:
-        lines.append("The teacher’s likeliest")
+        lines.append("The teacher’s most likely")
         lines += [f"{_named(a.text)}\t{_percent(a.probability)}" for a in token.alternatives]
     kind = "outlier" if token.outlier > 0.5 else "trust"
     return ShownToken(*_shown(token.text), kind, round(100 * token.p_trust, 1), "\n".join(lines))
@@ -145,7 +145,7 @@ def _named(text: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """Three digits, also of what is rare."""
+    """Three digits, also of small probabilities."""
     if 0 < share < 1e-6:
         return "< 0.0001\u00a0%"
     percent = 100 * share

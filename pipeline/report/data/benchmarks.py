@@ -14,7 +14,7 @@ from tropd.pipeline.report.status import EVALUATED
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's number, and how sure it is."""
+    """One model's number, and its uncertainty."""
 
     value: str
     detail: str

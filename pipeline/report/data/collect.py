@@ -1,6 +1,6 @@
 """Gather everything that a workspace's files say about its run into one ``Report``.
 
-Works on any workspace, however unfinished or damaged: what is there is reported, and what is not is named in
+Works on any workspace, however unfinished or damaged: existing parts are reported, missing ones named in
 ``Report.missing``. Computes no new results and loads no model.
 """
 
@@ -36,7 +36,7 @@ _DECIDES: Mapping[str, str | tuple[str, ...]] = {
     "train": ("train.", "objective."),
     "eval": "evaluation.",
 }
-"""Which sections' values are those of a stage's manifest."""
+"""Sections whose values are those of a stage's manifest."""
 
 
 def build_report(workspace: Workspace, others: Sequence[Workspace] = ()) -> Report:
@@ -99,7 +99,7 @@ def _read_config(workspace: Workspace, missing: list[str]) -> ResolvedConfig | N
     try:
         if path.exists():
             return parse_config(config_text(path, path.name), where=path.name)
-        missing.append(f"config: there is no {path.name}")
+        missing.append(f"config: {path.name} does not exist")
     except (TropdError, OSError, ValueError) as error:
         missing.append(f"config: {error}")
     return None
@@ -117,7 +117,7 @@ def _settings(resolved: ResolvedConfig | None, manifests: Mapping[str, Manifest]
 def _read_samples(
     workspace: Workspace, training: Training | None, manifest: Manifest | None
 ) -> tuple[list[StepSample], list[str]]:
-    """Sampled steps, and what is wrong with their file."""
+    """Sampled steps, and the problems of their file."""
     try:
         samples, unreadable = read_samples(workspace.stage("train") / SAMPLES)
     except OSError as error:
@@ -189,7 +189,7 @@ def _number(summary: Mapping[str, Any], name: str) -> float | None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for, wherever it is nested."""
+    """Replace numbers that JSON does not have, wherever they are nested."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

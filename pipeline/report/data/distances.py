@@ -19,7 +19,7 @@ _SHOWN = {"reverse_kl": 3, "forward_kl": 3, "acceptance": 3, "length": 1}
 
 
 def read_distances(summary: Mapping[str, Any]) -> dict[str, Distance]:
-    """Distances by model, from the summary of the stage; what cannot be read is none."""
+    """Distances by model, from the summary of the stage; an unreadable one counts as absent."""
     found: Any = summary.get("distance")
     distances = {}
     for who in EVALUATED if isinstance(found, dict) else ():
@@ -58,14 +58,14 @@ def _cell(who: str, name: str, measure: Measure | None) -> dict[str, str]:
 
 
 def distance_note(evaluation: Evaluation) -> str:
-    """How it was measured; empty where it was not."""
+    """The way of measurement; empty where nothing was measured."""
     found = [one for who in EVALUATED if (one := evaluation.distance(who))]  # type: ignore[arg-type]
     if not found:
         return ""
     how = (
         "exactly, over all tokens of the vocabulary"
         if all(one.method == "exact" for one in found)
-        else "from the log-probs of sampled tokens (reverse KL, acceptance) and of the teacher’s likeliest (forward KL)"
+        else "from the log-probs of sampled tokens (reverse KL, acceptance) and of the teacher’s most likely (forward KL)"
     )
     prompts = max(one.prompts for one in found)
-    return f"On {prompts} held-out prompts, {how}. KLs in nats per token; the teacher’s length is what to come to."
+    return f"On {prompts} held-out prompts, {how}. KLs in nats per token; the teacher’s length is the one to reach."

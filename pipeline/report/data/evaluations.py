@@ -34,7 +34,7 @@ from tropd.storage.stage.manifest import check_shard, read_manifest
 MODES: tuple[Mode, ...] = ("sampled", "greedy")
 _COLUMNS = ["mode", "prompt_id", "correct", "num_tokens", "finish_reason", "answer", "expected"]
 _NEEDED = {"mode", "prompt_id", "correct"}
-# Which kinds of problem are shown, and how many of each: also those that training made worse.
+# Kinds of problem to show, and how many of each: also those that training made worse.
 _SHOWN = (((False, True), 3), ((True, False), 2), ((True, True), 1), ((False, False), 1))
 MAX_SHOWN_CHARACTERS = 4000
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 200
@@ -61,7 +61,7 @@ class _Graded:
 
 
 class EvaluationFiles:
-    """The evaluation's files that can be trusted. ``problems`` says what is wrong with the others."""
+    """The evaluation's files that can be trusted. ``problems`` names the faults of the others."""
 
     def __init__(self, folder: Path) -> None:
         self.problems: list[str] = []
@@ -72,7 +72,7 @@ class EvaluationFiles:
             # The answers themselves may be whole: better shown with a warning than hidden.
             found = {w: folder / f"part-{w}.parquet" for w in EVALUATED}
             self.paths = {who: path for who, path in found.items() if path.is_file()}
-            shown = "; what its files hold is shown unchecked" if self.paths else ""
+            shown = "; its files are shown unchecked" if self.paths else ""
             self.problems.append(f"eval: {str(error).splitlines()[0].replace(f'{folder}/', '')}{shown}")
             return
         for name, shard in sorted(manifest.shards.items()) if manifest else []:
@@ -105,7 +105,7 @@ class EvaluationFiles:
 def summarize_evaluation(
     files: EvaluationFiles, prompts: Mapping[str, str], distances: Mapping[str, Distance]
 ) -> Evaluation:
-    """Accuracy of every model in every mode that there are responses of, and their distances."""
+    """Accuracy of every model in every mode with responses, and their distances."""
     graded = {who: _grade(files, who) for who in EVALUATED}
     contenders = {
         who: Contender(
@@ -158,7 +158,7 @@ def _grade(files: EvaluationFiles, who: str) -> dict[Mode, _Graded]:
 def _answers(
     files: EvaluationFiles, who: str, mode: Mode, graded: _Graded, prompts: Mapping[str, str]
 ) -> Answers | None:
-    """What was found in the responses, with examples of what was not."""
+    """Answers found in the responses, with examples of responses without one."""
     total = graded.answers.total()
     if not total:
         return None
@@ -235,7 +235,7 @@ def pick_samples(files: EvaluationFiles, prompts: Mapping[str, str]) -> list[Com
 
 
 def _first_grades(files: EvaluationFiles, who: Who, mode: Mode) -> dict[str, bool]:
-    """Whether the first response to each problem is right, in file order."""
+    """True where the first response to a problem is right, in file order."""
     grades: dict[str, bool] = {}
     for row in files.read(who, ["mode", "prompt_id", "correct"]):
         if row["mode"] == mode and row["correct"] is not None:

@@ -1,4 +1,4 @@
-"""What a report holds, as data: the page is drawn from this, and ``tropd report --json`` prints it.
+"""Content of a report, as data: the page is drawn from this, and ``tropd report --json`` prints it.
 
 A number that is not known is null, never zero. There is no clock in here: equal workspaces on one machine
 give equal reports.
@@ -49,7 +49,7 @@ class Example(Record):
 
 
 class Answers(Record):
-    """What the grader took for the answers of one model in one mode."""
+    """Answers that the grader found in one model's responses in one mode."""
 
     unanswered: float | None
     """Share of the responses that were not cut off in which it found none; null if all were cut off."""
@@ -87,7 +87,7 @@ class Measure(Record):
 
 
 class Distance(Record):
-    """How far a model is from the teacher on held-out prompts; nats and shares per token. A teacher's own has no KL."""
+    """Distance of a model to the teacher on held-out prompts; nats and shares per token. A teacher's own has no KL."""
 
     reverse_kl: Measure | None
     forward_kl: Measure | None
@@ -99,11 +99,11 @@ class Distance(Record):
     entropy: Measure | None
     prompts: int
     method: Literal["exact", "topk"]
-    """Sums over all tokens, or from sampled tokens and the teacher's likeliest."""
+    """Sums over all tokens, or from sampled tokens and the teacher's most likely."""
 
 
 class Contender(Record):
-    """What one model can do: the student before or after training, or the teacher."""
+    """Results of one model: the student before or after training, or the teacher."""
 
     greedy: Accuracy | None = None
     sampled: Accuracy | None = None
@@ -140,13 +140,13 @@ class Evaluation(Record):
 
     @property
     def graded(self) -> bool:
-        """Whether there is any accuracy: problems need no answers."""
+        """True if any accuracy exists: problems need no answers."""
         contenders = [one for one in (self.before, self.after, self.teacher) if one is not None]
         return any(one.greedy or one.sampled for one in contenders)
 
     @property
     def compared(self) -> bool:
-        """Whether there is any distance."""
+        """True if any distance exists."""
         return any(one is not None and one.distance for one in (self.before, self.after, self.teacher))
 
     def distance(self, who: Who) -> Distance | None:
@@ -228,16 +228,16 @@ class SampledStep(Record):
     outlier_fraction: float | None
     """Of the student's tokens."""
     tokens_with_alternatives: int
-    """For which the teacher was asked what it would have written."""
+    """Tokens for which the teacher was asked for alternatives."""
 
 
 class RunSummary(Record):
     """One of several runs side by side."""
 
     label: str
-    """The workspace's folder, with as much of its path as tells it from the others."""
+    """The workspace's folder, with as much of its path as distinguishes it from the others."""
     state: str
-    """How far it is, in words."""
+    """Progress, in words."""
     objective: str | None
     seed: int | None
     evaluation: Evaluation
@@ -254,7 +254,7 @@ class RunSummary(Record):
 
 
 class Provenance(Record):
-    """What made this run. Versions and machine are those of the process that wrote the report."""
+    """Origins of this run. Versions and machine are those of the process that wrote the report."""
 
     versions: dict[str, str]
     platform: str
@@ -267,7 +267,7 @@ class Provenance(Record):
 
 
 class Verdict(Record):
-    """Something that is off, as a careful colleague would say it. A healthy run has none."""
+    """A fault or a doubt, as a careful colleague would put it. A healthy run has none."""
 
     name: str
     """See ``verdict_rules.RULES``, and docs/troubleshooting.md."""
@@ -277,7 +277,7 @@ class Verdict(Record):
     evidence: list[str]
     """Numbers with their steps, or responses."""
     advice: str
-    """What to do, with settings by name in backticks."""
+    """Remedy, with settings by name in backticks."""
 
     @property
     def line(self) -> str:
@@ -292,7 +292,7 @@ class Report(Record):
     headline: str
     """The outcome in one sentence."""
     verdicts: list[Verdict]
-    """What is off, problems first."""
+    """Verdicts, problems first."""
     stages: dict[str, StageReport]
     evaluation: Evaluation
     training: Training | None
@@ -305,7 +305,7 @@ class Report(Record):
     """This run and those beside it, if there are any."""
     config: dict[str, Any] | None
     config_sources: dict[str, str]
-    """Where a field's value comes from, for those that are not left at their default."""
+    """Sources of the fields' values, of those that are not left at their default."""
     provenance: Provenance
     missing: list[str]
-    """What a finished, undamaged run would have and this one has not, in words."""
+    """Parts that a finished, undamaged run has and this one lacks, in words."""

@@ -1,4 +1,4 @@
-"""What made a run: versions, machine, source commit, fingerprints and hashes of what went in."""
+"""Origins of a run: versions, machine, source commit, fingerprints and hashes of inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: what each has come to, from their reports."""
+"""Several runs side by side: the results of each, from their reports."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _state(report: Report) -> str:
 
 
 def _trained_objective(report: Report) -> str | None:
-    """As training recorded it; the configuration may not be readable any more."""
+    """Value as training recorded it; the configuration may not be readable any more."""
     found = report.stages["train"].summary.get("objective") if "train" in report.stages else None
     return found if isinstance(found, str) else None
 

@@ -1,4 +1,4 @@
-"""The training metrics: read whatever lines are whole, and add them up over the run."""
+"""The training metrics: whole lines are read, and added up over the run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SUMMED = (
     "teacher_bytes_sent",
 )
 _TIMED = ("rollout", "score", "train", "optimizer", "sync")
-# Where the next step is prepared while one trains, what counts is how long training waited for it.
+# Where the next step is prepared while one trains, only training's wait for it counts.
 _TIMED_AHEAD = ("wait", "train", "optimizer", "sync")
 
 
 def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
-    """Numeric fields per step, in step order, and what was wrong with the file.
+    """Numeric fields per step, in step order, and the problems of the file.
 
     Args:
         trained: steps that must be on record.
 
-    A step that was repeated after an interruption counts once, as it was last. A torn last line is what a
-    kill leaves behind and is not worth a word; other unreadable lines are.
+    A step that was repeated after an interruption counts once, as it was last. A torn last line is left by
+    a kill and is no problem; other unreadable lines are.
     """
     not_finite: dict[str, list[int]] = {}
     try:
@@ -63,7 +63,7 @@ def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
 
 
 def total_of_servers(counts: Any) -> Any:
-    """The sum of what is counted by server; anything else as it is."""
+    """The sum of counts by server; anything else as it is."""
     whole = isinstance(counts, list) and all(isinstance(one, int) for one in counts)
     return sum(counts) if whole else counts
 
@@ -109,7 +109,7 @@ def _token_weighted(rows: list[Row], name: str) -> float | None:
 
 
 def _seconds(rows: list[Row], stage_seconds: float | None) -> dict[str, float]:
-    """Parts of the steps; ``other`` is what the stage took beyond them (start, evaluations, checkpoints)."""
+    """Parts of the steps; ``other`` is the stage's time beyond them (start, evaluations, checkpoints)."""
     waited, prepared = (
         _total(rows, "time_wait"),
         sum(_total(rows, f"time_{p}") or 0.0 for p in ("rollout", "score")),

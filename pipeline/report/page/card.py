@@ -1,4 +1,4 @@
-"""The model card of a trained student: what it was made of, how, and how close to its teacher it came."""
+"""The model card of a trained student: its origins, its training, and its distance to the teacher."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ROWS: tuple[tuple[Who, str], ...] = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model that the run started from, with what its own card says."""
+    """A model that the run started from, with the facts of its own card."""
 
     role: str
     name: str
-    """As the configuration has it."""
+    """Name in the configuration."""
     license: str | None
     bases: tuple[str, ...]
     """Names on the Hugging Face hub: of itself, or of what its card calls its base."""
@@ -56,11 +56,11 @@ class BaseModel:
 def describe_base(
     role: str, name: str, folder: Path | None, *, on_hub: bool, weights: str | None
 ) -> BaseModel:
-    """A model, with what the card in its folder says.
+    """A model, with the facts of the card in its folder.
 
     Args:
         folder: None if the model is on another machine.
-        on_hub: whether ``name`` is one on the Hugging Face hub.
+        on_hub: true if ``name`` is one on the Hugging Face hub.
         weights: their SHA-256.
 
     Raises:
@@ -208,7 +208,7 @@ def _settings(report: Report, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _overrides(config: Config, manifest: Manifest) -> str:
-    """``--set`` for what training ran with and the configuration does not say."""
+    """``--set`` for settings that training ran with and the configuration lacks."""
     says = flatten("", to_plain(config))
     differs = {
         name: value

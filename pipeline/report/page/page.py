@@ -35,7 +35,7 @@ _STEP_PARTS = {
     "score": "waiting for the teacher",
     "wait": "waiting for responses and scores",
     "train": "forward and backward",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "sync": "weights to the sampler",
 }
 
@@ -114,12 +114,12 @@ def render_page(report: Report, plots: list[Plot]) -> str:
 
 
 def _hash(script: str) -> str:
-    """As a content security policy names a script."""
+    """Hash of a script, in the form of a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _subtitle(report: Report) -> list[str]:
-    """What run this is, in a few words."""
+    """The run in a few words."""
     parts = [report.workspace]
     if report.config:
         run, objective = report.config["run"], report.config["objective"]
@@ -145,7 +145,7 @@ def _contenders(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _key_figures(report: Report) -> list[tuple[str, str, str]]:
-    """(value, what it is, detail): the handful of numbers that one asks for first."""
+    """(value, meaning, detail) of the most important numbers."""
     figures: list[tuple[str, str, str]] = []
     before, after = report.evaluation.distance("before"), report.evaluation.distance("after")
     if after and after.reverse_kl:
@@ -263,12 +263,12 @@ def _config_rows(report: Report) -> dict[str, list[dict[str, str]]]:
 
 
 def _subscripts(text: str) -> Markup:
-    """π_T and its like as one writes them; everything else is escaped."""
+    """π_T and the like with subscripts; everything else is escaped."""
     return Markup(re.sub(r"(π|P)_(\w+)", r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _code(text: str) -> Markup:
-    """What stands in backticks as code; everything is escaped."""
+    """Text in backticks as code; everything is escaped."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 

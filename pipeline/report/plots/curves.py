@@ -1,4 +1,4 @@
-"""Which curves a report has, what each means, and what is healthy.
+"""The curves of a report, with the meaning and the healthy course of each.
 
 ``CURVES`` is the whole list; adding a metric to the report is adding a line here.
 """
@@ -22,7 +22,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """One plot of metrics over steps. ``caption`` says what it means, ``healthy`` what a good run looks like."""
+    """One plot of metrics over steps. ``caption`` is its meaning, ``healthy`` the course in a good run."""
 
     name: str
     title: str
@@ -44,8 +44,8 @@ CURVES: tuple[Curve, ...] = (
             Line("distance_forward_kl", "forward, on the teacher's", PURPLE, smooth=False),
         ),
         "nats per token",
-        "How far student and teacher are apart on prompts that are not trained on, along the way: reverse KL from the "
-        "student's sampled tokens (K1), forward KL from the teacher's likeliest tokens and the rest.",
+        "Distance of student and teacher on prompts that are not trained on, during training: reverse KL from the "
+        "student's sampled tokens (K1), forward KL from the teacher's most likely tokens and the rest.",
         "both fall, and level off well below where they began.",
         from_zero=True,
         group="distance",
@@ -56,7 +56,7 @@ CURVES: tuple[Curve, ...] = (
         (Line("distance_acceptance", "acceptance", BLUE, smooth=False),),
         "mean over tokens",
         "Mean of min(π_T/π_S, 1) on the student's responses to them: an estimate of Σ min(π_S, π_T).",
-        "rises towards 100 %.",
+        "rises toward 100 %.",
         percent=True,
         group="distance",
     ),
@@ -106,7 +106,7 @@ CURVES: tuple[Curve, ...] = (
         "mean over tokens",
         "Mean of min(π_T/π_S, 1), the chance that the teacher accepts a student token: an estimate of "
         "1 − total-variation distance.",
-        "rises towards 100 %; 100 % from the start means that student and teacher are the same model.",
+        "rises toward 100 %; 100 % from the start means that student and teacher are the same model.",
         percent=True,
     ),
     Curve(
@@ -123,14 +123,14 @@ CURVES: tuple[Curve, ...] = (
         (Line("loss_trust", "trust region", BLUE),),
         "contribution to the loss",
         "A policy-gradient surrogate: only its gradient has a meaning, its value may have either sign.",
-        "shrinks towards 0 without jumps.",
+        "shrinks toward 0 without jumps.",
     ),
     Curve(
         "loss_outlier",
         "Loss of the outliers",
         (Line("loss_outlier", "outliers", ORANGE),),
         "contribution to the loss",
-        "What rejected tokens contribute. With a truncated top-k it is not a true KL and may be negative.",
+        "Contribution of rejected tokens. With a truncated top-k it is not a true KL and may be negative.",
         "falls as outliers become rare.",
     ),
     Curve(
@@ -147,7 +147,7 @@ CURVES: tuple[Curve, ...] = (
         (Line("grad_norm", "before clipping", BLUE),),
         "L2 norm",
         "Norm of the gradient before it is clipped; dashed, the norm that it is clipped to.",
-        "the same order of magnitude throughout; single spikes are what clipping is for.",
+        "the same order of magnitude throughout; clipping is for single spikes.",
         from_zero=True,
     ),
     Curve(
@@ -155,8 +155,8 @@ CURVES: tuple[Curve, ...] = (
         "Entropy",
         (Line("student_entropy", "student", BLUE), Line("teacher_entropy", "teacher", PURPLE)),
         "nats per token",
-        "How undecided the student is on its own tokens, and the teacher where the objective asks for that.",
-        "falls slowly towards the teacher's; a fall to 0 is a collapse, a rise means lost skill.",
+        "Entropy of the student on its own tokens, and of the teacher where the objective asks for it.",
+        "falls slowly toward the teacher's; a fall to 0 is a collapse, a rise means lost skill.",
         from_zero=True,
     ),
     Curve(
@@ -167,7 +167,7 @@ CURVES: tuple[Curve, ...] = (
             Line("prefix_length_mean", "mean used", GREEN, smooth=False),
         ),
         "tokens",
-        "How much of a teacher trajectory the student continues from. Short trajectories give less than scheduled.",
+        "Tokens of a teacher trajectory that the student continues from. Short trajectories give less than scheduled.",
         "goes from its start to 0: training ends fully on-policy.",
         from_zero=True,
     ),
@@ -246,7 +246,7 @@ CURVES: tuple[Curve, ...] = (
             Line("k1_min", "smallest", RED),
         ),
         "nats",
-        "The single most extreme log-ratios of each step: what a plain policy gradient would be dominated by.",
+        "The single most extreme log-ratios of each step: they would dominate a plain policy gradient.",
         "bounded; extremes that keep growing come before a collapse.",
         group="more",
     ),
@@ -282,8 +282,8 @@ CURVES: tuple[Curve, ...] = (
             Line("topk_teacher_mass", "teacher's mass", PURPLE),
         ),
         "share",
-        "Overlap of both top-k sets, and how much probability each model has on the teacher's.",
-        "overlap and student's mass rise towards the teacher's; a low teacher's mass asks for a larger k.",
+        "Overlap of both top-k sets, and each model's probability on the teacher's.",
+        "overlap and student's mass rise toward the teacher's; a low teacher's mass asks for a larger k.",
         percent=True,
         group="more",
     ),
@@ -325,7 +325,7 @@ CURVES: tuple[Curve, ...] = (
         (Line("learning_rate", "learning rate", GREY, smooth=False),),
         "learning rate",
         "As scheduled.",
-        "what the configuration says.",
+        "the configured course.",
         from_zero=True,
         group="more",
     ),

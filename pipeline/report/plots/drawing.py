@@ -1,6 +1,6 @@
-"""How plots look, and how a matplotlib figure becomes SVG that lives inside the page.
+"""Style of plots, and conversion of a matplotlib figure to SVG inside the page.
 
-Figures are drawn in the colours of a light page. Inside the page those few colours become CSS variables, so
+Figures are drawn in the colors of a light page. Inside the page those few colors become CSS variables, so
 that the same drawing follows the reader's light or dark theme; text stays text, in the page's font.
 """
 
@@ -35,9 +35,9 @@ VARIABLES: Mapping[str, str] = {
     GREY: "grey",
     RED: "red",
 }
-"""Colour in the drawing → CSS variable in the page."""
+"""Color in the drawing → CSS variable in the page."""
 
-# Of things side by side: distinct in both themes; more than there are colours repeat them with another line style.
+# Of things side by side: distinct in both themes; more than these colors repeat them with another line style.
 _MANY_COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 _MANY_DASHES = ((), (4, 2), (1, 1.5), (6, 1, 1, 1))
 
@@ -93,7 +93,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Look:
-    """How one of many lines is drawn. ``dashes`` are lengths in line widths; none for a solid line."""
+    """Style of one of many lines. ``dashes`` are lengths in line widths; none for a solid line."""
 
     color: str
     dashes: tuple[float, ...]
@@ -156,7 +156,7 @@ def draw_line(axes: Any, x: Numbers, y: Numbers, *, label: str, color: str, smoo
 
 
 def moving_average(values: Numbers, width: int) -> Numbers:
-    """Centred mean over up to ``width`` values with bell-shaped weights; fewer values at both ends."""
+    """Centered mean over up to ``width`` values with bell-shaped weights; fewer values at both ends."""
     half = min(width, len(values) - 1) // 2
     kernel = np.hanning(2 * half + 3)[1:-1]
     weights = np.convolve(np.ones(len(values)), kernel, mode="same")
@@ -181,7 +181,7 @@ def finish(
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
     bottom, top = limits(axes.dataLim.y0, axes.dataLim.y1, percent=percent, from_zero=from_zero)
     axes.set_ylim(bottom, top)
-    # Enough digits that neighbouring ticks differ, such as 1.00002 and 1.00004.
+    # Enough digits that neighboring ticks differ, such as 1.00002 and 1.00004.
     digits = max(4, 2 + math.ceil(math.log10(max(abs(bottom), abs(top)) / (top - bottom))))
     if percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}g} %"))
@@ -192,7 +192,7 @@ def finish(
 
 
 def limits(low: float, high: float, *, percent: bool, from_zero: bool) -> tuple[float, float]:
-    """Range of the y axis: all of the data with a margin, and no room for what a share cannot be."""
+    """Range of the y axis: all of the data with a margin, but nothing beyond the possible values of a share."""
     low = min(low, 0.0) if from_zero else low
     high = max(high, 0.0) if from_zero else high
     if high == low:  # a constant: show it against a scale that says how little it varies
@@ -240,7 +240,7 @@ def inline_svg(svg: str, name: str, label: str) -> str:
     """Turn a standalone SVG into an element of the page.
 
     Drops what only a document needs (prolog, metadata, namespaces, fixed size), makes ids unique in the
-    page, and replaces colours by CSS variables.
+    page, and replaces colors by CSS variables.
     """
     body = svg[svg.index("<svg") :]
     opening_end = body.index(">") + 1

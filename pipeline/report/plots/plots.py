@@ -21,7 +21,7 @@ _EXPECTED_ELSEWHERE |= {"distance_prompts", "accuracy_problems"}
 
 
 def draw_report(report: Report) -> list[Plot]:
-    """Every plot that there is data for, in the order of the page."""
+    """Every plot that has data, in the order of the page."""
     plots: list[Plot] = []
     if report.evaluation.graded:
         plots.append(_draw_outcome(report.evaluation))

@@ -1,1 +1,1 @@
-"""Verdicts: what went wrong in a run, said plainly, and the headline."""
+"""Verdicts: a run's faults in plain words, and the headline."""

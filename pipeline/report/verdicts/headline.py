@@ -1,4 +1,4 @@
-"""The first sentence of a report: whether the student came closer to the teacher, and what it gets right."""
+"""The first sentence of a report: the student's change of distance to the teacher, and its accuracy."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _distances(before: Distance, after: Distance) -> str:
 
 
 def _nats(value: float) -> str:
-    """Two digits at least, also of what is small."""
+    """At least two significant digits, also of small values."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _beside(evaluation: Evaluation) -> str:
-    """Accuracy, as what comes after the distances."""
+    """Accuracy, as the part after the distances."""
     for mode in ("sampled", "greedy"):
         before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
         if before and after:

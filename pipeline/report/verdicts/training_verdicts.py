@@ -1,4 +1,4 @@
-"""What a run's metrics say is off, while it trains or afterwards. Reads columns of numbers only."""
+"""Verdicts from a run's metrics, while it trains or afterward. Reads columns of numbers only."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _number(value: Any) -> float | None:
 
 
 def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Verdict]:
-    """What is off in the steps so far.
+    """Verdicts on the steps so far.
 
     Args:
         columns: metrics per step, with ``step``.
@@ -147,7 +147,7 @@ def _grows(
     rise: float,
     form: Callable[[float], str] = "{:.3g}".format,
 ) -> Verdict | None:
-    """A metric that is ``factor`` times what it was at first and ``rise`` more, on steps without much of a prefix."""
+    """A metric that is ``factor`` times its first value and ``rise`` more, on steps without much of a prefix."""
     points = [(int(row["step"]), found) for row in _on_policy(rows) if (found := value(row)) is not None]
     ends = _ends(points)
     if ends is None:

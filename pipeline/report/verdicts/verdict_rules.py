@@ -1,4 +1,4 @@
-"""When the report says that something is off, and what it then advises: all figures and words in one place.
+"""Rules of the report's verdicts: conditions, figures and advice in one place.
 
 docs/troubleshooting.md has the same table; a test compares the two.
 """
@@ -24,7 +24,7 @@ class Limits:
     part: float = 0.2
     """Share of the steps at either end that a trend is taken from."""
     with_prefix: float = 0.1
-    """Steps whose responses are to a larger share the teacher's prefix are no part of a trend: their student tokens
+    """Steps with a larger share of teacher prefix in their responses are no part of a trend: their student tokens
     come after text of the teacher, which is easier."""
     unanswered: float = 0.9
     right: float = 0.01
@@ -66,7 +66,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of verdict. ``condition`` is when it is given, with fields of ``Limits`` in braces."""
+    """One kind of verdict. ``condition`` says when it is given, with fields of ``Limits`` in braces."""
 
     level: Level
     condition: str
@@ -84,7 +84,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "the grader finds no answer in {unanswered:.0%} or more of the teacher's responses that are not cut off "
             "(where the teacher is not evaluated: of the student's, before and after training)",
             "Choose the `evaluation.grader` that fits (`pattern` with `evaluation.answer_pattern`, `math`, `choice` or "
-            "`exact`); `tropd config explain evaluation.grader` says what each takes for an answer.",
+            "`exact`); `tropd config explain evaluation.grader` explains each.",
         ),
         "teacher-wrong": Rule(
             "problem",
@@ -94,14 +94,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "teacher-behind": Rule(
             "problem",
-            "the teacher is {behind:.0%} points or more below the student before training, with intervals that are apart",
+            "the teacher is {behind:.0%} points or more below the student before training, with intervals that do not overlap",
             "Check `teacher.model`, `teacher.dtype`, `data.chat`, or take a better teacher: the student would unlearn.",
         ),
         "short-limit": Rule(
             "warning",
             "{teacher_cut:.0%} or more of the teacher's evaluated responses reach the length limit",
-            "Raise `rollout.max_tokens` (and `evaluation.max_tokens`, `prefixes.max_tokens` where they are set), or see "
-            "that responses can end at all (`rollout.stop_ids`).",
+            "Raise `rollout.max_tokens` (and `evaluation.max_tokens`, `prefixes.max_tokens` where they are set), or "
+            "check that responses can end at all (`rollout.stop_ids`).",
         ),
         "never-stops": Rule(
             "problem",
@@ -116,7 +116,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "the grader finds no answer in {unanswered:.0%} or more of the trained student's responses that are not cut "
             "off, but does in the teacher's",
             "See how its responses end: more `rollout.max_tokens` where they are cut off, a lower `train.learning_rate` "
-            "where they are no language any more, more `train.steps` where it has not learned the format yet.",
+            "where they are no longer language, more `train.steps` where it has not learned the format yet.",
         ),
         "not-closer": Rule(
             "problem",
@@ -157,7 +157,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "entropy-rising": Rule(
             "warning",
-            "the student's entropy is {entropy_factor:g} times what it was, and {entropy_rise:g} nats more",
+            "the student's entropy is {entropy_factor:g} times its early value, and {entropy_rise:g} nats more",
             "Lower `train.learning_rate`, or a larger `objective.guidance.weight`: the student becomes undecided.",
         ),
         "entropy-collapsed": Rule(
@@ -181,18 +181,18 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "outliers-growing": Rule(
             "warning",
-            "the share of outliers among the student's tokens is {outlier_factor:g} times what it was, and "
+            "the share of outliers among the student's tokens is {outlier_factor:g} times its early value, and "
             "{outlier_rise:.0%} points more",
             'Lower `train.learning_rate`, a larger `objective.guidance.weight`, or `objective.name = "tropd-cached"`.',
         ),
         "k1-rising": Rule(
             "problem",
-            "K1 is {k1_factor:g} times what it was, and {k1_rise:g} nats more",
+            "K1 is {k1_factor:g} times its early value, and {k1_rise:g} nats more",
             'Lower `train.learning_rate`, or `objective.name = "tropd-cached"`: the student moves away from the teacher.',
         ),
         "loss-rising": Rule(
             "warning",
-            "the loss is {loss_factor:g} times what it was, and {loss_rise:g} more",
+            "the loss is {loss_factor:g} times its early value, and {loss_rise:g} more",
             "Lower `train.learning_rate`; `train.warmup_steps` helps where the rise comes at the start.",
         ),
         "gradient-clipped": Rule(

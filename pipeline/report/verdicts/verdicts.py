@@ -1,4 +1,4 @@
-"""What a careful colleague would say of a run, from the report's data alone. On a healthy run, nothing."""
+"""Verdicts on a run, from the report's data alone, as a careful colleague would give them. A healthy run has none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_verdicts(
 
 
 def _closeness(evaluation: Evaluation) -> list[Verdict]:
-    """Whether training has done what it is for."""
+    """Verdicts on the purpose of training: the student's distance to the teacher."""
     before, after = evaluation.distance("before"), evaluation.distance("after")
     start, end = (one.reverse_kl if one else None for one in (before, after))
     if not (before and after and start and end) or start.mean <= LIMITS.same:
@@ -79,7 +79,7 @@ def _measured(measure: Measure) -> str:
 
 
 def _grading(evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Verdict]:
-    """Whether accuracy can be believed at all."""
+    """Verdicts on whether accuracy can be believed at all."""
     teacher, before = _either(evaluation, "teacher"), _either(evaluation, "before")
     answers = {who: one.answers for who in _WHO if (one := _either(evaluation, who)) and one.answers}
     judges: dict[Who, Answers] = {"teacher": answers["teacher"]} if "teacher" in answers else answers
@@ -120,7 +120,7 @@ def _misfit(judges: Mapping[Who, Answers], settings: Mapping[str, Any]) -> Verdi
 
 
 def _outcome(evaluation: Evaluation) -> list[Verdict]:
-    """What became of the student."""
+    """Verdicts on the student after training."""
     found: list[Verdict] = []
     after, teacher = _either(evaluation, "after"), _either(evaluation, "teacher")
     teacher_cut, student_cut = _cut(evaluation, "teacher"), _cut(evaluation, "after")

@@ -277,7 +277,7 @@ def test_a_workspace_that_is_moved_meanwhile_takes_no_results(tmp_path: Path, re
         if replaced:  # as writing a file does, which makes missing folders
             write_text_atomic(folder / "two", "2")
         for change in (lambda: stage.commit("two", 1), stage.finish):
-            with pytest.raises(DiskError, match=r"run/prefixes is not the folder any more.*moved") as caught:
+            with pytest.raises(DiskError, match=r"run/prefixes is no longer the folder.*moved") as caught:
                 change()
     assert "-w where the workspace is now" in str(caught.value)
     with open_stage(moved, "prefixes", ONE) as stage:

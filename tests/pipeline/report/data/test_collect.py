@@ -187,7 +187,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("prefixes/part-00000.parquet", cut, "prefixes: part-00000.parquet has"),
     ("scores/part-00000.zarr", Path.unlink, "scores: part-00000.zarr is missing"),
     ("config.toml", cut, "config: config.toml"),
-    ("config.toml", Path.unlink, "config: there is no config.toml"),
+    ("config.toml", Path.unlink, "config: config.toml does not exist"),
     ("config.toml", lambda path: path.write_bytes(b"\xff\xfe"), "config: "),
 ]
 

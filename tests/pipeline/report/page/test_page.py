@@ -102,7 +102,7 @@ def test_the_acceptance_map_says_what_became_of_each_token(finished: Workspace) 
     assert html.count('<span class="t"') == 8 * 5
     assert '<span class="t guidance" title="“7”\nregion\tguidance: written by the teacher">7</span>' in html
     rejected = "“=”\nregion\toutlier\nP_trust\t0\u00a0%\nstudent\t77.9\u00a0%\nteacher\t0\u00a0%\n"
-    rejected += "The teacher’s likeliest\n“+”\t75\u00a0%\n“1+”\t12.5\u00a0%"
+    rejected += "The teacher’s most likely\n“+”\t75\u00a0%\n“1+”\t12.5\u00a0%"
     assert f'<span class="t outlier" style="--p:0" title="{rejected}">=</span>' in html
     assert ">↵</span>\n<span" in html, "a line break has no colour, and is there once"
     found = json.loads((finished.root / "report" / "report.json").read_text())["acceptance"]
