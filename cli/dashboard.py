@@ -187,7 +187,7 @@ def _lengths(record: Record) -> str:
 
 
 def _held_out(records: Sequence[Record]) -> str:
-    """Of the newest evaluation; the KLs have curves."""
+    """Lengths and acceptance of the newest evaluation; the KLs have curves."""
     found = next((record for record in reversed(records) if "distance_length" in record), {})
     length, teacher, acceptance = (
         column([found], f"distance_{name}")[0] for name in ("length", "teacher_length", "acceptance")

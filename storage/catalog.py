@@ -87,7 +87,7 @@ DISTANCES = pa.schema(
         ("method", pa.string()),
     ]
 )
-"""Of a student (before or after training) and the teacher on a held-out prompt: means over the tokens of a response."""
+"""Distances of a student (before or after training) to the teacher on a held-out prompt: means over a response."""
 _LINES_PER_BATCH = 4096
 DISTANCE, RESPONSES = "distance-", "responses-"
 """Beginnings of file names in eval/: distances per prompt, and the responses that they were measured on."""

@@ -65,7 +65,7 @@ class StageStatus(BaseModel):
 
     @property
     def progress_text(self) -> str:
-        """Such as ``step 40 of 100``; empty if nothing is known."""
+        """Progress such as ``step 40 of 100``; empty if nothing is known."""
         if self.done is None:
             return ""
         counted = f"{self.done} of {self.total}" if self.total is not None else f"{self.done}"
@@ -226,7 +226,7 @@ def _asked_steps(manifest: Manifest, config: Config | None) -> int | None:
 
 
 def _trial(workspace: Workspace, manifest: Manifest, config: Config | None, total: int | None) -> str:
-    """In words, where training is complete for another number of steps than the configuration has."""
+    """A sentence if training is complete for another number of steps than the configuration has, else empty."""
     if config is None or not manifest.complete or total in (None, config.train.steps):
         return ""
     return (

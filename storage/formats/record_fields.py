@@ -14,7 +14,7 @@ MAX_TEXT = 1_000_000
 """Most characters of one text: some 250,000 tokens."""
 
 _EXACT = 2.0**53
-"""From here on a float may stand for another integer than the one that was written."""
+"""Smallest float that may stand for another integer than the one that was written."""
 _TELLING = ("content", "value", "text")
 
 

@@ -31,7 +31,7 @@ class DamagedLine:
     """A line that is no record, or not the one that was written."""
 
     number: int
-    """From 1."""
+    """Number of the line, from 1."""
     content: bytes
     torn: bool
     """The last line, without its end: a kill cut it short."""
@@ -45,18 +45,18 @@ class StepLog:
     damaged: list[DamagedLine]
 
     def missing(self, steps: Iterable[int]) -> list[int]:
-        """Those of some steps that have no record."""
+        """Steps without a record, among the given ones."""
         there = {record["step"] for record in self.whole}
         return [step for step in steps if step not in there]
 
 
 def sampled_steps(total: int) -> tuple[int, ...]:
-    """The steps (from 0) of which responses are kept, of ``total``: first, last, and evenly between."""
+    """The steps (from 0) whose responses are kept, of ``total``: first, last, and evenly between."""
     return spread(total, SAMPLED_STEPS)
 
 
 def steps_with_samples(manifest: Manifest) -> list[int]:
-    """The steps of a training stage so far of which responses are kept."""
+    """The finished steps of a training stage whose responses are kept."""
     planned, trained = manifest.fields.get("train.steps"), trained_steps(manifest)
     return [step for step in sampled_steps(planned) if step < trained] if isinstance(planned, int) else []
 
@@ -162,7 +162,7 @@ def log_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Such as ``1 to 3, 7``, of ascending numbers."""
+    """Ascending numbers as text, such as ``1 to 3, 7``."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and spans[-1][-1] == number - 1:

@@ -20,11 +20,11 @@ MEAN_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 @dataclass(frozen=True)
 class Part:
-    """Something that computes log-probs, and those of T tokens."""
+    """A part of the run that computes log-probs, with its log-probs of T tokens."""
 
     name: str
     precision: torch.dtype
-    """Of its matrix products."""
+    """Precision of its matrix products."""
     logprobs: Floats32
     """``[T]``."""
 
@@ -44,7 +44,7 @@ class Difference:
     highest_weight: float | None
     mean_limit: float
     token_limit: float
-    """Of one token; of a log-prob below -1, the same as a share of it."""
+    """Limit of one token; for a log-prob below -1, the same as a share of it."""
     beyond: int
     """Tokens above that limit, or without a finite log-prob in one part only."""
 

@@ -189,7 +189,7 @@ def _mean_limit(run: Run, *roles: str) -> float | None:
 
 
 def _scored(name: str, run: Run, rows: Sequence[Row], folder: Path | None = None) -> Part:
-    """By the run's one teacher, or another model with its settings."""
+    """Score rows by the run's one teacher, or by another model with its settings."""
     engine, _ = open_engine(
         run, "teacher", folder, batch_size=1, batch_tokens=run.config.service.batch_tokens
     )

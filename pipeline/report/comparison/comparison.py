@@ -44,10 +44,10 @@ class MethodResult(BaseModel):
     objective: str
     seeds: list[int]
     accuracy: dict[str, Estimate]
-    """By mode; empty where no problem has an answer."""
+    """Accuracy by mode; empty where no problem has an answer."""
     per_seed: dict[str, list[float]]
     difference: dict[str, Estimate]
-    """To the baseline: same seeds, same problems. Empty for the baseline itself."""
+    """Difference to the baseline: same seeds, same problems. Empty for the baseline itself."""
     steps: int
     tokens_on_policy: float
     """This and the next are means per run."""
@@ -58,7 +58,7 @@ class MethodResult(BaseModel):
     curves: dict[str, list[float | None]]
     """Mean over seeds per step."""
     distance: dict[str, Estimate] = {}
-    """To the teacher on held-out prompts, after training: reverse_kl, forward_kl, acceptance, length."""
+    """Distance to the teacher on held-out prompts, after training: reverse_kl, forward_kl, acceptance, length."""
 
 
 class Comparison(BaseModel):
@@ -71,7 +71,7 @@ class Comparison(BaseModel):
     teacher: dict[str, float]
     methods: list[MethodResult]
     distance_before: dict[str, Estimate] = {}
-    """Of the common start, the student before training."""
+    """Distance of the common start, the student before training."""
 
 
 def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Comparison:
@@ -103,7 +103,7 @@ def collect_comparison(workspace: Workspace, cells: Sequence[Cell]) -> Compariso
 
 
 def _accuracies(folder: Path, who: str) -> dict[str, float]:
-    """By mode; none of a teacher that is not on this machine, and where no problem has an answer."""
+    """Accuracy by mode; none of a teacher that is not on this machine, nor where no problem has an answer."""
     if not (folder / "eval" / f"part-{who}.parquet").exists():
         return {}
     marks = {mode: _marks(folder, who, mode) for mode in MODES}

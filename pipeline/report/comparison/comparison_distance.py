@@ -39,7 +39,7 @@ class Estimate(BaseModel):
 
 
 def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Estimate]:
-    """By measure, over workspaces with different seeds; those that not all of them have are left out.
+    """Distances by measure, over workspaces with different seeds; measures that some of them lack are left out.
 
     Args:
         name: of what is measured, for the seed of resampling.

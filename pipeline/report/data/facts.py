@@ -222,11 +222,11 @@ class SampledStep(Record):
     step: int
     responses: int
     guidance_tokens: int
-    """Shown, as are the next."""
+    """Shown tokens, as are the next."""
     student_tokens: int
     p_trust_mean: float | None
     outlier_fraction: float | None
-    """Of the student's tokens."""
+    """Share of the student's tokens."""
     tokens_with_alternatives: int
     """Tokens for which the teacher was asked for alternatives."""
 
@@ -247,7 +247,7 @@ class RunSummary(Record):
     teacher_bytes_received: int | None
     outlier_fraction: float | None
     seconds: float | None
-    """Of training."""
+    """Time of training."""
     series: dict[str, list[float | None]]
     """The metrics that are drawn for all runs, aligned with the column ``step``."""
     missing: list[str]
@@ -260,7 +260,7 @@ class Provenance(Record):
     platform: str
     cpu_count: int | None
     commit: str | None
-    """Of the source tree that this tropd runs from; ``+changes`` if it was edited since."""
+    """Commit of the source tree that this tropd runs from; ``+changes`` if it was edited since."""
     fingerprints: dict[str, str]
     inputs: dict[str, str]
     """Hashes of models, tokenizers and files, as the stages recorded them."""

@@ -30,7 +30,7 @@ def summarize_runs(roots: Sequence[Path], reports: Sequence[Report]) -> list[Run
 
 
 def run_labels(roots: Sequence[Path]) -> list[str]:
-    """For each folder the shortest end of its path that no other has."""
+    """Shortest end of each folder's path that no other has."""
     parts = [root.resolve().parts for root in roots]
     labels = []
     for own in parts:

@@ -22,7 +22,7 @@ def count(number: float) -> str:
 
 
 def human_bytes(number: float) -> str:
-    """Such as ``611 kB``: three digits, powers of 1000 (with a space that does not break)."""
+    """A size such as ``611 kB``: three digits, powers of 1000 (with a space that does not break)."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.0f}\u00a0{unit}" if unit == "bytes" else f"{number:.3g}\u00a0{unit}"
@@ -31,7 +31,7 @@ def human_bytes(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``4.2 s``, ``3 min 5 s`` or ``2 h 10 min``."""
+    """A time such as ``4.2 s``, ``3 min 5 s`` or ``2 h 10 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f}\u00a0s"
     whole = round(seconds)

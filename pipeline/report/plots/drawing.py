@@ -100,12 +100,12 @@ class Look:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For matplotlib."""
+        """Arguments for matplotlib."""
         return {"color": self.color, "linestyle": (0, self.dashes) if self.dashes else "-"}
 
 
 def look(index: int) -> Look:
-    """Of the line with this number."""
+    """Look of the line with this number."""
     dashes = _MANY_DASHES[index // len(_MANY_COLORS) % len(_MANY_DASHES)]
     return Look(_MANY_COLORS[index % len(_MANY_COLORS)], dashes)
 
@@ -207,7 +207,7 @@ def limits(low: float, high: float, *, percent: bool, from_zero: bool) -> tuple[
 
 
 def short_number(value: float, digits: int = 4) -> str:
-    """Such as ``12 k``, ``0.004``, ``3 M`` or ``5e−5``."""
+    """A number such as ``12 k``, ``0.004``, ``3 M`` or ``5e−5``."""
     size = abs(value)
     if size >= 1e4:
         limit, suffix = next(pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= pair[0])

@@ -85,7 +85,7 @@ def _name(run: RunSummary) -> str:
 
 
 def _draw_accuracies(runs: Sequence[RunSummary]) -> Plot:
-    """Of the student after training in both modes, with intervals."""
+    """Draw each student's accuracies after training in both modes, with intervals."""
     name = "runs-outcome"
     with drawing.style(name):
         figure, axes = drawing.new_axes(height=max(2.4, 1.1 + 0.36 * len(runs)))

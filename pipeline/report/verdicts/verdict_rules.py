@@ -94,7 +94,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "teacher-behind": Rule(
             "problem",
-            "the teacher is {behind:.0%} points or more below the student before training, with intervals that do not overlap",
+            "the teacher is {behind:.0%} points or more below the student before training, with intervals that do not "
+            "overlap",
             "Check `teacher.model`, `teacher.dtype`, `data.chat`, or take a better teacher: the student would unlearn.",
         ),
         "short-limit": Rule(
