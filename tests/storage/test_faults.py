@@ -53,8 +53,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 from pathlib import Path
 import storage_samples as samples
 from tropd.storage.errors import DiskFullError
-from tropd.storage.topk_cache import write_topk
-from tropd.storage.trajectories import write_trajectories
+from tropd.storage.cache.shard import write_topk
+from tropd.storage.formats.trajectories import write_trajectories
 rows = [samples.trajectory(i, num_tokens=3000) for i in range(20)]
 try:
     if {kind!r} == "parquet":

@@ -11,7 +11,7 @@ import pytest
 # Steps of twelve tensors of 16 MB each; prints the pages that the system had to hand out in the later ones.
 CODE = """
 import resource, sys, torch
-from tropd.pipeline.allocator import keep_freed_memory
+from tropd.pipeline.models.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():

@@ -31,9 +31,10 @@ from tropd.pipeline.teacher.wire.messages import (
 SERVICE = """
 import json, signal, sys, threading
 import numpy as np
-from tropd.pipeline.config import ServiceConfig
-from tropd.pipeline.engines.base import SequenceScores
-from tropd.pipeline.teacher.service import ServiceInfo, run_service
+from tropd.pipeline.config.sections.model_settings import ServiceConfig
+from tropd.pipeline.models.engines.base import SequenceScores
+from tropd.pipeline.teacher.service.running import run_service
+from tropd.pipeline.teacher.wire.info import ServiceInfo
 
 class Engine:
     vocab_size, max_length = 24, 64

@@ -265,8 +265,8 @@ def test_neither_side_imports_pandas() -> None:
     code = """
 import sys
 import numpy as np
-from tropd.pipeline.objectives.spec import SampledPartition
-from tropd.pipeline.teacher.protocol import *
+from tropd.pipeline.objectives.objective import SampledPartition
+from tropd.pipeline.teacher.wire.messages import *
 ones = np.full(2, -1.0, dtype=np.float32)
 asked = ScoreRequest([ScoreItem(np.array([1, 2, 3], dtype=np.int32), 1, ones, 0)], SampledPartition(), "all", 1, False, 9)
 got = decode_request(encode_request(asked), vocab_size=9, max_length=9)

@@ -199,8 +199,8 @@ def test_failed_write_is_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tropd.storage.fingerprint import Fingerprint
-from tropd.storage.stage import open_stage
+from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.stage import open_stage
 with open_stage(Path(sys.argv[1]), "texts", Fingerprint({"seed": 1, "model": "a"})) as stage:
     (stage.folder / ".tmp-1-part-0").write_text("half")
     print("holding", flush=True)

@@ -61,8 +61,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_prepare_resumed import make_run
-from tropd.pipeline.demo import prepare as module
-from tropd.storage.stage import Stage
+from tropd.pipeline.experiments.demo import prepare as module
+from tropd.storage.stage.stage import Stage
 os.cpu_count = lambda: 1
 for line in sys.stdin:
     folder, name, count, when = json.loads(line)

@@ -54,7 +54,7 @@ def test_false_outliers_are_those_that_only_a_difference_makes() -> None:
     found = false_outliers(load_objective("tropd"), student, teacher, draws, None)
     assert found.rejected == pytest.approx((0 + 0.1 + 0 + 0.5) / 4, abs=1e-6)
     assert found.share == 0.25
-    assert "takes 25.00% of its tokens for outliers though none exist: they would learn" in meaning(
+    assert "takes 25.00% of its tokens for outliers, though none exist: they would learn" in meaning(
         load_objective("tropd"), found
     )
     same = false_outliers(load_objective("tropd"), student, student, draws, np.ones(4, dtype=np.float32))
