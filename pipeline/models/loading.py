@@ -1,4 +1,4 @@
-"""Loading causal LMs and tokenizers, whole or not at all, and their identity (hashes). There is no other door to them."""
+"""Loading causal LMs and tokenizers, whole or not at all, and their identity (hashes). The only door to them."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def stop_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation config.
 
     Raises:
-        ConfigError: one that is no id of the tokenizer.
+        ConfigError: one is not an id of the tokenizer.
     """
     configured = getattr(generation_config, "eos_token_id", None)
     ids = [] if configured is None else configured if isinstance(configured, list) else [configured]

@@ -30,7 +30,7 @@ def stop_ids(workspace: Workspace, config: Config, role: str, folder: Path | Non
         folder: another directory than the role's own.
 
     Raises:
-        ConfigError: one of ``rollout.stop_ids`` is no token.
+        ConfigError: one of ``rollout.stop_ids`` is not a token.
     """
     settings: ModelConfig = getattr(config, role)
     folder = folder or model_directory(workspace, settings, role)

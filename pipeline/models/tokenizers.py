@@ -15,7 +15,7 @@ MAX_SHOWN_CHARACTERS = 120
 DEFAULT = "default"
 CHAT_TEMPLATE = "chat template"
 END = "end of sequence"
-"""Which responses stop where is no matter of meaning: see ``stops``."""
+"""The part that decides where responses stop, not what ids mean: see ``stops``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TokenizerIdentity:
 
 
 def num_tokens(tokenizer: Any) -> int:
-    """How many ids a tokenizer has: every token's id is below this. A model may have rows for more."""
+    """Number of ids of a tokenizer: every token's id is below this. A model may have rows for more."""
     return 1 + max(tokenizer.get_vocab().values())
 
 

@@ -87,7 +87,7 @@ def topk_forward_kl(alternatives: Alternatives, support: Support) -> Tensor:
         teacher = teacher - torch.repeat_interleave(mass.clamp(min=1e-30).log(), alternatives.counts)
     total = alternatives.sum(_weighted_difference(teacher, teacher, student))
     if support == "tail":
-        # Without an id outside there is no bucket, whatever rounding has left of the teacher's mass.
+        # Without an id outside no bucket exists, whatever rounding has left of the teacher's mass.
         tail = student_tail(alternatives)
         nothing = torch.isneginf(tail)
         teacher_tail = alternatives.teacher_tail.masked_fill(nothing, -torch.inf)

@@ -1,4 +1,4 @@
-"""What an objective asks of teacher, student and reference model: only that is fetched or computed."""
+"""Demands of an objective on teacher, student and reference model: nothing else is fetched or computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
 
 @dataclass(frozen=True)
 class TeacherNeeds:
-    """What an objective asks of the teacher for the student's tokens; nothing else is fetched."""
+    """An objective's demands on the teacher for the student's tokens; nothing else is fetched."""
 
     sampled: bool
     """The teacher's log-prob of each student token."""
@@ -50,13 +50,13 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
 
 
 def needs_reference(objective: Objective) -> bool:
-    """Whether a part of an objective works on a reference model's log-probs: those of the student as it was."""
+    """True if a part of an objective works on a reference model's log-probs: those of the student as it was."""
     losses = (objective.trust.loss, objective.outlier.loss)
     return any(isinstance(loss, K1) and loss.reward_scale != 1.0 for loss in losses)
 
 
 def needs_student_tail(objective: Objective) -> bool:
-    """Whether a part of an objective works on the student's mass outside the teacher's alternatives."""
+    """True if a part of an objective works on the student's mass outside the teacher's alternatives."""
     losses = (objective.trust.loss, objective.outlier.loss, objective.guidance.loss)
     return any(_has_tail(loss) for loss in losses) or any(
         weight.kind == "soft_or_top" for weight in objective.token_weights
@@ -70,7 +70,7 @@ def _has_tail(loss: Estimator) -> bool:
 
 
 def needs_topk(loss: Estimator) -> bool:
-    """Whether an estimator works on the teacher's alternatives."""
+    """True if an estimator works on the teacher's alternatives."""
     return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
         isinstance(loss, K1) and loss.baseline == "kl"
     )

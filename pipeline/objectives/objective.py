@@ -31,7 +31,7 @@ class Spec(BaseModel):
 class Mark(Enum):
     """Why the fingerprint of a stage that takes a whole section leaves out one of its fields.
 
-    A field without a mark decides the result: with another value, what the stage has made is refused.
+    A field without a mark decides the result: with another value, the stage's existing output is refused.
     """
 
     INERT = "no result depends on it"
@@ -146,7 +146,7 @@ class K1(Spec):
 
 
 class NegativeLogLikelihood(Spec):
-    """-log π_S of the token that is there: on the teacher's tokens, the one-sample forward KL."""
+    """-log π_S of the given token: on the teacher's tokens, the one-sample forward KL."""
 
     estimator: Literal["nll"] = "nll"
 
@@ -167,7 +167,7 @@ class TopkReverseKL(Spec):
 
 
 class TopkJSD(Spec):
-    """Generalised Jensen-Shannon divergence over the teacher's top k and the tail bucket (GKD)."""
+    """Generalized Jensen-Shannon divergence over the teacher's top k and the tail bucket (GKD)."""
 
     estimator: Literal["topk_jsd"] = "topk_jsd"
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -181,7 +181,7 @@ Estimator = Annotated[
 
 
 class Region(Spec):
-    """What the tokens of one region contribute to the loss."""
+    """The contribution of one region's tokens to the loss."""
 
     loss: Estimator = Zero()
     """The estimator."""
@@ -258,7 +258,7 @@ TokenWeight = Annotated[
 
 
 class Schedule(Spec):
-    """How much of a teacher trajectory the student continues from (the curriculum)."""
+    """The share of a teacher trajectory that the student continues from (the curriculum)."""
 
     kind: Literal["none", "cosine", "constant"] = "none"
     """`cosine`: from `fraction` down to 0 over `steps_share` of the run; `constant`: `fraction` throughout."""
@@ -288,11 +288,11 @@ class Objective(Spec):
     source: Inert[str]
     """Where the definition comes from."""
     confidence: Inert[str] = "exact"
-    """How sure the definition is: exact, or what was reconstructed."""
+    """Certainty of the definition: exact, or the parts that were reconstructed."""
     formula: Inert[str] = ""
     """The loss, in plain text."""
     rollouts: Literal["student", "teacher", "stored"] = "student"
-    """Who wrote the response: the current student, the teacher (all of it), or a student once, stored on disk."""
+    """Author of the response: the current student, the teacher (all of it), or a student once, stored on disk."""
     partition: Partition = AllTrusted()
     """How student tokens are split into trust region and outliers."""
     trust: Region = Region(loss=K1())
@@ -314,7 +314,7 @@ class Objective(Spec):
 
     @property
     def guides(self) -> bool:
-        """Whether the teacher's prefix tokens have a part in the loss."""
+        """True if the teacher's prefix tokens have a part in the loss."""
         return self.guidance.loss.estimator != "zero" and self.guidance.weight > 0
 
     @model_validator(mode="after")
@@ -325,7 +325,7 @@ class Objective(Spec):
 
 
 def _conflicts(objective: Objective) -> Iterator[str]:
-    """A line for each reason to refuse an objective: why, and what to set instead. Fields are named by their paths."""
+    """A line per reason to refuse an objective, with the settings that would do. Fields are named by their paths."""
     guidance = objective.guidance.loss.estimator
     if guidance not in ("zero", "nll", "topk_fkl"):
         yield (

@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What token weights may depend on, per student token ``[T]``. Optional ones only where an objective needs them."""
+    """Inputs of token weights, per student token ``[T]``. Optional ones only where an objective needs them."""
 
     rows: Ints
     advantages: Floats
@@ -67,7 +67,7 @@ def top_fraction(values: Floats, fraction: float) -> Floats:
 
 
 def soft_or(entropy: Floats, divergence: Floats) -> Floats:
-    """h + d - h·d of min-max normalised entropy and divergence (TIP, arXiv 2604.14084)."""
+    """h + d - h·d of min-max normalized entropy and divergence (TIP, arXiv 2604.14084)."""
     h, d = _min_max(entropy), _min_max(divergence)
     return h + d - h * d
 

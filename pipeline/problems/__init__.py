@@ -1,1 +1,1 @@
-"""What a run trains on and is measured by: the parts of a problem."""
+"""Problems that a run trains on and is measured by: prompts, encoding, decontamination, grading."""

@@ -9,21 +9,21 @@ from typing import Any
 from tropd.storage.formats.record_fields import MAX_TEXT, printable
 
 Message = Mapping[str, Any]
-"""``role`` and ``content``, and what else the chat template of the model reads (``name``, ``tool_calls``)."""
+"""``role`` and ``content``, and further fields that the chat template of the model reads (``name``, ``tool_calls``)."""
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is meant as messages: a list of objects with a role."""
+    """True if a value is meant as messages: a list of objects with a role."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def read_messages(value: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
     """Messages as chat templates take them. Nulls (of Parquet) are left out, parts of text joined.
 
-    A last turn of the assistant is left out: it is an answer, and answers are what is sampled.
+    A last turn of the assistant is left out: it is an answer, and answers are sampled.
 
     Raises:
-        ValueError: something is no text, or nobody asks anything.
+        ValueError: something is not text, or no user turn asks anything.
     """
     messages = [_message(number, message) for number, message in enumerate(value)]
     while messages and messages[-1]["role"] == "assistant":
@@ -33,7 +33,7 @@ def read_messages(value: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
     if (length := sum(len(message["content"]) for message in messages)) > MAX_TEXT:
         raise ValueError(f"has {length:,} characters; a prompt has at most {MAX_TEXT:,}")
     try:
-        # Written and read: what is left is what a template can take, and text that can be stored.
+        # Written and read: only values that a template can take, and text that can be stored, are left.
         text = json.dumps(messages, ensure_ascii=False, allow_nan=False, default=float)
         text.encode()
         plain: list[Message] = json.loads(text)
@@ -63,7 +63,7 @@ def as_text(messages: Sequence[Message]) -> str:
 
 
 def last_user_turn(value: Sequence[Mapping[str, Any]]) -> int:
-    """Number of the user's last turn, for an example of a path; 0 if there is none."""
+    """Number of the user's last turn, for an example of a path; 0 without one."""
     return max((number for number, message in enumerate(value) if message["role"] == "user"), default=0)
 
 

@@ -31,16 +31,16 @@ REPEATS = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """Prompts with their token ids, in the same order, and what happened on the way."""
+    """Prompts with their token ids, in the same order, and the rejects and remarks of encoding."""
 
     prompts: list[Prompt]
     tokens: list[list[int]]
     rejects: list[Reject]
     """Prompts without tokens, too long ones, and those that the chat template does not take."""
     notes: list[str]
-    """What was mended in all prompts, in words."""
+    """The corrections to all prompts, in words."""
     date: datetime.date | None = None
-    """What the chat template was told, if it asked for the date."""
+    """The date that was given to the chat template, if it asked for one."""
 
 
 def encode_prompts(
@@ -52,7 +52,7 @@ def encode_prompts(
     limit: int | None = None,
     date: datetime.date | None = None,
 ) -> Encoded:
-    """The first ``limit`` prompts that fit, their token ids, and what was rejected on the way.
+    """The first ``limit`` prompts that fit, their token ids, and the rejects on the way.
 
     An end-of-sequence token that the tokenizer appends is left out, for nothing sensible comes after it; a
     begin-of-sequence token that the tokenizer adds to one in the text is left out too.
@@ -60,7 +60,7 @@ def encode_prompts(
     Args:
         chat: each is a conversation in the chat template (of several named ones, ``default``).
         max_length: tokens; longer prompts are rejected.
-        date: what the template is told; if not given, that of this machine.
+        date: that of the template; if not given, that of this machine.
 
     Raises:
         DataError: ``chat`` without a chat template.
@@ -145,7 +145,7 @@ def _encoded(prompts: Sequence[Prompt], encode: _Encoder) -> list[list[int] | st
             f"the tokenizer's chat template cannot be read: {error.message} (line {error.lineno})",
             hint="mend chat_template.jinja (or tokenizer_config.json) of the model, or set data.chat = false",
         ) from error
-    except Exception as error:  # a template is a program of somebody else's: anything may come of it
+    except Exception as error:  # a template is a foreign program and may raise anything
         if len(prompts) == 1:
             return [f"is refused by the chat template or the tokenizer: {error}"]
         return [tokens for prompt in prompts for tokens in _encoded([prompt], encode)]
@@ -165,7 +165,7 @@ def _one_by_one(prompts: Sequence[Prompt], encode: _Encoder) -> Iterator[tuple[P
 
 
 def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, chat: bool) -> bool:
-    """Whether the tokenizer appends the token that ends a sequence: asked of the shortest prompt that can be encoded,
+    """True if the tokenizer appends the token that ends a sequence: tried on the shortest prompt that can be encoded,
     which is encoded several times.
 
     Raises:
@@ -187,12 +187,12 @@ def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, ch
 
 
 def _ends(tokens: Sequence[int], end: int) -> int:
-    """How many tokens ``end`` a sequence ends with."""
+    """Number of tokens ``end`` that a sequence ends with."""
     return next((n for n, token in enumerate(reversed(tokens)) if token != end), len(tokens))
 
 
 def _ends_written(prompt: Prompt, tokenizer: Any, chat: bool) -> int:
-    """The same of a text, or of what the chat template makes of it, before the tokenizer adds anything."""
+    """The same of a text, or of the chat template's output for it, before the tokenizer adds anything."""
     if not chat:
         return _ends(tokenizer(prompt.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
     text = tokenizer.apply_chat_template(list(prompt.turns), add_generation_prompt=True, tokenize=False)

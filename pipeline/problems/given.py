@@ -1,4 +1,4 @@
-"""Prompts that a program hands over as values, written to a file of the workspace as records like anybody's."""
+"""Prompts that a program hands over as values, written to a file of the workspace as ordinary records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def records(prompts: Iterable[Given], name: str) -> list[dict[str, Any]]:
         name: of the argument, for errors.
 
     Raises:
-        ConfigError: it is no collection of prompts, or empty.
+        ConfigError: it is not a collection of prompts, or empty.
         DataError: one of them is nothing that a prompt could be.
     """
     if isinstance(prompts, Mapping):
@@ -58,11 +58,11 @@ def _record(number: int, prompt: Any, name: str) -> dict[str, Any]:
 def write_records(
     found: Sequence[Mapping[str, Any]], path: Path, name: str, *, used_by: Path | None = None
 ) -> None:
-    """Write records as JSON lines. The same records that are there already are left alone.
+    """Write records as JSON lines. A file that holds the same records already is left alone.
 
     Args:
         name: as of ``records``.
-        used_by: folder of a stage that was made with the records that are there, which then stay.
+        used_by: folder of a stage that was made with the existing records, which then stay.
 
     Raises:
         DataError: a value that JSON does not have, or other records than the stage was made with.

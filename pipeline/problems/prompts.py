@@ -36,10 +36,10 @@ class Prompt:
 
     id: str
     text: str
-    """What is asked; of a conversation, all of it as text, to be shown and compared."""
+    """The question; of a conversation, all of it as text, to be shown and compared."""
     answer: str | None
     domain: str = ""
-    """What it is about, where the file says so."""
+    """Its domain, where the file says so."""
     line: int = field(default=0, compare=False)
     """Where it is in its file, counted from 1."""
     messages: tuple[Message, ...] = ()
@@ -52,7 +52,7 @@ class Prompt:
 
     @property
     def asked(self) -> str:
-        """What the problem says: all turns but the system's, without their roles."""
+        """The text of the problem: all turns but the system's, without their roles."""
         return "\n\n".join(turn["content"] for turn in self.turns if turn["role"] != "system")
 
 
@@ -71,7 +71,7 @@ def scan_prompts(
 
     Args:
         need_answer: a record without an answer is bad.
-        check_answer: so is one whose answer is there, and no text; otherwise nobody looks at it.
+        check_answer: so is one whose answer exists and is not text; otherwise the answer is not looked at.
 
     Raises:
         DataError: the file is missing, cannot be read, or has no records.
@@ -118,7 +118,7 @@ def refuse(path: Path, rejects: Sequence[Reject]) -> None:
 
 
 def listed(rejects: Sequence[Reject], unit: str) -> str:
-    """The first few reasons, one a line, each with the numbers of its records; ``unit`` is what these count."""
+    """The first few reasons, one a line, each with the numbers of its records; ``unit`` names the counted things."""
     numbers: dict[str, list[int]] = {}
     for reject in rejects:
         numbers.setdefault(reject.reason, []).append(reject.line)
@@ -157,11 +157,11 @@ def prompt_text(
 
     Args:
         path: the field, by name or by path.
-        setting: what names it, for the error: ``data.prompt_field``.
+        setting: the setting that names it, for the error: ``data.prompt_field``.
         chat: whether prompts are written with a chat template, which a conversation needs.
 
     Raises:
-        ValueError: there is none, or something else.
+        ValueError: it is missing, or something else.
     """
     value = value_at(record, path)
     if is_messages(value):
@@ -190,7 +190,7 @@ def answer_text(record: Mapping[str, Any], path: str, setting: str) -> str:
     """The answer of a record, where one is needed; arguments as of ``prompt_text``.
 
     Raises:
-        ValueError: there is none, or it is no text.
+        ValueError: it is missing, or not text.
     """
     answer = field_text(record, path, setting)
     if answer is None:

@@ -132,7 +132,7 @@ def _report_bad(run: Run, file: str, sources: Sequence[Source], bad: Sequence[Se
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many prompts of each source are used: all, or as many as the given shares allow."""
+    """Numbers of prompts of each source that are used: all, or as many as the given shares allow."""
     if all(weight is None for weight in weights):
         return list(sizes)
     known = [1.0 if weight is None else weight for weight in weights]

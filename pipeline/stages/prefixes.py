@@ -153,7 +153,7 @@ def generate_prefixes(run: Run, *, execution: Execution = HERE, force: bool = Fa
 
 
 def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = False) -> Manifest:
-    """As ``generate_prefixes``, but the initial student writes."""
+    """Like ``generate_prefixes``, but the initial student writes."""
     return _generate(run, student_source(run), execution, force)
 
 

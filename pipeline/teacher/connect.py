@@ -46,7 +46,7 @@ def teacher_fields(run: Run) -> dict[str, Scalar]:
 
 
 def start_teachers(run: Run, stack: ExitStack, log_name: str = "teacher-service") -> dict[str, LocalTeacher]:
-    """Start a service for every teacher without an address; what was started is stopped when ``stack`` closes."""
+    """Start a service for every teacher without an address; the services are stopped when ``stack`` closes."""
     started = {}
     for name in teachers_in_use(run):
         if not with_only(run, name).config.teacher.urls:
@@ -130,7 +130,7 @@ def connect_teacher(
 
     Raises:
         ConfigError: a server's tokenizer or context length does not fit, or it has another teacher.
-        TropdError: there is no server at ``teacher.url``, or the local one does not start.
+        TropdError: no server answers at ``teacher.url``, or the local one does not start.
     """
     teacher, folder = run.config.teacher, local_teacher(run)
     urls = teacher.urls

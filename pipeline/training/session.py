@@ -63,7 +63,7 @@ class Session:
 
     @property
     def ahead(self) -> bool:
-        """Whether the next step is prepared while one trains."""
+        """True if the next step is prepared while one trains."""
         return self.run.config.train.max_staleness > 0
 
     @property

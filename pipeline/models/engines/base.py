@@ -17,7 +17,7 @@ from tropd.storage.formats.trajectories import FinishReason
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. ``temperature`` 0 is greedy."""
+    """Settings for drawing tokens. ``temperature`` 0 is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0

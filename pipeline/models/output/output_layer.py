@@ -167,7 +167,7 @@ class SplitModel:
 
     def own_logits(self, states: Tensor, space: Tensor | None) -> Tensor:
         """Float32 logits ``[n, V]`` of states ``[n, H]``, without gradient, that the caller may write over; -inf for what
-        is no token.
+        is not a token.
 
         They lie in ``space`` if given; see ``workspace``.
         """

@@ -1,1 +1,1 @@
-"""Whether a response is right: answers as text, choices and mathematics."""
+"""Grading of responses: answers as text, choices and mathematics."""

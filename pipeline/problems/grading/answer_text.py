@@ -1,4 +1,4 @@
-"""What the text of a mathematical answer says: its mathematics, the words and units around it, and what it is named.
+"""Parts of a mathematical answer's text: its mathematics, the words and units around it, and its name.
 
 "5 \\text{ cm}" is the mathematics 5 with the unit cm; "x = 12 apples" is 12, named x, with the word apple. Words between
 two pieces of mathematics ("5 hours 3 minutes"), or words that state mathematics themselves ("at least 12", "5 squared"),
@@ -100,8 +100,8 @@ class Reading:
         core: the mathematics between the words.
         whole: the same with units of one letter left in place, which may be variables ("2 m").
         words: units and other words around the mathematics, in the singular.
-        name: what the mathematics is said to be ("x", of "x = 3"); empty if nothing.
-        scale: what words multiply it by ("million").
+        name: the name given to the mathematics ("x", of "x = 3"); empty if none.
+        scale: the factor that words multiply it by ("million").
         certain: whether ``core`` and ``scale`` are all that the words leave to compare.
     """
 
@@ -150,7 +150,7 @@ def read_answer(answer: str) -> Reading:
 
 
 def same_words(one: Reading, other: Reading) -> bool:
-    """Whether nothing that one answer says in words contradicts the other: a unit may be left out, but not another."""
+    """True if no words of one answer contradict the other: a unit may be left out, but not another."""
     a, b = one.words, other.words
     if not a or not b:
         return True
@@ -160,7 +160,7 @@ def same_words(one: Reading, other: Reading) -> bool:
 
 
 def same_name(one: Reading, other: Reading) -> bool:
-    """Whether two answers may be of the same thing: x = 3 is not y = 3, but y = x^2 may be f(x) = x^2."""
+    """True if two answers may be of the same thing: x = 3 is not y = 3, but y = x^2 may be f(x) = x^2."""
     a, b = one.name, other.name
     return not a or not b or a == b or (a == "y" and "(" in b) or (b == "y" and "(" in a)
 
@@ -212,7 +212,7 @@ def _singular(word: str) -> str:
     return UNITS.get(word, word)
 
 
-@lru_cache(maxsize=1024)  # it asks itself about what stands before
+@lru_cache(maxsize=1024)  # it calls itself for the text before
 def _without_last_word(text: str) -> tuple[str, str] | None:
     """A text without the unit or word that it ends in, and that; None if it ends in mathematics."""
     match = _LAST_WORD.search(text)
@@ -256,12 +256,12 @@ def _without_first_word(text: str) -> tuple[str, str] | None:
 
 
 def _is_open(text: str) -> bool:
-    """Whether a brace or parenthesis is open at the end of a text."""
+    """True if a brace or parenthesis is open at the end of a text."""
     return any(text.count(left) > text.count(right) for left, right in ("{}", "()"))
 
 
 def _has_words(mathematics: str) -> bool:
-    """Whether words stand between pieces of mathematics."""
+    """True if words stand between pieces of mathematics."""
     return any(
         _is_word(match[1]) for match in re.finditer(r"(?<![^\s\d])([A-Za-z]{2,})(?![^\s,.])", mathematics)
     )

@@ -73,4 +73,4 @@ DECISIVE = _words(
     "divided squared cubed half halve double root factorial mod modulo except either if unless when whenever zero one "
     "two three four five six seven eight nine ten eleven twelve"
 )
-"""Words that state mathematics, or take back what was said."""
+"""Words that state mathematics, or take back a statement."""

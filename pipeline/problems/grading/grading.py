@@ -1,6 +1,6 @@
-"""Is a response right? Four graders; what each takes as the answer is said in ``EvaluationConfig.grader``.
+"""Four graders of responses; ``EvaluationConfig.grader`` says what each takes as the answer.
 
-Symbolic mathematics of what a model wrote may take for ever or all memory, so it is compared in worker processes, with
+Symbolic mathematics of a model's text may take forever or all memory, so it is compared in worker processes, with
 a time limit per answer after which the worker is killed: such an answer is wrong.
 """
 
@@ -59,7 +59,7 @@ def grade(
     """Marks of responses, in their order. A response without an answer, or without an expected one, is wrong.
 
     Args:
-        cut_off: which responses ended because of their length; none if not given. What reaches up to the end of such a
+        cut_off: which responses ended because of their length; none if not given. Text that reaches the end of such a
             response may be a part of an answer, and is none.
     """
     ends = cut_off or [False] * len(responses)
@@ -93,7 +93,7 @@ def check_expected(grader: GraderName, problems: Sequence[Prompt]) -> None:
 
 
 def extract(grader: GraderName, response: str, pattern: str, *, cut_off: bool = False) -> str | None:
-    """The answer in a response, by the grader's rule; None if there is none."""
+    """The answer in a response, by the grader's rule; None without one."""
     extractors: dict[GraderName, Callable[[str], str | None]] = {
         "pattern": lambda text: _last_match(pattern, text, cut_off),
         "math": lambda text: extract_final_answer(text, cut_off=cut_off),

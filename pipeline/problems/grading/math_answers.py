@@ -15,7 +15,7 @@ from tropd.pipeline.problems.grading.answer_text import Reading, read_answer, sa
 # No final answer is longer; gigabytes of digits are not worth a look.
 LONGEST_ANSWER = 400
 MOST_OPENINGS = 20
-# How much of the end of a response is searched for what is not boxed.
+# Length of the end of a response that is searched for unboxed answers.
 SEARCHED = 20_000
 
 _STATED = re.compile(
@@ -50,7 +50,7 @@ def extract_final_answer(response: str, *, cut_off: bool = False) -> str | None:
     closed is an answer that is not there.
 
     Args:
-        cut_off: the response ended because of its length: what reaches up to its end may be a part of an answer, and
+        cut_off: the response ended because of its length: text that reaches its end may be a part of an answer, and
             is none.
     """
     text = visible(response)
@@ -82,7 +82,7 @@ def expected_answer(text: str) -> str:
 
 
 def _is_embedded(text: str, number: re.Match[str]) -> bool:
-    """Whether a number is only a part of what stands there: an exponent, an index, what a factorial is taken of."""
+    """True if a number is only a part of a term: an exponent, an index, the operand of a factorial."""
     before, after = text[: number.start()].rstrip(" "), text[number.end() :].lstrip(" ")
     return before.endswith(("^", "_", "{", "\\sqrt", ":")) or after.startswith(("^", "_", "!", "}"))
 
@@ -128,7 +128,7 @@ def _first_clause(text: str) -> str:
 
 
 def equal_at_once(answer: str, expected: str) -> bool | None:
-    """Whether two answers are equal, where that is plain to see; None where it needs symbolic comparison.
+    """True or False where it is plain whether two answers are equal; None where it needs symbolic comparison.
 
     Numbers are equal if they are, or if a decimal is the other rounded to its own four or more significant digits.
     50 %, 0.5 and 50 are the same answer where one of them has a percent sign. A unit, or another word, may be left out

@@ -1,6 +1,6 @@
-"""Whether two mathematical expressions are equal, by ``latex2sympy2_extended``, sympy and ``math_verify``.
+"""Symbolic comparison of two mathematical expressions, by ``latex2sympy2_extended``, sympy and ``math_verify``.
 
-The text of a model may take for ever or all memory: these functions run in worker processes only (``grading``), with a
+The text of a model may take forever or all memory: these functions run in worker processes only (``grading``), with a
 time limit. An expression is read as a whole or not at all: the parser's conversion passes over some of what it has parsed
 (the base of 101_2, a prime, a transpose), and two answers that differ there only would be equal.
 """
@@ -33,7 +33,7 @@ _ROUNDED = re.compile(r"[-+]?\d*\.\d+")
 
 
 def symbolically_equal(pairs: list[tuple[str, str]]) -> bool:
-    """Whether the two sides of one of the pairs, an answer and what is expected, are read and equal."""
+    """True if the two sides of one of the pairs, an answer and an expected one, are read and equal."""
     return any(_equal_texts(answer, expected) for answer, expected in pairs)
 
 
@@ -70,7 +70,7 @@ def read_expression(text: str, *, real: bool = True) -> Basic | MatrixBase | Non
 
 
 def _lists(text: str) -> bool:
-    """Whether a comma stands outside all brackets, and not all of the text is bracketed."""
+    """True if a comma stands outside all brackets, and not all of the text is bracketed."""
     depth = 0
     for i, character in enumerate(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
@@ -80,7 +80,7 @@ def _lists(text: str) -> bool:
 
 
 def _passed_over(node: Any) -> bool:
-    """Whether the conversion of a parse tree would pass over a part of it, or take it for another thing."""
+    """True if the conversion of a parse tree would pass over a part of it, or take it for another thing."""
     kind = type(node).__name__.removesuffix("Context")
     text = node.getText()
     if kind in ("Transpose", "Degree", "Eval_at", "Dot_product", "Elementary_transforms"):
@@ -121,7 +121,7 @@ def _function_passed_over(node: Any) -> bool:
 
 
 def _juxtaposed(parts: list[str]) -> bool:
-    """Whether two numbers stand side by side that are no mixed number: "3(4)" is read as 3 + 4."""
+    """True if two numbers stand side by side that are not a mixed number: "3(4)" is read as 3 + 4."""
     number = re.compile(r"[({]*\s*(?:\d+(?:\.\d+)?|\d+/\d+|\\frac\{\d+\}\{\d+\})\s*[)}]*")
     for left, right in itertools.pairwise(parts):
         mixed = left.isdigit() and re.fullmatch(r"\\frac\{\d+\}\{\d+\}", right)
@@ -176,7 +176,7 @@ def _assigned(x: Any) -> Any:
 
 
 def _equal_sets(left: list[Any], right: list[Any]) -> bool:
-    """Whether each element has a partner of its own."""
+    """True if each element has its own partner."""
     if len(left) != len(right) or len(left) > MOST_ELEMENTS:
         return False
     rest = list(right)
@@ -220,7 +220,7 @@ def _equal_numbers(x: Any, y: Any) -> bool:
 
 
 def _rounds_to(decimal: Any, value: Any) -> bool:
-    """Whether a decimal of four or more significant digits is a number, rounded."""
+    """True if a decimal of four or more significant digits is a number, rounded."""
     if not isinstance(decimal, Float):
         return False
     exact = Rational(str(decimal))

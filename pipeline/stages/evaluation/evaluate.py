@@ -138,7 +138,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     Raises:
         ConfigError: ``whom`` names somebody who is not in ``WHO``.
         TropdError: the student after training is asked for, and training is not finished.
-        DamagedShardError: that student is not the one that training wrote; or a file of an earlier evaluation is damaged.
+        DamagedShardError: that student is not the one training wrote; or a file of an earlier evaluation is damaged.
     """
     for who in whom:
         if who not in WHO:
@@ -323,7 +323,7 @@ def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_
 
 def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
     """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics; and
-    distances to the teacher. Where no problem has an answer, accuracy is None, and there is no avg@n."""
+    distances to the teacher. Where no problem has an answer, accuracy is None, without avg@n."""
     accuracy: dict[str, dict[str, float | None]] = {}
     sampled: dict[str, dict[str, Any]] = {}
     for name, settings in run.config.evaluation_sets.items():

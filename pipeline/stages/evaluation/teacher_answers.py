@@ -1,4 +1,4 @@
-"""Answers about responses of a teacher that is no model in this process: its log-probs, and its likeliest tokens."""
+"""Answers of a teacher outside this process's models about responses: its log-probs, and its likeliest tokens."""
 
 from __future__ import annotations
 

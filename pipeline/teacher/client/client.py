@@ -108,7 +108,7 @@ class TeacherClient:
         """The teacher's identity (asked once), and the limits that all servers that have answered accept.
 
         Raises:
-            TropdError: none answers, one is no scoring server, or they have different teachers.
+            TropdError: none answers, one is not a scoring server, or they have different teachers.
         """
         if not self._replicas.infos:
             if len(self.replicas) > 1:

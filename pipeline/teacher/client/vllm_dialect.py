@@ -62,7 +62,7 @@ class VllmDialect:
 
     @staticmethod
     def find(exchange: Exchange) -> VllmDialect | None:
-        """The server behind an exchange, with its limits; None if it is no vLLM server."""
+        """The server behind an exchange, with its limits; None if it is not a vLLM server."""
         response = exchange.ask("GET", "/v1/models")
         try:
             card = response.json()["data"][0]

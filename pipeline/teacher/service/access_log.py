@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass
 class Timing:
-    """Where the time of a request went, in milliseconds; filled in by the code that does the work."""
+    """Times of a request's parts, in milliseconds; filled in by the code that does the work."""
 
     queue_ms: float | None = None
     """From its arrival in the queue to the start of its batch."""

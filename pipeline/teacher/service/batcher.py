@@ -85,7 +85,7 @@ class Batcher:
         return self._waiting
 
     def submit(self, request: ScoreRequest, timing: Timing | None = None) -> Future[ScoreResponse]:
-        """Queue a request. ``timing`` is filled in before its answer is there.
+        """Queue a request. ``timing`` is filled in before its answer is ready.
 
         Raises:
             QueueFullError: it does not fit beside what is waiting already. An empty queue takes any request.

@@ -40,7 +40,7 @@ def run_service(
         access_log: called with every request.
 
     Raises:
-        ConfigError: the address is not loopback and there is no token, or it cannot be had.
+        ConfigError: the address is not loopback and no token is set, or it is not available.
         TropdError: the self-test failed.
     """
     check_address(settings.host, token)

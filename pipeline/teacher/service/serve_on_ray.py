@@ -32,7 +32,7 @@ def serve_on_ray(run: Run, on_ready: Callable[[str], None], replicas: int) -> No
     """Deploy the service, and keep it up until SIGTERM or SIGINT.
 
     Raises:
-        ConfigError: Ray Serve is not installed, or the address is not loopback and there is no token.
+        ConfigError: Ray Serve is not installed, or the address is not loopback and no token is set.
         TropdError: no replica passes its self-test.
     """
     settings = run.config.service

@@ -130,7 +130,7 @@ def required(place: int | None) -> int:
     """A field's place.
 
     Raises:
-        ValueError: there is no such field.
+        ValueError: no such field exists.
     """
     if place is None:
         raise ValueError("a field is missing")

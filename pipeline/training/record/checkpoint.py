@@ -2,7 +2,7 @@
 
 Random numbers, data order, learning rate and guidance are functions of the step, so the step is all their state; rows
 that older weights have rolled out for the next step are kept with it. A copy of the state is written in a thread,
-while training goes on. Each process writes its own part of what is sharded; a run may go on with another number.
+while training continues. Each process writes its own part of sharded tensors; a run may resume with another number.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _bytes(item: WriteItem) -> int:
 
 
 def _offsets(items: list[WriteItem]) -> str:
-    """Where in the whole tensors these parts begin, as torch's reader expects it."""
+    """Places in the whole tensors where these parts begin, as torch's reader expects it."""
     found = {}
     for item in items:
         assert item.tensor_data is not None

@@ -84,7 +84,7 @@ def _process_engine(
     autocast: torch.dtype | None,
     gather: Callable[[], None],
 ) -> Rolling:
-    """As ``rollout_engine``, in a process beside the one that trains."""
+    """Like ``rollout_engine``, in a process beside the one that trains."""
     state = merged_state(whole_model)
     build = partial(
         _sampling_engine,

@@ -44,7 +44,7 @@ def seed(step_seed: int, rank: int, micro_batch: int) -> None:
 
 
 def is_random(model: Any) -> bool:
-    """Whether two passes over a few tokens in training mode differ by more than rounding."""
+    """True if two passes over a few tokens in training mode differ by more than rounding."""
     vocab = model.get_output_embeddings().weight.shape[0]
     ids = ((torch.arange(8, device=model.device) * 7 + 1) % vocab).unsqueeze(0)
 

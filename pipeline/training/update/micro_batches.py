@@ -64,7 +64,7 @@ class RaggedTopk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each row's tokens are in the step's flat numbering."""
+    """Places of each row's tokens in the step's flat numbering."""
 
     rows: Sequence[Row]
     guided: bool

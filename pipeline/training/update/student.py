@@ -68,7 +68,7 @@ class StudentPass(torch.nn.Module):
 
 
 def _packing(model: Any, precision: torch.dtype | None) -> Packing:
-    """How a model takes rows one after another that only their positions separate; found by trying."""
+    """The packing in which a model keeps rows apart by their positions alone; found by trying."""
     for packing, lines in (("lines", 2), ("one line", 1)):
         tells = _tells_rows_apart(model, lines, None)
         if tells is None:  # flash attention exists in half precision only
