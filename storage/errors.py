@@ -59,7 +59,7 @@ class DiskError(TropdError):
 
 
 class DiskFullError(DiskError):
-    """There is no room (or no quota) left for a file."""
+    """No room (or no quota) is left for a file."""
 
 
 class MemoryFullError(TropdError):

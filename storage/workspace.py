@@ -115,7 +115,7 @@ class Workspace:
         """The date that chat templates write in this workspace, if it was fixed here.
 
         Raises:
-            WorkspaceVersionError: the text written there is no date.
+            WorkspaceVersionError: the text written there is not a date.
         """
         kept = self._marker().get(TEMPLATE_DATE)
         try:

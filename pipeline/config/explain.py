@@ -39,7 +39,7 @@ def explain(resolved: ResolvedConfig, path: str) -> list[FieldInfo]:
         now, names = renamed(tuple(path.split("."))), [f.path for f in everything]
         advice = f"it is {now} now; " if now is not None else closest(path, names)
         raise ConfigError(
-            f"there is no configuration field {path!r}", hint=f"{advice}tropd config show lists all"
+            f"configuration field {path!r} does not exist", hint=f"{advice}tropd config show lists all"
         )
     return found
 

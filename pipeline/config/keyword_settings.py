@@ -24,7 +24,7 @@ def with_settings(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"{path}: {section} is no section")
+                raise ConfigError(f"{path}: {section} is not a section")
         place[name] = value
     return {name: section for name, section in merged.items() if section != {}}
 
@@ -67,5 +67,5 @@ def _plain(path: str, value: Any) -> Any:
         tomlkit.item(value)
     except (TypeError, ValueError) as error:
         hint = "omit it for the default" if value is None else "give a number, a text, a list or a dictionary"
-        raise ConfigError(f"{path} = {value!r} is no setting: {error}", hint=hint) from None
+        raise ConfigError(f"{path} = {value!r} is not a setting: {error}", hint=hint) from None
     return value

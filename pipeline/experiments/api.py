@@ -32,7 +32,7 @@ from tropd.storage.errors import ConfigError
 from tropd.storage.stage.manifest import Manifest, holds_output
 from tropd.storage.workspace import METRICS, Workspace
 
-if TYPE_CHECKING:  # PyTorch is loaded when there is a run to make, not before
+if TYPE_CHECKING:  # PyTorch is loaded only when a run is made
     import pyarrow as pa
 
     from tropd.pipeline.run.run import Run
@@ -224,7 +224,7 @@ def open_run(
         settings: override the workspace's config.toml, as ``--set`` does.
 
     Raises:
-        ConfigError: it is no workspace, or its configuration cannot be used.
+        ConfigError: it is not a workspace, or its configuration cannot be used.
     """
     run = load_run(Path(workspace).expanduser(), as_assignments(settings), reporter or default_reporter())
     return Distillation(run)

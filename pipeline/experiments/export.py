@@ -26,7 +26,7 @@ def export_to(run: Run, folder: Path) -> Path:
     """Write the trained student and its card to a folder that does not exist yet, or is empty.
 
     Raises:
-        ConfigError: there is something in it.
+        ConfigError: the folder is not empty.
         TropdError: training is not finished.
         DamagedShardError: the student is not as training left it.
     """
@@ -45,13 +45,13 @@ def push(run: Run, repository: str, *, public: bool = False) -> str:
     The repository is made if it is missing, private unless ``public``; an existing one keeps its visibility.
 
     Raises:
-        ConfigError: the name is none, or there is no token (``HF_TOKEN``, or that of ``hf auth login``).
+        ConfigError: the name is invalid, or no token is set (``HF_TOKEN``, or that of ``hf auth login``).
         TropdError: training is not finished, or the hub refuses.
     """
     from huggingface_hub import HfApi, get_token
 
     if not HUB_NAME.fullmatch(repository):
-        raise ConfigError(f"{repository!r} is no name on the hub", hint="such as owner/name")
+        raise ConfigError(f"{repository!r} is not a name on the hub", hint="such as owner/name")
     token = get_token()
     if token is None:
         raise ConfigError(

@@ -111,7 +111,7 @@ def export_parquet(workspace: Workspace, out: Path) -> int:
     """Write the cache with the trajectories' tokens as one Parquet file of list columns; returns its rows.
 
     Raises:
-        DataError: there is no cache, or it does not belong to the trajectories.
+        DataError: the cache does not exist, or does not belong to the trajectories.
         DamagedShardError: a shard is not what its manifest says.
         DiskError: the disk is full or failing.
     """

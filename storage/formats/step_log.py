@@ -28,7 +28,7 @@ _SEAL = b'"checksum": "'
 
 @dataclass(frozen=True)
 class DamagedLine:
-    """A line that is no record, or not the one that was written."""
+    """A line that is not a record, or not the one that was written."""
 
     number: int
     """Number of the line, from 1."""

@@ -74,7 +74,7 @@ def verify_workspace(workspace: Workspace, stages: Collection[str] = STAGE_NAMES
     """Check the stages; errors first within a stage, in manifest order.
 
     Raises:
-        ConfigError: one of them is no stage; the message lists all stages.
+        ConfigError: one of them is not a stage; the message lists all stages.
     """
     for name in stages:
         stage_kind(name)

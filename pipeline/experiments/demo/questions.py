@@ -188,13 +188,13 @@ def draw_questions(seed: int, count: int, *, held_out: bool) -> list[Question]:
     """Different questions in random order; the held-out ones have answers, so that they can be graded.
 
     Raises:
-        ConfigError: there are not that many.
+        ConfigError: fewer questions exist.
     """
     found = [q for q in all_questions(held_out=held_out) if q.answer is not None or not held_out]
     if count > len(found):
         half = "held-out" if held_out else "training"
         raise ConfigError(
-            f"there are {len(found)} {half} questions, not {count}",
+            f"only {len(found)} {half} questions exist, not {count}",
             hint=f"lower demo.{'eval' if held_out else 'train'}_problems",
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(found))

@@ -17,7 +17,7 @@ from tropd.storage.errors import ConfigError
 OPERATIONS = "+-*"
 HELD_OUT_SHARE = 8  # one problem in eight
 MAX_ANSWER_SHARE = 0.11
-# So many draws in a row without a new problem mean that there is none.
+# After this many draws without a new problem, none is left.
 MOST_REJECTED = 20_000
 
 
@@ -96,7 +96,7 @@ def draw_set(seed: int, count: int, low: int, high: int, *, held_out: bool) -> l
     """Distinct problems in which no answer has more than MAX_ANSWER_SHARE, so that no constant answer scores well.
 
     Raises:
-        ConfigError: there are not that many different problems of this size.
+        ConfigError: fewer different problems of this size exist.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     # Ten digits must be able to fill the set, however small it is.

@@ -243,7 +243,7 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
 def _measured(
     request: Request, draft: Draft, models: Models, lengths: Lengths, device: str, reporter: Reporter
 ) -> Rates | None:
-    """Rates and lengths of this machine's own; None, with a word, where there is no measurement."""
+    """Rates and lengths of this machine's own; None, with a word, without a measurement."""
     size = 4.0 * max(models.teacher.parameters, models.student.parameters)
     if not request.measures:
         draft.notes.append("time: not measured, as asked for")

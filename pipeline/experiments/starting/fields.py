@@ -67,7 +67,7 @@ def sample_records(path: Path) -> list[Mapping[str, Any]]:
     """The first whole records of a file.
 
     Raises:
-        DataError: there are none, or the file cannot be read.
+        DataError: the file has none, or cannot be read.
     """
     if not path.is_file():
         raise DataError(

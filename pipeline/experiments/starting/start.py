@@ -10,10 +10,10 @@ from tropd.storage.workspace import Workspace
 
 
 def refuse_existing(workspace: Workspace) -> None:
-    """Stop if there is a configuration already.
+    """Stop if a configuration exists already.
 
     Raises:
-        ConfigError: there is.
+        ConfigError: one exists.
     """
     if workspace.config_path.exists():
         raise ConfigError(

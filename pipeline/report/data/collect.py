@@ -125,7 +125,7 @@ def _read_samples(
     if unreadable:
         return samples, [f"train: {unreadable} unreadable line(s) in {SAMPLES} are left out"]
     if training is not None and not samples:
-        return samples, [f"train: there is no {SAMPLES}, so there is no acceptance map"]
+        return samples, [f"train: {SAMPLES} does not exist, so the acceptance map is missing"]
     there = {sample.step for sample in samples}
     missing = [step for step in steps_with_samples(manifest) if step not in there] if manifest else []
     return samples, [f"train: {SAMPLES} has no record of step {spans(missing)}"] if missing else []
@@ -233,7 +233,7 @@ def _missing_results(
     states = {stage.name: stage.state for stage in stages}
     lines: list[str] = []
     if training is None and (trained or states.get("train") in ("complete", "damaged")):
-        lines.append(f"train: there is no step in {METRICS}, so there are no curves")
+        lines.append(f"train: {METRICS} has no step, so the curves are missing")
     if states.get("eval") != "not started":
         for who in EVALUATED if evaluation.graded or not evaluation.compared else ():
             modes = [mode for mode in MODES if evaluation.accuracy(who, mode) is None]  # type: ignore[arg-type]

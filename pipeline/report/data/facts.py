@@ -1,6 +1,6 @@
 """Content of a report, as data: the page is drawn from this, and ``tropd report --json`` prints it.
 
-A number that is not known is null, never zero. There is no clock in here: equal workspaces on one machine
+A number that is not known is null, never zero. No clock is in here: equal workspaces on one machine
 give equal reports.
 """
 

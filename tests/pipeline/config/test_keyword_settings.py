@@ -38,8 +38,8 @@ def test_a_path_is_its_text() -> None:
     ("settings", "words"),
     [
         ({"train": {"steps": 3}, "train.steps": 4}, "train.steps is given twice"),
-        ({"train.steps": None}, "train.steps = None is no setting"),
-        ({"train.steps": object()}, "is no setting"),
+        ({"train.steps": None}, "train.steps = None is not a setting"),
+        ({"train.steps": object()}, "is not a setting"),
     ],
 )
 def test_what_no_configuration_can_have_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -49,5 +49,5 @@ def test_what_no_configuration_can_have_is_refused(settings: dict[str, Any], wor
 
 
 def test_a_setting_inside_a_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match="steps is no section"):
+    with pytest.raises(ConfigError, match="steps is not a section"):
         with_settings({}, {"train.steps": 3, "train.steps.more": 4})

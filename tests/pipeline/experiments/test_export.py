@@ -174,7 +174,7 @@ def test_a_push_needs_a_token_a_name_and_a_network(trained: Run, monkeypatch: py
     with pytest.raises(ConfigError, match="needs a token") as caught:
         push(trained, "me/student")
     assert "HF_TOKEN" in str(caught.value.hint)
-    with pytest.raises(ConfigError, match="no name on the hub"):
+    with pytest.raises(ConfigError, match="not a name on the hub"):
         push(trained, "student")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda token: Hub(token, fail=True))

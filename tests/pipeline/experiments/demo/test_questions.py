@@ -33,6 +33,6 @@ def test_held_out_questions_have_answers() -> None:
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ConfigError, match="held-out questions, not 1000") as caught:
+    with pytest.raises(ConfigError, match="held-out questions exist, not 1000") as caught:
         draw_questions(0, 1000, held_out=True)
     assert caught.value.hint == "lower demo.eval_problems"
