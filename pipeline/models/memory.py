@@ -22,11 +22,11 @@ def within_memory(what: str, smaller: str) -> Iterator[None]:
     """Name the block's work and the settings that shrink it, if memory ends in it; the innermost block speaks.
 
     Args:
-        what: as a subject: "the step's gradients".
+        what: the work, as a subject: "the step's gradients".
         smaller: the settings to change, as a hint.
 
     Raises:
-        MemoryFullError: instead of whatever the libraries raise, of main or GPU memory, or of threads.
+        MemoryFullError: in place of the libraries' errors, of main or GPU memory, or of threads.
     """
     try:
         yield

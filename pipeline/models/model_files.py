@@ -1,6 +1,6 @@
 """Contents of a model's folder, read without its weights: configuration files, names, shapes and places of tensors.
 
-transformers and vLLM differ in what they read where files are left over or missing. Here both would read the same, or
+transformers and vLLM read different files where some are left over or missing. Here both would read the same, or
 the folder is refused by name.
 """
 
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
     Files under other names (such as the ``consolidated.safetensors`` of some authors) are not read.
 
     Raises:
-        ConfigError: there are none, or it is not clear which they are.
+        ConfigError: none exist, or it is not clear which they are.
         DataError: a file is missing.
     """
     whole, index = folder / WEIGHTS, folder / INDEX

@@ -2,7 +2,7 @@
 
 A teacher stops where it was made to: at the end-of-sequence token of its tokenizer and those of its
 ``generation_config.json``. The student is stopped at these too, besides its own. Where it is a base model and the teacher
-a chat model, it has to learn to end as the teacher does, and its own end must not lead into text that nobody reads. The
+a chat model, it has to learn to end as the teacher does, and its own end must not lead into text nobody reads. The
 teacher scores tokens that end a response like any others, so that the student learns from them which of them to use.
 """
 
@@ -57,7 +57,7 @@ def _own(folder: Path, settings: ModelConfig) -> frozenset[int]:
 
 
 def differing_stops(workspace: Workspace, config: Config, tokenizer: Any) -> str | None:
-    """In words, where student and teacher end their responses at different tokens and nobody has decided it.
+    """In words, where student and teacher end their responses at different tokens and no setting decides.
 
     Args:
         tokenizer: the student's; only texts are taken from it.

@@ -1,7 +1,7 @@
 """The check that a model is whole: each of its tensors is in the folder, in its shape, and nothing else is.
 
-transformers fills what is missing or has another shape with random numbers, and says so in a report that nobody must
-read. Its report is what is checked here, since it knows which tensors a model renames, joins, ties, or can do without.
+transformers fills tensors that are missing or have another shape with random numbers, and says so in a report that is
+easily missed. Its report is checked here, since it knows which tensors a model renames, joins, ties, or can do without.
 It comes with loaded weights; or, at the price of their headers, with a model and tensors that have shapes but no storage.
 """
 

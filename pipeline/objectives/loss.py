@@ -200,7 +200,7 @@ def _student_losses(
     values = _topk_loss(loss, batch.topk)
     importance = _importance(objective, batch) if objective.partition.rule in TOKEN_RULES else None
     if importance is not None:
-        # A divergence over the vocabulary is the same whatever was drawn; that it counts here is not.
+        # A divergence over the vocabulary does not depend on the drawn token; that it counts here does.
         values = values * importance[batch.topk_index]
     return (weights * torch.where(weights != 0, values, torch.zeros_like(values))).sum() + zero
 

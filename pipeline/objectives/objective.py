@@ -53,7 +53,7 @@ def marks(kind: type[Spec]) -> Mapping[str, Mark]:
 
 
 class AllTrusted(Spec):
-    """Every student token is trusted; there are no outliers."""
+    """Every student token is trusted; none is an outlier."""
 
     rule: Literal["all"] = "all"
 

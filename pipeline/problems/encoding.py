@@ -1,6 +1,6 @@
 """Prompts as the token ids that a model reads: template, the tokens around a text, and the date that a template tells.
 
-What decides these ids does not vary from one day or process to the next: a template's ``strftime_now`` says the date that
+These ids do not vary from one day or process to the next: a template's ``strftime_now`` says the date that
 it is given, and a template or tokenizer that encodes one prompt in different ways is refused.
 """
 
@@ -214,7 +214,7 @@ class _Clock:
 
 @contextmanager
 def _clock(date: datetime.date) -> Iterator[_Clock]:
-    """Templates' ``strftime_now`` tells this date.
+    """Make templates' ``strftime_now`` give this date.
 
     It is no argument of templates: these cannot be functions, and ``date_string``, which some take, has a form of its own
     in each.

@@ -1,7 +1,7 @@
 """Reading prompts: files of records, checked one by one before any model is loaded.
 
-A record that cannot be used is a ``Reject`` with its number and a reason. Whoever reads decides what that means:
-``refuse`` stops with all of them named, ``write_rejects`` puts them into a file of their own.
+A record that cannot be used is a ``Reject`` with its number and a reason. The caller decides what that means:
+``refuse`` stops with all of them named, ``write_rejects`` puts them into a separate file.
 """
 
 from __future__ import annotations

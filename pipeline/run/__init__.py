@@ -1,1 +1,1 @@
-"""What all stages share: the run, opening its models, identity, upstream stages, progress, interrupts."""
+"""Shared parts of all stages: the run, opening its models, identity, upstream stages, progress, interrupts."""

@@ -1,6 +1,6 @@
 """Fingerprint fields of a stage's inputs beyond settings and weights: prompts as a model sees them, and its stops.
 
-Fields have names that a refusal can show. Some came with later versions: what was made before has no value for them, and
+Fields have names that a refusal can show. Some came with later versions: earlier output has no value for them, and
 is neither refused nor trusted without a word.
 """
 

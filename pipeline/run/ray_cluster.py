@@ -1,4 +1,4 @@
-"""A cluster of Ray for as long as a block runs: the one that this process is part of, or one of its own."""
+"""A Ray cluster for as long as a block runs: the one that this process is part of, or its own."""
 
 from __future__ import annotations
 

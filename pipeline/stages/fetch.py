@@ -1,7 +1,7 @@
 """Prompts from Hugging Face datasets and local files, mixed into the JSONL files that a run reads (``tropd fetch``).
 
-A run reads files only: what was fetched stays as it was, whatever happens to a dataset on the hub. Beside each file
-``FILE.sources.json`` says what it was made of. Lines of several sources are interleaved evenly, so that any stretch of
+A run reads files only: fetched prompts stay as they were, even if a dataset on the hub changes. Beside each file
+``FILE.sources.json`` records its sources. Lines of several sources are interleaved evenly, so that any stretch of
 the file, such as the first ``data.limit`` lines, holds them in about their shares.
 """
 

@@ -1,6 +1,6 @@
 """Running a stage in shards: find the missing ones, make them here or elsewhere, complete the stage.
 
-A shard depends on the run and on its own number only, so the outputs are the same bytes whoever makes them: this
+A shard depends on the run and on its own number only, so the outputs are the same bytes wherever they are made: in this
 process, the jobs of an array (``--shards i/n``, see ``storage.stage.job_parts``), or workers of Ray (``shards_on_ray``).
 """
 

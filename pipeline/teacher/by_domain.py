@@ -1,6 +1,6 @@
-"""Several teachers: a domain of prompts may have one of its own, ``[[teacher.by_domain]]``; others have ``[teacher]``.
+"""Several teachers: a domain of prompts may have its own, ``[[teacher.by_domain]]``; others have ``[teacher]``.
 
-A run with one teacher is what everything else knows; ``with_only`` makes such a run of each of several.
+All other code knows runs with one teacher; ``with_only`` makes such a run of each of several.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A teacher service in a process of its own, for as long as a training run needs it."""
+"""A teacher service in its own process, for as long as a training run needs it."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class _Training:
 
 
 def train(run: Run, *, force: bool = False) -> Manifest:
-    """Train to the last step, from the newest checkpoint if there is one, and return the finished manifest.
+    """Train to the last step, from the newest checkpoint if one exists, and return the finished manifest.
 
     Raises:
         InterruptedStageError: Ctrl-C or SIGTERM; a checkpoint was written.
@@ -108,7 +108,7 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         prompts = student_prompts(run) if prompts is None else prompts
         stop = StopRequest()
         session = open_session(run, stack, world, prompts, run.reporter.warning, stop.sleep)
-        # Only now: until the first step there is nothing to save, and Ctrl-C ends at once.
+        # Only now: until the first step nothing needs saving, and Ctrl-C ends at once.
         stack.enter_context(stop_on_signal(stop))
         sums = _train_steps(session, stage, stop)
         session.rolling.refresh()

@@ -1,7 +1,7 @@
 """Memory and disk space of a training run, from the models' configurations alone.
 
 Exact are parameters (the model is built without storage), gradients, AdamW's moments and the KV cache. Activations are
-an estimate: what autograd keeps per token of a decoder layer with fused attention, the inputs of its matrix products
+an estimate: autograd's memory per token of a decoder layer with fused attention, the inputs of its matrix products
 and of its non-linear functions.
 """
 

@@ -39,7 +39,7 @@ class Session:
     """Prompts, and the outputs of earlier stages."""
     student: LoadedModel
     passes: StudentPass
-    """The student as it is trained, sharded where there are several processes."""
+    """The student in training, sharded with several processes."""
     rolling: Rolling
     """The engine that rolls out with the student's weights."""
     optimizer: torch.optim.Optimizer

@@ -145,13 +145,13 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
 
 
 def estimate(run: Run, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Measure, and tell the seconds of each stage of a run.
+    """Measure, and estimate the seconds of each stage of a run.
 
     Args:
         prompts: its first training prompts as token ids.
 
     Raises:
-        ConfigError, DataError: models or prompts cannot be read, or there are no prompts.
+        ConfigError, DataError: models or prompts cannot be read, or no prompts exist.
     """
     data = run.config.data
     trained, _ = scan_prompts(run.workspace.resolve(data.prompts), data)

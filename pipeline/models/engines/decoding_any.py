@@ -59,7 +59,7 @@ class ModelDecoder:
     def step(self, draws: Tensor) -> Choice:
         """See ``Decoder.step``."""
         self._length += 1
-        # Rows that are done ride along for a while, and may get ahead of what the model has positions for.
+        # Rows that are done ride along for a while, and may get ahead of the model's last position.
         positions = self._next.clamp(max=self._last_position).unsqueeze(-1)
         self._next = self._next + 1
         return self._choose(self._tokens.unsqueeze(-1), positions, draws)

@@ -20,7 +20,7 @@ def sample_tokens(
 
     Returns:
         Token ids ``[B]``; their log-probs ``[B]`` (float32, full softmax at temperature 1); and their log-probs ``[B]``
-        (float32) under what they were drawn from: at the sampling temperature, renormalized over the nucleus.
+        (float32) under the distribution drawn from: at the sampling temperature, renormalized over the nucleus.
     """
     temperature, top_p = sampling.temperature, sampling.top_p
     logprobs = torch.log_softmax(logits, dim=-1)

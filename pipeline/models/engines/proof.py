@@ -1,7 +1,7 @@
 """The proof of an engine before it is trusted with a model: its log-probs are those of a plain forward pass.
 
-A plain pass is the model on one row by itself: no padding, no mask, no cache. What can go wrong between the two
-depends on the architecture: a cache that does not hold all of a model's state, padding that is read, positions that are
+A plain pass is the model on one row by itself: no padding, no mask, no cache. The possible differences
+depend on the architecture: a cache that does not hold all of a model's state, padding that is read, positions that are
 counted otherwise, attention that looks ahead, positions whose angles depend on the longest row of a batch. So every
 engine tries, on a few rows of its first call, and refuses the model where they differ by more than rounding explains.
 """
@@ -112,7 +112,7 @@ def refusing(name: str) -> Iterator[None]:
     """Turn a failure within the block into a refusal of this model.
 
     Raises:
-        ConfigError: in place of whatever else, except a lack of memory.
+        ConfigError: in place of any other error, except a lack of memory.
     """
     try:
         yield

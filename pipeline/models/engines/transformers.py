@@ -107,7 +107,7 @@ class TransformersEngine:
     # ------------------------------------------------------------------------------------ generate
 
     def prepare(self, sampling: Sampling) -> None:
-        """Compile now what ``generate`` will use, where it is to be compiled."""
+        """Compile now the passes that ``generate`` will use, where compiling is on."""
         if self._compiles and self.is_lean and sampling not in self._prepared:
             with self._inference(None):
                 compiled.prepare(self._lean_model(), sampling)

@@ -318,7 +318,7 @@ class VllmEngine:
 def keep_rows(number: int, model: torch.nn.Module) -> bool:
     """Have a model of vLLM compute no more logits than these: the softmax is over tokens, for samples and for scores.
 
-    vLLM cuts off in this way what it has padded itself. (``allowed_token_ids`` would leave the log-probs those of all
+    vLLM cuts off its own padding in this way. (``allowed_token_ids`` would leave the log-probs those of all
     rows.) Returns whether the model has the layer that does so.
     """
     layers: list[Any] = [

@@ -1,6 +1,6 @@
 """The output layer: logits in float32, whatever the precision of weights and hidden states.
 
-A product in bfloat16 is added up in float32, but what comes out is rounded to 8 bits: logits of 20 to 30 are then off
+A product in bfloat16 is added up in float32, but the result is rounded to 8 bits: logits of 20 to 30 are then off
 by up to 0.06, and so is each log-prob. Here the sums come out as they are. A CPU cannot do that: there this product is in
 float32, and up to three times as slow as it would be. The gradient's products are in the lower precision.
 

@@ -1,6 +1,6 @@
 """Multiple choice: the letter that a response declares, and the letter that a data set's answer field means.
 
-What is declared ("the answer is B", "I think it is (b).", a box) wins over every option that is named elsewhere,
+A declared option ("the answer is B", "I think it is (b).", a box) wins over every option that is named elsewhere,
 and the last declaration over earlier ones. Without one, a letter alone on a line counts, or the only one that the last
 sentence names. Two letters declared together, or a declaration that is taken back, are no answer.
 """

@@ -1,8 +1,8 @@
 """Mathematical answers: finding the final one in a response, and whether it plainly equals the expected one.
 
-What two numbers, times of day or words are is decided here, exactly and at once. Everything else is left to
+Numbers, times of day and words are compared here, exactly and at once. Everything else is left to
 ``symbolic``, which is called in worker processes only; this module imports nothing heavy, so that they start fast.
-What cannot be told is not equal.
+Undecidable pairs are not equal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Symbolic comparison of two mathematical expressions, by ``latex2sympy2_extended``, sympy and ``math_verify``.
 
 The text of a model may take forever or all memory: these functions run in worker processes only (``grading``), with a
-time limit. An expression is read as a whole or not at all: the parser's conversion passes over some of what it has parsed
+time limit. An expression is read as a whole or not at all: the parser's conversion passes over parts of the parsed tree
 (the base of 101_2, a prime, a transpose), and two answers that differ there only would be equal.
 """
 

@@ -136,7 +136,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
     """Evaluate the models that have not been evaluated yet and return the finished manifest.
 
     Raises:
-        ConfigError: ``whom`` names somebody who is not in ``WHO``.
+        ConfigError: ``whom`` has a name that is not in ``WHO``.
         TropdError: the student after training is asked for, and training is not finished.
         DamagedShardError: that student is not the one training wrote; or a file of an earlier evaluation is damaged.
     """

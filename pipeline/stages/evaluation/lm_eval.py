@@ -1,7 +1,7 @@
-"""Benchmarks of EleutherAI's lm-eval harness, run on the models of a run (GPQA, MMLU-Redux, IFEval, code, …).
+"""Benchmarks of EleutherAI's lm-eval harness (GPQA, MMLU-Redux, IFEval, code, …), run on the models of a run.
 
-The harness runs in a process of its own on the student's or teacher's directory, with an engine of its own. A task
-that runs what the model has written (HumanEval, MBPP, …) does so in that process, cut off from every network; where that
+The harness runs in its own process on the student's or teacher's directory, with its own engine. A task that runs
+the model's own code (HumanEval, MBPP, …) does so in that process, cut off from every network; where that
 cannot be done it is refused.
 """
 

@@ -1,7 +1,7 @@
 """Distances of students and their teacher per prompt, in ``distance-<who>.parquet`` of the ``eval`` stage.
 
 A teacher of transformers on this machine is loaded beside the student, for the sums over the vocabulary need both. Of
-another (in vLLM, or a service whose model is not here) everything is asked first, and what vLLM holds is freed.
+another (in vLLM, or a service whose model is not here) everything is asked first, and vLLM's memory is freed.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def token_mean(
 
     Tokens of one problem are alike, so that problems are resampled. The interval is studentized (Efron and Tibshirani
     1993, §12.5, with the standard error of a ratio): KLs are so skewed that percentiles, BCa too, cover 0.86 to 0.92 with
-    16 to 64 problems. Its ends are NaN where there are fewer than three problems.
+    16 to 64 problems. Its ends are NaN with fewer than three problems.
 
     Args:
         bounds: between which such a mean lies.

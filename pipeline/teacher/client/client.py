@@ -41,7 +41,7 @@ class TeacherClient:
     Raises:
         ConfigError: ``url`` is no URL, or ``token`` cannot be sent.
 
-    Counts what was answered: ``requests``, ``seconds`` of waiting for their answers (outages included),
+    Counts answered work: ``requests``, ``seconds`` of waiting for their answers (outages included),
     ``tokens_scored``, ``topk_tokens``, ``bytes_sent``, ``bytes_received``; and ``retries``.
     """
 
@@ -76,7 +76,7 @@ class TeacherClient:
                 httpx.URL(one)
             except httpx.InvalidURL as error:
                 raise ConfigError(f"the teacher's address {one!r} is not a URL: {error}") from error
-        # trust_env is off: a proxy from the environment must not see what goes to a loopback service.
+        # trust_env is off: a proxy from the environment must not see requests to a loopback service.
         self._http = httpx.Client(headers=headers, trust_env=False, transport=transport)
         self._replicas = Replicas(
             urls,

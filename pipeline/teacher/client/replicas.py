@@ -101,7 +101,7 @@ class Replicas:
         """Have ``work`` done by a server, by another one if that fails, until the time is up.
 
         Raises:
-            TropdError: nobody did it in time, a server refused, or all failed at it.
+            TropdError: no server did it in time, a server refused, or all failed at it.
         """
         started = time.monotonic()
         failed: list[Replica] = []

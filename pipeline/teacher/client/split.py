@@ -80,7 +80,7 @@ def side_by_side(
     while len(answers) < len(parts):
         number, answer = done.get()
         if isinstance(answer, BaseException):
-            while not todo.empty():  # nobody wants the rest
+            while not todo.empty():  # the rest is no longer wanted
                 with contextlib.suppress(Empty):
                     todo.get_nowait()
             raise answer

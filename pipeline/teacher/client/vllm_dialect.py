@@ -4,7 +4,7 @@ Such a server knows nothing of partitions, so the regions are drawn on this side
 service uses. The log-probs of the tokens alone are asked for first (``prompt_logprobs`` 0), then alternatives of the
 outliers. Values are raw log-probs at temperature 1.
 
-What it does not give: the entropy, and a hash of its weights.
+It does not give the entropy, nor a hash of its weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class VllmDialect:
     """One vLLM server.
 
     Args:
-        info: what is known of it.
+        info: its known properties.
         model: the name that requests must carry.
         caches: whether it keeps the keys and values of prefixes.
     """
@@ -176,7 +176,7 @@ class VllmDialect:
         return True
 
     def _text(self, exchange: Exchange, ids: list[int]) -> str | None:
-        """The text of token ids, or None where there is no ``/detokenize``."""
+        """The text of token ids, or None where ``/detokenize`` does not exist."""
         body = json.dumps({"model": self._model, "tokens": ids}).encode()
         response = exchange.ask("POST", "/detokenize", body, JSON)
         if response.status_code in (404, 405, 501):

@@ -13,7 +13,7 @@ from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
 
 MAX_PROMPTS = 256
-"""Sequences per request (the server takes 1,024 unless told otherwise)."""
+"""Sequences per request (the server takes 1,024 by default)."""
 MAX_NUMBERS = 1 << 18
 """Token ids and log-probs per request: some 20 MB of JSON."""
 MINUS_INFINITY = -9999.0

@@ -88,13 +88,13 @@ class Batcher:
         """Queue a request. ``timing`` is filled in before its answer is ready.
 
         Raises:
-            QueueFullError: it does not fit beside what is waiting already. An empty queue takes any request.
+            QueueFullError: it does not fit beside the waiting requests. An empty queue takes any request.
             StoppingError: after ``close``.
         """
         tokens = sum(len(item.tokens) for item in request.sequences)
         job = _Job(request, tokens, timing or Timing())
         with self._lock:
-            if self._closed:  # nobody would ever answer
+            if self._closed:  # it would never be answered
                 raise StoppingError("the service is stopping")
             if self._waiting and self._waiting + tokens > self._queue_tokens:
                 raise QueueFullError(
@@ -105,7 +105,7 @@ class Batcher:
         return job.future
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what is queued, then stop; leave it at work if that takes longer than ``timeout`` seconds."""
+        """Finish the queue, then stop; leave the worker running if that takes longer than ``timeout`` seconds."""
         with self._lock:
             self._closed = True
             self._jobs.put(None)

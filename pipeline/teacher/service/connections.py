@@ -1,7 +1,7 @@
-"""Clients that are slow, silent or many: deadlines of the service's connections, and its end whatever they do.
+"""Deadlines of the service's connections against clients that are slow, silent or many, also when it stops.
 
 uvicorn limits only how long a connection may be idle between two requests. Everything else that a client can delay is
-limited here: the header of a request, reading an answer, and how many connections there are. The deadline of a body is
+limited here: the header of a request, reading an answer, and the number of connections. The deadline of a body is
 the application's (``app``), which can say so in an answer.
 """
 

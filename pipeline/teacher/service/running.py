@@ -32,7 +32,7 @@ def run_service(
     exit_with_parent: bool = False,
     access_log: AccessLog = lambda access: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, answering first what is queued, if it takes no longer than ``stop_seconds``.
+    """Serve until SIGTERM or SIGINT, answering the queue first, if it takes no longer than ``stop_seconds``.
 
     Args:
         on_ready: called with the URL once the service answers.

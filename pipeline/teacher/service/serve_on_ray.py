@@ -51,7 +51,7 @@ def serve_on_ray(run: Run, on_ready: Callable[[str], None], replicas: int) -> No
         log = silent.workspace.logs / ACCESS_LOG.replace(".", f".{socket.gethostname()}.", 1)
         return create_app(engine, info, settings, token, open_access_log(log))
 
-    quiet = {"log_level": "WARNING", "enable_access_log": False}  # there is a log of our own
+    quiet = {"log_level": "WARNING", "enable_access_log": False}  # we have our own log
     with ray_cluster(ray), _serving(ray_serve):
         ray_serve.start(http_options={"host": settings.host, "port": port}, logging_config=quiet)
         deployment = ray_serve.deployment(

@@ -46,7 +46,7 @@ def write_stream(columns: Sequence[pa.Array], schema: pa.Schema, options: str) -
 def read_stream(
     data: bytes, schema: pa.Schema, *, max_bytes: int | None = None
 ) -> tuple[pa.RecordBatch, bytes]:
-    """The first batch of a stream, and its options (empty if there are none).
+    """The first batch of a stream, and its options (empty without any).
 
     Args:
         schema: names and types that the columns must have.
@@ -90,7 +90,7 @@ def _decoded_size(data: bytes) -> int:
         raise ValueError(f"a {message.type} where a record batch belongs")
     meta, body = memoryview(message.metadata), memoryview(message.body)
     version = required(field(meta, follow(meta, 0), _MESSAGE_VERSION))
-    # Before V5 a message could also be compressed by what its custom metadata say; Arrow still follows them.
+    # Before V5 a message could also be compressed as its custom metadata say; Arrow still follows them.
     if struct.unpack_from("<h", meta, version)[0] != _METADATA_V5:
         raise ValueError("Arrow metadata of a version other than 5")
     header = field(meta, follow(meta, 0), _MESSAGE_HEADER)
@@ -145,7 +145,7 @@ def list_column(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListA
 
 
 def number_column(values: npt.ArrayLike, kind: pa.DataType) -> pa.Array:
-    """Numbers or booleans as a column. ``pa.array`` would import pandas where there is one: half a second, for nothing.
+    """Numbers or booleans as a column. ``pa.array`` would import an installed pandas: half a second, for nothing.
 
     Raises:
         OverflowError: a value does not fit into an integer of ``kind``.

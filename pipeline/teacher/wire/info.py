@@ -17,7 +17,7 @@ class ServiceInfo(BaseModel):
 
     protocol: int = PROTOCOL_VERSION
     kind: Literal["tropd", "vllm"] = "tropd"
-    """``tropd`` for our service, ``vllm`` for what is known of a vLLM server."""
+    """``tropd`` for our service, ``vllm`` for the known properties of a vLLM server."""
     model: str
     weights: str
     """SHA-256 of the weights (of a vLLM server, which does not report it: ``vllm:`` and the model's place)."""

@@ -1,7 +1,7 @@
 """The wire format of the teacher service: Arrow IPC streams, one record batch per message, one row per sequence.
 
 Options and version travel as JSON in the schema's metadata. Nothing is unpickled; every field is checked, and
-whatever does not fit raises ``ProtocolError`` with the number of the sequence at fault.
+a message that does not fit raises ``ProtocolError`` with the number of the sequence at fault.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
 MAX_TOPK = 1024
-"""Most alternatives per token that may be asked for: what ``objective.k`` may be."""
+"""Most alternatives per token that may be asked for: the bound of ``objective.k``."""
 
 _LIST_F32, _LIST_I32, _LIST_BOOL = pa.list_(pa.float32()), pa.list_(pa.int32()), pa.list_(pa.bool_())
 _REQUEST = pa.schema(

@@ -1,8 +1,8 @@
 """Evaluation along the way, every ``train.evaluate_every`` steps: distance to the teacher, and accuracy.
 
-The distance is what the teacher of training can say: K1 and min(1, π_T/π_S) of the student's responses where a service
+The distance uses answers of the training's teacher: K1 and min(1, π_T/π_S) of the student's responses where a service
 scores them, and the forward KL on the responses that the teacher has written before the first step, with their likeliest
-tokens and the rest. Nothing here changes what is trained.
+tokens and the rest. Nothing here changes the training.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def load_checkpoint(
     tensors, parameters = _model_tensors(model), _trained(model)
     for key, (shape, dtype) in stored_tensors(folder / TENSORS).items():
         if key.startswith("optimizer."):
-            # AdamW makes its state in its first step: until then there is none to fill.
+            # AdamW makes its state in its first step: until then none exists to fill.
             name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
             like = torch.zeros_like(parameters[name]) if shape else torch.zeros((), dtype=dtype)
             optimizer.state[parameters[name]][kind] = tensors[key] = like
@@ -242,7 +242,7 @@ def remove_uncommitted(stage: Stage) -> list[Path]:
     aside. Returns where these are now.
 
     Raises:
-        DamagedShardError: there are several newer ones, which no kill leaves: the manifest is an older version.
+        DamagedShardError: several newer ones exist, which no kill leaves: the manifest is an older version.
     """
     committed = _checkpoints(stage)
     folder = stage.folder / FOLDER

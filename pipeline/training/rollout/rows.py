@@ -51,7 +51,7 @@ class Row:
     sampler_logprobs: Sequence[float]
     """log π_S of ``tokens`` as the sampling engine has it: full softmax, temperature 1."""
     truncated: bool
-    """The response ended by its length, whoever wrote its last token."""
+    """The response ended by its length, in the student's tokens or in the prefix."""
     drawn_logprobs: Sequence[float] | None = None
     """log μ of ``tokens``, of the distribution they were drawn from: at the sampling temperature, renormalized over
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""

@@ -40,7 +40,7 @@ class Rolling:
     checked: Engine | None = None
     """The engine, where it is another than the trainer's and could have other weights."""
     close: Callable[[], None] = lambda: None
-    """End the engine's process, if it has one of its own."""
+    """End the engine's own process, if it has one."""
 
 
 def rollout_engine(

@@ -1,4 +1,4 @@
-"""The student's sampler in a process of its own, so that it samples for the next step while this one trains.
+"""The student's sampler in its own process, so that it samples for the next step while this one trains.
 
 Threads would not do: decoding is many small operations, each of which needs the interpreter. Weights go through shared
 memory; they are written between two calls, and read at the next.

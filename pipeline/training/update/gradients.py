@@ -74,9 +74,9 @@ class StepOutcome:
     student_entropy: Floats
     """``[T]``."""
     overlap: Floats
-    """``[T]`` share of the teacher's alternatives among the student's likeliest; NaN where there are none."""
+    """``[T]`` share of the teacher's alternatives among the student's likeliest; NaN without alternatives."""
     student_topk_mass: Floats
-    """``[T]`` the student's mass on the teacher's alternatives; NaN where there are none."""
+    """``[T]`` the student's mass on the teacher's alternatives; NaN without any."""
     region_gradient_norms: dict[str, float]
     """Norm of each region's own gradient, where asked for."""
 

@@ -1,6 +1,6 @@
 """Low-rank adapters: the student's linear layers stay as they are, and small matrices beside them are trained (peft).
 
-Adapters are put into the model in place, so that everything else sees the model that it knows. What leaves the trainer
+Adapters are put into the model in place, so that all other code sees the model that it knows. Any model that leaves it
 (the exported student, weights for another engine) is merged: W + (α/r)·B·A (Hu et al. 2021, eq. 3). Whether that can be
 done with a model is tried on a few tokens before anything is trained, one layer at a time.
 """

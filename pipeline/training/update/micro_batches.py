@@ -170,7 +170,7 @@ def _micro_batch(
     width = max(sum(len(layout.rows[i].sequence) for i in line) for line in lines)
     ids = np.zeros((len(lines), width), dtype=np.int64)
     mask = np.zeros((len(lines), width), dtype=np.int64)
-    # Padding is a row of its own, at whose tokens nobody looks.
+    # Padding is a separate row, whose tokens are never looked at.
     position_ids = np.tile(np.arange(width), (len(lines), 1))
     rows, columns, is_student, student_tokens, guidance_tokens = [], [], [], [], []
     for b, line in enumerate(lines):

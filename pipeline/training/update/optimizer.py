@@ -35,7 +35,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
 def undecayed(model: Any) -> set[torch.nn.Parameter]:
     """Parameters that weight decay would only harm: of norms, biases, and embeddings (with an output layer that is tied).
 
-    A matrix can shrink without a change of what the model computes where a norm follows; a norm's scale, a bias or the
+    A matrix can shrink without changing the model's output where a norm follows; a norm's scale, a bias or the
     vector of a token that a step does not see cannot.
     """
     found = {

@@ -1,4 +1,4 @@
-"""The student in training: one module from token ids to the log-probs that a loss needs, sharded where there are many.
+"""The student in training: one module from token ids to the log-probs that a loss needs, sharded over many processes.
 
 With one process the model is used as it is. With several, FSDP2 (``fully_shard``) shards weights, gradients and
 optimizer state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
@@ -149,7 +149,7 @@ def check_attention(run: Run, world: World) -> None:
     """Refuse an attention that this machine does not have, before a model is loaded.
 
     Raises:
-        ConfigError: there is no GPU, the package is missing, or the student is float32 or spread over processes.
+        ConfigError: no GPU exists, the package is missing, or the student is float32 or spread over processes.
     """
     attention = run.config.train.attention
     if attention == "auto":

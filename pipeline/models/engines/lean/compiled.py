@@ -1,7 +1,7 @@
 """Models made into machine code by ``torch.compile``: their layers, and the decoding step of ``lean_decoder``.
 
 A tiny model on a CPU gains since a step is some fifty operations, each of which costs more to call than to do; a large
-one since what lies between matrix products becomes one pass over memory. Compiling takes some ten seconds for each use
+one since the work between matrix products becomes one pass over memory. Compiling takes some ten seconds for each use
 of a model; later processes find most of it done in a folder of PyTorch's own.
 
 Sizes that change, such as rows and columns, are symbols in the code, so that it is made once and not for each of them.
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Sizes unlike each other, which the compiler would take for one, and unlike 0 and 1, which it takes for constants.
 ROWS, ROOM, LENGTH = 5, 12, 7
-# Of decoding. What is small is written rather than computed anew at each of its uses, such as queries for each column
+# Of decoding. Small tensors are written rather than recomputed at each use, such as queries for each column
 # of the cache; and the code that calls the kernels is machine code too.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 3, "cpp_wrapper": True}
 # Kinds of use (training, scoring, packed or not, a single row) that one layer, or decoding, may be compiled for.

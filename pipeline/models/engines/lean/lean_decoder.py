@@ -4,7 +4,7 @@ A step of a tiny model costs its framework, not its arithmetic: transformers run
 Mistral, Qwen2 and Qwen3 (RMS norm, rotary positions, grouped queries, gated SiLU) are a dozen operations per layer, done
 here on the model's own weights. ``is_lean`` compares with the model itself before it is trusted; whatever differs is
 left to transformers. The products within layers are in the precision of the weights or in a lower one; norms,
-attention, the output layer and what is added up from layer to layer are float32.
+attention, the output layer and the sums from layer to layer are float32.
 
 Legend: B rows · T new tokens · S tokens so far · H hidden size · D head size.
 """
@@ -162,7 +162,7 @@ class LeanDecoder:
         model = self._model
         ids, mask = left_pad(prompts, self._next.device)
         rows, width = mask.shape
-        # One column is never used: full buffers lie in memory otherwise, and would need other compiled code.
+        # Keep one spare column so the slice is never contiguous: a contiguous buffer would trigger another compile.
         shape = (2, rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
         self._cache = [model.embedding.new_empty(shape, dtype=torch.float32) for _ in model.layers]
         self._length, self._next = width, mask.sum(dim=-1)
