@@ -19,7 +19,7 @@ from tropd.storage.errors import ConfigError
 @pytest.mark.parametrize(
     ("settings", "processes", "message"),
     [
-        ("student.engine = 'vllm'", 2, 'student.engine = "vllm" trains in a single process'),
+        ("student.engine = 'vllm'", 2, 'student.engine = "vllm" currently trains in a single process'),
         ("student.engine = 'vllm'", 1, 'student.engine = "vllm" needs vLLM'),
         ("train.region_gradients = true", 2, "train.region_gradients needs a single process"),
         ("student.lora = { rank = 2 }", 1, "student.lora needs peft"),
