@@ -1,4 +1,4 @@
-"""Stopping between two steps: Ctrl-C and SIGTERM ask, the loop saves a checkpoint and ends."""
+"""Stopping between two steps: on Ctrl-C or SIGTERM the loop saves a checkpoint and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mathematical answers: finding the final one in a response, and whether it plainly equals the expected one.
+"""Mathematical answers: find the final one in a response, and compare it with the expected one where that is plain.
 
 Numbers, times of day and words are compared here, exactly and at once. Everything else is left to
 ``symbolic``, which is called in worker processes only; this module imports nothing heavy, so that they start fast.

@@ -1,4 +1,4 @@
-"""How far student and teacher are apart, per token: KL from a response's author to the other, and acceptance.
+"""Distances of student and teacher per token: KL from a response's author to the other, and acceptance.
 
 Of a position with the distributions p of the writer and q of the other, exactly over all tokens: KL(p‖q) =
 Σ_v p(v)·[log p(v) - log q(v)] and acceptance Σ_v min(p(v), q(v)), which is 1 less their total-variation distance. On the

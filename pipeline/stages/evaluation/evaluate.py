@@ -1,5 +1,4 @@
-"""The ``evaluate`` stage: accuracy on held-out problems of the student before and after, and of the teacher; and how far
-the students are from the teacher.
+"""The ``evaluate`` stage: accuracy of students and teacher on held-out problems, and their distances.
 
 The problems of ``[evaluation]`` that have an answer are answered once by greedy decoding and n times by sampling, in
 ``part-<who>.parquet``; those of each benchmark n times by sampling, in ``<benchmark>/part-<who>.parquet``. While a model

@@ -1,4 +1,4 @@
-"""Answers of a teacher outside this process's models about responses: its log-probs, and its likeliest tokens."""
+"""Scores of responses by a teacher that is not a model in this process: log-probs, and likeliest tokens."""
 
 from __future__ import annotations
 

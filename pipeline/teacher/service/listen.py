@@ -1,4 +1,4 @@
-"""The address of the teacher service: which ones are allowed, and its socket."""
+"""The address of the teacher service, checked, and its socket."""
 
 from __future__ import annotations
 

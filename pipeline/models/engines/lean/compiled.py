@@ -1,4 +1,4 @@
-"""Models made into machine code by ``torch.compile``: their layers, and the decoding step of ``lean_decoder``.
+"""Models compiled by ``torch.compile``: their layers, and the decoding step of ``lean_decoder``.
 
 A tiny model on a CPU gains since a step is some fifty operations, each of which costs more to call than to do; a large
 one since the work between matrix products becomes one pass over memory. Compiling takes some ten seconds for each use
