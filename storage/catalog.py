@@ -290,7 +290,7 @@ def _tokens(workspace: Workspace) -> Iterator[pa.RecordBatch]:
                         pa.array(np.arange(len(rows)) - starts, pa.int32()),
                         batch["tokens"].flatten(),
                         batch["sampled_logprobs"].flatten(),
-                        pa.array(topk.sampled[first:last]) if topk else nothing.cast(pa.float32()),
+                        pa.array(topk.teacher_logprobs[first:last]) if topk else nothing.cast(pa.float32()),
                         pa.array(topk.counts[first:last], pa.int32()) if topk else nothing.cast(pa.int32()),
                         pa.array(topk.tail[first:last]) if topk else nothing.cast(pa.float32()),
                     ],

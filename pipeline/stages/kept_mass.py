@@ -29,10 +29,10 @@ def needed_alternatives(engine: Engine, rows: Sequence[Trajectory], wanted: floa
     each = max(1, POSITIONS // max(len(chosen), 1))
 
     def some(
-        index: int, sampled: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
+        index: int, token_logprobs: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
     ) -> npt.NDArray[np.bool_]:
-        where = np.zeros(len(sampled), dtype=np.bool_)
-        where[np.linspace(0, len(sampled) - 1, min(each, len(sampled))).astype(int)] = True
+        where = np.zeros(len(token_logprobs), dtype=np.bool_)
+        where[np.linspace(0, len(token_logprobs) - 1, min(each, len(token_logprobs))).astype(int)] = True
         return where
 
     sequences = [[*row.prompt_tokens, *row.tokens] for row in chosen]

@@ -178,14 +178,14 @@ def _score(engine: Engine, rows: Sequence[Trajectory], k: int, mass: float) -> T
     return prune(
         np.concatenate([s.topk_ids for s in scores]),
         np.concatenate([s.topk_logprobs for s in scores]),
-        np.concatenate([s.sampled for s in scores]),
+        np.concatenate([s.token_logprobs for s in scores]),
         [len(row.tokens) for row in rows],
         mass=mass,
     )
 
 
 def _check(row: Trajectory, scored: SequenceScores) -> None:
-    for values in (scored.sampled, scored.topk_logprobs):
+    for values in (scored.token_logprobs, scored.topk_logprobs):
         if not are_logprobs(values):
             raise TropdError(
                 f"the teacher gives NaN or positive log-probs for prompt {row.prompt_id!r}, "
@@ -200,7 +200,7 @@ def _write_rows(path: Path, keys: Sequence[tuple[str, int]], data: TopK) -> None
         [
             pa.array([prompt_id for prompt_id, _ in keys], pa.string()),
             pa.array([sample for _, sample in keys], pa.int32()),
-            pa.ListArray.from_arrays(offsets, pa.array(data.sampled)),
+            pa.ListArray.from_arrays(offsets, pa.array(data.teacher_logprobs)),
         ],
         schema=ROWS_SCHEMA,
     )

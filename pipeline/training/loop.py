@@ -167,7 +167,7 @@ def _update(training: _Training, step: int, prepared: Prepared) -> Record:
         with training.timeline.span("train", step), within_memory("the gradients of a step", _SMALLER):
             outcome, norm = _gradient(session, inputs)
     except NonFiniteError as error:
-        raise stopped(session, step, inputs.rows, inputs.teacher.logprobs, str(error)) from error
+        raise stopped(session, step, inputs.rows, inputs.teacher.teacher_logprobs, str(error)) from error
     check_engine(session, step, inputs, outcome)
     training.journal.sample(step, inputs)
     learning_rate = learning_rate_at(config, step)

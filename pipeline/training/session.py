@@ -104,7 +104,7 @@ class Session:
             return reference.score([r.sequence for r in share], [len(r.context) for r in share])
 
         scores = self.aside.spread(written, score)
-        return np.concatenate([s.sampled for s in scores]) if scores else np.zeros(0, dtype=np.float32)
+        return np.concatenate([s.token_logprobs for s in scores]) if scores else np.zeros(0, dtype=np.float32)
 
     def guidance_topk(self, rows: list[Row]) -> RaggedTopk | None:
         """Cached alternatives of the step's prefix tokens, if the objective learns from them."""

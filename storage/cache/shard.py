@@ -2,23 +2,23 @@
 
 ``TopK`` is a shard in memory, the tokens of all rows concatenated in row order:
 
-===========  ========================  ==========================================================
-array        dtype, length             content
-===========  ========================  ==========================================================
-offsets      int64[rows + 1]           tokens of row r are offsets[r] : offsets[r + 1]
-counts       uint16[tokens]            alternatives kept at a token
-ids          int32[Σ counts]           their token ids
-logprobs     float16[Σ counts]         their natural log-probs, descending within a token
-tail         float32[tokens]           log of the probability mass that was not kept (-inf if none)
-sampled      float32[tokens]           log-prob of the token that the trajectory has
-===========  ========================  ==========================================================
+================  ========================  ==========================================================
+array             dtype, length             content
+================  ========================  ==========================================================
+offsets           int64[rows + 1]           tokens of row r are offsets[r] : offsets[r + 1]
+counts            uint16[tokens]            alternatives kept at a token
+ids               int32[Σ counts]           their token ids
+logprobs          float16[Σ counts]         their natural log-probs, descending within a token
+tail              float32[tokens]           log of the probability mass that was not kept (-inf if none)
+teacher_logprobs  float32[tokens]           log-prob of the token that the trajectory has
+================  ========================  ==========================================================
 
 As many alternatives are kept as reach the mass, at most k. ``tail`` is computed from the rounded (float16)
 log-probs, so that stored kept and tail mass add up to one. Of equal log-probs the lower id is first.
 
-On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` and, encoded as
-``topk_encoding`` describes, ``id_gaps``, ``codes`` and ``ceilings``. Each array is one file (Zarr's sharding codec) of
-compressed chunks with a checksum each.
+On disk a shard is a Zarr v3 group with ``offsets``, ``counts``, ``tail``, ``sampled`` (the ``teacher_logprobs``) and,
+encoded as ``topk_encoding`` describes, ``id_gaps``, ``codes`` and ``ceilings``. Each array is one file (Zarr's sharding
+codec) of compressed chunks with a checksum each.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "ids": np.int32,
     "logprobs": np.float16,
     "tail": np.float32,
-    "sampled": np.float32,
+    "teacher_logprobs": np.float32,
 }
 
 
@@ -72,7 +72,7 @@ class TopK:
     ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float16]
     tail: npt.NDArray[np.float32]
-    sampled: npt.NDArray[np.float32]
+    teacher_logprobs: npt.NDArray[np.float32]
 
     @property
     def num_rows(self) -> int:
@@ -94,14 +94,14 @@ class TopK:
             ids=self.ids[low:high],
             logprobs=self.logprobs[low:high],
             tail=self.tail[first:last],
-            sampled=self.sampled[first:last],
+            teacher_logprobs=self.teacher_logprobs[first:last],
         )
 
 
 def prune(
     ids: npt.NDArray[np.int32],
     logprobs: npt.NDArray[np.float32],
-    sampled: npt.NDArray[np.float32],
+    teacher_logprobs: npt.NDArray[np.float32],
     row_lengths: Sequence[int],
     *,
     mass: float,
@@ -110,19 +110,23 @@ def prune(
 
     Args:
         ids, logprobs: ``[tokens, k]``, log-probs descending along the last axis.
-        sampled: ``[tokens]`` log-prob of the trajectory's own token.
+        teacher_logprobs: ``[tokens]`` log-prob of the trajectory's own token.
         row_lengths: tokens per row; their sum is ``tokens``.
         mass: in (0, 1].
 
     Raises:
         ValueError: shapes do not fit, log-probs are NaN, positive or not descending.
     """
-    if logprobs.shape != ids.shape or len(ids) != len(sampled) or sum(row_lengths) != len(sampled):
+    if (
+        logprobs.shape != ids.shape
+        or len(ids) != len(teacher_logprobs)
+        or sum(row_lengths) != len(teacher_logprobs)
+    ):
         raise ValueError(
-            f"ids {ids.shape}, logprobs {logprobs.shape}, sampled {sampled.shape} and rows of "
+            f"ids {ids.shape}, logprobs {logprobs.shape}, teacher_logprobs {teacher_logprobs.shape} and rows of "
             f"{sum(row_lengths)} tokens in all do not fit together"
         )
-    if not (are_logprobs(sampled) and are_logprobs(logprobs)):
+    if not (are_logprobs(teacher_logprobs) and are_logprobs(logprobs)):
         raise ValueError("a teacher log-prob is NaN or positive")  # never stored as if it were an answer
     if (logprobs[:, 1:] > logprobs[:, :-1]).any():
         raise ValueError("log-probs are not descending")
@@ -137,7 +141,7 @@ def prune(
         ids=canonical_ids(counts, ids[keep].astype(np.int32), kept),
         logprobs=kept,
         tail=tail.astype(np.float32),
-        sampled=sampled.astype(np.float32),
+        teacher_logprobs=teacher_logprobs.astype(np.float32),
     )
 
 
@@ -185,7 +189,7 @@ def write_topk(path: Path, data: TopK, *, precision: Precision = "float16") -> N
     if problems := check_invariants(data):
         raise ValueError(f"{path} is not written: {'; '.join(problems)}")
     arrays: Arrays = {"offsets": data.offsets, "counts": data.counts}
-    arrays |= encode(data.counts, data.ids, data.logprobs, data.tail, data.sampled, precision)
+    arrays |= encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
     with atomic_directory(path) as temporary:
         group = zarr.create_group(store=temporary, zarr_format=3)
         group.attrs.update({"tropd.schema_version": SCHEMA_VERSION, "tropd.precision": precision})
@@ -252,7 +256,7 @@ def _wrong_lengths(
 ) -> list[str]:
     """Arrays whose length does not follow from the offsets and counts."""
     tokens, alternatives = len(counts), int(counts.sum(dtype=np.int64))
-    expected = dict.fromkeys(("ceilings", "tail", "sampled"), tokens)
+    expected = dict.fromkeys(("ceilings", "tail", "sampled", "teacher_logprobs"), tokens)
     expected |= dict.fromkeys(("ids", "logprobs", "id_gaps", "codes"), alternatives)
     problems = [
         f"{name} has {len(values)} entries, {expected[name]} are expected"
@@ -274,7 +278,7 @@ def check_invariants(data: TopK, *, vocab_size: int | None = None) -> list[str]:
         return problems
     problems = [
         f"{name} has NaN or positive log-probs"
-        for name in ("logprobs", "tail", "sampled")
+        for name in ("logprobs", "tail", "teacher_logprobs")
         if not are_logprobs(getattr(data, name))
     ]
     if len(data.ids) and (data.ids.min() < 0 or (vocab_size is not None and data.ids.max() >= vocab_size)):

@@ -171,7 +171,7 @@ def _export_batches(data: TopK, table: TrajectoryTable) -> Iterator[pa.RecordBat
             pa.array(table.ids[low:high], pa.string()),
             pa.array(table.samples[low:high], pa.int32()),
             _lists(offsets, pa.array(table.tokens[tokens])),
-            _lists(offsets, pa.array(data.sampled[tokens])),
+            _lists(offsets, pa.array(data.teacher_logprobs[tokens])),
             _lists(offsets, pa.array(data.tail[tokens])),
             _lists(offsets, _lists(inner, pa.array(data.ids[kept]))),
             _lists(offsets, _lists(inner, pa.array(data.logprobs[kept].astype(np.float32)))),

@@ -73,7 +73,7 @@ def encode(
     ids: npt.NDArray[np.int32],
     logprobs: npt.NDArray[np.float16],
     tail: npt.NDArray[np.float32],
-    sampled: npt.NDArray[np.float32],
+    teacher_logprobs: npt.NDArray[np.float32],
     precision: Precision,
 ) -> Arrays:
     """``id_gaps``, ``codes`` (``[Σ counts]``), ``ceilings``, ``tail`` and ``sampled`` (``[tokens]``) as stored."""
@@ -98,12 +98,13 @@ def encode(
         "codes": codes.astype(code),
         "ceilings": ceilings.astype(code),
         "tail": tail.astype(small),
-        "sampled": sampled.astype(small),
+        "sampled": teacher_logprobs.astype(small),
     }
 
 
 def decode(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision: Precision) -> Arrays:
-    """``ids`` int32, ``logprobs`` float16 (descending per token, equal ones by id), ``tail``, ``sampled`` float32.
+    """``ids`` int32, ``logprobs`` float16 (descending per token, equal ones by id), ``tail`` and ``teacher_logprobs``
+    float32.
 
     Raises:
         ValueError: values that no encoder writes.
@@ -137,7 +138,7 @@ def decode(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision:
         "ids": ids,
         "logprobs": logprobs,
         "tail": tail,
-        "sampled": arrays["sampled"].astype(np.float32),
+        "teacher_logprobs": arrays["sampled"].astype(np.float32),
     }
 
 

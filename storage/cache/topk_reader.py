@@ -46,7 +46,8 @@ class _Decoded:
     @property
     def num_bytes(self) -> int:
         arrays = (
-            getattr(self.data, name) for name in ("offsets", "counts", "ids", "logprobs", "tail", "sampled")
+            getattr(self.data, name)
+            for name in ("offsets", "counts", "ids", "logprobs", "tail", "teacher_logprobs")
         )
         return sum(a.nbytes for a in arrays) + self.firsts.nbytes
 
@@ -65,7 +66,7 @@ class _Decoded:
             ids=data.ids[kept],
             logprobs=data.logprobs[kept],
             tail=data.tail[first:last],
-            sampled=data.sampled[first:last],
+            teacher_logprobs=data.teacher_logprobs[first:last],
         )
 
 

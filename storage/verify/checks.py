@@ -115,7 +115,7 @@ def _against_trajectories(data: TopK, table: TrajectoryTable, coarse: bool) -> l
     token_of = np.repeat(np.arange(data.num_tokens), data.counts)
     is_sampled = data.ids == table.tokens[token_of]
     kept = data.logprobs.astype(np.float64)
-    sampled = data.sampled.astype(np.float64)
+    sampled = data.teacher_logprobs.astype(np.float64)
     if coarse:
         sampled = np.maximum(sampled, -RANGE)
     entropy = np.zeros(data.num_tokens)

@@ -85,7 +85,7 @@ def candidates(data: TopK) -> dict[str, dict[str, np.ndarray]]:
     linear = np.minimum(np.rint(-logprobs.astype(np.float32) * 16), 255).astype(np.uint8)
     found["int32 ids, linear 1/16 nat, by log-prob"] = {"ids": ids, "logprobs": linear}
     for precision in ("float16", "q8"):
-        arrays = encode(counts, ids, logprobs, data.tail, data.sampled, precision)  # type: ignore[arg-type]
+        arrays = encode(counts, ids, logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
         absolute = np.repeat(arrays["ceilings"], counts) - arrays["codes"]
         found[f"id gaps, {precision} absolute, by id"] = {"ids": arrays["id_gaps"], "logprobs": absolute}
         found[f"id gaps, {precision}, by id (chosen)"] = {
@@ -99,14 +99,14 @@ def candidates(data: TopK) -> dict[str, dict[str, np.ndarray]]:
 def compare_encodings(data: TopK) -> None:
     rest = sum(
         sum(map(len, compressed(values)))
-        for values in (data.counts, data.tail, data.sampled, np.diff(data.offsets))
+        for values in (data.counts, data.tail, data.teacher_logprobs, np.diff(data.offsets))
     )
     small = sum(
         sum(map(len, compressed(values)))
         for values in (
             data.counts,
             data.tail.astype(np.float16),
-            data.sampled.astype(np.float16),
+            data.teacher_logprobs.astype(np.float16),
             np.diff(data.offsets),
         )
     )
@@ -127,7 +127,7 @@ def compare_encodings(data: TopK) -> None:
 def compare_compression(data: TopK) -> None:
     rows = []
     for precision in ("float16", "q8"):
-        arrays = encode(data.counts, data.ids, data.logprobs, data.tail, data.sampled, precision)  # type: ignore[arg-type]
+        arrays = encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
         names = ("id_gaps", "codes") if precision == "float16" else ("codes",)
         for name in names:
             for label, shuffle in (("none", 0), ("byte", 1), ("bit", 2)):
@@ -199,7 +199,7 @@ def errors(name: str, text: dict[str, np.ndarray]) -> list[list[Any]]:
         ]
     ]
     for precision in ("float16", "q8"):
-        stored = encode(data.counts, data.ids, data.logprobs, data.tail, data.sampled, precision)  # type: ignore[arg-type]
+        stored = encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
         found = decode(data.counts, stored, precision)  # type: ignore[arg-type]
         again = np.empty(len(data.ids))
         again[order] = found["logprobs"][np.lexsort((found["ids"], token_of))]
@@ -216,7 +216,7 @@ def errors(name: str, text: dict[str, np.ndarray]) -> list[list[Any]]:
         )
     print(
         f"{name}: {data.num_tokens} tokens, {data.counts.mean():.1f} alternatives per token, "
-        f"sampled log-prob {data.sampled.mean():.2f}, forward KL to the student {full.mean():.3f}, "
+        f"sampled log-prob {data.teacher_logprobs.mean():.2f}, forward KL to the student {full.mean():.3f}, "
         f"kept mass {1 - np.exp(data.tail.astype(np.float64)).mean():.4f}"
     )
     return rows

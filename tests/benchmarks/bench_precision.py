@@ -260,7 +260,7 @@ def trained(passes: StudentPass, rows: Sequence[Row], precision: torch.dtype | N
 def scored(model: Any, rows: Sequence[Row], precision: torch.dtype | None = None) -> Floats:
     engine = TransformersEngine(model, [], autocast=precision)
     found = engine.score([row.sequence for row in rows], [len(row.context) for row in rows])
-    return np.concatenate([one.sampled for one in found])
+    return np.concatenate([one.token_logprobs for one in found])
 
 
 def plain(model: Any, rows: Sequence[Row]) -> Floats:

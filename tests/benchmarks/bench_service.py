@@ -282,7 +282,7 @@ def known_requests(engine: TransformersEngine, count: int) -> list[Known]:
             items.append(ScoreItem(tokens, start, student, int(generator.integers(2**62))))
         scores = engine.score([i.tokens.tolist() for i in items], [i.start for i in items])
         request = ScoreRequest(items, SampledPartition(), "outliers", 4, False, VOCABULARY)
-        made.append(Known(request, [s.sampled for s in scores]))
+        made.append(Known(request, [s.token_logprobs for s in scores]))
     return made
 
 
@@ -389,7 +389,7 @@ def paper_like(engine: TransformersEngine) -> ScoreRequest:
     rows = generator.integers(0, VOCABULARY, size=(ROWS, PROMPT + RESPONSE)).astype(np.int32)
     scores = engine.score(rows.tolist(), [PROMPT] * ROWS)
     items = [
-        ScoreItem(tokens, PROMPT, np.minimum(s.sampled - np.float32(np.log(TRUSTED)), 0.0), n)
+        ScoreItem(tokens, PROMPT, np.minimum(s.token_logprobs - np.float32(np.log(TRUSTED)), 0.0), n)
         for n, (tokens, s) in enumerate(zip(rows, scores, strict=True))
     ]
     return ScoreRequest(items, SampledPartition(), "outliers", K, False, VOCABULARY)

@@ -131,7 +131,7 @@ def _scores(model: Any) -> str:
     found = TransformersEngine(model, [2]).score(ROWS, STARTS)
     with torch.no_grad():
         pairs = zip(found, ROWS, STARTS, strict=True)
-        worst = max(float(np.abs(f.sampled - _own(model, r, s).numpy()).max()) for f, r, s in pairs)
+        worst = max(float(np.abs(f.token_logprobs - _own(model, r, s).numpy()).max()) for f, r, s in pairs)
     return _within(worst, TOLERANCE, "log-probs")
 
 

@@ -51,7 +51,8 @@ def test_trajectories_and_tokens(workspace: Workspace) -> None:
     assert column(workspace, "select position from tokens") == [i for r in rows for i in range(len(r.tokens))]
     assert column(workspace, "select prompt_id from tokens") == [r.prompt_id for r in rows for _ in r.tokens]
     assert np.allclose(
-        column(workspace, "select teacher_logprob from tokens"), np.concatenate([t.sampled for t in topk])
+        column(workspace, "select teacher_logprob from tokens"),
+        np.concatenate([t.teacher_logprobs for t in topk]),
     )
     assert (
         column(workspace, "select num_alternatives from tokens")

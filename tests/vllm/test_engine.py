@@ -73,7 +73,7 @@ def sequences() -> list[list[int]]:
 
 def assert_same(found: list[SequenceScores], expected: list[SequenceScores]) -> None:
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.sampled, other.sampled, atol=TOLERANCE)
+        np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=TOLERANCE)
         np.testing.assert_array_equal(one.topk_positions, other.topk_positions)
         assert one.topk_ids.shape == other.topk_ids.shape
         np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=TOLERANCE)
@@ -130,7 +130,7 @@ def test_samples_depend_on_their_seed_and_report_raw_logprobs(
     assert [g.tokens for g in found] != [g.tokens for g in other]
     for prompt, generation in zip(prompts, found, strict=True):
         (scored,) = reference.score([[*prompt, *generation.tokens]], [len(prompt)])
-        np.testing.assert_allclose(generation.logprobs, scored.sampled, atol=TOLERANCE)
+        np.testing.assert_allclose(generation.logprobs, scored.token_logprobs, atol=TOLERANCE)
         assert (generation.tokens[-1] == 1) == (generation.finish_reason == "stop")
         assert 1 not in generation.tokens[:-1]
 
@@ -170,7 +170,7 @@ def test_rows_that_are_no_tokens_play_no_part(model: Any, tmp_path: Path, sequen
         for prompt, found in zip(prompts, engine.generate(prompts, sampling, **options), strict=True):
             assert max(found.tokens) < V
             (scored,) = reference.score([[*prompt, *found.tokens]], [len(prompt)])
-            np.testing.assert_allclose(found.logprobs, scored.sampled, atol=TOLERANCE)
+            np.testing.assert_allclose(found.logprobs, scored.token_logprobs, atol=TOLERANCE)
 
 
 def test_a_student_reports_what_its_tokens_were_drawn_from(
@@ -186,7 +186,7 @@ def test_a_student_reports_what_its_tokens_were_drawn_from(
     for prompt, found in zip(prompts, engine.generate(prompts, Sampling(0.7, 0.8), **options), strict=True):
         sequence = [*prompt, *found.tokens]
         (scored,) = reference.score([sequence], [len(prompt)])
-        np.testing.assert_allclose(found.logprobs, scored.sampled, atol=TOLERANCE)
+        np.testing.assert_allclose(found.logprobs, scored.token_logprobs, atol=TOLERANCE)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([sequence])).logits[0, len(prompt) - 1 : -1].double()
         ordered, order = torch.softmax(logits / 0.7, -1).sort(dim=-1, descending=True)
@@ -216,7 +216,7 @@ def test_after_each_update_the_weights_are_the_trainers(
             strict=True,
         ):
             (scored,) = reference.score([[*prompt, *generation.tokens]], [len(prompt)])
-            np.testing.assert_allclose(generation.logprobs, scored.sampled, atol=TOLERANCE)
+            np.testing.assert_allclose(generation.logprobs, scored.token_logprobs, atol=TOLERANCE)
         after = copy.deepcopy(model.lm_head.weight.detach())
         assert before is None or float((after - before).abs().max()) > 1e-3
         before = after

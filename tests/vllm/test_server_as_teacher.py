@@ -125,7 +125,7 @@ def test_scores_are_those_of_a_local_forward_also_the_second_time(
         for _ in range(2):  # the second time finds a prefix cache
             answer = client.score(ScoreRequest(items, partition, "outliers", 5, False, V))
             for got, expected in zip(answer.items, exact, strict=True):
-                assert np.allclose(got.teacher_logprobs, expected.sampled, atol=1e-4)
+                assert np.allclose(got.teacher_logprobs, expected.token_logprobs, atol=1e-4)
                 places = got.topk_positions
                 assert np.array_equal(places, np.flatnonzero(~got.trusted))
                 assert np.allclose(got.topk_logprobs, expected.topk_logprobs[places], atol=1e-4)

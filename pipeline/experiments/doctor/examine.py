@@ -114,7 +114,7 @@ def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
         outlier = draw_regions(config.objective, rows, answered).outlier
         here = _scored_here(run, answers)
         if here is not None:
-            service = replace(here, name="the teacher's service", logprobs=answered.logprobs)
+            service = replace(here, name="the teacher's service", logprobs=answered.teacher_logprobs)
             differences.append(compare(service, here, _mean_limit(run, "teacher")))
     sampled = answers.sampler.logprobs
     outliers = false_outliers(config.objective, sampled, as_teacher.logprobs, partition_draws(rows), outlier)
@@ -195,7 +195,9 @@ def _scored(name: str, run: Run, rows: Sequence[Row], folder: Path | None = None
     )
     with run.reporter.waiting(name):
         scores = engine.score([row.sequence for row in rows], [len(row.context) for row in rows])
-    return Part(name, DTYPES[run.config.teacher.dtype], np.concatenate([one.sampled for one in scores]))
+    return Part(
+        name, DTYPES[run.config.teacher.dtype], np.concatenate([one.token_logprobs for one in scores])
+    )
 
 
 def _scored_here(run: Run, answers: _Answers) -> Part | None:

@@ -57,7 +57,7 @@ class SequenceScores:
     All log-probs are natural, float32, from the softmax over all tokens at temperature 1.
     """
 
-    sampled: npt.NDArray[np.float32]
+    token_logprobs: npt.NDArray[np.float32]
     """``[n]`` log-prob of each scored token."""
     entropy: npt.NDArray[np.float32] | None
     """``[n]`` full-vocabulary entropy in nats at each scored position, if asked for."""
@@ -70,14 +70,14 @@ class SequenceScores:
 
 
 TopkWhere = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32] | None], npt.NDArray[np.bool_]]
-"""Given a sequence's index, its sampled log-probs ``[n]`` and its entropy ``[n]``: where alternatives are wanted."""
+"""Given a sequence's index, its token log-probs ``[n]`` and its entropy ``[n]``: where alternatives are wanted."""
 
 
 def everywhere(
-    index: int, sampled: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
+    index: int, token_logprobs: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
 ) -> npt.NDArray[np.bool_]:
     """Alternatives for every scored token."""
-    return np.ones(len(sampled), dtype=np.bool_)
+    return np.ones(len(token_logprobs), dtype=np.bool_)
 
 
 class Sampler(Protocol):
@@ -122,7 +122,7 @@ class Engine(Sampler, Protocol):
         """Log-probs of ``sequence[start:]`` for each sequence (1 ≤ start ≤ length).
 
         With k > 0, also the k likeliest tokens (at most the vocabulary) at the positions that ``topk_where``
-        chooses from the sampled log-probs; ``vocab_limit`` restricts them to ids below it.
+        chooses from the log-probs of the scored tokens; ``vocab_limit`` restricts them to ids below it.
 
         Raises:
             ValueError: an id outside the vocabulary, a start out of range, or a sequence above ``max_length``.

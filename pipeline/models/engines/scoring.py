@@ -24,7 +24,7 @@ LOGIT_ELEMENTS_ON_CPU = 1 << 23
 class HeadScores:
     """Scores of each position. Everything is float32, log-probs are at most 0."""
 
-    sampled: Tensor
+    token_logprobs: Tensor
     """``[n]`` log-probs of the targets."""
     norms: Tensor
     """``[n]`` log-sum-exps of the logits."""
@@ -53,19 +53,19 @@ def score_states(
     """
     n = len(states)
     # Made first: lasting tensors, allocated among short-lived ones, would keep these from being freed.
-    sampled, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
+    token_logprobs, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(norms) if entropy else None
     top_ids, top_logprobs = targets.new_empty(n, k), norms.new_empty(n, k)
     for rows, logits in _logits(split, states):
         if k:
             torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
         logprobs = vocabulary_sums.log_softmax_(logits, norms[rows])
-        sampled[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
+        token_logprobs[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         if entropies is not None:
             entropies[rows] = vocabulary_sums.entropy(logprobs)
         del logits, logprobs  # without a workspace, they would stay until the next are made
     top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
-    return HeadScores(sampled.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs)
+    return HeadScores(token_logprobs.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs)
 
 
 def topk_of(

@@ -222,7 +222,7 @@ class TransformersEngine:
         found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
         counts = [len(sequences[i]) - starts[i] for i in batch]
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        sampled_np = _numpy(found.sampled)
+        token_logprobs = _numpy(found.token_logprobs)
         entropy_np = None if found.entropies is None else _numpy(found.entropies)
         chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         for r, i in enumerate(batch):
@@ -231,7 +231,7 @@ class TransformersEngine:
                 chosen.append(np.zeros(0, dtype=np.int64))
                 continue
             part = None if entropy_np is None else entropy_np[low:high]
-            chosen.append(np.flatnonzero(topk_where(i, sampled_np[low:high], part)))
+            chosen.append(np.flatnonzero(topk_where(i, token_logprobs[low:high], part)))
         top_ids, top_logprobs = found.top_ids, found.top_logprobs
         if k and not at_once:
             # The output layer runs again, but only for these.
@@ -243,7 +243,7 @@ class TransformersEngine:
         first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
         return [
             SequenceScores(
-                sampled=sampled_np[bounds[r] : bounds[r + 1]],
+                token_logprobs=token_logprobs[bounds[r] : bounds[r + 1]],
                 entropy=None if entropy_np is None else entropy_np[bounds[r] : bounds[r + 1]],
                 topk_positions=chosen[r],
                 topk_ids=ids_np[first[r] : first[r + 1]],
@@ -308,7 +308,7 @@ class TransformersEngine:
 
     def _prove_scores(self, sequences: Sequence[Sequence[int]]) -> None:
         def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
-            return [scores.sampled for scores in self.score(rows, starts)]
+            return [scores.token_logprobs for scores in self.score(rows, starts)]
 
         name = type(self.model).__name__
         plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)

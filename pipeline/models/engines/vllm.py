@@ -188,7 +188,7 @@ class VllmEngine:
         results = list(generations)
         for i, scored in zip(written, scores, strict=True):
             reported = generations[i].logprobs
-            results[i] = replace(results[i], logprobs=scored.sampled.tolist(), drawn_logprobs=reported)
+            results[i] = replace(results[i], logprobs=scored.token_logprobs.tolist(), drawn_logprobs=reported)
         return results
 
     def score(
@@ -224,7 +224,7 @@ class VllmEngine:
                 for answer, s, start in zip(answers, sequences, starts, strict=True)
             ]
         own = [
-            answer.sampled[start:]
+            answer.token_logprobs[start:]
             for answer, start in zip(self._prompt_logprobs(sequences, 0), starts, strict=True)
         ]
         nowhere = np.zeros(0, dtype=np.int64)
@@ -265,7 +265,7 @@ class VllmEngine:
         counts = [proof.NEW_TOKENS] * len(prompts)
 
         def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
-            return [scores.sampled for scores in self.score(rows, starts)]
+            return [scores.token_logprobs for scores in self.score(rows, starts)]
 
         try:
             # In training it reports the distribution drawn from, which is this only where sampling is plain.

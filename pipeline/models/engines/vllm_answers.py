@@ -21,7 +21,7 @@ class Answer:
         self._logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)
         self.ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(shape)[:, 1:]
         self.topk = self._logprobs[:, 1:]
-        self.sampled: npt.NDArray[np.float32] = np.concatenate([[0.0], self._logprobs[:, 0]]).astype(
+        self.token_logprobs: npt.NDArray[np.float32] = np.concatenate([[0.0], self._logprobs[:, 0]]).astype(
             np.float32
         )
         """``[T]``; that of the first token has no meaning."""
@@ -45,8 +45,8 @@ def answer_scores(
             f"fewer than {k} of the teacher's likeliest {answer.ids.shape[1]} ids are tokens",
             hint="its output layer prefers rows that are no tokens; is this the right model?",
         )
-    sampled = answer.sampled[start:] if own is None else own
-    return SequenceScores(checked_logprobs(sampled), None, positions, ids, checked_logprobs(logprobs))
+    token_logprobs = answer.token_logprobs[start:] if own is None else own
+    return SequenceScores(checked_logprobs(token_logprobs), None, positions, ids, checked_logprobs(logprobs))
 
 
 def checked_logprobs(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -230,7 +230,10 @@ def _derived(
             student, sequences, starts, [a.alternatives for a in answers], batch_tokens=batch_tokens
         )
     scores = student.score(sequences, starts, entropy=True)
-    return [sampled_distances(s.sampled, a.logprobs, s.entropy) for s, a in zip(scores, answers, strict=True)]
+    return [
+        sampled_distances(s.token_logprobs, a.logprobs, s.entropy)
+        for s, a in zip(scores, answers, strict=True)
+    ]
 
 
 def _columns(

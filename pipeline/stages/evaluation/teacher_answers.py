@@ -36,7 +36,7 @@ class Scorer(Protocol):
 def ask_engine(engine: Engine, responses: Sequence[Trajectory], *, k: int) -> list[Answer]:
     """Of an engine, which gives at most its vocabulary."""
     scores = engine.score(*sequences_of(responses), k=k)
-    return [Answer(one.sampled, Alternatives(one.topk_ids, one.topk_logprobs)) for one in scores]
+    return [Answer(one.token_logprobs, Alternatives(one.topk_ids, one.topk_logprobs)) for one in scores]
 
 
 def ask_service(client: Scorer, responses: Sequence[Trajectory], *, k: int, vocab_limit: int) -> list[Answer]:

@@ -27,7 +27,7 @@ from tropd.pipeline.teacher.client.vllm_json import (
     completion_body,
     next_position,
     prompt_positions,
-    sampled_logprobs,
+    token_logprobs,
     unusable,
 )
 from tropd.pipeline.teacher.service.batcher import outlier_mask
@@ -96,12 +96,13 @@ class VllmDialect:
         )  # never above the vocabulary: the server would not survive that
         ahead = width if request.topk == "all" else 0  # everything at once where all tokens get alternatives
         found = list(self._prompts(exchange, sequences, ahead))
-        sampled = [
-            sampled_logprobs(exchange.url, positions, sequence, item.start)
+        teacher_logprobs = [
+            token_logprobs(exchange.url, positions, sequence, item.start)
             for item, sequence, positions in zip(items, sequences, found, strict=True)
         ]
         masks = [
-            outlier_mask(request, item, logprobs, None) for item, logprobs in zip(items, sampled, strict=True)
+            outlier_mask(request, item, logprobs, None)
+            for item, logprobs in zip(items, teacher_logprobs, strict=True)
         ]
         if request.topk == "all":
             places = [np.arange(len(mask)) for mask in masks]
@@ -115,7 +116,7 @@ class VllmDialect:
             ids, logprobs = alternatives(exchange.url, at[row], k, width, request.vocab_limit)
             answers.append(
                 ScoredItem(
-                    teacher_logprobs=sampled[row],
+                    teacher_logprobs=teacher_logprobs[row],
                     trusted=~masks[row],
                     entropy=None,
                     topk_positions=place.astype(np.int32),

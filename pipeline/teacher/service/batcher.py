@@ -199,10 +199,10 @@ def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Sco
     masks: dict[int, npt.NDArray[np.bool_]] = {}
 
     def outliers(
-        index: int, sampled: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
+        index: int, token_logprobs: npt.NDArray[np.float32], entropy: npt.NDArray[np.float32] | None
     ) -> npt.NDArray[np.bool_]:
-        masks[index] = outlier_mask(options, items[index], sampled, entropy)
-        return masks[index] if options.topk == "outliers" else np.ones(len(sampled), dtype=np.bool_)
+        masks[index] = outlier_mask(options, items[index], token_logprobs, entropy)
+        return masks[index] if options.topk == "outliers" else np.ones(len(token_logprobs), dtype=np.bool_)
 
     with within_memory("the teacher's scores of a request", "lower service.batch_tokens"):
         scores = engine.score(
@@ -217,7 +217,7 @@ def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Sco
     for index, (item, scored) in enumerate(zip(items, scores, strict=True)):
         _check(scored)
         if index not in masks:  # without top-k the engine has no reason to ask
-            masks[index] = outlier_mask(options, item, scored.sampled, scored.entropy)
+            masks[index] = outlier_mask(options, item, scored.token_logprobs, scored.entropy)
         answers.append(_answer(scored, masks[index]))
     bounds = np.cumsum([0, *(len(request.sequences) for request in requests)]).tolist()
     return [ScoreResponse(answers[low:high]) for low, high in itertools.pairwise(bounds)]
@@ -241,7 +241,7 @@ def outlier_mask(
 
 
 def _check(scored: SequenceScores) -> None:
-    for values in (scored.sampled, scored.topk_logprobs):
+    for values in (scored.token_logprobs, scored.topk_logprobs):
         if not are_logprobs(values):
             raise TeacherOutputError("the teacher gave NaN or positive log-probs")
     if scored.entropy is not None and not np.isfinite(scored.entropy).all():
@@ -251,7 +251,7 @@ def _check(scored: SequenceScores) -> None:
 def _answer(scored: SequenceScores, outlier: npt.NDArray[np.bool_]) -> ScoredItem:
     topk_logprobs = np.minimum(scored.topk_logprobs, np.float32(0.0))
     return ScoredItem(
-        teacher_logprobs=np.minimum(scored.sampled, np.float32(0.0)),
+        teacher_logprobs=np.minimum(scored.token_logprobs, np.float32(0.0)),
         trusted=~outlier,
         entropy=scored.entropy,
         topk_positions=scored.topk_positions.astype(np.int32),

@@ -75,7 +75,7 @@ def _response(
     texts = token_texts(tokenizer, [*guidance, *tokens])
     span = slice(first, first + len(tokens))
     student = row.sampler_array[: len(tokens)].astype(np.float32)
-    teacher = inputs.teacher.logprobs[span]
+    teacher = inputs.teacher.teacher_logprobs[span]
     probability = acceptance(student, teacher)
     alternatives = _alternatives(inputs.teacher.topk, first, len(tokens), tokenizer)
     return SampledResponse(

@@ -31,7 +31,7 @@ HISTOGRAM_BINS = 10
 def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
     """All metrics of a step's tokens, as flat numbers; the report explains each."""
     student = inputs.sampler_logprobs.astype(np.float32)
-    teacher = inputs.teacher.logprobs
+    teacher = inputs.teacher.teacher_logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
     k1 = -floored_log_ratio(teacher, student)
     prefix = int(sum(len(row.plan.prefix_tokens) for row in inputs.rows))

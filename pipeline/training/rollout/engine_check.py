@@ -28,7 +28,7 @@ def check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepO
         scores = session.rolling.checked.score(
             [row.sequence for row in rows], [len(row.context) for row in rows]
         )
-        engine = np.array([p for one in scores for p in one.sampled], dtype=np.float64)
+        engine = np.array([p for one in scores for p in one.token_logprobs], dtype=np.float64)
     else:
         engine = inputs.sampler_logprobs
     difference = np.abs(outcome.student_logprobs[: len(engine)] - engine)

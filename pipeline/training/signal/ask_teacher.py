@@ -37,7 +37,7 @@ class Scorer(Protocol):
 class TeacherData:
     """The teacher's view of T student tokens."""
 
-    logprobs: Floats32
+    teacher_logprobs: Floats32
     """``[T]``."""
     entropy: Floats32 | None
     """``[T]`` nats, if the objective needs it."""
@@ -132,7 +132,7 @@ def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData
     return partition_tokens(
         objective.partition,
         student_logprobs=sampler_logprobs(rows).astype(np.float32),
-        teacher_logprobs=teacher.logprobs,
+        teacher_logprobs=teacher.teacher_logprobs,
         uniforms=partition_draws(rows),
         teacher_entropy=teacher.entropy,
     )

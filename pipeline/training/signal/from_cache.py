@@ -35,7 +35,7 @@ class CachedScores:
     def responses(self, rows: Sequence[Row], store: TrajectoryStore, k: int) -> TeacherData:
         """The teacher's view of stored student rollouts: log-probs and the k likeliest alternatives of every token."""
         data = self._read(rows, [len(row.tokens) for row in rows], store)
-        return TeacherData(data.sampled, None, limited(data, k, self._num_tokens))
+        return TeacherData(data.teacher_logprobs, None, limited(data, k, self._num_tokens))
 
     def _read(self, rows: Sequence[Row], lengths: Sequence[int], store: TrajectoryStore) -> TopK:
         """The first tokens of each row's trajectory, in row order."""

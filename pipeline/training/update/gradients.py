@@ -115,7 +115,7 @@ def backpropagate(
         guidance_rows=layout.guidance_rows,
         progress=inputs.progress,
     )
-    total = len(inputs.teacher.logprobs)
+    total = len(inputs.teacher.teacher_logprobs)
     measured = {name: np.full(total, np.nan) for name in ("logprobs", "entropy", "overlap", "mass")}
     losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
     region_sums: dict[str, list[Tensor]] = {}
@@ -221,7 +221,7 @@ def _token_batch(
     students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
     return TokenBatch(
         student_logprobs=output.targets[is_student],
-        teacher_logprobs=tensor(inputs.teacher.logprobs, students),
+        teacher_logprobs=tensor(inputs.teacher.teacher_logprobs, students),
         mu_logprobs=tensor(inputs.mu_logprobs, students),
         trust=tensor(plan.trust, students),
         outlier=tensor(plan.outlier, students),
@@ -288,11 +288,13 @@ def _statistics(
     world: World,
 ) -> TokenStatistics:
     """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
-    advantages = floored_log_ratio(inputs.teacher.logprobs, inputs.sampler_logprobs.astype(np.float32))
+    advantages = floored_log_ratio(
+        inputs.teacher.teacher_logprobs, inputs.sampler_logprobs.astype(np.float32)
+    )
     reference, gain = inputs.reference_logprobs, None
     if reference is not None:
         floored = np.maximum(reference, np.float32(LOGPROB_FLOOR))
-        gain = floored_log_ratio(inputs.teacher.logprobs, floored)
+        gain = floored_log_ratio(inputs.teacher.teacher_logprobs, floored)
     kinds = {weight.kind for weight in objective.token_weights}
     if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
         return TokenStatistics(layout.student_rows, advantages, gain=gain)

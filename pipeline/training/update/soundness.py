@@ -54,7 +54,7 @@ def check_student(session: Session, step: int, inputs: StepInputs) -> None:
     parameters = session.parameters
     with torch.no_grad():
         largest = float(whole(torch.nn.utils.get_total_norm(parameters, norm_type=float("inf"))))
-    logprobs = inputs.teacher.logprobs
+    logprobs = inputs.teacher.teacher_logprobs
     if not largest <= MOST_WEIGHT:
         problem = f"its update left weights of up to {largest:.3g}" if np.isfinite(largest) else UNBOUNDED
         raise stopped(session, step, inputs.rows, logprobs, problem)

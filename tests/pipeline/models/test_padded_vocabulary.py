@@ -88,7 +88,7 @@ def test_scores_are_over_tokens(model: Any) -> None:
     exact = logprobs_over_tokens(model, sequence)
     for options in ({}, {"topk_where": lambda index, sampled, entropy: np.ones(len(sampled), dtype=bool)}):
         (found,) = engine.score([sequence], [1], k=ROWS, entropy=True, **options)
-        np.testing.assert_allclose(found.sampled, chosen(model, sequence, 1), atol=1e-4)
+        np.testing.assert_allclose(found.token_logprobs, chosen(model, sequence, 1), atol=1e-4)
         assert found.topk_ids.shape == (5, TOKENS)
         assert found.topk_ids.max() < TOKENS
         np.testing.assert_allclose(np.exp(found.topk_logprobs).sum(axis=1), 1.0, atol=1e-4)
@@ -155,7 +155,7 @@ def test_cached_alternatives_that_are_no_tokens_join_the_tail() -> None:
             ids=np.array([30, 4, 5, 31, 6, 7], dtype=np.int32),
             logprobs=np.log(np.array([0.5, 0.25, 0.125, 0.5, 0.5, 0.25])).astype(np.float16),
             tail=np.log(np.array([0.125, 0.5, 0.25], dtype=np.float32)),
-            sampled=np.zeros(3, dtype=np.float32),
+            teacher_logprobs=np.zeros(3, dtype=np.float32),
         )
     found = limited(data, 1, TOKENS)
     assert found.counts.tolist() == [1, 0, 1]

@@ -55,7 +55,7 @@ def test_a_rows_logprobs_do_not_depend_on_the_rows_beside_it(config: Any, kind: 
     short, longest = list(range(4, 12)), list(range(4, 20))
     alone, _ = (engine.score(rows, [1] * len(rows))[0] for rows in ([short], [short, longest]))
     beside = engine.score([short, longest], [1, 1])[0]
-    np.testing.assert_allclose(alone.sampled, beside.sampled, atol=1e-5)
+    np.testing.assert_allclose(alone.token_logprobs, beside.token_logprobs, atol=1e-5)
     with pytest.raises(ValueError, match="17 tokens, the model takes 16"):
         engine.score([short, [*longest, 4]], [1, 1])
 

@@ -144,7 +144,7 @@ def _prompt_logprobs(engine: Any, prompt: list[int], k: int) -> list[dict[str, A
     result: list[dict[str, Any] | None] = [None]
     for place, token in enumerate(prompt[1:]):
         ranks = {int(i): r for r, i in enumerate(scored.topk_ids[place], start=1)}
-        entries = {str(token): _entry(scored.sampled[place], ranks.get(token, k + 2), token)}
+        entries = {str(token): _entry(scored.token_logprobs[place], ranks.get(token, k + 2), token)}
         for i, value in zip(scored.topk_ids[place][:k], scored.topk_logprobs[place][:k], strict=True):
             entries[str(int(i))] = _entry(value, ranks[int(i)], int(i))
         result.append(entries)

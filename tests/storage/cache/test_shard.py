@@ -83,7 +83,7 @@ def test_impossible_alternatives_are_not_kept() -> None:
     data = prune(np.array([[5, 6, 7]], dtype=np.int32), logprobs, logprobs[:, 1], [1], mass=1.0)
     assert data.ids.tolist() == [5]
     assert data.tail.tolist() == [-np.inf]
-    assert data.sampled.tolist() == [-np.inf]
+    assert data.teacher_logprobs.tolist() == [-np.inf]
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,7 +124,9 @@ BROKEN = {
     "ids has": lambda d: dataclasses.replace(d, ids=d.ids[1:]),
     "tail has": lambda d: dataclasses.replace(d, tail=d.tail[1:]),
     "outside the vocabulary": lambda d: dataclasses.replace(d, ids=d.ids - 100),
-    "NaN or positive": lambda d: dataclasses.replace(d, sampled=d.sampled * np.float32("nan")),
+    "NaN or positive": lambda d: dataclasses.replace(
+        d, teacher_logprobs=d.teacher_logprobs * np.float32("nan")
+    ),
     "not descending": lambda d: dataclasses.replace(d, logprobs=d.logprobs[::-1].copy()),
     "add up to 1": lambda d: dataclasses.replace(d, tail=d.tail * 0),
 }

@@ -87,7 +87,7 @@ def test_export_reads_back(workspace: Workspace, tmp_path: Path) -> None:
                 trajectory.sample_index,
             )
             assert found["tokens"] == trajectory.tokens
-            assert found["sampled_logprobs"] == scored.sampled.tolist()
+            assert found["sampled_logprobs"] == scored.teacher_logprobs.tolist()
             assert found["tail_logprobs"] == scored.tail.tolist()
             assert [len(x) for x in found["topk_ids"]] == scored.counts.tolist()
             assert np.concatenate(found["topk_ids"]).tolist() == scored.ids.tolist()

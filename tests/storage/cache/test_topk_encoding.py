@@ -31,7 +31,7 @@ def sample(tokens: int, k: int, mass: float, seed: int) -> tuple[TopK, np.ndarra
 
 
 def stored(data: TopK, precision: Precision) -> dict[str, np.ndarray]:
-    return encode(data.counts, data.ids, data.logprobs, data.tail, data.sampled, precision)
+    return encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
 
 
 def naive_decode(counts: np.ndarray, arrays: dict, precision: Precision) -> tuple[list[int], list[float]]:
@@ -114,7 +114,7 @@ def test_q8_errors_stay_within_the_documented_bounds(tokens: int, k: int, mass: 
         )
         weight = sum(math.exp(v) * abs(v - theirs[i]) for i, v in above.items())
         assert abs(error) <= math.expm1(d) * weight + math.exp(d) * d + 1e-6
-        assert abs(decoded["sampled"][token] - full[token, 3]) <= abs(full[token, 3]) / 2048 + 1e-7
+        assert abs(decoded["teacher_logprobs"][token] - full[token, 3]) <= abs(full[token, 3]) / 2048 + 1e-7
 
 
 def test_q8_levels_have_the_documented_relative_error() -> None:

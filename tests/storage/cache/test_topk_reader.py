@@ -65,7 +65,7 @@ def test_spans_match_slices(folder: Path, asked: list, memory: int, prefetch: bo
                 ids=tokens[t].ids[len(tokens[t].ids) - int(tokens[t].counts[-1]) :],
                 logprobs=tokens[t].logprobs[len(tokens[t].ids) - int(tokens[t].counts[-1]) :],
                 tail=tokens[t].tail[-1:],
-                sampled=tokens[t].sampled[-1:],
+                teacher_logprobs=tokens[t].teacher_logprobs[-1:],
             )
             for t in chosen
         ]

@@ -229,9 +229,9 @@ ROWS = [trajectory(100 + i) for i in range(3)]
 
 
 def with_sampled(data: object, position: int, value: float) -> object:
-    sampled = data.sampled.copy()  # type: ignore[attr-defined]
+    sampled = data.teacher_logprobs.copy()  # type: ignore[attr-defined]
     sampled[position] = value
-    return dataclasses.replace(data, sampled=sampled)  # type: ignore[type-var]
+    return dataclasses.replace(data, teacher_logprobs=sampled)  # type: ignore[type-var]
 
 
 def wrong_scores(kind: str) -> object:
@@ -251,7 +251,7 @@ def wrong_scores(kind: str) -> object:
             counts=np.full(15, 2, np.uint16),
             logprobs=np.full(30, np.log(0.5), np.float16),
             tail=np.full(15, -np.inf, np.float32),
-            sampled=np.full(15, np.log(0.5), np.float32),
+            teacher_logprobs=np.full(15, np.log(0.5), np.float32),
         ),
     }[kind]
 

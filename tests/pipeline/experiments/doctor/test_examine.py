@@ -110,7 +110,7 @@ def test_a_training_pass_that_differs_is_named(service: Run, monkeypatch: pytest
 def test_a_service_with_other_answers_is_named(service: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(*arguments: Any, **options: Any) -> Any:
         data = ask(*arguments, **options)
-        moved = data.logprobs + np.float32(0.5)
+        moved = data.teacher_logprobs + np.float32(0.5)
         return type(data)(moved, data.entropy, data.topk)
 
     ask = doctor.ask_teacher

@@ -24,7 +24,7 @@ def make(kind: str, **options: Any) -> Any:
 
 def scores(model: Any) -> Any:
     rows = [np.random.default_rng(n).integers(4, 40, size=12 + n).tolist() for n in range(16)]
-    return np.concatenate([one.sampled for one in TransformersEngine(model, []).score(rows, [1] * 16)])
+    return np.concatenate([one.token_logprobs for one in TransformersEngine(model, []).score(rows, [1] * 16)])
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])

@@ -38,7 +38,7 @@ def test_scores_are_those_of_a_log_softmax(
         again = topk_of(split, states[3:9], found.norms[3:9], k=K, limit=limit)
         exact = split.capped(head(states)).double().log_softmax(dim=-1)
     assert torch.equal(states, before)
-    assert torch.allclose(found.sampled.double(), exact[torch.arange(N), targets], atol=1e-5)
+    assert torch.allclose(found.token_logprobs.double(), exact[torch.arange(N), targets], atol=1e-5)
     assert found.entropies is not None
     assert torch.allclose(found.entropies.double(), -(exact.exp() * exact).sum(-1), atol=1e-5)
     values, ids = exact[:, :limit].topk(K, dim=-1)
@@ -54,7 +54,7 @@ def test_nothing_to_score() -> None:
         found = score_states(
             split, torch.zeros(0, H), torch.zeros(0, dtype=torch.long), k=K, entropy=True, limit=None
         )
-    assert found.sampled.shape == (0,)
+    assert found.token_logprobs.shape == (0,)
     assert found.top_ids.shape == (0, K)
 
 

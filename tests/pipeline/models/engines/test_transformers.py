@@ -151,7 +151,7 @@ def test_scores_equal_a_plain_forward(
     for sequence, start, scores in zip(sequences, starts, results, strict=True):
         exact = reference_logprobs(tiny_model, sequence)[start - 1 :]
         sampled = exact.gather(-1, torch.tensor(sequence[start:]).unsqueeze(-1)).squeeze(-1)
-        assert np.allclose(scores.sampled, sampled, atol=1e-5)
+        assert np.allclose(scores.token_logprobs, sampled, atol=1e-5)
         assert scores.entropy is not None
         assert np.allclose(scores.entropy, -(exact.exp() * exact).sum(-1), atol=1e-5)
         values, ids = exact.topk(5)
@@ -169,9 +169,9 @@ def test_topk_only_where_asked_for(
     full = engine.score(sequences, starts, k=4)
     monkeypatch.setattr(scoring, "LOGIT_ELEMENTS_ON_CPU", positions * 24)
     some = engine.score(sequences, starts, k=4, topk_where=lambda i, sampled, _: sampled < -3.0)
-    assert 0 < sum(len(s.topk_positions) for s in some) < sum(len(s.sampled) for s in some)
+    assert 0 < sum(len(s.topk_positions) for s in some) < sum(len(s.token_logprobs) for s in some)
     for all_of_it, part in zip(full, some, strict=True):
-        assert np.array_equal(part.topk_positions, np.flatnonzero(all_of_it.sampled < -3.0))
+        assert np.array_equal(part.topk_positions, np.flatnonzero(all_of_it.token_logprobs < -3.0))
         assert np.array_equal(part.topk_ids, all_of_it.topk_ids[part.topk_positions])
         assert np.allclose(part.topk_logprobs, all_of_it.topk_logprobs[part.topk_positions], atol=1e-6)
 

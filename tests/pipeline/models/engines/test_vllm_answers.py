@@ -32,11 +32,11 @@ def flat(*positions: list[tuple[int, float]]) -> Any:
 def test_own_logprob_first_then_the_alternatives() -> None:
     answer = Answer(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
     scores = answer_scores(answer, 1, np.arange(2), 2, 24)
-    np.testing.assert_allclose(scores.sampled, [-2.0, -0.1])
+    np.testing.assert_allclose(scores.token_logprobs, [-2.0, -0.1])
     assert scores.topk_ids.tolist() == [[3, 7], [5, 4]]
     np.testing.assert_allclose(scores.topk_logprobs, [[-0.5, -2.0], [-0.1, -3.0]])
     later = answer_scores(answer, 2, np.array([0]), 1, 24)
-    assert (later.sampled.tolist(), later.topk_ids.tolist()) == ([pytest.approx(-0.1)], [[5]])
+    assert (later.token_logprobs.tolist(), later.topk_ids.tolist()) == ([pytest.approx(-0.1)], [[5]])
 
 
 def test_ids_that_are_no_tokens_give_way_to_the_next() -> None:

@@ -117,7 +117,7 @@ def test_nothing_may_be_asked_for(model: Any, kept_in: torch.dtype) -> None:
     (found,) = engine.score([[4, 5, 6]], [1], k=2, topk_where=lambda row, sampled, entropy: sampled > 0)
     assert found.topk_ids.shape == (0, 2)
     (none,) = engine.score([[4, 5, 6]], [3], k=2)
-    assert none.sampled.shape == (0,)
+    assert none.token_logprobs.shape == (0,)
 
 
 @pytest.mark.parametrize("kept_in", [torch.float32, BF16], ids=["autocast", "bfloat16 weights"])
@@ -128,7 +128,7 @@ def test_what_is_sampled_from_is_not_rounded_either(model: Any, kept_in: torch.d
     prompts = [[4 + n, 5, 6] for n in range(4)]
     drawn = engine.generate(prompts, Sampling(), seeds=range(4), max_tokens=[12] * 4)
     scores = engine.score([[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)], [3] * 4)
-    off = np.concatenate([g.logprobs - s.sampled for g, s in zip(drawn, scores, strict=True)])
+    off = np.concatenate([g.logprobs - s.token_logprobs for g, s in zip(drawn, scores, strict=True)])
     # Where the processor has no bfloat16, products of other row counts round a few hidden states differently.
     assert np.quantile(np.abs(off), 0.75) < 1e-3
 

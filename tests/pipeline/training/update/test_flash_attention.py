@@ -142,7 +142,7 @@ def test_sampling_and_scoring_have_masks_all_the_same(student: Any, tiny_model: 
     one, other = (e.generate(prompts, Sampling(0.0), **options) for e in (engine, plain))
     assert [g.tokens for g in one] == [g.tokens for g in other]
     a, b = (e.score([[3, 4, 5, 6], [6, 7]], [1, 1]) for e in (engine, plain))
-    assert all(np.allclose(x.sampled, y.sampled, atol=1e-6) for x, y in zip(a, b, strict=True))
+    assert all(np.allclose(x.token_logprobs, y.token_logprobs, atol=1e-6) for x, y in zip(a, b, strict=True))
     assert not calls
     assert student.config._attn_implementation == NAME
     with masked_attention(student):

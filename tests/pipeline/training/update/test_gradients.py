@@ -72,7 +72,7 @@ def make_rows(model: Any, count: int = 7, prefixes: bool = True) -> list[Row]:
         logprobs: list[float] = []
         if tokens:
             (scores,) = engine.score([[*prompt, *prefix, *tokens]], [len(prompt) + len(prefix)])
-            logprobs = scores.sampled.tolist()
+            logprobs = scores.token_logprobs.tolist()
         rows.append(Row(plan, tokens, logprobs, truncated=False))
     return rows
 
@@ -86,7 +86,7 @@ def make_inputs(
     written = [r for r in rows if r.tokens]
     if needs_reference(objective):
         scores = scorer.engine.score([r.sequence for r in written], [len(r.context) for r in written])
-        reference = np.concatenate([s.sampled for s in scores])
+        reference = np.concatenate([s.token_logprobs for s in scores])
     guidance = None
     if teacher_needs(objective).cached_topk:
         guidance = cached_prefixes(scorer.engine, rows, objective.k)
@@ -261,7 +261,7 @@ def test_tokens_without_a_loss_are_not_counted_as_supervised(
     objective = load_objective(name, {"k": 5})
     inputs = make_inputs(objective, make_rows(student, count=40), teacher_model)
     outcome, _ = run(student, objective, inputs)
-    total = len(inputs.teacher.logprobs)
+    total = len(inputs.teacher.teacher_logprobs)
     prefix = sum(len(row.plan.prefix_tokens) for row in inputs.rows)
     outliers = int(inputs.regions.outlier.sum())
     assert outliers > 0 or name in ("opd", "entropy-opd")
@@ -302,7 +302,7 @@ def test_prefix_tokens_without_a_loss_are_not_counted_as_supervised(
     assert sum(len(row.plan.prefix_tokens) for row in inputs.rows) > 0
     outcome, _ = run(student, objective, inputs)
     assert outcome.losses["guidance"] == 0.0
-    assert step_metrics(inputs, outcome)["tokens_supervised"] == len(inputs.teacher.logprobs)
+    assert step_metrics(inputs, outcome)["tokens_supervised"] == len(inputs.teacher.teacher_logprobs)
 
 
 def test_a_non_finite_loss_is_an_error(student: Any, teacher_model: Any) -> None:
@@ -319,7 +319,7 @@ def test_a_teacher_that_excludes_every_token_gives_finite_losses(student: Any, t
     for name in ("opd", "tropd-noguidance", "tropd-clip", "iw-opd"):
         objective = load_objective(name, {"k": 3})
         asked = ask_teacher({"": LocalScorer(teacher_model)}, rows, objective, teacher_needs(objective), V)
-        impossible = np.full_like(asked.logprobs, -np.inf)
+        impossible = np.full_like(asked.teacher_logprobs, -np.inf)
         topk = RaggedTopk(
             np.arange(len(impossible)),
             np.full(len(impossible), 3, dtype=np.int64),
@@ -350,7 +350,7 @@ def test_only_student_tokens_are_asked_for(student: Any, teacher_model: Any) -> 
     assert sum(len(i.tokens) - i.start for r in asked for i in r.sequences) == sum(
         len(r.tokens) for r in rows
     )
-    assert len(data.logprobs) == sum(len(r.tokens) for r in rows)
+    assert len(data.teacher_logprobs) == sum(len(r.tokens) for r in rows)
     regions = draw_regions(objective, rows, data)
     assert np.array_equal(data.topk.index, np.flatnonzero(regions.outlier))
 

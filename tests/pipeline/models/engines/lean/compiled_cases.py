@@ -90,7 +90,9 @@ def test_lower_precision_has_code_of_its_own_and_rounds_no_more() -> None:
         drawn = fast.generate(prompts, Sampling(), seeds=range(3), max_tokens=limits)
         rows = [[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)]
         scores = exact.score(rows, [len(p) for p in prompts])
-        off = max(float(np.abs(g.logprobs - s.sampled).max()) for g, s in zip(drawn, scores, strict=True))
+        off = max(
+            float(np.abs(g.logprobs - s.token_logprobs).max()) for g, s in zip(drawn, scores, strict=True)
+        )
         assert off < 1e-5 if autocast is None else 1e-4 < off < 0.1
 
 
@@ -122,7 +124,7 @@ def test_scores_and_gradients_are_the_same(compilations: Callable[[], int]) -> N
     for count in (7, 3):
         found, expected = (e.score(sequences[:count], [1] * count, k=3) for e in (fast, plain))
         for one, two in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one.sampled, two.sampled, atol=1e-5)
+            np.testing.assert_allclose(one.token_logprobs, two.token_logprobs, atol=1e-5)
             np.testing.assert_allclose(one.topk_logprobs, two.topk_logprobs, atol=1e-5)
     before = compilations()
     for rows, width in ((2, 11), (5, 7), (3, 30)):

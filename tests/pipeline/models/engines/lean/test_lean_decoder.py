@@ -119,7 +119,7 @@ def test_products_in_bfloat16_are_as_exact_as_the_models_own(
         drawn = engine.generate(prompts, Sampling(), seeds=list(range(8)), max_tokens=[20] * 8)
         rows = [[*p, *g.tokens] for p, g in zip(prompts, drawn, strict=True)]
         scores = exact.score(rows, [len(p) for p in prompts])
-        off = np.concatenate([g.logprobs - s.sampled for g, s in zip(drawn, scores, strict=True)])
+        off = np.concatenate([g.logprobs - s.token_logprobs for g, s in zip(drawn, scores, strict=True)])
         errors.append(float(np.sqrt(np.mean(off**2))))
     assert 1e-4 < errors[0] < 1.25 * errors[1] < 0.1
 
