@@ -66,7 +66,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Something that takes memory in each process, and the setting that makes it smaller."""
 
     name: str
@@ -81,7 +81,7 @@ def memory_parts(
     processes: int,
     *,
     longest_prompt: int = 0,
-) -> list[Part]:
+) -> list[MemoryPart]:
     """Memory of each training process on its device, by purpose.
 
     Args:
@@ -103,18 +103,18 @@ def memory_parts(
     tokens = min(max(config.train.micro_batch_tokens, longest), rows * longest)
     scored = min(max(config.service.batch_tokens, longest), rows * longest)
     parts = [
-        *([Part("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
-        Part("weights, float32" if not frozen else "adapters", 4 * share, "more processes"),
-        Part("gradients", 4 * share, "more processes"),
-        Part("AdamW's moments", 8 * share, "more processes"),
-        Part(
+        *([MemoryPart("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
+        MemoryPart("weights, float32" if not frozen else "adapters", 4 * share, "more processes"),
+        MemoryPart("gradients", 4 * share, "more processes"),
+        MemoryPart("AdamW's moments", 8 * share, "more processes"),
+        MemoryPart(
             "activations of a micro-batch",
             tokens * activation_bytes(student, compute, config.train.gradient_checkpointing),
             "train.micro_batch_tokens, train.gradient_checkpointing = true",
         ),
-        Part("log-probs: a chunk of logits", 3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab), ""),
-        Part("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
-        Part(
+        MemoryPart("log-probs: a chunk of logits", 3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab), ""),
+        MemoryPart("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
+        MemoryPart(
             "KV cache of rollouts",
             min(config.rollout.batch_size, rows) * longest * kv_bytes_per_token(student, cached),
             "rollout.batch_size, rollout.max_tokens",
@@ -122,22 +122,24 @@ def memory_parts(
     ]
     if on_cpu:
         processes_here = 1 if teacher is None else 2
-        parts.append(Part("programs and libraries", LIBRARIES * processes_here, ""))
+        parts.append(MemoryPart("programs and libraries", LIBRARIES * processes_here, ""))
     if on_cpu and config.student.engine == "transformers":
-        parts.append(Part("weights arranged for sampling", compute * student.parameters, ""))
+        parts.append(MemoryPart("weights arranged for sampling", compute * student.parameters, ""))
     if config.train.max_staleness and config.student.engine == "transformers":
         whole = BYTES["float32"] if processes == 1 and config.student.lora is None else compute
-        parts.append(Part("student that samples", whole * student.parameters, "train.max_staleness = 0"))
+        parts.append(
+            MemoryPart("student that samples", whole * student.parameters, "train.max_staleness = 0")
+        )
     elif processes > 1:
-        parts.append(Part("whole student for rollouts", compute * student.parameters, ""))
+        parts.append(MemoryPart("whole student for rollouts", compute * student.parameters, ""))
     if teacher is not None:
         size = BYTES[config.teacher.settled_dtype]
-        parts.append(Part("teacher", size * teacher.parameters, "teacher.url on another GPU"))
+        parts.append(MemoryPart("teacher", size * teacher.parameters, "teacher.url on another GPU"))
         logits = min(LOGIT_ELEMENTS, scored * teacher.vocab)
         scoring = 3.0 * 4 * logits + scored * size * 4 * (teacher.hidden + teacher.intermediate)
-        parts.append(Part("teacher: a scoring pass", scoring, "service.batch_tokens"))
+        parts.append(MemoryPart("teacher: a scoring pass", scoring, "service.batch_tokens"))
     total = sum(part.bytes for part in parts)
-    return [*parts, Part("allocator and kernels (estimate)", OVERHEAD * total, "")]
+    return [*parts, MemoryPart("allocator and kernels (estimate)", OVERHEAD * total, "")]
 
 
 def _on_cpu(config: Config) -> bool:

@@ -19,7 +19,7 @@ MEAN_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 @dataclass(frozen=True)
-class Part:
+class NamedLogprobs:
     """A part of the run that computes log-probs, with its log-probs of T tokens."""
 
     name: str
@@ -67,7 +67,7 @@ class FalseOutliers:
     """Share of all outliers with the configured teacher, if it was asked."""
 
 
-def compare(one: Part, other: Part, mean_limit: float | None = None) -> Difference:
+def compare(one: NamedLogprobs, other: NamedLogprobs, mean_limit: float | None = None) -> Difference:
     """Figures of two parts; the coarser one's precision decides the limits.
 
     Args:

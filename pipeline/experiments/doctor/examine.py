@@ -20,7 +20,7 @@ import numpy as np
 from tropd.pipeline.experiments.doctor.differences import (
     Difference,
     FalseOutliers,
-    Part,
+    NamedLogprobs,
     advice,
     compare,
     false_outliers,
@@ -77,9 +77,9 @@ class _Answers:
     rows: list[Row]
     teachers: list[str]
     """Name of each row's teacher."""
-    sampler: Part
-    trainer: Part
-    plain: Part
+    sampler: NamedLogprobs
+    trainer: NamedLogprobs
+    plain: NamedLogprobs
 
 
 def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
@@ -161,9 +161,9 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
         stop_ids=loaded.stop_ids,
         rows=rows,
         teachers=[teacher_of(run, found.prompts[row.plan.prompt_index].domain) for row in rows],
-        sampler=Part(f"the sampler ({config.student.engine})", low, drawn),
-        trainer=Part("the training pass", low, np.concatenate(trained)),
-        plain=Part(f"a plain pass in {whole}", model.dtype, np.concatenate(alone)),
+        sampler=NamedLogprobs(f"the sampler ({config.student.engine})", low, drawn),
+        trainer=NamedLogprobs("the training pass", low, np.concatenate(trained)),
+        plain=NamedLogprobs(f"a plain pass in {whole}", model.dtype, np.concatenate(alone)),
     )
 
 
@@ -188,22 +188,22 @@ def _mean_limit(run: Run, *roles: str) -> float | None:
     return run.config.vllm.max_mean_difference if "vllm" in engines else None
 
 
-def _scored(name: str, run: Run, rows: Sequence[Row], folder: Path | None = None) -> Part:
+def _scored(name: str, run: Run, rows: Sequence[Row], folder: Path | None = None) -> NamedLogprobs:
     """Score rows by the run's one teacher, or by another model with its settings."""
     engine, _ = open_engine(
         run, "teacher", folder, batch_size=1, batch_tokens=run.config.service.batch_tokens
     )
     with run.reporter.waiting(name):
         scores = engine.score([row.sequence for row in rows], [len(row.context) for row in rows])
-    return Part(
+    return NamedLogprobs(
         name, DTYPES[run.config.teacher.dtype], np.concatenate([one.token_logprobs for one in scores])
     )
 
 
-def _scored_here(run: Run, answers: _Answers) -> Part | None:
+def _scored_here(run: Run, answers: _Answers) -> NamedLogprobs | None:
     """The configured teachers in this process; None where one of them is not on this machine."""
     name = "the teacher in this process"
-    parts: dict[str, Part] = {}
+    parts: dict[str, NamedLogprobs] = {}
     for teacher in sorted(set(answers.teachers)):
         own = with_only(run, teacher)
         if local_teacher(own) is None:
@@ -215,7 +215,9 @@ def _scored_here(run: Run, answers: _Answers) -> Part | None:
         for teacher, part in parts.items()
     }
     coarsest = min((part.precision for part in parts.values()), key=lambda dtype: dtype.itemsize)
-    return Part(name, coarsest, np.concatenate([next(pieces[teacher]) for teacher in answers.teachers]))
+    return NamedLogprobs(
+        name, coarsest, np.concatenate([next(pieces[teacher]) for teacher in answers.teachers])
+    )
 
 
 def _lengths(answers: _Answers, teacher: str) -> list[int]:

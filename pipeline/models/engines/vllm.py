@@ -28,7 +28,7 @@ from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.engines import proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
-from tropd.pipeline.models.engines.vllm_answers import Answer, answer_scores, checked_logprobs
+from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
 from tropd.pipeline.models.runtime import DTYPES
 from tropd.storage.errors import ConfigError
 from tropd.storage.formats.trajectories import FinishReason
@@ -283,13 +283,13 @@ class VllmEngine:
     def _width(self, k: int, limit: int) -> int:
         return min(k + SPARE, self._vocab_size) if limit < self._vocab_size else k
 
-    def _prompt_logprobs(self, sequences: Sequence[Sequence[int]], width: int) -> list[Answer]:
+    def _prompt_logprobs(self, sequences: Sequence[Sequence[int]], width: int) -> list[PromptLogprobs]:
         """Own log-prob and ``width`` alternatives of every token but the first of each sequence."""
         parameters = self._vllm.SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=width, detokenize=False, flat_logprobs=True
         )
         return [
-            Answer(output.prompt_logprobs, width)
+            PromptLogprobs(output.prompt_logprobs, width)
             for output in self._run(sequences, [parameters] * len(sequences))
         ]
 

@@ -12,7 +12,7 @@ from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
 
 
-class Answer:
+class PromptLogprobs:
     """The flat log-probs of a prompt: per token its own, then ``width`` alternatives, likeliest first."""
 
     def __init__(self, flat: Any, width: int) -> None:
@@ -28,7 +28,7 @@ class Answer:
 
 
 def answer_scores(
-    answer: Answer,
+    answer: PromptLogprobs,
     start: int,
     positions: npt.NDArray[np.int64],
     k: int,

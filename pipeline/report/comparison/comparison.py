@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from tropd.pipeline.report.comparison.comparison_distance import Estimate, distances_of
+from tropd.pipeline.report.comparison.comparison_distance import ReportedEstimate, distances_of
 from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
 from tropd.pipeline.stages.evaluation.statistics import over_seeds
 from tropd.storage.formats.step_log import read_log
@@ -43,10 +43,10 @@ class MethodResult(BaseModel):
 
     objective: str
     seeds: list[int]
-    accuracy: dict[str, Estimate]
+    accuracy: dict[str, ReportedEstimate]
     """Accuracy by mode; empty where no problem has an answer."""
     per_seed: dict[str, list[float]]
-    difference: dict[str, Estimate]
+    difference: dict[str, ReportedEstimate]
     """Difference to the baseline: same seeds, same problems. Empty for the baseline itself."""
     steps: int
     tokens_on_policy: float
@@ -57,7 +57,7 @@ class MethodResult(BaseModel):
     seconds: float
     curves: dict[str, list[float | None]]
     """Mean over seeds per step."""
-    distance: dict[str, Estimate] = {}
+    distance: dict[str, ReportedEstimate] = {}
     """Distance to the teacher on held-out prompts, after training: reverse_kl, forward_kl, acceptance, length."""
 
 
@@ -70,7 +70,7 @@ class Comparison(BaseModel):
     before: dict[str, float]
     teacher: dict[str, float]
     methods: list[MethodResult]
-    distance_before: dict[str, Estimate] = {}
+    distance_before: dict[str, ReportedEstimate] = {}
     """Distance of the common start, the student before training."""
 
 
@@ -166,6 +166,6 @@ def _mean_curve(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
     return curve
 
 
-def _over_seeds(values: Marks, *seed: str) -> Estimate:
+def _over_seeds(values: Marks, *seed: str) -> ReportedEstimate:
     """Mean of ``[seeds, problems]``."""
-    return Estimate.of(over_seeds(values, np.ones_like(values), seed=derive_seed(*seed)))
+    return ReportedEstimate.of(over_seeds(values, np.ones_like(values), seed=derive_seed(*seed)))

@@ -26,7 +26,7 @@ MEASURES = {
 Table = npt.NDArray[np.float64]
 
 
-class Estimate(BaseModel):
+class ReportedEstimate(BaseModel):
     """A mean with its 95 % bootstrap interval over seeds and problems."""
 
     mean: float
@@ -34,11 +34,11 @@ class Estimate(BaseModel):
     high: float
 
     @classmethod
-    def of(cls, found: statistics.Estimate) -> Estimate:
+    def of(cls, found: statistics.Estimate) -> ReportedEstimate:
         return cls(mean=found.value, low=found.low, high=found.high)
 
 
-def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Estimate]:
+def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, ReportedEstimate]:
     """Distances by measure, over workspaces with different seeds; measures that some of them lack are left out.
 
     Args:
@@ -49,7 +49,7 @@ def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Esti
         return {}
     runs = [{row["prompt_id"]: row for row in pq.read_table(path).to_pylist()} for path in paths]
     prompts = sorted(set.intersection(*(set(run) for run in runs)))
-    found: dict[str, Estimate] = {}
+    found: dict[str, ReportedEstimate] = {}
     for measure, count in MEASURES.items():
         value = "student_tokens" if count is None else measure
         values, tokens = (
@@ -60,5 +60,5 @@ def distances_of(folders: Sequence[Path], who: str, name: str) -> dict[str, Esti
         )
         if values.size and not np.isnan(values).any():
             seed = derive_seed("distance", name, measure)
-            found[measure] = Estimate.of(over_seeds(values * tokens, tokens, seed=seed))
+            found[measure] = ReportedEstimate.of(over_seeds(values * tokens, tokens, seed=seed))
     return found

@@ -11,7 +11,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from tropd.pipeline.report.comparison.comparison import Comparison
-from tropd.pipeline.report.comparison.comparison_distance import Estimate
+from tropd.pipeline.report.comparison.comparison_distance import ReportedEstimate
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.run.cells import FOLDER
 from tropd.storage.disk.atomic import write_text_atomic
@@ -101,7 +101,7 @@ def _outcome(comparison: Comparison) -> dict[str, Any]:
         axes.grid(axis="x", color=drawing.GRID, linewidth=0.8)
         for mode, color, shift in (("sampled", drawing.BLUE, 0.14), ("greedy", drawing.GREEN, -0.14)):
             for row, method in enumerate(reversed(methods)):
-                found: Estimate = method.accuracy[mode]
+                found: ReportedEstimate = method.accuracy[mode]
                 y = row + shift
                 axes.plot([found.low, found.high], [y, y], color=color, linewidth=2.4, alpha=0.45)
                 axes.plot([found.mean], [y], "o", color=color, markersize=5, label=mode if row == 0 else None)

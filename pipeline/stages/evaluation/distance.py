@@ -47,7 +47,7 @@ class TokenDistances:
 
 
 @dataclass(frozen=True)
-class Alternatives:
+class DenseTopk:
     """The teacher's likeliest tokens at the n positions of a response."""
 
     ids: npt.NDArray[np.int32]
@@ -135,7 +135,7 @@ def topk_distances(
     student: TransformersEngine,
     sequences: Sequence[Sequence[int]],
     starts: Sequence[int],
-    alternatives: Sequence[Alternatives],
+    alternatives: Sequence[DenseTopk],
     *,
     batch_tokens: int,
 ) -> list[TokenDistances]:

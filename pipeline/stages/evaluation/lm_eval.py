@@ -114,12 +114,12 @@ def run_task(run: Run, task: HarnessTask, role: str, folder: Path, target: Path,
                 f"lm-eval failed on {task.task} ({role}):\n{_tail(done)}",
                 hint=f"the full output is in {log}{offline}",
             )
-        metrics = read_metrics(json.loads(found[-1].read_text(encoding="utf-8")), task.task)
+        metrics = task_metrics(json.loads(found[-1].read_text(encoding="utf-8")), task.task)
     write_text_atomic(target, json.dumps([vars(metric) for metric in metrics], indent=1) + "\n")
     return metrics
 
 
-def read_metrics(results: dict[str, Any], task: str) -> list[Metric]:
+def task_metrics(results: dict[str, Any], task: str) -> list[Metric]:
     """The task's own metrics (of a group, the group's) from a results file of lm-eval.
 
     Raises:

@@ -30,7 +30,7 @@ from tropd.pipeline.stages.evaluation.distance import (
     topk_distances,
 )
 from tropd.pipeline.stages.evaluation.held_out import HeldOut, responses_file, sample_responses, sequences_of
-from tropd.pipeline.stages.evaluation.teacher_answers import Answer, ask_engine, ask_service
+from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_engine, ask_service
 from tropd.pipeline.teacher.by_domain import EngineSlot, with_only
 from tropd.pipeline.teacher.connect import connect_teacher, local_teacher
 from tropd.storage.catalog import DISTANCE, DISTANCES
@@ -113,7 +113,7 @@ def exact_teachers(run: Run, held_out: HeldOut) -> list[str]:
     ]
 
 
-Asked = dict[tuple[str, str], Answer]
+Asked = dict[tuple[str, str], TeacherAnswer]
 """By the response's author, and its prompt's id."""
 
 
@@ -137,7 +137,7 @@ def _ask(run: Run, folder: Path, held_out: HeldOut, students: Sequence[str], slo
     return answers
 
 
-def _ask_service(run: Run, prompts: HeldOut, responses: Sequence[Trajectory], k: int) -> list[Answer]:
+def _ask_service(run: Run, prompts: HeldOut, responses: Sequence[Trajectory], k: int) -> list[TeacherAnswer]:
     tokenizer = role_tokenizer(run, "student")
     with ExitStack() as stack:
         client = connect_teacher(

@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.objectives.objective import AllTrusted
-from tropd.pipeline.stages.evaluation.distance import Alternatives
+from tropd.pipeline.stages.evaluation.distance import DenseTopk
 from tropd.pipeline.stages.evaluation.held_out import sequences_of
 from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest, ScoreResponse
 from tropd.storage.formats.trajectories import Trajectory
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """About the n tokens of a response."""
 
     logprobs: npt.NDArray[np.float32]
     """``[n]``."""
-    alternatives: Alternatives
+    alternatives: DenseTopk
     """``[n, k]``, where k may be 0."""
 
 
@@ -33,13 +33,15 @@ class Scorer(Protocol):
     def score(self, request: ScoreRequest) -> ScoreResponse: ...
 
 
-def ask_engine(engine: Engine, responses: Sequence[Trajectory], *, k: int) -> list[Answer]:
+def ask_engine(engine: Engine, responses: Sequence[Trajectory], *, k: int) -> list[TeacherAnswer]:
     """Of an engine, which gives at most its vocabulary."""
     scores = engine.score(*sequences_of(responses), k=k)
-    return [Answer(one.token_logprobs, Alternatives(one.topk_ids, one.topk_logprobs)) for one in scores]
+    return [TeacherAnswer(one.token_logprobs, DenseTopk(one.topk_ids, one.topk_logprobs)) for one in scores]
 
 
-def ask_service(client: Scorer, responses: Sequence[Trajectory], *, k: int, vocab_limit: int) -> list[Answer]:
+def ask_service(
+    client: Scorer, responses: Sequence[Trajectory], *, k: int, vocab_limit: int
+) -> list[TeacherAnswer]:
     """Of a service.
 
     Args:
@@ -61,15 +63,15 @@ def ask_service(client: Scorer, responses: Sequence[Trajectory], *, k: int, voca
     ]
     request = ScoreRequest(items, AllTrusted(), "all" if k else "none", k, False, vocab_limit)
     return [
-        Answer(
+        TeacherAnswer(
             one.teacher_logprobs, _alternatives(len(one.teacher_logprobs), one.topk_ids, one.topk_logprobs)
         )
         for one in client.score(request).items
     ]
 
 
-def _alternatives(tokens: int, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> Alternatives:
+def _alternatives(tokens: int, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> DenseTopk:
     """Of a service that was asked for none, ids have a column and no rows."""
     if len(ids) == tokens:
-        return Alternatives(ids, logprobs)
-    return Alternatives(np.zeros((tokens, 0), dtype=np.int32), np.zeros((tokens, 0), dtype=np.float32))
+        return DenseTopk(ids, logprobs)
+    return DenseTopk(np.zeros((tokens, 0), dtype=np.int32), np.zeros((tokens, 0), dtype=np.float32))

@@ -18,7 +18,7 @@ from tropd.pipeline.run.interrupt import StopRequestedError
 from tropd.pipeline.stages.evaluation.distance import sampled_distances, topk_distances
 from tropd.pipeline.stages.evaluation.held_out import sample_responses
 from tropd.pipeline.stages.evaluation.responses import Mode, Response, respond
-from tropd.pipeline.stages.evaluation.teacher_answers import Answer, ask_service
+from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_service
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet, TeacherResponse
 from tropd.pipeline.training.session import Session
 from tropd.storage.formats.step_log import Record
@@ -74,8 +74,8 @@ def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Traj
     # Copies count for themselves: requests of an evaluation are no traffic of a step.
     scorers = {name: copy.copy(scorer) for name, scorer in session.scorers.items()}
 
-    def ask(share: list[Trajectory]) -> list[Answer | None]:
-        found: dict[str, Answer] = {}
+    def ask(share: list[Trajectory]) -> list[TeacherAnswer | None]:
+        found: dict[str, TeacherAnswer] = {}
         try:
             for name, scorer in scorers.items():
                 mine = [response for response in share if names[response.prompt_id] == name]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tropd.pipeline.problems.encoding import Encoded, token_digest
 from tropd.pipeline.run.identity import stop_fields
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.stages.evaluation.distance import Alternatives
+from tropd.pipeline.stages.evaluation.distance import DenseTopk
 from tropd.pipeline.stages.evaluation.held_out import HeldOut, held_out_prompts, sample_responses
 from tropd.pipeline.stages.evaluation.teacher_answers import ask_engine
 from tropd.pipeline.teacher.by_domain import EngineSlot, with_only
@@ -35,7 +35,7 @@ class TeacherResponse:
 
     prompt_tokens: list[int]
     tokens: list[int]
-    alternatives: Alternatives
+    alternatives: DenseTopk
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _read(path: Path) -> list[TeacherResponse] | None:
         TeacherResponse(
             row["prompt_tokens"],
             row["tokens"],
-            Alternatives(
+            DenseTopk(
                 np.array(row["ids"], dtype=np.int32).reshape(len(row["tokens"]), -1),
                 np.array(row["logprobs"], dtype=np.float32).reshape(len(row["tokens"]), -1),
             ),

@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from tropd.pipeline.config.recipe_files import load_objective
-from tropd.pipeline.experiments.doctor.differences import Part, advice, compare, false_outliers, meaning
+from tropd.pipeline.experiments.doctor.differences import (
+    NamedLogprobs,
+    advice,
+    compare,
+    false_outliers,
+    meaning,
+)
 
 
-def part(*logprobs: float, precision: torch.dtype = torch.float32) -> Part:
-    return Part("one", precision, np.array(logprobs, dtype=np.float32))
+def part(*logprobs: float, precision: torch.dtype = torch.float32) -> NamedLogprobs:
+    return NamedLogprobs("one", precision, np.array(logprobs, dtype=np.float32))
 
 
 def test_figures_are_those_of_absolute_differences() -> None:
@@ -34,8 +40,10 @@ def test_the_coarser_part_decides_what_is_allowed() -> None:
     # One token, by a share of its log-prob.
     many = np.full(200, -8.0, dtype=np.float32)
     moved = np.where(np.arange(200) == 7, -8.0 * 1.25, many).astype(np.float32)
-    assert compare(Part("a", torch.bfloat16, moved), Part("b", torch.bfloat16, many)).sound
-    assert not compare(Part("a", torch.bfloat16, moved * 1.1), Part("b", torch.bfloat16, many)).sound
+    assert compare(NamedLogprobs("a", torch.bfloat16, moved), NamedLogprobs("b", torch.bfloat16, many)).sound
+    assert not compare(
+        NamedLogprobs("a", torch.bfloat16, moved * 1.1), NamedLogprobs("b", torch.bfloat16, many)
+    ).sound
 
 
 def test_tokens_without_a_finite_logprob_are_no_rounding() -> None:

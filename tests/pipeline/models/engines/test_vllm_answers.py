@@ -15,7 +15,7 @@ import torch
 from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.vllm import VllmEngine
-from tropd.pipeline.models.engines.vllm_answers import Answer, answer_scores, checked_logprobs
+from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
 from tropd.storage.errors import ConfigError, TropdError
 
 
@@ -30,7 +30,7 @@ def flat(*positions: list[tuple[int, float]]) -> Any:
 
 
 def test_own_logprob_first_then_the_alternatives() -> None:
-    answer = Answer(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
+    answer = PromptLogprobs(flat([(7, -2.0), (3, -0.5), (7, -2.0)], [(5, -0.1), (5, -0.1), (4, -3.0)]), 2)
     scores = answer_scores(answer, 1, np.arange(2), 2, 24)
     np.testing.assert_allclose(scores.token_logprobs, [-2.0, -0.1])
     assert scores.topk_ids.tolist() == [[3, 7], [5, 4]]
@@ -40,7 +40,7 @@ def test_own_logprob_first_then_the_alternatives() -> None:
 
 
 def test_ids_that_are_no_tokens_give_way_to_the_next() -> None:
-    answer = Answer(flat([(7, -2.0), (30, -0.2), (3, -1.7), (7, -2.0)]), 3)
+    answer = PromptLogprobs(flat([(7, -2.0), (30, -0.2), (3, -1.7), (7, -2.0)]), 3)
     assert answer_scores(answer, 1, np.arange(1), 2, 24).topk_ids.tolist() == [[3, 7]]
     with pytest.raises(TropdError, match="fewer than 3"):
         answer_scores(answer, 1, np.arange(1), 3, 24)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from tropd.pipeline.report.comparison.comparison import CURVES, Comparison, Estimate, MethodResult
+from tropd.pipeline.report.comparison.comparison import CURVES, Comparison, MethodResult, ReportedEstimate
 from tropd.pipeline.report.comparison.comparison_page import render_comparison
 
 
-def method(name: str, **difference: Estimate) -> MethodResult:
-    estimate = Estimate(mean=0.5, low=0.4, high=0.6)
+def method(name: str, **difference: ReportedEstimate) -> MethodResult:
+    estimate = ReportedEstimate(mean=0.5, low=0.4, high=0.6)
     return MethodResult(
         objective=name,
         seeds=[0, 1],
@@ -27,7 +27,7 @@ def method(name: str, **difference: Estimate) -> MethodResult:
 
 
 def test_the_page_is_whole_and_escapes_names() -> None:
-    gain = Estimate(mean=0.1, low=-0.1, high=0.3)
+    gain = ReportedEstimate(mean=0.1, low=-0.1, high=0.3)
     found = Comparison(
         workspace="<script>alert(1)</script>",
         baseline="opd",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tropd.pipeline.report.comparison.comparison import CURVES, Comparison, MethodResult
-from tropd.pipeline.report.comparison.comparison_distance import Estimate, distances_of
+from tropd.pipeline.report.comparison.comparison_distance import ReportedEstimate, distances_of
 from tropd.pipeline.report.comparison.comparison_page import render_comparison
 from tropd.storage.catalog import DISTANCES
 
@@ -44,12 +44,12 @@ def test_means_are_over_the_tokens_of_all_seeds(tmp_path: Path) -> None:
     assert set(found) == {"reverse_kl", "acceptance", "length"}  # the teacher has written nothing
     assert found["reverse_kl"].mean == pytest.approx((2 + 16 + 12 + 24) / 20)
     assert found["length"].mean == 5
-    assert found["acceptance"] == Estimate(mean=0.5, low=0.5, high=0.5)
+    assert found["acceptance"] == ReportedEstimate(mean=0.5, low=0.5, high=0.5)
     assert distances_of([one, tmp_path / "older"], "after", "tropd") == {}
 
 
 def test_the_page_does_without_accuracy() -> None:
-    estimate = Estimate(mean=0.25, low=0.2, high=0.3)
+    estimate = ReportedEstimate(mean=0.25, low=0.2, high=0.3)
     methods = [
         MethodResult(
             objective=name,

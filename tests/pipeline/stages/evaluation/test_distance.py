@@ -23,7 +23,7 @@ from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.output import vocabulary_sums
 from tropd.pipeline.stages.evaluation import distance
 from tropd.pipeline.stages.evaluation.distance import (
-    Alternatives,
+    DenseTopk,
     exact_distances,
     sampled_distances,
     topk_distances,
@@ -126,7 +126,7 @@ def test_alternatives_and_the_rest_are_a_distribution(k: int) -> None:
     engines = [TransformersEngine(m, [1], num_tokens=TOKENS) for m in (teacher, student)]
     tokens, starts = sequences()
     scores = engines[0].score(tokens, starts, k=k)
-    alternatives = [Alternatives(s.topk_ids, s.topk_logprobs) for s in scores]
+    alternatives = [DenseTopk(s.topk_ids, s.topk_logprobs) for s in scores]
     found = topk_distances(engines[1], tokens, starts, alternatives, batch_tokens=40)
     exact = exact_distances(*engines, tokens, starts, batch_tokens=40)
     for sequence, start, one, whole in zip(tokens, starts, found, exact, strict=True):

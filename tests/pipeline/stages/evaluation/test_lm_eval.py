@@ -17,7 +17,7 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation import lm_eval
 from tropd.pipeline.stages.evaluation.evaluate import evaluate
-from tropd.pipeline.stages.evaluation.lm_eval import Metric, read_metrics
+from tropd.pipeline.stages.evaluation.lm_eval import Metric, task_metrics
 from tropd.storage.errors import ConfigError, FingerprintMismatchError, TropdError
 from tropd.storage.verify.verify import verify_workspace
 
@@ -168,9 +168,9 @@ def test_names_are_unique_among_benchmarks_and_tasks() -> None:
 
 def test_a_group_has_metrics_of_its_own() -> None:
     results = {"groups": {"mmlu": {"acc,none": 0.5}}, "results": {"mmlu": {}, "mmlu_law": {"acc,none": 0.1}}}
-    assert read_metrics(results, "mmlu") == [Metric("acc", 0.5, None)]
+    assert task_metrics(results, "mmlu") == [Metric("acc", 0.5, None)]
     with pytest.raises(TropdError, match="no metric for 'gpqa'"):
-        read_metrics(results, "gpqa")
+        task_metrics(results, "gpqa")
 
 
 @pytest.mark.skipif(real_harness is None, reason='lm-eval is not installed: pip install "tropd[bench]"')
