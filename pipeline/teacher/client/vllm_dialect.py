@@ -27,7 +27,7 @@ from tropd.pipeline.teacher.client.vllm_json import (
     completion_body,
     next_position,
     prompt_positions,
-    token_logprobs,
+    token_logprobs_of,
     unusable,
 )
 from tropd.pipeline.teacher.service.batcher import outlier_mask
@@ -97,7 +97,7 @@ class VllmDialect:
         ahead = width if request.topk == "all" else 0  # everything at once where all tokens get alternatives
         found = list(self._prompts(exchange, sequences, ahead))
         teacher_logprobs = [
-            token_logprobs(exchange.url, positions, sequence, item.start)
+            token_logprobs_of(exchange.url, positions, sequence, item.start)
             for item, sequence, positions in zip(items, sequences, found, strict=True)
         ]
         masks = [

@@ -92,7 +92,7 @@ def next_position(url: str, choice: dict[str, Any]) -> Position:
         raise unusable(url, f"alternatives of another form ({error})") from error
 
 
-def token_logprobs(url: str, positions: Sequence[Position], tokens: Sequence[int], start: int) -> Floats:
+def token_logprobs_of(url: str, positions: Sequence[Position], tokens: Sequence[int], start: int) -> Floats:
     """``[n]`` log-probs of the tokens from ``start``."""
     try:
         values = [positions[t][str(tokens[t])]["logprob"] for t in range(start, len(tokens))]
