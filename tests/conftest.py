@@ -15,7 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples each time; make test-thorough draws others.
+hypothesis.settings.register_profile("tropd", derandomize="TROPD_THOROUGH" not in os.environ, deadline=None)
+hypothesis.settings.load_profile("tropd")
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this: waiting
 

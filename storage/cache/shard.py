@@ -162,7 +162,9 @@ def _leading(
             rounded = _round(logprobs[unfinished, :width])
             mass_of = probabilities(rounded)
             total = np.cumsum(mass_of, axis=1)
-            chosen = ((total - mass_of) < mass) & np.isfinite(rounded)
+            before = np.zeros_like(total)  # not total - mass_of: 1 + p - p can be less than 1
+            before[:, 1:] = total[:, :-1]
+            chosen = (before < mass) & np.isfinite(rounded)
             keep[unfinished, :width] = chosen
             kept_mass[unfinished] = mass_of.sum(axis=1, where=chosen)
             unfinished = unfinished[total[:, -1] < mass]
