@@ -12,15 +12,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import difflib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
-# The same examples each time; make test-thorough draws others.
-hypothesis.settings.register_profile("tropd", derandomize="TROPD_THOROUGH" not in os.environ, deadline=None)
-hypothesis.settings.load_profile("tropd")
+if find_spec("hypothesis"):  # not in the environment of vLLM's tests
+    from hypothesis import settings
+
+    # The same examples each time; make test-thorough draws others.
+    settings.register_profile("tropd", derandomize="TROPD_THOROUGH" not in os.environ, deadline=None)
+    settings.load_profile("tropd")
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this: waiting
 
