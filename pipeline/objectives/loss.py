@@ -1,4 +1,4 @@
-"""Putting an objective together: a plan of coefficients for a whole step, then the loss of each micro-batch.
+"""The loss of a step: a plan of coefficients for the whole step, then the loss of each micro-batch.
 
 The plan (numpy, no gradient) folds region weights, token weights and the reduction's denominator into one
 coefficient per token and region. The loss of a micro-batch is then Σ coefficient · estimator, and the sum

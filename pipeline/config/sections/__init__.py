@@ -1,1 +1,1 @@
-"""The sections of the configuration, by subject."""
+"""The settings, section by section, each with its meaning."""

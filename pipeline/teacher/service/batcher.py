@@ -1,4 +1,4 @@
-"""Dynamic micro-batching: waiting requests are scored together, up to a budget of tokens, by one worker thread.
+"""The queue of the service: waiting requests are scored together, up to a budget of tokens, by one worker thread.
 
 Whole requests are merged, never split: a client that sends one request at a time is always scored on its own, and
 gets bit-identical answers in a repeated run.
