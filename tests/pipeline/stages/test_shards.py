@@ -155,7 +155,7 @@ class DyingOpener:
 @pytest.fixture(scope="module")
 def ray_cluster() -> Any:
     ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    source = str(Path(__file__).parent)
+    source = str(Path(__file__).parents[1])
     ray.init(
         num_cpus=2,
         include_dashboard=False,

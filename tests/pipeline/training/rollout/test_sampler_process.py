@@ -43,7 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sampler(folder: Path) -> Iterator[SamplingProcess]:
+def others() -> set[Any]:
+    """Processes of pools that other tests have left."""
+    return set(multiprocessing.active_children())
+
+
+@pytest.fixture
+def sampler(folder: Path, others: set[Any]) -> Iterator[SamplingProcess]:
     process = SamplingProcess(partial(build, folder), build(folder).model.state_dict(), 40)
     yield process
     process.close()
@@ -67,12 +73,11 @@ def test_it_samples_as_this_process_would_and_sees_new_weights(
 
 
 def test_a_process_that_is_killed_at_work_is_an_error_that_says_so(
-    folder: Path, sampler: SamplingProcess
+    folder: Path, others: set[Any], sampler: SamplingProcess
 ) -> None:
     sampler.set_weights(build(folder).model.state_dict().items())
     sampler.generate(PROMPTS, Sampling(), **ASKED)
-    # Other tests may have left processes of their pools.
-    process = max(multiprocessing.active_children(), key=lambda child: child.pid or 0)
+    (process,) = set(multiprocessing.active_children()) - others
     timer = threading.Timer(0.1, process.kill)
     timer.start()
     many: dict[str, Any] = {"seeds": list(range(4000)), "max_tokens": [30] * 4000}
