@@ -145,7 +145,7 @@ def test_array_jobs_make_the_same_cache(tropd: Any, prepared: Path, copy: Any, t
     assert refused.code == 2
     assert "1 ≤ i ≤ n" in refused.output
     assert tropd("score-teacher", "-w", workspace, "--shards", "1/2", "--executor", "ray").code == 2
-    assert "everything is" in tropd.ok("cache", "verify", "-w", workspace).output
+    assert "OK: every file matches its manifest" in tropd.ok("cache", "verify", "-w", workspace).output
     shutil.rmtree(next((workspace / "scores").glob("*.zarr")))
     assert "is missing" in (found := tropd("cache", "verify", "-w", workspace)).output
     assert found.code == 1
