@@ -25,7 +25,8 @@ if find_spec("hypothesis"):  # not in the environment of vLLM's tests
     settings.register_profile("tropd", derandomize="TROPD_THOROUGH" not in os.environ, deadline=None)
     settings.load_profile("tropd")
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this: waiting
+# Helpers of all tests. Not this folder itself: its vllm/ would be found as the library of that name.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 # What no installation can mend: problem files that may not be copied, what the machine does not permit, no network.
 NOT_OURS_TO_MEND = (

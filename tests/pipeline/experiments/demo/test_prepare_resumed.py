@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3]))  # also where a process of its own imports this
+sys.path.insert(0, str(Path(__file__).parents[3] / "support"))  # also where a process of its own imports this
 
 from waiting import eventually
 
