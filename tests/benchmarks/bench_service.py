@@ -59,6 +59,7 @@ from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest, ScoreR
 from tropd.storage.errors import TropdError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "teacher"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from fuzz import fuzz
 from running import fake_vllm
