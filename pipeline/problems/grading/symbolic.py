@@ -29,7 +29,6 @@ _GAMMAS = (
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\mathcal{gamma}"),  # the parser takes both for Euler's constant
     (re.compile(r"\\Gamma(?![A-Za-z])(?!\s*\()"), r"\\mathcal{Gamma}"),
 )
-_ROUNDED = re.compile(r"[-+]?\d*\.\d+")
 
 
 def symbolically_equal(pairs: list[tuple[str, str]]) -> bool:

@@ -12,7 +12,24 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from waiting import eventually
 
+from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.teacher.service.listen import listen
+from tropd.pipeline.teacher.wire.info import ServiceInfo
+
+
+def service_info(settings: ServiceConfig) -> ServiceInfo:
+    """A teacher of 24 tokens, with the limits of these settings."""
+    return ServiceInfo(
+        model="toy",
+        weights="w",
+        tokenizer="t",
+        tokenizer_size=24,
+        vocab_size=24,
+        max_length=64,
+        max_request_tokens=settings.max_request_tokens,
+        max_request_bytes=settings.max_request_bytes,
+        queue_tokens=settings.queue_tokens,
+    )
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+from running import service_info
 
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.models.engines.base import SequenceScores
 from tropd.pipeline.objectives.objective import AllTrusted, Partition, RatioPartition, TeacherEntropyPartition
-from tropd.pipeline.teacher.service.app import ServiceInfo, create_app
+from tropd.pipeline.teacher.service.app import create_app
 from tropd.pipeline.teacher.service.batcher import Batcher, StoppingError, outlier_mask
 from tropd.pipeline.teacher.service.listen import listen
 from tropd.pipeline.teacher.service.running import run_service
@@ -59,20 +60,6 @@ class FlatEngine:
             )
             for tokens, start in zip(sequences, starts, strict=True)
         ]
-
-
-def service_info(settings: ServiceConfig) -> ServiceInfo:
-    return ServiceInfo(
-        model="toy",
-        weights="w",
-        tokenizer="t",
-        tokenizer_size=V,
-        vocab_size=V,
-        max_length=64,
-        max_request_tokens=settings.max_request_tokens,
-        max_request_bytes=settings.max_request_bytes,
-        queue_tokens=settings.queue_tokens,
-    )
 
 
 def item(n: int = 3, student: float = -1.0) -> ScoreItem:

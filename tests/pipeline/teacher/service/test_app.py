@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from running import service_info
 from waiting import eventually
 
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
@@ -24,7 +25,7 @@ from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.objective import NoneTrusted, RatioPartition, SampledPartition
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service import app as service_module
-from tropd.pipeline.teacher.service.app import ServiceInfo, create_app
+from tropd.pipeline.teacher.service.app import create_app
 from tropd.pipeline.teacher.service.listen import listen
 from tropd.pipeline.teacher.service.running import run_service
 from tropd.pipeline.teacher.wire.messages import (
@@ -38,20 +39,6 @@ from tropd.storage.errors import ConfigError, TropdError
 
 V = 24
 HEADERS = {"Content-Type": CONTENT_TYPE}
-
-
-def service_info(settings: ServiceConfig) -> ServiceInfo:
-    return ServiceInfo(
-        model="toy",
-        weights="w",
-        tokenizer="t",
-        tokenizer_size=V,
-        vocab_size=V,
-        max_length=64,
-        max_request_tokens=settings.max_request_tokens,
-        max_request_bytes=settings.max_request_bytes,
-        queue_tokens=settings.queue_tokens,
-    )
 
 
 @contextmanager
