@@ -205,7 +205,6 @@ def _gradient(session: Session, inputs: StepInputs) -> tuple[StepOutcome, float]
         session.run.config.training_objective,
         inputs,
         micro_batch_tokens=config.micro_batch_tokens,
-        precision=session.precision,
         region_gradients=config.region_gradients,
         world=session.world,
     )

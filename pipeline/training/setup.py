@@ -95,7 +95,7 @@ def open_session(
         prove_pass(passes, inputs.encoded, precision)
     if student.compiles:
         compile_layers(student.model)
-    shard(passes, world, precision)
+    shard(passes, world)
     return Session(
         run=run,
         world=world,

@@ -88,7 +88,6 @@ def backpropagate(
     inputs: StepInputs,
     *,
     micro_batch_tokens: int,
-    precision: torch.dtype | None,
     region_gradients: bool = False,
     world: World = ALONE,
 ) -> StepOutcome:
@@ -106,7 +105,7 @@ def backpropagate(
     batches = list(micro_batches(layout, micro_batch_tokens, device, share, packing=student.packing))
     rounds = max(world.gather(len(batches)))
     tail = needs_student_tail(objective)
-    statistics = _statistics(student, objective, inputs, layout, batches, rounds, precision, world)
+    statistics = _statistics(student, objective, inputs, layout, batches, rounds, world)
     plan = plan_step(
         objective,
         inputs.regions,
@@ -121,7 +120,7 @@ def backpropagate(
     region_sums: dict[str, list[Tensor]] = {}
     for number, micro_batch in enumerate(batches):
         _seed(inputs, world, number)
-        topk, guidance_topk, output = _forward(student, inputs, micro_batch, precision, tail)
+        topk, guidance_topk, output = _forward(student, inputs, micro_batch, tail)
         batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
         regions = region_losses(objective, batch)
         for name, value in regions.items():
@@ -134,7 +133,7 @@ def backpropagate(
         (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
         _measure(measured, micro_batch, output, batch)
     for _ in range(len(batches), rounds):
-        _idle(student, layout, device, precision).backward()
+        _idle(student, layout, device).backward()
     return StepOutcome(
         losses=world.total(losses),
         supervised_tokens=_supervised(objective, plan),
@@ -162,13 +161,11 @@ def _seed(inputs: StepInputs, world: World, micro_batch: int) -> None:
         dropout.seed(inputs.dropout_seed, world.rank, micro_batch)
 
 
-def _idle(
-    student: StudentPass, layout: Layout, device: torch.device, precision: torch.dtype | None
-) -> Tensor:
+def _idle(student: StudentPass, layout: Layout, device: torch.device) -> Tensor:
     """A pass without effect: others have one micro-batch more, and weights are gathered by all or none."""
     batch = next(iter(micro_batches(layout, 1, device)))
     lookups = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
-    with autocast(device, precision):
+    with autocast(device, student.precision):
         targets, *_ = student(batch, lookups)
     return 0.0 * targets.sum()
 
@@ -177,7 +174,6 @@ def _forward(
     student: StudentPass,
     inputs: StepInputs,
     micro_batch: MicroBatch,
-    precision: torch.dtype | None,
     tail: bool,
 ) -> tuple[RaggedTopk, RaggedTopk | None, TokenLogprobs]:
     """The student on a micro-batch, and the teacher's alternatives of its tokens."""
@@ -193,7 +189,7 @@ def _forward(
     if guidance_topk is not None:
         flat[~student_entries] = guidance_topk.ids
     device = micro_batch.targets.device
-    with autocast(device, precision):
+    with autocast(device, student.precision):
         lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device), tail)
         output = TokenLogprobs(*student(micro_batch, lookups))
     return topk, guidance_topk, output
@@ -284,7 +280,6 @@ def _statistics(
     layout: Layout,
     batches: Sequence[MicroBatch],
     rounds: int,
-    precision: torch.dtype | None,
     world: World,
 ) -> TokenStatistics:
     """Statistics of all T tokens that token weights depend on; those of the student cost a pass without gradient."""
@@ -303,9 +298,7 @@ def _statistics(
     with torch.no_grad():
         for number, micro_batch in enumerate(batches):
             _seed(inputs, world, number)
-            topk, guidance_topk, output = _forward(
-                student, inputs, micro_batch, precision, "soft_or_top" in kinds
-            )
+            topk, guidance_topk, output = _forward(student, inputs, micro_batch, "soft_or_top" in kinds)
             tokens, is_student = micro_batch.student_tokens, torch.from_numpy(micro_batch.is_student)
             found["entropy"][tokens] = output.entropy.cpu()[is_student].double().numpy()
             found["overlap"][tokens] = output.overlap.cpu()[is_student].double().numpy()
@@ -317,7 +310,7 @@ def _statistics(
             alternatives = _alternatives(topk, output.lookups[entries], output.tail[is_student.to(device)])
             found["divergence"][tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
         for _ in range(len(batches), rounds):
-            _idle(student, layout, device, precision)
+            _idle(student, layout, device)
     merged = {name: world.merge(values) for name, values in found.items()}
     return TokenStatistics(
         layout.student_rows, advantages, merged["entropy"], merged["divergence"], merged["overlap"], gain

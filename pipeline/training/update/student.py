@@ -95,11 +95,11 @@ def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> 
     return torch.allclose(packed.float(), alone.float(), rtol=tolerance, atol=tolerance)
 
 
-def shard(student: StudentPass, world: World, precision: torch.dtype | None) -> None:
-    """Spread the weights over all processes, in float32; matrix products are in ``precision``."""
+def shard(student: StudentPass, world: World) -> None:
+    """Spread the weights over all processes, in float32; matrix products in the student's precision."""
     if world.mesh is None:
         return
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=student.precision, reduce_dtype=torch.float32)
     for module in decoder_layers(student.model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
     fully_shard(student, mesh=world.mesh, mp_policy=policy)

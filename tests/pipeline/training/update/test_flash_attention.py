@@ -105,9 +105,7 @@ def gradient(model: Any, budget: int) -> tuple[StepOutcome, torch.Tensor]:
     parameters = list(model.parameters())
     passes = StudentPass(model, torch.bfloat16)
     calls.clear()  # without those by which it has found how to pack
-    outcome = backpropagate(
-        passes, parameters, objective, inputs, micro_batch_tokens=budget, precision=torch.bfloat16
-    )
+    outcome = backpropagate(passes, parameters, objective, inputs, micro_batch_tokens=budget)
     return outcome, torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
 
 

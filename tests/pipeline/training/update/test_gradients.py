@@ -125,7 +125,6 @@ def run(
         objective,
         inputs,
         micro_batch_tokens=budget,
-        precision=None,
         region_gradients=region_gradients,
     )
     flat = [torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
