@@ -29,7 +29,7 @@ SAMPLE = (
     ("interrupted", "verify", "flipped", "train/metrics.jsonl"),
     ("interrupted", "verify", "deleted", "prefixes/manifest.json"),
     ("interrupted", "verify", "older", "train/samples.jsonl"),
-    ("finished", "train", "emptied", "train/final/model.safetensors"),
+    ("finished", "train", "flipped", "train/final/model.safetensors"),
     ("finished", "train", "deleted", "train/samples.jsonl"),
     ("finished", "train", "halved", "train/samples.jsonl"),
     ("finished", "train", "flipped", "train/metrics.jsonl"),
