@@ -135,3 +135,24 @@ def test_the_teacher_is_not_asked_about_log_probs_that_are_none(
     assert checkpoints(run) == []
     batch = saved_batch(run)
     assert (batch["step"], len(batch["rows"])) == (1, 16)
+
+
+def test_every_update_is_made_at_the_scheduled_rate(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(
+        tmp_path / "run", tiny_models, "sft", learning_rate=1e-3, schedule="linear", warmup_steps=2, steps=5
+    )
+    generate_prefixes(run)
+    used: list[float] = []
+
+    def opening(*arguments: Any) -> Any:
+        opened = open_session(*arguments)
+        opened.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+        )
+        return opened
+
+    monkeypatch.setattr(loop, "open_session", opening)
+    train(run)
+    assert used == pytest.approx([5e-4, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
