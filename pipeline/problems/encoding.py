@@ -30,11 +30,22 @@ REPEATS = 16
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Prompts with their token ids, in the same order, and the rejects and remarks of encoding."""
+class EncodedPrompt:
+    """A prompt, and its token ids as a model reads it."""
 
-    prompts: list[Prompt]
-    tokens: list[list[int]]
+    prompt: Prompt
+    tokens: Sequence[int]
+
+    @property
+    def id(self) -> str:
+        return self.prompt.id
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded prompts of a file, and the rejects and remarks of encoding."""
+
+    prompts: list[EncodedPrompt]
     rejects: list[Reject]
     """Prompts without tokens, too long ones, and those that the chat template does not take."""
     notes: list[str]
@@ -68,8 +79,7 @@ def encode_prompts(
     """
     if chat and not chat_template(tokenizer):
         raise DataError("data.chat is true, but the tokenizer has no chat template")
-    kept: list[Prompt] = []
-    encoded: list[list[int]] = []
+    kept: list[EncodedPrompt] = []
     rejects: list[Reject] = []
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ended = begun_twice = False
@@ -93,8 +103,7 @@ def encode_prompts(
                 reason = f"prompt {prompt.id!r} has {len(tokens)} tokens, there is room for {max_length}"
                 rejects.append(Reject(prompt.line, reason))
             else:
-                kept.append(prompt)
-                encoded.append(tokens)
+                kept.append(EncodedPrompt(prompt, tokens))
     notes = []
     if ended:
         notes.append(f"the tokenizer appends {tokenizer.eos_token!r} to prompts: it is left out")
@@ -102,16 +111,21 @@ def encode_prompts(
         notes.append(
             f"the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it: it is kept once"
         )
-    return Encoded(kept, encoded, rejects, notes, date if clock.read else None)
+    return Encoded(kept, rejects, notes, date if clock.read else None)
 
 
-def token_digest(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]) -> str:
+def tokens_of(prompts: Sequence[EncodedPrompt]) -> list[Sequence[int]]:
+    """Token ids of each prompt, as an engine takes them."""
+    return [prompt.tokens for prompt in prompts]
+
+
+def token_digest(prompts: Sequence[EncodedPrompt]) -> str:
     """SHA-256 over the prompts' ids and token ids, in order."""
     digest = hashlib.sha256()
-    for prompt, ids in zip(prompts, tokens, strict=True):
+    for prompt in prompts:
         name = prompt.id.encode("utf-8", "surrogatepass")
-        digest.update(np.array([len(name), len(ids)], dtype="<i8").tobytes() + name)
-        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+        digest.update(np.array([len(name), len(prompt.tokens)], dtype="<i8").tobytes() + name)
+        digest.update(np.asarray(prompt.tokens, dtype="<i4").tobytes())
     return digest.hexdigest()
 
 

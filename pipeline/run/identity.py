@@ -62,7 +62,7 @@ def token_fields(encoded: Encoded, name: str) -> dict[str, Scalar]:
     Args:
         name: of the setting that they come from, such as ``data.prompts``.
     """
-    fields: dict[str, Scalar] = {f"{name}{AS_TOKENS}": token_digest(encoded.prompts, encoded.tokens)}
+    fields: dict[str, Scalar] = {f"{name}{AS_TOKENS}": token_digest(encoded.prompts)}
     if encoded.date is not None:
         fields["data.template_date"] = encoded.date.isoformat()
     return fields

@@ -15,9 +15,8 @@ from typing import Any, Literal
 from tropd.pipeline.models.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.objectives.objective import marks
-from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.problems.grading.grading import RULES, check_expected
-from tropd.pipeline.problems.prompts import Prompt
 from tropd.pipeline.run.identity import engine_fields, fingerprint_of, model_fields, stop_fields, token_fields
 from tropd.pipeline.run.opening import check_pair, role_room, role_tokenizer
 from tropd.pipeline.run.run import Run
@@ -76,8 +75,7 @@ class Batch:
     """The prompts of one shard; they have the same teacher."""
 
     teacher: str
-    prompts: Sequence[Prompt]
-    encoded: Sequence[Sequence[int]]
+    prompts: Sequence[EncodedPrompt]
 
 
 def teacher_source(run: Run) -> Source:
@@ -163,15 +161,15 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
     authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
     room = min(role_room(with_only(run, name), source.author) for name in authors)
     found = training_prompts(run, role_tokenizer(run, "student"), room)
-    prompts = replace(found, prompts=found.prompts[: source.limit], tokens=found.tokens[: source.limit])
+    prompts = replace(found, prompts=found.prompts[: source.limit])
     if source.keep == "correct":
-        check_expected(run.config.evaluation.grader, prompts.prompts)
+        check_expected(run.config.evaluation.grader, [one.prompt for one in prompts.prompts])
 
     identity = fingerprint(run, source, prompts)
     rejects = rejects_folder(run, identity)
     batches = [
-        Batch(name, [prompts.prompts[i] for i in part], [prompts.tokens[i] for i in part])
-        for name, indices in grouped(run, prompts.prompts)
+        Batch(name, [prompts.prompts[i] for i in part])
+        for name, indices in grouped(run, [one.prompt for one in prompts.prompts])
         for part in batched(indices, source.shard_prompts)
     ]
     made = None if force or execution != HERE else _to_filter(run, source, identity, batches, rejects)
@@ -183,7 +181,7 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
         ]
         opener = partial(open_generator, source, batches, rejects)
         if made is not None:
-            asked = [batch.prompts for batch in batches]
+            asked = [[one.prompt for one in batch.prompts] for batch in batches]
             opener = partial(open_filter, source.stage, made, rejects, source.keep, asked)
         return Work(f"{source.author} {source.stage}", "prompts", shards, opener)
 
@@ -229,7 +227,7 @@ def open_generator(source: Source, batches: Sequence[Batch], rejects: Path, run:
         left_out: list[Trajectory] = []
         for low in range(0, len(batch.prompts), step):
             prompts = batch.prompts[low : low + step]
-            sampled = _sample(run, source, engine, tokenizer, prompts, batch.encoded[low : low + step])
+            sampled = _sample(run, source, engine, tokenizer, prompts)
             kept, others = separate(run, source.keep, sampled)
             rows, left_out = rows + kept, left_out + others
             advance(len(prompts))
@@ -249,37 +247,30 @@ def _sample(
     source: Source,
     engine: Engine,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[Sequence[int]],
+    prompts: Sequence[EncodedPrompt],
 ) -> list[Answered]:
     """Trajectories of some prompts, in order, with the prompts' answers."""
-    jobs = [
-        (prompt, tokens, sample)
-        for prompt, tokens in zip(prompts, encoded, strict=True)
-        for sample in range(source.samples_per_prompt)
-    ]
+    jobs = [(prompt, sample) for prompt in prompts for sample in range(source.samples_per_prompt)]
     section = "prefixes" if source.author == "teacher" else "rollout"
     with within_memory(
         f"responses of the {source.author}", f"lower {section}.batch_size or {section}.max_tokens"
     ):
         generations = engine.generate(
-            [tokens for _, tokens, _ in jobs],
+            [prompt.tokens for prompt, _ in jobs],
             Sampling(source.temperature, source.top_p),
             seeds=[
-                derive_seed(run.config.run.seed, source.stage, prompt.id, sample)
-                for prompt, _, sample in jobs
+                derive_seed(run.config.run.seed, source.stage, prompt.id, sample) for prompt, sample in jobs
             ],
             max_tokens=[source.max_tokens] * len(jobs),
         )
     return [
-        (to_trajectory(prompt, tokens, sample, generation, tokenizer, source.author), prompt.answer)
-        for (prompt, tokens, sample), generation in zip(jobs, generations, strict=True)
+        (to_trajectory(prompt, sample, generation, tokenizer, source.author), prompt.prompt.answer)
+        for (prompt, sample), generation in zip(jobs, generations, strict=True)
     ]
 
 
 def to_trajectory(
-    prompt: Prompt,
-    prompt_tokens: Sequence[int],
+    prompt: EncodedPrompt,
     sample: int,
     generation: Generation,
     tokenizer: Any,
@@ -290,7 +281,7 @@ def to_trajectory(
     return Trajectory(
         prompt_id=prompt.id,
         sample_index=sample,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=prompt.tokens,
         tokens=generation.tokens,
         sampled_logprobs=generation.logprobs,
         finish_reason=generation.finish_reason,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from tropd.pipeline.run.opening import open_engine
 from tropd.pipeline.run.run import Run
 from tropd.storage.errors import ConfigError
 from tropd.storage.stage.fingerprint import Scalar
+
+Item = TypeVar("Item")
 
 GENERAL = ""
 """Name of ``[teacher]`` itself; the others have the name of their domain."""
@@ -102,7 +104,7 @@ class EngineSlot:
             torch.cuda.empty_cache()
 
 
-def batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
+def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Consecutive parts of at most ``size``."""
     return [items[low : low + size] for low in range(0, len(items), size)]
 

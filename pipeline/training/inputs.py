@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.needs import TeacherNeeds
-from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.prompts import Prompt
+from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.run.opening import role_room, role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import evaluation_problems, training_prompts
@@ -24,10 +23,9 @@ from tropd.storage.workspace import scores_stage, stage_kind
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts with their token ids, and the outputs of earlier stages."""
+    """Prompts, and the outputs of earlier stages."""
 
-    prompts: list[Prompt]
-    encoded: list[list[int]]
+    prompts: list[EncodedPrompt]
     store: TrajectoryStore | None
     """Teacher trajectories, for prefixes."""
     stored: TrajectoryStore | None
@@ -51,17 +49,16 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
     config, objective = run.config, run.config.objective
     tokenizer, longest = role_tokenizer(run, "student"), role_room(run, "student")
     tokens = num_tokens(tokenizer)
-    prompts, encoded = found.prompts, found.tokens
+    prompts = found.prompts
     store = None
     if objective.schedule.kind != "none":
         manifest = finished(run, "prefixes")
         store = TrajectoryStore(run.workspace.stage("prefixes"), manifest)
-        _check_prompts(run, store, prompts, encoded, "generate-prefixes")
+        _check_prompts(run, store, prompts, "generate-prefixes")
         check_token_ids(run, store.largest_id(), tokens, "generate-prefixes")
         if objective.rollouts == "teacher":
             # A prompt whose trajectories were all filtered out has nothing to be learned from.
-            covered = [i for i, prompt in enumerate(prompts) if store.rows_of(prompt.id)]
-            prompts, encoded = [prompts[i] for i in covered], [encoded[i] for i in covered]
+            prompts = [prompt for prompt in prompts if store.rows_of(prompt.id)]
             if not prompts:
                 raise DataError(
                     "no training prompt has a teacher trajectory",
@@ -72,21 +69,20 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
         cached = _cache(run, "prefixes", tokens)
     if objective.rollouts == "stored":
         stored = TrajectoryStore(run.workspace.stage("rollouts"), finished(run, "rollouts"))
-        _check_prompts(run, stored, prompts, encoded, "generate-rollouts", complete=True)
+        _check_prompts(run, stored, prompts, "generate-rollouts", complete=True)
         check_token_ids(run, stored.largest_id(), tokens, "generate-rollouts")
         cached = _cache(run, "rollouts", tokens)
     problems = None
     if config.train.evaluate_every:
         problems = evaluation_problems(run, tokenizer, longest)
         tell_ungraded(run, problems.prompts)
-    return Inputs(prompts, encoded, store, stored, cached, problems)
+    return Inputs(prompts, store, stored, cached, problems)
 
 
 def _check_prompts(
     run: Run,
     store: TrajectoryStore,
-    prompts: list[Prompt],
-    encoded: list[list[int]],
+    prompts: list[EncodedPrompt],
     command: str,
     *,
     complete: bool = False,
@@ -97,11 +93,11 @@ def _check_prompts(
         DataError: an id has meant another prompt, or (with ``complete``) has no trajectory.
     """
     hint = f"{run.command(command)} --force makes them for these prompts"
-    for prompt, tokens in zip(prompts, encoded, strict=True):
+    for prompt in prompts:
         rows = store.rows_of(prompt.id)
         if complete and not rows:
             raise DataError(f"prompt {prompt.id!r} has no stored trajectory", hint=hint)
-        if any(store.prompt_tokens(row) != tokens for row in rows):
+        if any(store.prompt_tokens(row) != prompt.tokens for row in rows):
             raise DataError(
                 f"the trajectories stored for prompt {prompt.id!r} are answers to another text: data.prompts, its "
                 "chat template (or the date in it, data.template_date) or the tokenizer has changed since they were made",

@@ -7,6 +7,7 @@ and of its non-linear functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.scoring import LOGIT_ELEMENTS
 from tropd.pipeline.models.loading import load_model_config, model_without_weights, num_parameters
 from tropd.pipeline.models.output.logprobs import CHUNK_ELEMENTS
-from tropd.pipeline.problems.encoding import encode_prompts
+from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import scan_prompts
 from tropd.pipeline.run.opening import role_room, role_tokenizer
 from tropd.pipeline.run.run import Run
@@ -196,7 +197,7 @@ def _shape(run: Run, role: str) -> ModelShape:
     return ModelShape.of(load_model_config(folder, trust_remote_code=settings.trust_remote_code))
 
 
-def prompt_tokens(run: Run) -> list[list[int]]:
+def prompt_tokens(run: Run) -> list[Sequence[int]]:
     """The first training prompts as token ids; none while the file is not there. Bad and long ones are passed over."""
     path = run.workspace.resolve(run.config.data.prompts)
     if not path.is_file():
@@ -205,4 +206,5 @@ def prompt_tokens(run: Run) -> list[list[int]]:
     room = min(role_room(run, role) for role in ("student", "teacher"))
     tokenizer = role_tokenizer(run, "student")
     chat, date = run.config.data.chat, run.config.data.template_date
-    return encode_prompts(prompts[:LOOKED_AT], tokenizer, chat=chat, max_length=room, date=date).tokens
+    found = encode_prompts(prompts[:LOOKED_AT], tokenizer, chat=chat, max_length=room, date=date)
+    return tokens_of(found.prompts)

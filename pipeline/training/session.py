@@ -87,7 +87,7 @@ class Session:
 
     def teacher_of(self, row: Row) -> str:
         """Name of the teacher of a row."""
-        return teacher_of(self.run, self.inputs.prompts[row.plan.prompt_index].domain)
+        return teacher_of(self.run, self.inputs.prompts[row.plan.prompt_index].prompt.domain)
 
     def retries(self) -> list[int]:
         """Failed attempts so far per server, in the order of ``teacher.url``."""

@@ -15,7 +15,7 @@ from tropd.pipeline.models.engines.lean.compiled import compile_layers
 from tropd.pipeline.models.runtime import DTYPES, configure_runtime
 from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.needs import needs_reference, teacher_needs
-from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.encoding import Encoded, tokens_of
 from tropd.pipeline.run.opening import LoadedModel, load_role, loading
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import spread
@@ -78,7 +78,7 @@ def open_session(
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, student, whole_model, folder, precision)
-    longest = max(len(tokens) for tokens in inputs.encoded) + config.rollout.max_tokens
+    longest = max(map(len, tokens_of(inputs.prompts))) + config.rollout.max_tokens
     scorers = {}
     if asks:
         if world.leads and not at_once:
@@ -92,7 +92,7 @@ def open_session(
             hint='set train.attention = "auto"',
         )
     if world.size == 1:  # sharded, its parts are in main memory here
-        prove_pass(passes, inputs.encoded, precision)
+        prove_pass(passes, tokens_of(inputs.prompts), precision)
     if student.compiles:
         compile_layers(student.model)
     shard(passes, world)
@@ -115,11 +115,9 @@ def open_session(
 def _graded(run: Run, problems: Encoded | None) -> Encoded | None:
     if problems is None:
         return None
-    graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
-    some = [graded[i] for i in spread(len(graded), run.config.train.evaluate_problems)]
-    return replace(
-        problems, prompts=[problems.prompts[i] for i in some], tokens=[problems.tokens[i] for i in some]
-    )
+    graded = [one for one in problems.prompts if one.prompt.answer is not None]
+    some = spread(len(graded), run.config.train.evaluate_problems)
+    return replace(problems, prompts=[graded[i] for i in some])
 
 
 def _check_settings(run: Run, world: World) -> None:

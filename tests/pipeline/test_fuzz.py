@@ -29,7 +29,7 @@ from tropd.pipeline.config.sections.data_settings import DataConfig, Source
 from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
 from tropd.pipeline.models.tokenizers import check_tokenizers
 from tropd.pipeline.problems.decontaminate import overlaps
-from tropd.pipeline.problems.encoding import Encoded, encode_prompts
+from tropd.pipeline.problems.encoding import Encoded, encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import Prompt, refuse, scan_prompts, write_rejects
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
@@ -354,9 +354,9 @@ def test_chat_templates(template: Any, prompts: list[Prompt], chat: bool) -> Non
 
     problem(encode)
     for found in encoded:
-        assert len(found.prompts) == len(found.tokens) == len(prompts) - len(found.rejects)
-        assert all(type(token) is int for tokens in found.tokens for token in tokens)
-        assert found.rejects or all(found.tokens)
+        assert len(found.prompts) == len(prompts) - len(found.rejects)
+        assert all(type(token) is int for one in found.prompts for token in one.tokens)
+        assert found.rejects or all(tokens_of(found.prompts))
         for reject in found.rejects:
             reject.reason.encode()
 

@@ -160,7 +160,7 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         rows=rows,
-        teachers=[teacher_of(run, found.prompts[row.plan.prompt_index].domain) for row in rows],
+        teachers=[teacher_of(run, found.prompts[row.plan.prompt_index].prompt.domain) for row in rows],
         sampler=NamedLogprobs(f"the sampler ({config.student.engine})", low, drawn),
         trainer=NamedLogprobs("the training pass", low, np.concatenate(trained)),
         plain=NamedLogprobs(f"a plain pass in {whole}", model.dtype, np.concatenate(alone)),
@@ -169,9 +169,9 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
 
 def _roll_out(run: Run, found: Encoded, engine: Sampler, prompts: int, tokens: int) -> list[Row]:
     config = run.config
-    chosen = prompts_of_step(0, len(found.tokens), min(prompts, len(found.tokens)), config.run.seed)
+    chosen = prompts_of_step(0, len(found.prompts), min(prompts, len(found.prompts)), config.run.seed)
     plans = [
-        RowPlan(slot, i, found.tokens[i], (), None, False, derive_seed(config.run.seed, "doctor", i))
+        RowPlan(slot, i, found.prompts[i].tokens, (), None, False, derive_seed(config.run.seed, "doctor", i))
         for slot, i in enumerate(chosen)
     ]
     rollout = config.rollout.model_copy(update={"max_tokens": min(tokens, config.rollout.max_tokens)})

@@ -14,7 +14,7 @@ from tropd.pipeline.experiments.starting.fields import Fields, find_fields, samp
 from tropd.pipeline.models.directories import described_directory, model_is_here
 from tropd.pipeline.models.loading import check_model, context_length, load_model_config, load_tokenizer
 from tropd.pipeline.models.tokenizers import chat_template, check_tokenizers
-from tropd.pipeline.problems.encoding import encode_prompts
+from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import Prompt, refuse, scan_prompts
 from tropd.pipeline.training.memory_plan import LOOKED_AT, ModelShape
 from tropd.storage.errors import ConfigError
@@ -127,4 +127,4 @@ def count_tokens(data: Data, models: Models) -> Lengths:
         data.prompts[:LOOKED_AT], models.tokenizer, chat=models.chat, max_length=models.context - 1
     )
     refuse(data.path, found.rejects)
-    return Lengths(found.tokens, found.date)
+    return Lengths(tokens_of(found.prompts), found.date)

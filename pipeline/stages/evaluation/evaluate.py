@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 from tropd.pipeline.config.sections.evaluation_settings import EvaluationConfig
 from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Sampler
-from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.problems.grading.grading import RULES, check_expected
-from tropd.pipeline.problems.prompts import Prompt
 from tropd.pipeline.run.identity import (
     engine_fields,
     fingerprint_of,
@@ -81,8 +80,7 @@ class _Batch:
 
     mode: Mode
     samples: int
-    problems: Sequence[Prompt]
-    encoded: Sequence[Sequence[int]]
+    problems: Sequence[EncodedPrompt]
 
 
 Problems = Mapping[tuple[str, str], Encoded]
@@ -256,7 +254,6 @@ def _evaluate_one(
                         engine,
                         tokenizer,
                         batch.problems,
-                        batch.encoded,
                         batch.mode,
                         batch.samples,
                         {} if name else known,
@@ -307,17 +304,16 @@ def _drop_pieces(stage: Stage) -> None:
 
 
 def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_Batch]:
-    check_expected(settings.grader, problems.prompts)
+    check_expected(settings.grader, [one.prompt for one in problems.prompts])
     modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
     if not name:
         modes.insert(0, ("greedy", 1))
-    graded = [i for i, prompt in enumerate(problems.prompts) if prompt.answer is not None]
-    batches = []
-    for mode, samples in modes:
-        for some in batched(graded, max(1, settings.batch_size // samples)):
-            prompts, tokens = [problems.prompts[i] for i in some], [problems.tokens[i] for i in some]
-            batches.append(_Batch(mode, samples, prompts, tokens))
-    return batches
+    graded = [one for one in problems.prompts if one.prompt.answer is not None]
+    return [
+        _Batch(mode, samples, some)
+        for mode, samples in modes
+        for some in batched(graded, max(1, settings.batch_size // samples))
+    ]
 
 
 def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:

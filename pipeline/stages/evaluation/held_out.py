@@ -14,8 +14,7 @@ from typing import Any
 
 from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.models.memory import within_memory
-from tropd.pipeline.problems.encoding import Encoded
-from tropd.pipeline.problems.prompts import Prompt
+from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt, tokens_of
 from tropd.pipeline.run.opening import role_room
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import spread
@@ -36,8 +35,7 @@ PLAIN = Sampling()
 class HeldOut:
     """Prompts as the student reads them, each with the name of its teacher (see ``by_domain``)."""
 
-    prompts: list[Prompt]
-    tokens: list[list[int]]
+    prompts: list[EncodedPrompt]
     teachers: list[str]
 
     def of(self, teacher: str) -> HeldOut:
@@ -46,8 +44,7 @@ class HeldOut:
 
     def at(self, indices: Sequence[int]) -> HeldOut:
         """Some of them."""
-        parts = ([values[i] for i in indices] for values in (self.prompts, self.tokens, self.teachers))
-        return HeldOut(*parts)  # type: ignore[arg-type]
+        return HeldOut([self.prompts[i] for i in indices], [self.teachers[i] for i in indices])
 
 
 def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
@@ -63,12 +60,12 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
         own = with_only(run, name)
         room[name] = None if local_teacher(own) is None else role_room(own, "teacher") - response
     usable = []
-    for prompt, tokens in zip(problems.prompts, problems.tokens, strict=True):
-        name = teacher_of(run, prompt.domain)
-        if name in room and ((most := room[name]) is None or len(tokens) <= most):
-            usable.append((prompt, tokens, name))
+    for one in problems.prompts:
+        name = teacher_of(run, one.prompt.domain)
+        if name in room and ((most := room[name]) is None or len(one.tokens) <= most):
+            usable.append((one, name))
     chosen = [usable[i] for i in spread(len(usable), run.config.evaluation.distance_prompts)]
-    return HeldOut([p for p, _, _ in chosen], [t for _, t, _ in chosen], [name for _, _, name in chosen])
+    return HeldOut([one for one, _ in chosen], [name for _, name in chosen])
 
 
 def held_out_fields(run: Run) -> dict[str, Scalar]:
@@ -81,9 +78,9 @@ def held_out_fields(run: Run) -> dict[str, Scalar]:
     return fields
 
 
-def tell_ungraded(run: Run, problems: Sequence[Prompt]) -> None:
+def tell_ungraded(run: Run, problems: Sequence[EncodedPrompt]) -> None:
     """Say how many evaluation problems have no answer, and so no grade."""
-    without = sum(prompt.answer is None for prompt in problems)
+    without = sum(one.prompt.answer is None for one in problems)
     if not without:
         return
     where = run.config.data.evaluation
@@ -111,13 +108,13 @@ def sample_responses(
         "responses to held-out prompts", "lower evaluation.batch_size or evaluation.max_tokens"
     ):
         generations = engine.generate(
-            held_out.tokens,
+            tokens_of(held_out.prompts),
             PLAIN,
             seeds=[derive_seed(run.config.run.seed, "eval", prompt.id, 0) for prompt in held_out.prompts],
             max_tokens=[run.config.evaluation_max_tokens] * len(held_out.prompts),
         )
-    rows = zip(held_out.prompts, held_out.tokens, generations, strict=True)
-    return [to_trajectory(prompt, tokens, 0, one, tokenizer, author) for prompt, tokens, one in rows]
+    rows = zip(held_out.prompts, generations, strict=True)
+    return [to_trajectory(prompt, 0, one, tokenizer, author) for prompt, one in rows]
 
 
 def as_generation(response: Trajectory) -> Generation:

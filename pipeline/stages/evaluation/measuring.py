@@ -21,6 +21,7 @@ from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.models.stops import stop_ids
+from tropd.pipeline.problems.encoding import tokens_of
 from tropd.pipeline.run.opening import check_pair, load_role, role_num_tokens, role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.distance import (
@@ -146,7 +147,7 @@ def _ask_service(run: Run, prompts: HeldOut, responses: Sequence[Trajectory], k:
             started=None,
             tokenizer=tokenizer,
             stop_ids=stop_ids(run.workspace, run.config, "student"),
-            needed_length=max(map(len, prompts.tokens)) + run.config.evaluation_max_tokens,
+            needed_length=max(map(len, tokens_of(prompts.prompts))) + run.config.evaluation_max_tokens,
             on_wait=run.reporter.warning,
             sleep=time.sleep,
         )

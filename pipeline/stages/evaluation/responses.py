@@ -11,8 +11,8 @@ import pyarrow as pa
 from tropd.pipeline.config.sections.evaluation_settings import EvaluationConfig
 from tropd.pipeline.models.engines.base import Sampler, Sampling
 from tropd.pipeline.models.memory import within_memory
+from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.problems.grading.grading import grade
-from tropd.pipeline.problems.prompts import Prompt
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.held_out import as_generation
 from tropd.storage.formats.trajectories import Trajectory
@@ -57,8 +57,7 @@ def respond(
     settings: EvaluationConfig,
     engine: Sampler,
     tokenizer: Any,
-    problems: Sequence[Prompt],
-    encoded: Sequence[Sequence[int]],
+    problems: Sequence[EncodedPrompt],
     mode: Mode,
     samples: int,
     known: Mapping[str, Trajectory] = {},
@@ -69,22 +68,22 @@ def respond(
         known: stored first responses at temperature 1, by the problem's id.
     """
     config = run.config
-    jobs = [(p, t, i) for p, t in zip(problems, encoded, strict=True) for i in range(samples)]
+    jobs = [(problem, i) for problem in problems for i in range(samples)]
     sampling = Sampling(0.0) if mode == "greedy" else Sampling(settings.temperature, settings.top_p)
     there = {
         number: as_generation(known[problem.id])
-        for number, (problem, tokens, sample) in enumerate(jobs)
+        for number, (problem, sample) in enumerate(jobs)
         if sampling.plain
         and sample == 0
         and problem.id in known
-        and known[problem.id].prompt_tokens == tokens
+        and known[problem.id].prompt_tokens == problem.tokens
     }
     rest = [job for number, job in enumerate(jobs) if number not in there]
     with within_memory("responses to be evaluated", "lower evaluation.batch_size or evaluation.max_tokens"):
         drawn = engine.generate(
-            [tokens for _, tokens, _ in rest],
+            [problem.tokens for problem, _ in rest],
             sampling,
-            seeds=[derive_seed(config.run.seed, "eval", problem.id, sample) for problem, _, sample in rest],
+            seeds=[derive_seed(config.run.seed, "eval", problem.id, sample) for problem, sample in rest],
             max_tokens=[settings.max_tokens or config.rollout.max_tokens] * len(rest),
         )
     others = iter(drawn)
@@ -92,7 +91,7 @@ def respond(
     texts = [tokenizer.decode(g.written, skip_special_tokens=True) for g in generations]
     marks = grade(
         texts,
-        [problem.answer for problem, _, _ in jobs],
+        [problem.prompt.answer for problem, _ in jobs],
         settings,
         cut_off=[generation.finish_reason == "length" for generation in generations],
     )
@@ -103,10 +102,10 @@ def respond(
             sample_index=sample,
             response=text,
             answer=mark.answer,
-            expected=problem.answer or "",
+            expected=problem.prompt.answer or "",
             correct=mark.correct,
             num_tokens=len(generation.tokens),
             finish_reason=generation.finish_reason,
         )
-        for (problem, _, sample), generation, text, mark in zip(jobs, generations, texts, marks, strict=True)
+        for (problem, sample), generation, text, mark in zip(jobs, generations, texts, marks, strict=True)
     ]

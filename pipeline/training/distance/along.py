@@ -129,15 +129,15 @@ def _accuracy(session: Session, known: Mapping[str, Trajectory]) -> Record:
     """Shares of right answers, and of how many problems."""
     if session.problems is None or not session.problems.prompts:
         return {}
-    problems, encoded = session.problems.prompts, session.problems.tokens
+    problems = session.problems.prompts
     record: Record = {"accuracy_problems": len(problems)}
     modes: tuple[Mode, ...] = ("greedy", "sampled")
 
     def answer(share: list[int]) -> list[Response]:
         tokenizer = session.student.tokenizer
-        own = [problems[i] for i in share], [encoded[i] for i in share]
+        own = [problems[i] for i in share]
         settings = session.run.config.evaluation
-        return respond(session.run, settings, session.rolling.engine, tokenizer, *own, mode, 1, known)
+        return respond(session.run, settings, session.rolling.engine, tokenizer, own, mode, 1, known)
 
     for mode in modes:
         marks = session.world.spread(range(len(problems)), answer)

@@ -77,7 +77,7 @@ def _samples_here(run: Run) -> bool:
 def _identity(run: Run, prompts: HeldOut, names: Sequence[str]) -> str:
     fields = {
         "seed": run.config.run.seed,
-        "prompts": token_digest(prompts.prompts, prompts.tokens),
+        "prompts": token_digest(prompts.prompts),
         "of": prompts.teachers,
         "teachers": teacher_fields(run),
         "stops": [stop_fields(with_only(run, name), "teacher") for name in names],

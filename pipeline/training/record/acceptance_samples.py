@@ -18,7 +18,7 @@ from tropd.storage.formats.step_log import sampled_steps, spread
 from tropd.storage.workspace import SAMPLES
 
 if TYPE_CHECKING:
-    from tropd.pipeline.problems.prompts import Prompt
+    from tropd.pipeline.problems.encoding import EncodedPrompt
     from tropd.pipeline.training.update.gradients import StepInputs
     from tropd.pipeline.training.update.micro_batches import RaggedTopk
 from tropd.storage.formats.samples_file import (
@@ -41,7 +41,12 @@ _DIGITS = 5
 
 
 def write_sample(
-    folder: Path, step: int, total_steps: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any
+    folder: Path,
+    step: int,
+    total_steps: int,
+    inputs: StepInputs,
+    prompts: Sequence[EncodedPrompt],
+    tokenizer: Any,
 ) -> None:
     """Add a step's responses to the file, if the step is one of those that are kept."""
     if step not in sampled_steps(total_steps):
@@ -51,7 +56,9 @@ def write_sample(
     _write(folder, [*before, sample])
 
 
-def take_sample(step: int, inputs: StepInputs, prompts: Sequence[Prompt], tokenizer: Any) -> StepSample:
+def take_sample(
+    step: int, inputs: StepInputs, prompts: Sequence[EncodedPrompt], tokenizer: Any
+) -> StepSample:
     """Some rows of a step: evenly from all in which the student wrote something."""
     rows = inputs.rows
     written = [index for index, row in enumerate(rows) if row.tokens] or list(range(len(rows)))
@@ -66,7 +73,7 @@ def take_sample(step: int, inputs: StepInputs, prompts: Sequence[Prompt], tokeni
 
 
 def _response(
-    inputs: StepInputs, index: int, first: int, prompts: Sequence[Prompt], tokenizer: Any
+    inputs: StepInputs, index: int, first: int, prompts: Sequence[EncodedPrompt], tokenizer: Any
 ) -> SampledResponse:
     row = inputs.rows[index]
     prompt = prompts[row.plan.prompt_index]
@@ -80,7 +87,7 @@ def _response(
     alternatives = _alternatives(inputs.teacher.topk, first, len(tokens), tokenizer)
     return SampledResponse(
         prompt_id=prompt.id,
-        prompt=prompt.text[:MAX_PROMPT],
+        prompt=prompt.prompt.text[:MAX_PROMPT],
         guidance=texts[: len(guidance)],
         guidance_tokens=len(row.plan.prefix_tokens),
         tokens=[

@@ -132,8 +132,7 @@ def planned_rows(session: Session, step: int) -> list[RowPlan]:
     config = session.run.config
     return plan_rows(
         step,
-        prompt_ids=[p.id for p in session.inputs.prompts],
-        encoded=session.inputs.encoded,
+        prompts=session.inputs.prompts,
         store=session.inputs.store,
         schedule=config.objective.schedule,
         limit=prefix_limit(session, step),
@@ -149,8 +148,7 @@ def step_rows(session: Session, step: int) -> list[Row]:
     if session.inputs.stored is not None:
         return stored_rows(
             step,
-            prompt_ids=[p.id for p in session.inputs.prompts],
-            encoded=session.inputs.encoded,
+            prompts=session.inputs.prompts,
             store=session.inputs.stored,
             rollout=config.rollout,
             seed=config.run.seed,

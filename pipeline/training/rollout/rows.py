@@ -17,6 +17,7 @@ from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.objectives.objective import Schedule
 from tropd.pipeline.objectives.prefix_schedule import prefix_length
+from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.formats.trajectory_store import TrajectoryStore
 from tropd.storage.seeds import derive_seed, uniforms
@@ -104,8 +105,7 @@ def prompts_of_step(step: int, num_prompts: int, per_step: int, seed: int) -> li
 def plan_rows(
     step: int,
     *,
-    prompt_ids: Sequence[str],
-    encoded: Sequence[Sequence[int]],
+    prompts: Sequence[EncodedPrompt],
     store: TrajectoryStore | None,
     schedule: Schedule,
     limit: int,
@@ -124,10 +124,10 @@ def plan_rows(
         continued: the student completes the prefixes; otherwise it writes nothing, wherever they end.
     """
     rows = []
-    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
-        available = store.rows_of(prompt_ids[index]) if store is not None and limit > 0 else []
+    for slot, index in enumerate(prompts_of_step(step, len(prompts), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompts[index].id) if store is not None and limit > 0 else []
         for sample in range(rollout.samples_per_prompt):
-            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            row_seed = derive_seed(seed, "rollout", step, slot, prompts[index].id, sample)
             prefix: list[int] = []
             trajectory, complete, ended = None, False, True
             if available and store is not None:
@@ -143,7 +143,7 @@ def plan_rows(
                 RowPlan(
                     slot,
                     index,
-                    encoded[index],
+                    prompts[index].tokens,
                     prefix,
                     trajectory if prefix else None,
                     complete,
@@ -191,20 +191,19 @@ def roll_out(
 def stored_rows(
     step: int,
     *,
-    prompt_ids: Sequence[str],
-    encoded: Sequence[Sequence[int]],
+    prompts: Sequence[EncodedPrompt],
     store: TrajectoryStore,
     rollout: RolloutConfig,
     seed: int,
 ) -> list[Row]:
     """Rows of a step whose responses a student wrote once and for all."""
     rows = []
-    for slot, index in enumerate(prompts_of_step(step, len(encoded), rollout.prompts_per_step, seed)):
-        available = store.rows_of(prompt_ids[index])
+    for slot, index in enumerate(prompts_of_step(step, len(prompts), rollout.prompts_per_step, seed)):
+        available = store.rows_of(prompts[index].id)
         for sample in range(rollout.samples_per_prompt):
-            row_seed = derive_seed(seed, "rollout", step, slot, prompt_ids[index], sample)
+            row_seed = derive_seed(seed, "rollout", step, slot, prompts[index].id, sample)
             trajectory = available[sample % len(available)]
-            plan = RowPlan(slot, index, encoded[index], [], trajectory, False, row_seed)
+            plan = RowPlan(slot, index, prompts[index].tokens, [], trajectory, False, row_seed)
             logprobs = store.sampled_logprobs(trajectory)
             rows.append(Row(plan, store.tokens(trajectory), logprobs, store.truncated(trajectory)))
     return rows

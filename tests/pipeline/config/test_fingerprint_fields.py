@@ -31,7 +31,7 @@ from tropd.storage.workspace import Workspace
 
 ENDS = (".weights", ".tokenizer", ".stop_ids", ".vocab_size", "distance_teacher", " as token ids")
 """Of names of fields whose values belong to the models of this test, or to the libraries that made them."""
-NO_PROMPTS = Encoded([], [], [], [])
+NO_PROMPTS = Encoded([], [], [])
 UPSTREAM = ("prefixes", "scores", "rollouts", "rollout-scores")
 ODD = """
 [run]

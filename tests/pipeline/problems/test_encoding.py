@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, PAD_ID, make_tokenizer
 from tropd.pipeline.problems import encoding
-from tropd.pipeline.problems.encoding import encode_prompts, token_digest
+from tropd.pipeline.problems.encoding import EncodedPrompt, encode_prompts, token_digest, tokens_of
 from tropd.pipeline.problems.prompts import Prompt, Reject
 from tropd.storage.errors import ConfigError, DataError
 
@@ -42,9 +42,10 @@ def test_prompts_that_do_not_fit_are_rejected_with_their_line() -> None:
     tokenizer = make_tokenizer()
     both = [Prompt("a", "1+2=", None, line=1), Prompt("b", "1+2+3+4=", None, line=4)]
     found = encode_prompts(both, tokenizer, chat=False, max_length=8)
-    assert (found.prompts, found.tokens[0], found.rejects) == (both, [3, 12, 4, 15], [])
+    assert (found.prompts[0].tokens, found.rejects) == ([3, 12, 4, 15], [])
+    assert [one.prompt for one in found.prompts] == both
     found = encode_prompts(both, tokenizer, chat=False, max_length=7)
-    assert (found.prompts, len(found.tokens)) == (both[:1], 1)
+    assert [one.prompt for one in found.prompts] == both[:1]
     assert found.rejects == [Reject(4, "prompt 'b' has 8 tokens, there is room for 7")]
     with pytest.raises(DataError, match="no chat template"):
         encode_prompts(both, tokenizer, chat=True, max_length=8)
@@ -68,7 +69,7 @@ def test_long_prompts_are_encoded_few_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
     prompts = [Prompt(str(n), f"{n}+" * (1 + 3 * n) + "1=", None) for n in range(8)]
     found = encode_prompts(prompts, tokenizer, chat=False, max_length=100)
-    assert [len(tokens) for tokens in found.tokens] == [len(prompt.text) for prompt in prompts]
+    assert [len(tokens) for tokens in tokens_of(found.prompts)] == [len(prompt.text) for prompt in prompts]
     assert 0 < max(sizes) <= 40
 
 
@@ -106,7 +107,7 @@ def test_an_appended_end_and_a_second_begin_are_left_out(
     single: str, text: str, tokens: list[int], said: list[str]
 ) -> None:
     found = encode_prompts(prompts(text), adding(single), chat=False, max_length=9)
-    assert (found.tokens, found.notes) == ([tokens], said)
+    assert (tokens_of(found.prompts), found.notes) == ([tokens], said)
 
 
 @pytest.mark.parametrize("single", ["$A", "<pad> $A", "$A <eos>", "<pad> $A <eos>"])
@@ -114,7 +115,7 @@ def test_a_chat_template_says_all_there_is(single: str) -> None:
     tokenizer = adding(single)
     tokenizer.chat_template = "{{ bos_token }}" + USER
     found = encode_prompts(prompts("1="), tokenizer, chat=True, max_length=9)
-    assert (found.tokens, found.notes) == ([[PAD_ID, 3, 15]], [])
+    assert (tokens_of(found.prompts), found.notes) == ([[PAD_ID, 3, 15]], [])
 
 
 class Stubborn:
@@ -135,17 +136,17 @@ def test_a_tokenizer_that_adds_its_tokens_to_a_chat_too() -> None:
     inner = adding("$A")
     inner.chat_template = "{{ bos_token }}" + USER
     found = encode_prompts(prompts("1=", "2="), Stubborn(inner), chat=True, max_length=9)
-    assert found.tokens == [[PAD_ID, 3, 15], [PAD_ID, 4, 15]]
+    assert tokens_of(found.prompts) == [[PAD_ID, 3, 15], [PAD_ID, 4, 15]]
     assert len(found.notes) == 2
 
 
 def test_of_named_templates_the_default_one_is_used() -> None:
     tokenizer = templated({"tool_use": "9", "default": USER})
-    assert encode_prompts(prompts("1="), tokenizer, chat=True, max_length=9).tokens == [[3, 15]]
+    assert encode_prompts(prompts("1="), tokenizer, chat=True, max_length=9).prompts[0].tokens == [3, 15]
     tokenizer.chat_template = {"rag": USER, "tool_use": USER}
     with pytest.raises(ConfigError, match=r"\(rag, tool_use\)"):
         encode_prompts(prompts("1="), tokenizer, chat=True, max_length=9)
-    assert encode_prompts(prompts("1="), tokenizer, chat=False, max_length=9).tokens == [[3, 15]]
+    assert encode_prompts(prompts("1="), tokenizer, chat=False, max_length=9).prompts[0].tokens == [3, 15]
 
 
 LLAMA = (
@@ -158,7 +159,7 @@ LLAMA = (
 @pytest.mark.parametrize("template", ["{{ strftime_now('%d') }}" + USER, LLAMA])
 def test_a_template_is_told_the_date_that_is_fixed(template: str) -> None:
     found = encode_prompts(prompts("1="), templated(template), chat=True, max_length=9, date=DAY)
-    assert (found.tokens, found.date) == ([[2, 9, 3, 15]], DAY)
+    assert (tokens_of(found.prompts), found.date) == ([[2, 9, 3, 15]], DAY)
     today = encode_prompts(prompts("1="), templated(template), chat=True, max_length=9)
     assert today.date == datetime.date.today()
     silent = encode_prompts(prompts("1="), templated(USER), chat=True, max_length=9, date=DAY)
@@ -176,7 +177,7 @@ def test_a_template_that_is_none_is_refused_and_one_that_refuses_names_the_promp
         encode_prompts(prompts("1="), templated("\n{% if %}"), chat=True, max_length=9)
     picky = "{% if '2' in messages[0].content %}{{ raise_exception('no twos') }}{% endif %}" + USER
     found = encode_prompts(prompts("1=", "2=", "3="), templated(picky), chat=True, max_length=9)
-    assert found.tokens == [[3, 15], [5, 15]]
+    assert tokens_of(found.prompts) == [[3, 15], [5, 15]]
     assert found.rejects == [
         Reject(2, "prompt 'p1' is refused by the chat template or the tokenizer: no twos")
     ]
@@ -184,12 +185,16 @@ def test_a_template_that_is_none_is_refused_and_one_that_refuses_names_the_promp
 
 def test_the_digest_tells_ids_tokens_and_their_order_apart() -> None:
     one, two = prompts("1", "2")
+
+    def digest(*parts: tuple[Prompt, list[int]]) -> str:
+        return token_digest([EncodedPrompt(*part) for part in parts])
+
     digests = {
-        token_digest([one, two], [[1, 2], [3]]),
-        token_digest([one, two], [[1], [2, 3]]),
-        token_digest([two, one], [[1, 2], [3]]),
-        token_digest([one, two], [[3], [1, 2]]),
-        token_digest([one], [[1, 2]]),
+        digest((one, [1, 2]), (two, [3])),
+        digest((one, [1]), (two, [2, 3])),
+        digest((two, [1, 2]), (one, [3])),
+        digest((one, [3]), (two, [1, 2])),
+        digest((one, [1, 2])),
     }
     assert len(digests) == 5
-    assert token_digest([one], [[70000]]) != token_digest([one], [[70000 - 65536]])
+    assert digest((one, [70000])) != digest((one, [70000 - 65536]))

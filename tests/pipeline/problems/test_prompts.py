@@ -11,7 +11,7 @@ import pytest
 
 from tropd.pipeline.config.sections.data_settings import DataConfig
 from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
-from tropd.pipeline.problems.encoding import encode_prompts
+from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import Prompt, Reject, listed, refuse, scan_prompts, write_rejects
 from tropd.storage.errors import DataError
 
@@ -144,7 +144,7 @@ def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
     assert (prompts[1].text, prompts[1].asked) == ("system: 7\n\nuser: 1+1=2", "1+1=2")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    encoded = encode_prompts(prompts, tokenizer, chat=True, max_length=20).tokens
+    encoded = tokens_of(encode_prompts(prompts, tokenizer, chat=True, max_length=20).prompts)
     assert encoded == [tokenizer("1+1=2=")["input_ids"], tokenizer("71+1=2=")["input_ids"]]
 
 

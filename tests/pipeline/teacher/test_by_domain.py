@@ -96,7 +96,7 @@ def test_a_shard_has_one_teacher_also_of_rollouts(tmp_path: Path, models: tuple[
 
 def test_fingerprints_name_every_teacher(tmp_path: Path, models: tuple[Path, Path]) -> None:
     run = two_teachers(tmp_path / "run", models)
-    nothing = Encoded([], [], [], [])
+    nothing = Encoded([], [], [])
     fields = fingerprint(run, teacher_source(run), nothing).fields
     assert fields["teacher.weights"] != fields["teacher.code.weights"]
     assert fields["data.domain_field"] == "domain"

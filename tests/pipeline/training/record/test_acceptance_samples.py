@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tropd.pipeline.experiments.demo.tokenizer import encode, make_tokenizer
 from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.problems.prompts import Prompt
 from tropd.pipeline.training.record.acceptance_samples import (
     ALTERNATIVES,
@@ -33,7 +34,7 @@ from tropd.storage.formats.samples_file import read_samples, resume_samples
 from tropd.storage.formats.step_log import SAMPLED_STEPS, sampled_steps
 from tropd.storage.workspace import SAMPLES
 
-PROMPTS = [Prompt(id=f"p{i}", text=f"{i}+1=", answer="1") for i in range(40)]
+PROMPTS = [EncodedPrompt(Prompt(id=f"p{i}", text=f"{i}+1=", answer="1"), []) for i in range(40)]
 LOG = math.log
 
 

@@ -11,6 +11,8 @@ import torch
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.objective import Schedule
+from tropd.pipeline.problems.encoding import EncodedPrompt
+from tropd.pipeline.problems.prompts import Prompt
 from tropd.pipeline.training.rollout.rows import (
     RowPlan,
     mu_logprobs,
@@ -55,8 +57,7 @@ def plans(store: TrajectoryStore, limit: int, continued: bool = True) -> dict[st
     rollout = RolloutConfig(prompts_per_step=len(names), samples_per_prompt=1, max_tokens=LIMIT)
     rows = plan_rows(
         0,
-        prompt_ids=names,
-        encoded=[[5, 6]] * len(names),
+        prompts=[EncodedPrompt(Prompt(name, "", None), [5, 6]) for name in names],
         store=store,
         schedule=Schedule(kind="constant"),
         limit=limit,
