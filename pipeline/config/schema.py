@@ -122,7 +122,7 @@ def _length_conflicts(config: Config) -> Iterator[str]:
             "could not continue such a prefix; lower prefixes.max_tokens"
         )
     room = config.vllm.max_model_len
-    if room is None or "vllm" not in (config.teacher.engine, config.student.engine):
+    if room is None or "vllm" not in (config.teacher.engine, config.teacher.scorer, config.student.engine):
         return
     for name, most in {
         "rollout.max_tokens": longest,
@@ -152,11 +152,11 @@ def _teacher_conflicts(config: Config) -> Iterator[str]:
     if objective.rollouts != "student":
         return
     started = [teacher for teacher in (config.teacher, *config.teacher.by_domain) if not teacher.urls]
-    if needs.entropy and any(teacher.engine == "vllm" for teacher in started):
+    if needs.entropy and any(teacher.scorer == "vllm" for teacher in started):
         yield (
             "objective.partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which vLLM does "
-            "not give: set teacher.engine = 'transformers' (in teacher.by_domain too), or another "
-            "objective.partition.rule"
+            "not give (teacher.engine scores too, unless teacher.scoring_engine is set): set teacher.scoring_engine = "
+            "'transformers' (in teacher.by_domain too), or another objective.partition.rule"
         )
     if started and config.service.max_request_tokens <= config.rollout.max_tokens:
         yield (

@@ -67,7 +67,9 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
             teacher_needs(s).sampled and s.rollouts == "student" for s in specs
         ):
             engine = (
-                ('teacher.engine="transformers"',) if any(teacher_needs(s).entropy for s in specs) else ()
+                ('teacher.scoring_engine="transformers"',)
+                if any(teacher_needs(s).entropy for s in specs)
+                else ()
             )
             command = serve_command(run.workspace.root, (*run.assignments, *engine))
             log = run.workspace.logs / "teacher-service.log"
@@ -101,13 +103,12 @@ def cell_config(run: Run, cell: Cell) -> Config:
     """The base configuration with this cell's objective and seed; overrides of the base objective are dropped,
     but for ``k``, which is a budget and not a method.
 
-    A teacher in vLLM has made the trajectories that are shared; it does not give entropies, so it scores for an objective
-    that needs them outside of vLLM.
+    A teacher in vLLM does not give entropies, so it scores for an objective that needs them outside of vLLM.
     """
     objective = load_objective(cell.name, {"k": run.config.objective.k})
     teacher = run.config.teacher
     if teacher_needs(objective).entropy and not teacher.urls:
-        teacher = teacher.model_copy(update={"engine": "transformers"})
+        teacher = teacher.model_copy(update={"scoring_engine": "transformers"})
     plain = run.config.model_copy(
         update={
             "objective": objective,

@@ -139,7 +139,7 @@ def role_tokenizer(run: Run, role: str) -> Any:
 
 
 def role_room(run: Run, role: str) -> int:
-    """Most tokens that a role's engine takes, from the configurations of model and run."""
+    """Most tokens that a role's engines take, from the configurations of model and run."""
     config = _role_config(run, role)
     longest = context_length(config)
     claimed = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
@@ -149,7 +149,7 @@ def role_room(run: Run, role: str) -> int:
             "positions change for a whole batch, and log-probs would depend on the other rows of it"
         )
     settings: ModelConfig = getattr(run.config, role)
-    return longest if settings.engine == "transformers" else run.config.vllm.room(longest)
+    return run.config.vllm.room(longest) if "vllm" in (settings.engine, settings.scorer) else longest
 
 
 def role_num_tokens(run: Run, role: str) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tropd.pipeline.config.resolve import ResolvedConfig
 from tropd.pipeline.config.schema import Config
+from tropd.pipeline.config.sections.model_settings import TeacherConfig
 from tropd.pipeline.run.automatic import settled
 from tropd.pipeline.run.progress import Reporter
 from tropd.storage.workspace import Workspace
@@ -46,7 +47,16 @@ class Run:
 
 def with_teacher(run: Run, url: str) -> Run:
     """The run with its teacher at a service that already runs."""
-    config = run.config
-    teacher = config.teacher.model_copy(update={"url": url})
-    resolved = replace(run.resolved, config=config.model_copy(update={"teacher": teacher}))
-    return replace(run, resolved=resolved)
+    return _with(run, run.config.teacher.model_copy(update={"url": url}))
+
+
+def as_scorer(run: Run) -> Run:
+    """The run with its teachers' scoring engines as their engines: for code that only scores with them."""
+    teacher = run.config.teacher
+    by_domain = tuple(own.model_copy(update={"engine": own.scorer}) for own in teacher.by_domain)
+    return _with(run, teacher.model_copy(update={"engine": teacher.scorer, "by_domain": by_domain}))
+
+
+def _with(run: Run, teacher: TeacherConfig) -> Run:
+    config = run.config.model_copy(update={"teacher": teacher})
+    return replace(run, resolved=replace(run.resolved, config=config))

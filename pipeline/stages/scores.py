@@ -21,7 +21,7 @@ from tropd.pipeline.models.engines.base import Engine, SequenceScores
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.run.identity import engine_fields, fingerprint_of, model_fields, section_fields
 from tropd.pipeline.run.opening import role_num_tokens
-from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.run import Run, as_scorer
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.kept_mass import LOW, kept_mass, low_mass_warning, needed_alternatives
 from tropd.pipeline.stages.shard_work import Maker, ShardSpec, Work
@@ -60,7 +60,7 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
     """Everything that decides the scores: the trajectories, the teacher, and the kept alternatives."""
 
     def of(run: Run) -> dict[str, Scalar]:
-        fields = model_fields(run, "teacher") | engine_fields(run, "teacher")
+        fields = model_fields(run, "teacher") | engine_fields(as_scorer(run), "teacher")
         return fields | {"teacher.vocab_size": role_num_tokens(run, "teacher")}
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
@@ -120,7 +120,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
                     "teacher.by_domain was set as it is now",
                     hint=f"{run.command(stage_kind(source_stage).command)} --force",
                 )
-            engine, _ = teachers.open(*names)
+            engine, _ = teachers.open(*names, to_score=True)
             largest = max((token for row in rows for token in row.tokens), default=-1)
             check_token_ids(run, largest, engine.vocab_size, stage_kind(source_stage).command)
             keys += [(row.prompt_id, row.sample_index) for row in rows]
@@ -139,7 +139,7 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
 def _tell_low_mass(run: Run, engine: Engine, shard: Path, data: TopK) -> None:
     """Warn where a shard's alternatives hold little of the probability, with the k that would hold more."""
     kept, config = kept_mass(data), run.config.scores
-    if kept >= LOW or config.k >= engine.vocab_size or run.config.teacher.engine != "transformers":
+    if kept >= LOW or config.k >= engine.vocab_size or run.config.teacher.scorer != "transformers":
         return
     with within_memory("the teacher's whole distribution at some tokens", "lower scores.batch_tokens"):
         needed = needed_alternatives(engine, list(islice(read_trajectories(shard), ROWS_PER_CALL)))

@@ -16,7 +16,7 @@ from tropd.pipeline.config.sections.model_settings import TeacherConfig
 from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.problems.prompts import Prompt, scan_prompts
 from tropd.pipeline.run.opening import open_engine
-from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.run import Run, as_scorer
 from tropd.storage.errors import ConfigError
 from tropd.storage.stage.fingerprint import Scalar
 
@@ -81,19 +81,21 @@ class EngineSlot:
     def __init__(self, run: Run, role: str, *, batch_size: int = 1, batch_tokens: int = 16384) -> None:
         self._run, self._role = run, role
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
-        self._name: str | None = None
+        self._which: tuple[str, str] | None = None
         self._opened: tuple[Engine, Any] | None = None
 
-    def open(self, name: str) -> tuple[Engine, Any]:
+    def open(self, name: str, *, to_score: bool = False) -> tuple[Engine, Any]:
         """The engine of the teacher with that name (of the student, whose only name is the general one) and its
-        tokenizer."""
-        if self._opened is None or self._name != name:
+        tokenizer; ``to_score``: the engine that scores, which may be another than the one that writes."""
+        run = with_only(self._run, name) if name else self._run
+        run = as_scorer(run) if to_score else run
+        which = (name, getattr(run.config, self._role).engine)
+        if self._opened is None or self._which != which:
             self._opened = None  # its memory is free before the next one is loaded
-            run = with_only(self._run, name) if name else self._run
             self._opened = open_engine(
                 run, self._role, batch_size=self._batch_size, batch_tokens=self._batch_tokens
             )
-            self._name = name
+            self._which = which
         return self._opened
 
     def close(self) -> None:

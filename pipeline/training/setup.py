@@ -72,7 +72,7 @@ def open_session(
         held_out = world.tell(read_held_out(run, inputs.problems) if world.leads else None)
     asks = needs.sampled and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
-    at_once = "vllm" not in (config.teacher.engine, config.student.engine)
+    at_once = "vllm" not in (config.teacher.scorer, config.student.engine)
     started = start_teachers(run, stack) if asks and at_once and world.leads else {}
     with loading(run, "student", folder):
         student = trainable_student(run, folder, device, world)
@@ -132,7 +132,7 @@ def _check_settings(run: Run, world: World) -> None:
     if world.size > 1 and config.student.engine == "vllm":
         raise ConfigError(
             'student.engine = "vllm" currently trains in a single process only',
-            hint='set student.engine = "transformers" under torchrun (teacher.engine may be vllm)',
+            hint='set student.engine = "transformers" under torchrun (a teacher may be in vLLM)',
         )
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(

@@ -55,6 +55,11 @@ class ModelConfig(Spec):
             raise ValueError(f"dtype of {self.model} is not decided yet: read it from Run.config")
         return self.dtype
 
+    @property
+    def scorer(self) -> EngineName:
+        """The engine that scores."""
+        return self.engine
+
 
 class ServedTeacher(ModelConfig):
     """A teacher, and the service that scores with it during training."""
@@ -66,6 +71,9 @@ class ServedTeacher(ModelConfig):
     """Environment variable with the bearer token of that service."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=WEEK)
     """Seconds that the trainer keeps asking for an answer before it stops, with everything saved."""
+    scoring_engine: EngineName | None = None
+    """Engine that scores with the teacher (the cache, the service, distances); `engine`, which writes its responses, if
+    not set. `transformers` gives entropies, and computes alternatives only where they are asked for."""
 
     @field_validator("url")
     @classmethod
@@ -77,6 +85,11 @@ class ServedTeacher(ModelConfig):
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError(f"a service's address looks like http://host:port, not {one!r}")
         return url
+
+    @property
+    def scorer(self) -> EngineName:
+        """The engine that scores."""
+        return self.scoring_engine or self.engine
 
     @property
     def urls(self) -> tuple[str, ...]:

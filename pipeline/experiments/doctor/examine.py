@@ -35,7 +35,7 @@ from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.run.opening import loading, open_engine
-from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.run import Run, as_scorer
 from tropd.pipeline.teacher.by_domain import teacher_of, with_only
 from tropd.pipeline.teacher.connect import check_pairs, connect_teachers, local_teacher, start_teachers
 from tropd.pipeline.training.inputs import student_prompts
@@ -184,14 +184,14 @@ def _roll_out(run: Run, found: Encoded, engine: Sampler, prompts: int, tokens: i
 
 def _mean_limit(run: Run, *roles: str) -> float | None:
     """Apply the limit of the vLLM settings, since vLLM rounds by its own rules."""
-    engines = [getattr(run.config, role).engine for role in roles]
+    engines = [getattr(as_scorer(run).config, role).engine for role in roles]
     return run.config.vllm.max_mean_difference if "vllm" in engines else None
 
 
 def _scored(name: str, run: Run, rows: Sequence[Row], folder: Path | None = None) -> NamedLogprobs:
     """Score rows by the run's one teacher, or by another model with its settings."""
     engine, _ = open_engine(
-        run, "teacher", folder, batch_size=1, batch_tokens=run.config.service.batch_tokens
+        as_scorer(run), "teacher", folder, batch_size=1, batch_tokens=run.config.service.batch_tokens
     )
     with run.reporter.waiting(name):
         scores = engine.score([row.sequence for row in rows], [len(row.context) for row in rows])

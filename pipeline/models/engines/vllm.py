@@ -211,7 +211,7 @@ class VllmEngine:
         if entropy:
             raise ConfigError(
                 "vLLM does not give the teacher's full-vocabulary entropy, which this objective needs",
-                hint='set teacher.engine = "transformers"',
+                hint='set teacher.scoring_engine = "transformers"',
             )
         self._check(sequences, starts)
         self._prove(sequences)

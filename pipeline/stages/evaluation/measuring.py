@@ -110,7 +110,7 @@ def _local(run: Run, held_out: HeldOut) -> list[str]:
 def exact_teachers(run: Run, held_out: HeldOut) -> list[str]:
     """Names of the teachers whose probabilities of all tokens are available here."""
     return [
-        name for name in _local(run, held_out) if with_only(run, name).config.teacher.engine == "transformers"
+        name for name in _local(run, held_out) if with_only(run, name).config.teacher.scorer == "transformers"
     ]
 
 
@@ -129,7 +129,7 @@ def _ask(run: Run, folder: Path, held_out: HeldOut, students: Sequence[str], slo
             responses = [r for r in read_responses(folder, who).values() if r.prompt_id in ids]
             k = run.config.scores.k if who == "teacher" else 0
             if local_teacher(own) is not None:
-                found = ask_engine(slot.open(name)[0], responses, k=k)
+                found = ask_engine(slot.open(name, to_score=True)[0], responses, k=k)
             else:
                 found = _ask_service(own, prompts, responses, k)
             answers |= {(who, r.prompt_id): a for r, a in zip(responses, found, strict=True)}
@@ -173,7 +173,7 @@ def _measure_one(
     with run.reporter.task(f"distance {who}", sum(map(len, written.values())), unit="responses") as task:
         for name in dict.fromkeys(held_out.teachers):
             if name in exact:
-                compare = partial(_compared, run, student, slot.open(name)[0])
+                compare = partial(_compared, run, student, slot.open(name, to_score=True)[0])
             else:
                 compare = partial(_derived, run, student, asked)
             prompts = held_out.of(name).prompts

@@ -11,7 +11,7 @@ from tropd.pipeline.models.loading import weights_digest
 from tropd.pipeline.models.stops import stop_ids
 from tropd.pipeline.models.tokenizers import tokenizer_identity
 from tropd.pipeline.run.opening import open_engine
-from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.run import Run, as_scorer
 from tropd.pipeline.teacher.service.access_log import open_access_log
 from tropd.pipeline.teacher.service.listen import check_address
 from tropd.pipeline.teacher.service.running import run_service
@@ -24,9 +24,11 @@ def load_service(run: Run) -> tuple[Engine, ServiceInfo]:
     """The teacher of a run in memory, and the description that its service gives."""
     settings = run.config.service
     folder = model_directory(run.workspace, run.config.teacher, "teacher")
-    engine, tokenizer = open_engine(run, "teacher", batch_size=1, batch_tokens=settings.batch_tokens)
+    engine, tokenizer = open_engine(
+        as_scorer(run), "teacher", batch_size=1, batch_tokens=settings.batch_tokens
+    )
     identity = tokenizer_identity(tokenizer)
-    whole_vocabulary = run.config.teacher.engine == "transformers"
+    whole_vocabulary = run.config.teacher.scorer == "transformers"
     info = ServiceInfo(
         model=folder.name,
         weights=weights_digest(folder),

@@ -71,7 +71,7 @@ def read_held_out(run: Run, problems: Encoded) -> HeldOutSet:
 
 
 def _samples_here(run: Run) -> bool:
-    return local_teacher(run) is not None and run.config.teacher.engine == "transformers"
+    return local_teacher(run) is not None and run.config.teacher.scorer == "transformers"
 
 
 def _identity(run: Run, prompts: HeldOut, names: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ def _sample(run: Run, prompts: HeldOut, names: Sequence[str]) -> list[TeacherRes
     )
     found = []
     for name in names:
-        engine, tokenizer = slot.open(name)
+        engine, tokenizer = slot.open(name, to_score=True)
         responses = sample_responses(run, engine, tokenizer, prompts.of(name), "teacher")
         responses = [response for response in responses if response.tokens]
         answers = ask_engine(engine, responses, k=run.config.scores.k)

@@ -63,7 +63,7 @@ CONFIGURATIONS = [
     (
         "objective.name = 'eopd'\nteacher.engine = 'vllm'",
         "teacher.engine",
-        "set teacher.engine = 'transformers'",
+        "set teacher.scoring_engine = 'transformers'",
     ),
     (
         "objective.name = 'eopd'\n[[teacher.by_domain]]\ndomain = 'a'\nmodel = 'm'\nengine = 'vllm'",

@@ -20,8 +20,7 @@ from tropd.storage.workspace import Workspace
 def test_no_cell_of_a_table_is_refused(name: str, tmp_path: Path) -> None:
     for setting in load_table(name, rehearse=False).settings:
         run = Run(Workspace.create(tmp_path), parse_config(recipe_text(setting.recipe)), SILENT)
-        assert run.config.teacher.engine == "vllm"
+        assert (run.config.teacher.engine, run.config.teacher.scorer) == ("vllm", "transformers")
         for row in setting.rows:
             config = cell_config(run, Cell(row.objective, 0))
-            # vLLM gives no entropy, which EOPD needs.
-            assert config.teacher.engine == ("transformers" if row.objective == "eopd" else "vllm")
+            assert (config.teacher.engine, config.teacher.scorer) == ("vllm", "transformers")

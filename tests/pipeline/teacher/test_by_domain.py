@@ -15,13 +15,16 @@ from tiny_runs import make_models, make_run
 from tropd.pipeline.config.sections.model_settings import DomainTeacher
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.problems.prompts import Prompt
-from tropd.pipeline.run.run import Run
+from tropd.pipeline.run.run import Run, as_scorer
 from tropd.pipeline.stages.prefixes import fingerprint, generate_prefixes, generate_rollouts, teacher_source
+from tropd.pipeline.stages.scores import fingerprint as scores_fingerprint
 from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.teacher import by_domain
 from tropd.pipeline.teacher.by_domain import GENERAL, EngineSlot, grouped, teachers_in_use, with_only
 from tropd.storage.cache.shard import read_topk
 from tropd.storage.errors import ConfigError, TropdError
 from tropd.storage.formats.trajectories import read_trajectories
+from tropd.storage.stage.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,39 @@ def test_teachers_are_those_that_prompts_name(tmp_path: Path, models: tuple[Path
     resolved = replace(run.resolved, config=config.model_copy(update={"teacher": teacher}))
     with pytest.raises(ConfigError, match="'law', which no training prompt has"):
         teachers_in_use(replace(run, resolved=resolved))
+
+
+def test_a_teacher_may_score_in_another_engine_than_it_writes_in(
+    tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", models[0])
+    plain = scores_fingerprint(run, generate_prefixes(run)).fields
+    opened: list[str] = []
+
+    def open_engine(run: Run, role: str, **options: int) -> Any:
+        opened.append(getattr(run.config, role).engine)
+        return object(), None
+
+    def with_engines(engine: str, scoring_engine: str | None) -> Run:
+        teacher = run.config.teacher.model_copy(update={"engine": engine, "scoring_engine": scoring_engine})
+        config = run.config.model_copy(update={"teacher": teacher})
+        return replace(run, resolved=replace(run.resolved, config=config))
+
+    monkeypatch.setattr(by_domain, "open_engine", open_engine)
+    both = with_engines("vllm", "transformers")
+    slot = EngineSlot(both, "teacher")
+    assert slot.open(GENERAL, to_score=True) is slot.open(GENERAL, to_score=True)
+    slot.open(GENERAL)
+    assert opened == ["transformers", "vllm"]
+    assert as_scorer(both).config.teacher.engine == "transformers"
+    source = read_manifest(run.workspace.stage("prefixes"))
+    assert source is not None
+    # Scores know the engine that scored; those of a teacher with one engine have what they always had.
+    assert scores_fingerprint(both, source).fields == plain
+    assert scores_fingerprint(with_engines("vllm", None), source).fields == {
+        **plain,
+        "teacher.engine": "vllm",
+    }
 
 
 def test_one_engine_is_open_at_a_time(tmp_path: Path, models: tuple[Path, Path]) -> None:
