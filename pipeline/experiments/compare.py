@@ -30,6 +30,7 @@ from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.evaluation.evaluate import Who, evaluate
 from tropd.pipeline.stages.prefixes import generate_rollouts
 from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.teacher.connect import serves_on_one_device
 from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
 from tropd.pipeline.training.loop import train
 from tropd.storage.disk.atomic import write_text_atomic
@@ -73,7 +74,7 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
             )
             command = serve_command(run.workspace.root, (*run.assignments, *engine))
             log = run.workspace.logs / "teacher-service.log"
-            url = stack.enter_context(LocalTeacher(command, log)).wait()
+            url = stack.enter_context(LocalTeacher(command, log, one_device=serves_on_one_device(run))).wait()
         jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
         with run.reporter.task("compare", len(jobs), unit="runs") as task:
             for done in _each(jobs, workers):

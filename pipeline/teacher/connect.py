@@ -53,8 +53,15 @@ def start_teachers(run: Run, stack: ExitStack, log_name: str = "teacher-service"
             run.reporter.info(f"starting a local teacher service{name and f' for {name}'}")
             command = serve_command(run.workspace.root, run.assignments, name)
             log = run.workspace.logs / f"{log_name}{name and f'-{name}'}.log"
-            started[name] = stack.enter_context(LocalTeacher(command, log))
+            started[name] = stack.enter_context(
+                LocalTeacher(command, log, one_device=serves_on_one_device(run))
+            )
     return started
+
+
+def serves_on_one_device(run: Run) -> bool:
+    """True unless the teacher's engine spreads a model over several GPUs."""
+    return run.config.teacher.engine != "vllm" or run.config.vllm.tensor_parallel_size == 1
 
 
 def connect_teachers(

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from types import TracebackType
 
+from tropd.pipeline.run.processes.child_environment import child_environment
 from tropd.storage.errors import TropdError
 
 START_SECONDS = 600.0
@@ -32,11 +33,20 @@ class LocalTeacher:
     Args:
         command: the process to start.
         log: where its standard error goes.
+        one_device: it sees the GPU of this process only; otherwise all of them, as a model spread over several needs.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, *, start_seconds: float = START_SECONDS) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        start_seconds: float = START_SECONDS,
+        one_device: bool = True,
+    ) -> None:
         self._url = ""
         self._command = list(command)
+        self._one_device = one_device
         self._log = log
         self._start_seconds = start_seconds
         self._log_start = 0
@@ -56,6 +66,7 @@ class LocalTeacher:
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
+                env=child_environment(one_device=self._one_device),
             )
         return self
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tropd.pipeline.run.processes.child_environment import local_rank
+
 T = TypeVar("T")
 R = TypeVar("R")
 N = TypeVar("N", int, float)
@@ -101,7 +103,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         return
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), size, init_device_mesh(device.type, (size,)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from tropd.pipeline.run.processes.child_environment import become_child, child_environment
 from tropd.storage.errors import TropdError
 
 _STEP, _DONE = "step", "done"
@@ -29,7 +30,9 @@ class SecondProcess:
         context = multiprocessing.get_context("spawn")
         self._name = name
         self._reader, writer = context.Pipe(duplex=False)
-        self._process = context.Process(target=_child, args=(writer, target, arguments), daemon=True)
+        self._process = context.Process(
+            target=_child, args=(writer, child_environment(), target, arguments), daemon=True
+        )
         with _interrupts_held():
             self._process.start()
         writer.close()  # the child has the only one left: its end is the end of the pipe
@@ -85,7 +88,13 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _child(writer: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child(
+    writer: Connection,
+    environment: Mapping[str, str],
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    become_child(environment)
     try:
         target(*arguments, lambda *_: writer.send(_STEP))
         writer.send(_DONE)

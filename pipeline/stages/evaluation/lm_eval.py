@@ -8,7 +8,6 @@ cannot be done it is refused.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tropd.pipeline.config.sections.evaluation_settings import HarnessTask
 from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.models.runtime import pick_device
 from tropd.pipeline.run.identity import section_fields
+from tropd.pipeline.run.processes.child_environment import child_environment
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import ConfigError, TropdError
@@ -188,7 +188,10 @@ def _own_tasks(run: Run, task: HarnessTask) -> list[str]:
 
 def _call(arguments: Sequence[str], *, isolated: bool = False) -> subprocess.CompletedProcess[str]:
     command = [*(ISOLATED if isolated else ()), sys.executable, "-m", "lm_eval", *arguments]
-    environment = {**os.environ, **({"HF_ALLOW_CODE_EVAL": "1", "HF_HUB_OFFLINE": "1"} if isolated else {})}
+    environment = {
+        **child_environment(one_device=False),
+        **({"HF_ALLOW_CODE_EVAL": "1", "HF_HUB_OFFLINE": "1"} if isolated else {}),
+    }
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, errors="replace"
     )

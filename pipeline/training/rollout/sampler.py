@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -118,8 +117,6 @@ def _sampling_engine(
 ) -> TransformersEngine:
     """The student as it is on disk; its weights are replaced before it samples."""
     device = configure_runtime(runtime)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     remote = settings.trust_remote_code
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)

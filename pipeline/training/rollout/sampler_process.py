@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tropd.pipeline.models.engines.base import Generation, Sampling
 from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.run.processes.child_environment import become_child, child_environment
 from tropd.storage.errors import TropdError
 
 Build = Callable[[], TransformersEngine]
@@ -43,7 +44,7 @@ class SamplingProcess:
             max_workers=1,
             context=multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(build, self._shared),
+            initargs=(child_environment(), build, self._shared),
         )
         # A process starts with its first task: with one that does nothing, while the trainer gets ready.
         self._pool.schedule(int)
@@ -93,8 +94,9 @@ _weights: Mapping[str, Tensor] = {}
 _loaded = 0
 
 
-def _start(build: Build, shared: Mapping[str, Tensor]) -> None:
+def _start(environment: Mapping[str, str], build: Build, shared: Mapping[str, Tensor]) -> None:
     global _engine, _weights
+    become_child(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _engine, _weights = build(), shared
