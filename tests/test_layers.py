@@ -92,7 +92,7 @@ COVERED_BY = {
     "tropd.pipeline.objectives.objective": "tests/pipeline/objectives/test_recipes.py",
     "tropd.pipeline.objectives.partition": "tests/pipeline/objectives/test_estimators_exact.py",
     "tropd.pipeline.objectives.spec": "tests/pipeline/config/test_fingerprint_fields.py",
-    "tropd.pipeline.objectives.token_weights": "tests/pipeline/objectives/test_recipes.py",
+    "tropd.pipeline.objectives.token_weight_specs": "tests/pipeline/objectives/test_token_weights.py",
     "tropd.pipeline.problems.grading.answer_text": "tests/pipeline/problems/grading/test_grading.py",
     "tropd.pipeline.problems.grading.answer_words": "tests/pipeline/problems/grading/test_grading.py",
     "tropd.pipeline.problems.grading.choices": "tests/pipeline/problems/grading/test_grading.py",

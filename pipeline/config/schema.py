@@ -18,7 +18,7 @@ from tropd.pipeline.config.sections.model_settings import (
 )
 from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunConfig, SftConfig, TrainConfig
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import Apart, Importance, Inert, Objective, Spec
+from tropd.pipeline.objectives.objective import Apart, Importance, Inert, Objective, Spec, entropy_part
 
 
 class Config(Spec):
@@ -154,9 +154,9 @@ def _teacher_conflicts(config: Config) -> Iterator[str]:
     started = [teacher for teacher in (config.teacher, *config.teacher.by_domain) if not teacher.urls]
     if needs.entropy and any(teacher.scorer == "vllm" for teacher in started):
         yield (
-            "objective.partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which vLLM does "
-            "not give (teacher.engine scores too, unless teacher.scoring_engine is set): set teacher.scoring_engine = "
-            "'transformers' (in teacher.by_domain too), or another objective.partition.rule"
+            f"objective.{entropy_part(objective)} needs the teacher's full-vocabulary entropy, which vLLM does not give "
+            "(teacher.engine scores too, unless teacher.scoring_engine is set): set teacher.scoring_engine = "
+            f"'transformers' (in teacher.by_domain too), or another objective.{entropy_part(objective).split()[0]}"
         )
     if started and config.service.max_request_tokens <= config.rollout.max_tokens:
         yield (

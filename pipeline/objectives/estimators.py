@@ -71,13 +71,14 @@ def negative_log_likelihood(student_logprobs: Tensor) -> Tensor:
     return -student_logprobs
 
 
-def topk_forward_kl(alternatives: Alternatives, support: Support) -> Tensor:
+def topk_forward_kl(alternatives: Alternatives, support: Support, entry_clip: float | None = None) -> Tensor:
     """``[M]`` Σ_v π_T(v)·(log π_T(v) - log π_S(v)) over the teacher's alternatives.
 
     ``truncated``: raw probabilities; may be negative, is no KL (arXiv 2606.01249 as written).
     ``tail``: one more bucket with the remaining mass of both sides: the KL of two (k+1)-way distributions,
     ≥ 0 and a lower bound of the full forward KL.
     ``renormalized``: the teacher's probabilities divided by their sum (EOPD, arXiv 2603.07079).
+    ``entry_clip``: each id's term lies in [0, clip], without gradient at the ends (the code of OPSD and ReNIO).
     """
     teacher = alternatives.teacher_logprobs
     student = alternatives.student_logprobs
@@ -85,7 +86,8 @@ def topk_forward_kl(alternatives: Alternatives, support: Support) -> Tensor:
         mass = alternatives.sum(teacher.exp())
         # A token without alternatives has mass 0 and nothing to divide.
         teacher = teacher - torch.repeat_interleave(mass.clamp(min=1e-30).log(), alternatives.counts)
-    total = alternatives.sum(_weighted_difference(teacher, teacher, student))
+    terms = _weighted_difference(teacher, teacher, student)
+    total = alternatives.sum(terms if entry_clip is None else terms.clamp(0.0, entry_clip))
     if support == "tail":
         # Without an id outside no bucket exists, whatever rounding has left of the teacher's mass.
         tail = student_tail(alternatives)

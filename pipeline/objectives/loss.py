@@ -28,7 +28,7 @@ from tropd.pipeline.objectives.estimators import (
     topk_jensen_shannon,
     topk_reverse_kl,
 )
-from tropd.pipeline.objectives.objective import K1, TOKEN_RULES, Estimator, Objective
+from tropd.pipeline.objectives.objective import K1, TOKEN_RULES, Estimator, FixedAdvantage, Objective
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.token_weights import (
     TokenStatistics,
@@ -132,8 +132,8 @@ def plan_step(
         trust=trust * objective.trust.weight,
         outlier=outlier * objective.outlier.weight,
         guidance=guidance * objective.guidance.weight,
-        trust_advantages=_planned_advantages(objective.trust.loss, statistics, groups),
-        outlier_advantages=_planned_advantages(objective.outlier.loss, statistics, groups),
+        trust_advantages=_planned_advantages(objective.trust.loss, statistics, groups, weight),
+        outlier_advantages=_planned_advantages(objective.outlier.loss, statistics, groups, weight),
     )
 
 
@@ -142,8 +142,12 @@ def _mean(weights: Floats) -> Floats:
     return weights / total if total > 0 else weights
 
 
-def _planned_advantages(loss: Estimator, statistics: TokenStatistics, groups: Ints) -> Floats | None:
-    """``[T]`` over all student tokens of the step, whatever region they are in."""
+def _planned_advantages(
+    loss: Estimator, statistics: TokenStatistics, groups: Ints, weight: Floats
+) -> Floats | None:
+    """``[T]`` over all student tokens of the step, whatever region they are in; ``weight`` ``[T]`` says which count."""
+    if isinstance(loss, FixedAdvantage):
+        return fixed_advantages(loss, statistics, weight)
     if not isinstance(loss, K1) or not (loss.returns or loss.standardize):
         return None
     rewards = statistics.advantages
@@ -158,6 +162,21 @@ def _planned_advantages(loss: Estimator, statistics: TokenStatistics, groups: In
     if loss.standardize:
         rewards = standardize_by_group(rewards, groups)
     return rewards if loss.floor is None else np.maximum(rewards, loss.floor)
+
+
+def fixed_advantages(loss: FixedAdvantage, statistics: TokenStatistics, weight: Floats) -> Floats:
+    """``[T]`` A - b·(H - min H)/(max H - min H) over the tokens with weight, r = 1 where all H are one (OPSA's code)."""
+    advantages = np.full(len(weight), loss.advantage)
+    counts = weight != 0
+    if not loss.by_entropy or not counts.any():
+        return advantages
+    if statistics.student_entropy is None:
+        raise ValueError("fixed advantages by entropy need the student's entropy of each token")
+    entropy = statistics.student_entropy[counts]
+    span = entropy.max() - entropy.min()
+    rank = (entropy - entropy.min()) / span if span > 0 else np.ones_like(entropy)
+    advantages[counts] -= loss.by_entropy * rank
+    return advantages
 
 
 def region_losses(objective: Objective, batch: TokenBatch) -> Mapping[str, Tensor]:
@@ -178,12 +197,12 @@ def _student_losses(
     zero = batch.student_logprobs.sum() * 0.0
     if loss.estimator == "zero":
         return zero
-    if loss.estimator == "k1":
+    if isinstance(loss, K1 | FixedAdvantage):
         used = coefficients != 0
         importance = _importance(objective, batch)
         values = k1_policy_gradient(
             batch.student_logprobs[used],
-            (k1_advantages(loss, batch) if planned is None else planned)[used],
+            _advantages(loss, batch, planned)[used],
             None if importance is None else importance[used],
         )
         return (coefficients[used] * values).sum() + zero
@@ -205,9 +224,17 @@ def _student_losses(
     return (weights * torch.where(weights != 0, values, torch.zeros_like(values))).sum() + zero
 
 
+def _advantages(loss: K1 | FixedAdvantage, batch: TokenBatch, planned: Tensor | None) -> Tensor:
+    if planned is not None:
+        return planned
+    if isinstance(loss, FixedAdvantage):
+        raise ValueError("fixed advantages belong to the step's plan, and the batch has none")
+    return k1_advantages(loss, batch)
+
+
 def _topk_loss(loss: Estimator, alternatives: Alternatives) -> Tensor:
     if loss.estimator == "topk_fkl":
-        return topk_forward_kl(alternatives, loss.support)
+        return topk_forward_kl(alternatives, loss.support, loss.entry_clip)
     if loss.estimator == "topk_rkl":
         return topk_reverse_kl(alternatives)
     if loss.estimator == "topk_jsd":
@@ -250,7 +277,9 @@ def _guidance_loss(objective: Objective, batch: TokenBatch) -> Tensor:
     if loss.estimator == "nll":
         return (batch.guidance * negative_log_likelihood(batch.guidance_logprobs)).sum()
     if loss.estimator == "topk_fkl" and batch.guidance_topk is not None:
-        return (batch.guidance * topk_forward_kl(batch.guidance_topk, loss.support)).sum() + zero
+        return (
+            batch.guidance * topk_forward_kl(batch.guidance_topk, loss.support, loss.entry_clip)
+        ).sum() + zero
     return zero
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd.pipeline.objectives.objective import K1, Estimator, Objective, TopkForwardKL
+from tropd.pipeline.objectives.objective import (
+    K1,
+    Estimator,
+    FixedAdvantage,
+    Objective,
+    TopkForwardKL,
+    entropy_part,
+)
 
+STUDENT_PASS_WEIGHTS = ("student_entropy_top", "soft_or_top", "overlap_drift", "entropy_product")
+"""Token weights that look at the student's whole distribution at every token."""
 TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
 """Token weights that look at the teacher's alternatives of every token."""
 
@@ -44,7 +53,7 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
         sampled=True,
         topk=topk,
         k=0 if topk == "none" else objective.k,
-        entropy=rule == "teacher_entropy",
+        entropy=bool(entropy_part(objective)),
         cached_topk=cached_topk,
     )
 
@@ -53,6 +62,14 @@ def needs_reference(objective: Objective) -> bool:
     """True if a part of an objective works on a reference model's log-probs: those of the student as it was."""
     losses = (objective.trust.loss, objective.outlier.loss)
     return any(isinstance(loss, K1) and loss.reward_scale != 1.0 for loss in losses)
+
+
+def needs_student_pass(objective: Objective) -> bool:
+    """True if a part of an objective works on the student's distributions at all tokens of the step at once."""
+    losses = (objective.trust.loss, objective.outlier.loss)
+    return any(weight.kind in STUDENT_PASS_WEIGHTS for weight in objective.token_weights) or any(
+        isinstance(loss, FixedAdvantage) and loss.by_entropy > 0 for loss in losses
+    )
 
 
 def needs_student_tail(objective: Objective) -> bool:

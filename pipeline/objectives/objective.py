@@ -17,6 +17,7 @@ from tropd.pipeline.objectives.spec import Inert as Inert
 from tropd.pipeline.objectives.spec import Mark as Mark
 from tropd.pipeline.objectives.spec import Spec as Spec
 from tropd.pipeline.objectives.spec import marks as marks
+from tropd.pipeline.objectives.token_weight_specs import TokenWeight as TokenWeight
 
 # --------------------------------------------------------------------------------------- partition
 
@@ -114,6 +115,17 @@ class K1(Spec):
     """λ: A = λ(log π_T - log π_ref) - (log π_S - log π_ref); 1 is plain K1 (ExOPD: 1.25)."""
 
 
+class FixedAdvantage(Spec):
+    """Policy gradient on the sampled token with an advantage that no teacher decides: -A·log π_S (OPSA)."""
+
+    estimator: Literal["fixed"] = "fixed"
+    advantage: float = Field(default=-0.5, ge=-MOST_FACTOR, lt=0.0)
+    """A."""
+    by_entropy: float = Field(default=0.0, ge=0.0, le=MOST_FACTOR)
+    """Subtracted from A at the token with the highest student entropy of those that count, nothing at the lowest,
+    in proportion between them."""
+
+
 class NegativeLogLikelihood(Spec):
     """-log π_S of the given token: on the teacher's tokens, the one-sample forward KL."""
 
@@ -127,6 +139,8 @@ class TopkForwardKL(Spec):
     support: Support = "truncated"
     """`truncated`: raw probabilities, not a KL; `tail`: one more bucket with the rest, a true KL;
     `renormalized`: the teacher's probabilities rescaled to sum to one over the top k."""
+    entry_clip: float | None = Field(default=None, gt=0.0, le=MOST_FACTOR)
+    """Each id's term is raised to 0 and cut off at this (OPSD, ReNIO: 0.05); none by default. Not with `tail`."""
 
 
 class TopkReverseKL(Spec):
@@ -144,7 +158,7 @@ class TopkJSD(Spec):
 
 
 Estimator = Annotated[
-    Zero | K1 | NegativeLogLikelihood | TopkForwardKL | TopkReverseKL | TopkJSD,
+    Zero | K1 | FixedAdvantage | NegativeLogLikelihood | TopkForwardKL | TopkReverseKL | TopkJSD,
     Field(discriminator="estimator"),
 ]
 
@@ -157,71 +171,6 @@ class Region(Spec):
     weight: float = Field(default=1.0, ge=0.0, le=MOST_FACTOR)
     """Factor on the region's loss."""
 
-
-# ---------------------------------------------------------------------------------- token weights
-
-
-class _Phase(Spec):
-    since: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of the training steps after which this weight starts to apply."""
-    until: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of the training steps after which it stops."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> _Phase:
-        if self.since >= self.until:
-            raise ValueError(f"since ({self.since}) must be less than until ({self.until})")
-        return self
-
-
-class StudentEntropyTop(_Phase):
-    """Only the given share of tokens with the highest student entropy (Entropy-OPD, REOPOLD phase II)."""
-
-    kind: Literal["student_entropy_top"] = "student_entropy_top"
-    fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    """Share of the student's tokens in the global batch that is kept."""
-
-
-class AdvantageFloorMask(_Phase):
-    """Only tokens whose log π_T - log π_S is at least the floor (REOPOLD phase I)."""
-
-    kind: Literal["advantage_floor"] = "advantage_floor"
-    floor: float = Field(default=-2.558427881104495, ge=-MOST_FACTOR, lt=0.0)
-    """Smallest log-ratio that is kept; the default is log(λ)/(1-λ) at λ = 0.1."""
-
-
-class SoftOrTop(_Phase):
-    """The share of tokens with the highest h + d - h·d of student entropy h and divergence d (TIP)."""
-
-    kind: Literal["soft_or_top"] = "soft_or_top"
-    fraction: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Share of the student's tokens in the global batch that is kept (ρ)."""
-
-
-class PrefixImportance(_Phase):
-    """1 + γ(1 - share of Σ|A| that lies before the token): early tokens weigh more (IW-OPD)."""
-
-    kind: Literal["prefix_importance"] = "prefix_importance"
-    gamma: float = Field(default=0.5, ge=0.0, le=MOST_FACTOR)
-    """γ."""
-
-
-class OverlapDrift(_Phase):
-    """clamp(1 - drop·(tokens so far whose top-k overlap is below the threshold), 0, 1) + base (Prune-OPD)."""
-
-    kind: Literal["overlap_drift"] = "overlap_drift"
-    threshold: float = Field(default=0.7, ge=0.0, le=1.0)
-    """Overlap of student's and teacher's top k below which a token counts as drift."""
-    drop: float = Field(default=0.01, ge=0.0, le=MOST_FACTOR)
-    """Weight lost per drifted token."""
-    base: float = Field(default=0.5, ge=0.0, le=MOST_FACTOR)
-    """Weight that remains."""
-
-
-TokenWeight = Annotated[
-    StudentEntropyTop | AdvantageFloorMask | SoftOrTop | PrefixImportance | OverlapDrift,
-    Field(discriminator="kind"),
-]
 
 # ------------------------------------------------------------------------------------- the whole
 
@@ -304,6 +253,11 @@ def _conflicts(objective: Objective) -> Iterator[str]:
     for name, loss in (("trust.loss", objective.trust.loss), ("outlier.loss", objective.outlier.loss)):
         if loss.estimator == "nll":
             yield f"{name}.estimator = 'nll' would train the student on its own samples; use k1 or a top-k divergence"
+        if isinstance(loss, TopkForwardKL) and loss.entry_clip is not None and loss.support == "tail":
+            yield (
+                f"{name}.entry_clip is for single ids, and {name}.support = 'tail' adds a bucket of many: set "
+                f"{name}.support = 'truncated' or 'renormalized', or leave {name}.entry_clip out"
+            )
         if isinstance(loss, K1) and loss.baseline == "kl" and (loss.returns or loss.standardize):
             option = f"{name}.returns" if loss.returns else f"{name}.standardize"
             yield (
@@ -324,16 +278,24 @@ def _rollout_conflicts(objective: Objective) -> Iterator[str]:
         )
     if objective.rollouts == "stored" and schedule.kind != "none":
         yield "rollouts = 'stored' have no teacher prefix: set schedule.kind = 'none'"
-    if objective.rollouts == "stored" and objective.partition.rule == "teacher_entropy":
+    if objective.rollouts == "stored" and (wanting := entropy_part(objective)):
         yield (
-            "partition.rule = 'teacher_entropy' needs the teacher's full-vocabulary entropy, which the cache of stored "
-            "rollouts does not hold: set another partition.rule, or rollouts = 'student'"
+            f"{wanting} needs the teacher's full-vocabulary entropy, which the cache of stored rollouts does not hold: "
+            f"set another {wanting.split()[0]}, or rollouts = 'student'"
         )
     if objective.guides and schedule.kind == "none":
         yield (
             "guidance has a loss but schedule.kind = 'none' gives no prefix tokens; set schedule.kind, or "
             "guidance.loss.estimator = 'zero'"
         )
+
+
+def entropy_part(objective: Objective) -> str:
+    """The setting that needs the teacher's entropy, as an error names it; empty if none does."""
+    if objective.partition.rule == "teacher_entropy":
+        return "partition.rule = 'teacher_entropy'"
+    kinds = [weight.kind for weight in objective.token_weights if weight.kind == "entropy_product"]
+    return f"token_weights of kind {kinds[0]!r}" if kinds else ""
 
 
 def _without_effect(objective: Objective) -> Iterator[str]:
@@ -355,7 +317,9 @@ def _without_effect(objective: Objective) -> Iterator[str]:
     if objective.token_weights and not students:
         yield "token_weights are for the student's tokens, and rollouts = 'teacher' has none: leave token_weights out"
     losses = [getattr(objective, name).loss for name in learning if name != "guidance"]
-    is_weighed = objective.partition.rule in TOKEN_RULES or any(isinstance(loss, K1) for loss in losses)
+    is_weighed = objective.partition.rule in TOKEN_RULES or any(
+        isinstance(loss, K1 | FixedAdvantage) for loss in losses
+    )
     if objective.importance.clip is not None and not (losses and is_weighed):
         yield (
             "importance.clip weighs terms that depend on which tokens were drawn (k1, or a partition.rule that looks at "

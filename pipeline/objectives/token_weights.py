@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tropd.pipeline.objectives.objective import TokenWeight
+from tropd.pipeline.objectives.token_weight_specs import RowRatio, TokenWeight
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -33,6 +33,15 @@ class TokenStatistics:
     """Share of the teacher's top k that is in the student's top k."""
     gain: Floats | None = None
     """log π_T - log π_ref, both floored: the teacher's gain over the reference model."""
+    student_logprobs: Floats | None = None
+    """log π_S of the tokens, as the sampler has it."""
+    teacher_entropy: Floats | None = None
+    """Nats, full vocabulary."""
+
+    @property
+    def teacher_logprobs(self) -> Floats:
+        """``[T]`` log π_T, floored."""
+        return self.advantages + _needed(self.student_logprobs, "student log-prob")
 
 
 def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float) -> Floats:
@@ -52,6 +61,16 @@ def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float
         return top_fraction(score, spec.fraction)
     if spec.kind == "prefix_importance":
         return prefix_importance(np.abs(statistics.advantages), statistics.rows, spec.gamma)
+    if spec.kind == "student_logprob_bottom":
+        return bottom_fraction(_needed(statistics.student_logprobs, "student log-prob"), spec.fraction)
+    if spec.kind == "teacher_likely_rows":
+        return likely_rows(statistics.teacher_logprobs, statistics.rows, spec.dropped)
+    if spec.kind == "entropy_product":
+        teacher = _needed(statistics.teacher_entropy, "teacher entropy")
+        student = _needed(statistics.student_entropy, "student entropy")
+        return (1.0 + spec.alpha * (1.0 - _of_max(teacher))) * (1.0 + spec.beta * _of_max(student))
+    if spec.kind == "row_ratio":
+        return row_ratio(spec, statistics.advantages, statistics.rows)
     drifted = _needed(statistics.overlap, "overlap") < spec.threshold
     return (
         np.clip(1.0 - spec.drop * running_sum(drifted.astype(np.float64), statistics.rows), 0.0, 1.0)
@@ -64,6 +83,30 @@ def top_fraction(values: Floats, fraction: float) -> Floats:
     keep = max(1, int(np.ceil(fraction * len(values))))
     threshold = np.partition(values, len(values) - keep)[len(values) - keep]
     return (values >= threshold).astype(np.float64)
+
+
+def bottom_fraction(values: Floats, fraction: float) -> Floats:
+    """1 for the ⌊fraction·T⌋ smallest values, at least one (and ties with the largest of them), 0 elsewhere (OPSA)."""
+    keep = max(1, int(fraction * len(values)))
+    return (values <= np.partition(values, keep - 1)[keep - 1]).astype(np.float64)
+
+
+def likely_rows(teacher_logprobs: Floats, rows: Ints, dropped: float) -> Floats:
+    """1 in rows whose mean log π_T reaches the ``dropped`` quantile of these means, 0 elsewhere (FiRe-OPD's code)."""
+    means = row_sum(teacher_logprobs, rows) / row_sum(np.ones_like(teacher_logprobs), rows)
+    first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
+    return (means >= np.quantile(means[first], dropped)).astype(np.float64)
+
+
+def row_ratio(spec: RowRatio, advantages: Floats, rows: Ints) -> Floats:
+    """exp(mean_t l_t / τ) over a row's tokens with l_t = min(log π_S - log π_T, c) ≥ threshold, divided by the mean over
+    rows, at most ``largest`` (ReNIO's code)."""
+    ratios = np.minimum(-advantages, spec.most)
+    chosen = (ratios >= spec.threshold).astype(np.float64)
+    mean = row_sum(ratios * chosen, rows) / np.maximum(row_sum(chosen, rows), 1.0)
+    weights = np.exp(mean / spec.temperature)
+    first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
+    return np.minimum(weights / weights[first].mean(), spec.largest)
 
 
 def soft_or(entropy: Floats, divergence: Floats) -> Floats:
@@ -115,6 +158,10 @@ def running_sum(values: Floats, rows: Ints) -> Floats:
 def _min_max(values: Floats) -> Floats:
     span = values.max() - values.min()
     return (values - values.min()) / span if span > 0 else np.zeros_like(values)
+
+
+def _of_max(values: Floats) -> Floats:
+    return np.clip(values / max(values.max(), 1e-6), 0.0, 1.0)
 
 
 def _needed(values: Floats | None, name: str) -> Floats:

@@ -52,6 +52,8 @@ RECENT = (
     IMPORTANCE_CLIP,
 )
 """Ends of names of fields that fingerprints have not always had."""
+LATER: Mapping[str, Scalar] = {".loss.entry_clip": None}
+"""Ends of names of settings that came with later versions, recorded only where they are not this: as before they were."""
 OF_MODEL = (".weights", ".tokenizer", ".stop_ids", ".generation_config", ".chat_template")
 """Ends of names of fields that a model's folder decides."""
 
@@ -161,4 +163,9 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
 def section_fields(section: str, spec: Spec, *, also: Collection[str] = ()) -> dict[str, Scalar]:
     """Fingerprint fields of a configuration section: those without a mark (see ``Mark``), and ``also`` these."""
     marked = marks(type(spec))
-    return flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
+    fields = flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
+    return {name: value for name, value in fields.items() if not _as_before(name, value)}
+
+
+def _as_before(name: str, value: Scalar) -> bool:
+    return any(name.endswith(end) and value == before for end, before in LATER.items())

@@ -51,6 +51,7 @@ def test_a_rehearsal_that_is_killed_ends_with_the_same_table(tropd: Any, tmp_pat
         "teacher",
         "OPD",
         "EOPD",
+        "Entropy-OPD",
         "REOPOLD",
         "TrOPD",
     ]

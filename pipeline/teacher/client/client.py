@@ -12,7 +12,7 @@ import numpy as np
 import tenacity
 
 from tropd.pipeline.objectives.needs import TOPK_WEIGHTS, TeacherNeeds, needs_topk
-from tropd.pipeline.objectives.objective import Objective
+from tropd.pipeline.objectives.objective import Objective, entropy_part
 from tropd.pipeline.teacher.client.dialects import Dialect
 from tropd.pipeline.teacher.client.http import Exchange
 from tropd.pipeline.teacher.client.replicas import Replica, Replicas
@@ -182,9 +182,9 @@ class TeacherClient:
             )
         if needs.entropy and not info.entropy:
             raise ConfigError(
-                f"objective {objective.name!r} needs the teacher's entropy (partition.rule = 'teacher_entropy'), "
+                f"objective {objective.name!r} needs the teacher's entropy ({entropy_part(objective)}), "
                 f"which the teacher at {self.url} does not give",
-                hint="use a tropd teacher service, or another partition rule",
+                hint=f"use a tropd teacher service, or another {entropy_part(objective).split()[0]}",
             )
 
     def score(self, request: ScoreRequest) -> ScoreResponse:

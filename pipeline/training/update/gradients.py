@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from tropd.pipeline.models.output.logprobs import Lookups, TokenLogprobs
 from tropd.pipeline.models.runtime import autocast
 from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives, topk_reverse_kl
 from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
-from tropd.pipeline.objectives.needs import needs_student_tail
+from tropd.pipeline.objectives.needs import needs_student_pass, needs_student_tail
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.token_weights import TokenStatistics
@@ -290,9 +290,16 @@ def _statistics(
     if reference is not None:
         floored = np.maximum(reference, np.float32(LOGPROB_FLOOR))
         gain = floored_log_ratio(inputs.teacher.teacher_logprobs, floored)
+    known = TokenStatistics(
+        rows=layout.student_rows,
+        advantages=advantages,
+        gain=gain,
+        student_logprobs=inputs.sampler_logprobs,
+        teacher_entropy=None if inputs.teacher.entropy is None else inputs.teacher.entropy.astype(np.float64),
+    )
+    if not needs_student_pass(objective):
+        return known
     kinds = {weight.kind for weight in objective.token_weights}
-    if not kinds & {"student_entropy_top", "soft_or_top", "overlap_drift"}:
-        return TokenStatistics(layout.student_rows, advantages, gain=gain)
     found = {name: np.full(len(advantages), np.nan) for name in ("entropy", "divergence", "overlap")}
     device = next(student.parameters()).device
     with torch.no_grad():
@@ -312,8 +319,11 @@ def _statistics(
         for _ in range(len(batches), rounds):
             _idle(student, layout, device)
     merged = {name: world.merge(values) for name, values in found.items()}
-    return TokenStatistics(
-        layout.student_rows, advantages, merged["entropy"], merged["divergence"], merged["overlap"], gain
+    return replace(
+        known,
+        student_entropy=merged["entropy"],
+        divergence=merged["divergence"],
+        overlap=merged["overlap"],
     )
 
 

@@ -25,7 +25,7 @@ from tropd.pipeline.objectives.estimators import (
     topk_jensen_shannon,
     topk_reverse_kl,
 )
-from tropd.pipeline.objectives.objective import ExpectedPartition, SampledPartition
+from tropd.pipeline.objectives.objective import ExpectedPartition, SampledPartition, Support
 from tropd.pipeline.objectives.partition import acceptance, partition_tokens
 from tropd.storage.seeds import uniforms
 
@@ -113,6 +113,26 @@ def test_forward_kl_over_the_whole_vocabulary_is_the_full_forward_kl(seed: int) 
         assert abs(float(loss - exact)) < EXACT
         assert (gradient(loss, student) - gradient(exact, student)).abs().max() < EXACT
         exact = forward_kl(student, teacher)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("support", ["truncated", "renormalized"])
+def test_forward_kl_with_clipped_entries_sums_each_ids_term_within_the_bounds(
+    seed: int, support: Support
+) -> None:
+    student, teacher = distributions(seed)
+    logprobs = torch.log_softmax(student, -1)
+    values, ids = teacher.topk(4)
+    if support == "renormalized":
+        values = values - values.exp().sum().log()
+    exact = torch.zeros((), dtype=torch.float64)
+    for value, v in zip(values, ids, strict=True):
+        term = value.exp() * (value - logprobs[v])
+        exact = exact + (term if 0 < float(term) < 0.05 else float(term) >= 0.05 and 0.05)
+    loss = topk_forward_kl(alternatives(student, teacher, 4), support, 0.05)[0]
+    assert abs(float(loss - exact)) < EXACT
+    if exact.requires_grad:
+        assert (gradient(loss, student) - gradient(exact, student)).abs().max() < EXACT
 
 
 @settings(max_examples=50, deadline=None)

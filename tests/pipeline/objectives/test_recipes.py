@@ -79,6 +79,17 @@ def exopd() -> float:
     return sum(-a * math.log(s) for a, s in zip(advantages, S, strict=True)) / 2
 
 
+def fire_opd() -> float:
+    # Doubt of the student and confidence of the teacher, against the larger of the two tokens' entropies.
+    w = [(1 + 1 - 0.5 / 1.0) * (1 + 1.2 / 1.2), (1 + 1 - 1.0 / 1.0) * (1 + 0.4 / 1.2)]
+    return (w[0] * K1[0] + w[1] * K1[1]) / sum(w)
+
+
+def clipped_forward_kl(token: int) -> float:
+    terms = [t * math.log(t / s) for t, s in zip(TOP_T[token], TOP_S[token], strict=True)]
+    return sum(min(max(term, 0.0), 0.05) for term in terms)
+
+
 # Two student tokens; the prefix token counts in the denominator where guidance has a loss.
 EXPECTED = {
     "opd": (K1[0] + K1[1]) / 2,
@@ -86,6 +97,17 @@ EXPECTED = {
     "tropd-noguidance": (K1[0] + TRUNCATED[1]) / 2,
     "tropd-mask": K1[0] / 2,
     "tropd-clip": (K1[0] - max(A[1], C) * math.log(S[1])) / 2,
+    "tropd-hard": (K1[0] + TRUNCATED[1] + 0.001 * NLL) / 3,
+    "opd-clip": (K1[0] - max(A[1], C) * math.log(S[1])) / 2,
+    "opd-mask": (K1[0] + (A[1] >= C) * K1[1]) / 2,
+    "opd-clip-guided": (K1[0] - max(A[1], C) * math.log(S[1]) + 0.001 * NLL) / 3,
+    "opd-mask-guided": (K1[0] + (A[1] >= C) * K1[1] + 0.001 * NLL) / 3,
+    # A fifth of two tokens is the one that the student finds less likely; alone, it has the highest entropy.
+    "fixed-penalty": 0.5 * math.log(S[0]),
+    "opsa": 1.0 * math.log(S[0]),
+    "fire-opd": fire_opd(),
+    # One row: its weight over the mean of all is 1.
+    "renio": (clipped_forward_kl(0) + clipped_forward_kl(1)) / 2,
     "tropd-cached": (K1[0] + TRUNCATED[1] + kl(with_tail(CACHED_T), with_tail(CACHED_S))) / 3,
     "full-fkl": sum(TRUNCATED) / 2,
     "eopd": (K1[0] + K1[1] + RENORMALIZED[1]) / 2,
@@ -129,6 +151,8 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         student_entropy=np.array(STUDENT_ENTROPY[:n]),
         divergence=np.array(REVERSE[:n]),
         overlap=np.array(OVERLAP[:n]),
+        student_logprobs=student.astype(np.float64),
+        teacher_entropy=np.array(TEACHER_ENTROPY[:n]),
     )
     guided = objective.guidance.loss.estimator != "zero"
     plan = plan_step(
@@ -206,6 +230,12 @@ def test_the_second_phase_of_reopold_keeps_high_entropy_tokens_only() -> None:
         ("vopd", {"trust": {"loss": {"baseline": "none"}}}, "opd"),
         ("top-d", {"trust": {"loss": {"proximal": 1.0, "returns": False, "standardize": False}}}, "opd"),
         ("eopd", {"partition": {"threshold": 100.0}}, "opd"),
+        ("tropd-hard", {"partition": {"rule": "sampled"}}, "tropd"),
+        ("opd-clip", {"trust": {"loss": {"floor": -1e9}}}, "opd"),
+        ("opd-mask", {"token_weights": [{"kind": "advantage_floor", "floor": -1e9}]}, "opd"),
+        ("opsa", {"trust": {"loss": {"by_entropy": 0.0}}}, "fixed-penalty"),
+        ("fire-opd", {"token_weights": []}, "opd"),
+        ("renio", {"outlier": {"loss": {"entry_clip": None}}, "token_weights": []}, "full-fkl"),
     ],
 )
 def test_methods_reduce_to_each_other(name: str, overrides: dict[str, object], same_as: str) -> None:
