@@ -20,7 +20,6 @@ from tropd.pipeline.report.page.formats import human_bytes
 if TYPE_CHECKING:
     from tropd.pipeline.report.data.facts import Verdict
 
-Record = Mapping[str, Any]
 BLOCKS = "▁▂▃▄▅▆▇█"
 VERDICT_STYLES = {"problem": "bold red", "warning": "yellow"}
 RECENT = 20
@@ -32,7 +31,7 @@ class Dashboard:
     """State of a run; renders to the available width."""
 
     title: str
-    records: Sequence[Record]
+    records: Sequence[Mapping[str, Any]]
     """Metrics per step, oldest first."""
     total: int
     """Planned steps."""
@@ -125,7 +124,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[min(len(BLOCKS) - 1, int((m - lowest) / spread * len(BLOCKS)))] for m in means)
 
 
-def column(records: Sequence[Record], name: str) -> list[float | None]:
+def column(records: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
     """A metric per step; None where it is missing or no finite number."""
     found = []
     for record in records:
@@ -137,7 +136,7 @@ def column(records: Sequence[Record], name: str) -> list[float | None]:
     return found
 
 
-def recent_mean(records: Sequence[Record], name: str) -> float | None:
+def recent_mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Mean of a metric over the last steps that have it."""
     known = [value for value in column(records, name) if value is not None][-RECENT:]
     return math.fsum(known) / len(known) if known else None
@@ -155,7 +154,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _step_time(records: Sequence[Record]) -> str:
+def _step_time(records: Sequence[Mapping[str, Any]]) -> str:
     total = recent_mean(records, "time_total")
     if not total:
         return ""
@@ -168,7 +167,7 @@ def _step_time(records: Sequence[Record]) -> str:
     return f"{total:.3g} s: {', '.join(shares)}" if shares else f"{total:.3g} s"
 
 
-def _teacher(records: Sequence[Record]) -> str:
+def _teacher(records: Sequence[Mapping[str, Any]]) -> str:
     scored = math.fsum(value or 0.0 for value in column(records, "teacher_tokens_scored"))
     if not scored:
         return ""
@@ -179,16 +178,18 @@ def _teacher(records: Sequence[Record]) -> str:
     return ", ".join([*words, *([f"{retries} retries"] if retries else [])])
 
 
-def _lengths(record: Record) -> str:
+def _lengths(record: Mapping[str, Any]) -> str:
     length, prefix = (column([record], f"{name}_length_mean")[0] for name in ("response", "prefix"))
     if length is None:
         return ""
     return f"{length:.1f} tokens" + ("" if prefix is None else f", {prefix:.1f} of them from the teacher")
 
 
-def _held_out(records: Sequence[Record]) -> str:
+def _held_out(records: Sequence[Mapping[str, Any]]) -> str:
     """Lengths and acceptance of the newest evaluation; the KLs have curves."""
-    found = next((record for record in reversed(records) if "distance_length" in record), {})
+    found: Mapping[str, Any] = next(
+        (record for record in reversed(records) if "distance_length" in record), {}
+    )
     length, teacher, acceptance = (
         column([found], f"distance_{name}")[0] for name in ("length", "teacher_length", "acceptance")
     )
@@ -199,7 +200,7 @@ def _held_out(records: Sequence[Record]) -> str:
     return f"{length:.1f} tokens{beside}{accepted}"
 
 
-def _memory(record: Record) -> str:
+def _memory(record: Mapping[str, Any]) -> str:
     main, gpu = (column([record], f"memory_{name}")[0] for name in ("rss", "gpu_peak"))
     parts = [
         "" if main is None else human_bytes(main),

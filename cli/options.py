@@ -68,7 +68,7 @@ def with_skip_bad(settings: list[str] | None, skip_bad: bool) -> list[str]:
     return [*(settings or []), *(["data.skip_bad=true"] if skip_bad else [])]
 
 
-def open_run(workspace: Path, assignments: list[str] | None) -> Run:
+def open_workspace(workspace: Path, assignments: list[str] | None) -> Run:
     """The run in a workspace, with progress shown on this terminal."""
     from tropd.cli.render import make_reporter
     from tropd.pipeline.experiments.api import load_run

@@ -248,7 +248,7 @@ class _PlainReporter(_Messages):
         yield _PlainTask(description, total, done, unit)
 
 
-def follow(look: Callable[[], TrainingProgress]) -> None:
+def follow_training(look: Callable[[], TrainingProgress]) -> None:
     """Show a training run and look again every second, until it is finished or Ctrl-C."""
     with Live(console=stdout, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:

@@ -7,7 +7,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, WorkspaceVersionError, unknown_name
@@ -15,6 +15,11 @@ from tropd.storage.errors import ConfigError, WorkspaceVersionError, unknown_nam
 LAYOUT_VERSION = 1
 MARKER = "workspace.json"
 TEMPLATE_DATE = "template_date"
+Who = Literal["before", "after", "teacher"]
+EVALUATED: tuple[Who, ...] = ("before", "after", "teacher")
+"""The evaluated models: the student before and after training, and its teacher. Each has files of its own."""
+Mode = Literal["greedy", "sampled"]
+"""Manner of answering."""
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 """Logs of the stage ``train``: a record per step, and responses of some steps (see ``step_log``)."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import print_json, print_table, say
 
 
@@ -33,7 +33,7 @@ def compare(
     from tropd.pipeline.report.comparison.comparison import collect_comparison
     from tropd.pipeline.report.comparison.comparison_page import write_comparison
 
-    run = open_run(workspace, settings)
+    run = open_workspace(workspace, settings)
     cells = run_compare(run, [n.strip() for n in objectives.split(",") if n.strip()], seeds, workers=workers)
     found = collect_comparison(run.workspace, cells)
     page = write_comparison(run.workspace, found)

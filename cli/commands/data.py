@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import print_json, print_table, say
 
 EXAMPLES = 5
@@ -29,7 +29,7 @@ def fetch(
     from tropd.pipeline.stages.fetch import fetch_sources
     from tropd.storage.errors import ConfigError
 
-    run = open_run(workspace, settings)
+    run = open_workspace(workspace, settings)
     if not run.config.data.sources:
         raise ConfigError("data.sources is empty", hint="docs/data.md lists the possible sources")
     made = fetch_sources(run, run.config.data.sources, force=force)
@@ -58,7 +58,7 @@ def contamination(
     """List training prompts that share a stretch of words with an evaluation problem; changes nothing."""
     from tropd.pipeline.problems.decontaminate import USUAL_WORDS, find_overlaps
 
-    run = open_run(workspace, settings)
+    run = open_workspace(workspace, settings)
     n = words or run.config.data.decontaminate or USUAL_WORDS
     found, compared = find_overlaps(run.workspace, run.config, n)
     if as_json:

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_run
-from tropd.cli.render import follow, make_reporter, print_json, print_table, say, stdout, tell, tell_verdicts
+from tropd.cli.options import JsonOption, RepairOption, SetOption, WorkspaceOption, open_workspace
+from tropd.cli.render import (
+    follow_training,
+    make_reporter,
+    print_json,
+    print_table,
+    say,
+    stdout,
+    tell,
+    tell_verdicts,
+)
 from tropd.pipeline.report.page.formats import human_bytes
 
 if TYPE_CHECKING:
@@ -68,7 +77,7 @@ def watch(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         last = progress.records[-1] if progress.records else None
         print_json({"state": progress.state, "steps": progress.done, "total": progress.total, "last": last})
     elif stdout.is_terminal:
-        follow(lambda: training_progress(opened))
+        follow_training(lambda: training_progress(opened))
     else:
         say(f"{progress.title}: {progress.state}, {progress.done}/{progress.total} steps")
 
@@ -142,9 +151,9 @@ def plan(
 ) -> None:
     """Estimate training's memory and disk from the models' configurations; with --time, also the stages' durations."""
     from tropd.pipeline.training.memory_plan import disk_bytes, memory_parts, prompt_tokens, shapes
-    from tropd.pipeline.training.time_plan import duration, estimate
+    from tropd.pipeline.training.time_plan import estimate, rounded_duration
 
-    run = open_run(workspace, settings)
+    run = open_workspace(workspace, settings)
     student, teacher = shapes(run)
     # Of several processes only the first has the teacher beside it, so that one must fit.
     prompts = prompt_tokens(run)
@@ -166,7 +175,7 @@ def plan(
         )
         print_table(("on disk, at most", "size"), [(name, human_bytes(size)) for name, size in disk.items()])
         if seconds:
-            times = [(name, duration(value)) for name, value in seconds.items()]
+            times = [(name, rounded_duration(value)) for name, value in seconds.items()]
             print_table(("estimated from a measurement", "time"), times)
     if gpu_memory is not None and total > gpu_memory * 1e9:
         largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
@@ -187,7 +196,7 @@ def doctor(
 
     from tropd.pipeline.experiments.doctor.examine import examine
 
-    found = examine(open_run(workspace, settings), prompts=prompts, tokens=tokens)
+    found = examine(open_workspace(workspace, settings), prompts=prompts, tokens=tokens)
     if as_json:
         differences = [asdict(one) | {"sound": one.sound} for one in found.differences]
         print_json(asdict(found) | {"differences": differences, "sound": not found.advice})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_run
+from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import make_reporter, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def sft(
     from tropd.pipeline.experiments.sft import sft as stage
 
     # The prefixes' student does not exist yet: its base model stands in for it.
-    run = open_run(workspace, [*(settings or []), f'student.model="{base}"'])
+    run = open_workspace(workspace, [*(settings or []), f'student.model="{base}"'])
     manifest = stage(run, base, force=force)
     if as_json:
         print_json({"stage": "sft", **manifest.summary})

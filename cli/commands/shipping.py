@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tropd.cli.options import JsonOption, open_run
+from tropd.cli.options import JsonOption, open_workspace
 from tropd.cli.render import print_json, say
 
 
@@ -46,7 +46,7 @@ def export(
             else "export takes --to or --push, one of them",
             hint=f"tropd export {workspace} --to DIR writes a folder, --push owner/name uploads it",
         )
-    run = open_run(workspace, None)
+    run = open_workspace(workspace, None)
     place = str(export_to(run, to)) if to is not None else push(run, str(repository), public=public)
     if as_json:
         print_json({"exported": place})

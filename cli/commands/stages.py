@@ -20,7 +20,7 @@ from tropd.cli.options import (
     WorkersOption,
     WorkspaceOption,
     execution_of,
-    open_run,
+    open_workspace,
     with_skip_bad,
 )
 from tropd.cli.render import make_reporter, print_json, print_table, say, tell, tell_verdicts
@@ -54,7 +54,7 @@ def _stage(
     as_json: bool,
 ) -> None:
     """Run one stage function and show its summary."""
-    manifest = function(open_run(workspace, assignments), force=force)
+    manifest = function(open_workspace(workspace, assignments), force=force)
     if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
         return
     if as_json:
@@ -83,7 +83,7 @@ def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBa
     from tropd.pipeline.report.data.collect import build_report
     from tropd.storage.workspace import Workspace
 
-    summary = run_all(open_run(workspace, with_skip_bad(settings, skip_bad)))
+    summary = run_all(open_workspace(workspace, with_skip_bad(settings, skip_bad)))
     if "distance" in summary:
         print_table(*_distances(summary["distance"]))
     found = build_report(Workspace.open(workspace))
@@ -188,7 +188,7 @@ def evaluate(
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as stage
     from tropd.storage.workspace import Workspace
 
-    manifest = stage(open_run(workspace, with_skip_bad(settings, skip_bad)), force=force)
+    manifest = stage(open_workspace(workspace, with_skip_bad(settings, skip_bad)), force=force)
     tell_verdicts(build_report(Workspace.open(workspace)).verdicts)
     if as_json:
         print_json(manifest.summary)
@@ -311,7 +311,7 @@ def serve_teacher(
 
     from tropd.pipeline.teacher.by_domain import with_only
 
-    run = with_only(open_run(workspace, assignments), domain)
+    run = with_only(open_workspace(workspace, assignments), domain)
     if executor == "ray":
         from tropd.pipeline.teacher.service.serve_on_ray import serve_on_ray
 
@@ -340,7 +340,7 @@ def demo(
     made = Workspace.create(workspace)
     if not made.config_path.exists():
         write_text_atomic(made.config_path, text)
-    run_all(open_run(workspace, settings))
+    run_all(open_workspace(workspace, settings))
     report(workspace, as_json=as_json)
 
 

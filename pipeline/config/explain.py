@@ -11,7 +11,7 @@ from tropd.pipeline.config.problems import renamed
 from tropd.pipeline.config.resolve import ResolvedConfig
 from tropd.pipeline.config.schema import to_plain
 from tropd.pipeline.config.tables import one_line
-from tropd.pipeline.objectives.objective import Spec
+from tropd.pipeline.objectives.spec import Spec
 from tropd.storage.errors import ConfigError, closest
 
 

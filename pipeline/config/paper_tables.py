@@ -8,13 +8,13 @@ from importlib import resources
 from pydantic import Field, ValidationError
 
 from tropd.pipeline.config.recipe_files import recipe_names, recipe_text
-from tropd.pipeline.objectives.objective import Spec
+from tropd.pipeline.objectives.spec import Spec
 from tropd.storage.errors import ConfigError, unknown_name
 
 REHEARSAL = "rehearsal"
 
 
-class Row(Spec):
+class TableRow(Spec):
     """One method."""
 
     label: str
@@ -42,11 +42,11 @@ class Setting(Spec):
     """Parameters of the teacher."""
     sft_from: str | None = None
     """The model from which SFT on the teacher's trajectories makes the student, if it is made here."""
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     """The methods."""
 
 
-class Table(Spec):
+class PaperTable(Spec):
     """A table of the paper."""
 
     title: str
@@ -61,7 +61,7 @@ def table_names() -> list[str]:
     return sorted(e.name.removesuffix(".toml") for e in folder.iterdir() if e.name.endswith(".toml"))
 
 
-def load_table(name: str, *, rehearse: bool) -> Table:
+def load_table(name: str, *, rehearse: bool) -> PaperTable:
     """A packaged table; for a rehearsal, with the tiny models' recipe in every setting.
 
     Raises:
@@ -73,7 +73,7 @@ def load_table(name: str, *, rehearse: bool) -> Table:
         encoding="utf-8"
     )
     try:
-        table = Table.model_validate(tomllib.loads(text))
+        table = PaperTable.model_validate(tomllib.loads(text))
     except ValidationError as error:
         raise ConfigError(f"table {name}: {error}") from error
     for setting in table.settings:

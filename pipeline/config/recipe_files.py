@@ -9,7 +9,7 @@ from importlib import resources
 import tomlkit
 
 from tropd.pipeline.config.problems import Origins, checked
-from tropd.pipeline.config.tables import merge
+from tropd.pipeline.config.tables import merge_settings
 from tropd.pipeline.objectives.objective import Objective
 from tropd.storage.errors import unknown_name
 from tropd.storage.formats.toml_text import Plain
@@ -53,5 +53,5 @@ def load_objective(name: str, overrides: Plain | None = None) -> Objective:
         ConfigError: unknown name, or impossible overrides.
     """
     data = tomllib.loads(recipe_text(name, "objectives"))
-    merged = merge(data, overrides or {})
+    merged = merge_settings(data, overrides or {})
     return checked(Objective, merged, Origins(f"objective {name!r}", "", {}), ("objective",))

@@ -14,7 +14,7 @@ import tomlkit
 from tropd.pipeline.config.problems import Origins, checked
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.schema import Config, to_plain
-from tropd.pipeline.config.tables import leaves, merge, one_line, without_none
+from tropd.pipeline.config.tables import leaves, merge_settings, one_line, without_none
 from tropd.storage.errors import ConfigError
 from tropd.storage.formats.toml_text import MOST_LEVELS, NotTomlError, Plain, parse_toml, read_text
 
@@ -67,7 +67,7 @@ def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "co
     sources = dict.fromkeys(leaves(data), where)
     for assignment in assignments:
         override = parse_assignment(assignment)
-        data = merge(data, override)
+        data = merge_settings(data, override)
         sources.update(dict.fromkeys(leaves(override), _option(assignment)))
     objective = data.get("objective", {"name": "tropd"})
     if isinstance(objective, dict):
@@ -80,7 +80,7 @@ def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "co
         except ConfigError as error:
             raise ConfigError(f"{place}: objective.name: {error.message}", hint=error.hint) from None
         sources = {f"objective.{leaf}": f"objective {name!r}" for leaf in leaves(base)} | sources
-        data = {**data, "objective": merge(base, objective)}
+        data = {**data, "objective": merge_settings(base, objective)}
     origins = Origins(where, text, sources)
     return ResolvedConfig(checked(Config, data, origins), origins)
 

@@ -18,7 +18,8 @@ from tropd.pipeline.config.sections.model_settings import (
 )
 from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunConfig, SftConfig, TrainConfig
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import Apart, Importance, Inert, Objective, Spec, entropy_part
+from tropd.pipeline.objectives.objective import Importance, Objective, entropy_part
+from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
 
 class Config(Spec):

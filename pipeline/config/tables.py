@@ -12,14 +12,14 @@ KINDS = frozenset(discriminators(Config))
 """Fields that name a table's kind. A ``kind`` counts as one also where it tells no members of a union apart."""
 
 
-def merge(base: Plain, override: Plain) -> Plain:
+def merge_settings(base: Plain, override: Plain) -> Plain:
     """Deep merge. A table whose kind (rule, estimator, …) changes is replaced, not mixed."""
     merged = dict(base)
     for key, value in override.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             switched = any(d in value and d in old and value[d] != old[d] for d in KINDS)
-            merged[key] = dict(value) if switched else merge(old, value)
+            merged[key] = dict(value) if switched else merge_settings(old, value)
         else:
             merged[key] = value
     return merged

@@ -27,7 +27,7 @@ from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import with_template_date
 from tropd.pipeline.run.upstream import finished
-from tropd.pipeline.stages.evaluation.evaluate import Who, evaluate
+from tropd.pipeline.stages.evaluation.evaluate import evaluate
 from tropd.pipeline.stages.prefixes import generate_rollouts
 from tropd.pipeline.stages.scores import score_teacher
 from tropd.pipeline.teacher.connect import serves_on_one_device
@@ -35,7 +35,7 @@ from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
 from tropd.pipeline.training.loop import train
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
-from tropd.storage.workspace import CACHE_STAGES, STAGES, Workspace
+from tropd.storage.workspace import CACHE_STAGES, STAGES, Who, Workspace
 
 SHARED = (*(stage.name for stage in STAGES if stage.brought), *CACHE_STAGES, "sft")
 """The shared part of a comparison's runs: everything that is made before training."""

@@ -35,7 +35,7 @@ CACHE_BYTES = 95
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePlan:
     """One line of the plan."""
 
     what: str
@@ -49,7 +49,7 @@ class SettingPlan:
     """The plan of one setting."""
 
     title: str
-    stages: list[Stage]
+    stages: list[StagePlan]
     download_bytes: float
     checks: list[tuple[bool | None, str]]
     """True: holds; False: does not; None: could not be checked here."""
@@ -68,7 +68,7 @@ def plan_table(job: Job) -> Iterator[SettingPlan]:
         )
 
 
-def _stages(job: Job, setting: Setting, run: Run) -> Iterator[Stage]:
+def _stages(job: Job, setting: Setting, run: Run) -> Iterator[StagePlan]:
     config, where = run.config, f"-w {shlex.quote(shown_path(run.workspace.root))}"
     student, teacher = 1e9 * setting.student_billions, 1e9 * setting.teacher_billions
     length = MEAN_LENGTH * config.rollout.max_tokens
@@ -81,20 +81,20 @@ def _stages(job: Job, setting: Setting, run: Run) -> Iterator[Stage]:
     )
     train = _decode(student, tokens / 2) + _passes(2 * teacher, tokens / 2) + _passes(6 * student, tokens)
     if config.demo.enabled:
-        yield Stage("models and problems", f"tropd prepare {where}", 0.0, 1e7)
+        yield StagePlan("models and problems", f"tropd prepare {where}", 0.0, 1e7)
     else:
-        yield Stage("problems", "(fetched from the Hugging Face hub)", 0.0, 5e8)
-    yield Stage("prefixes", f"tropd generate-prefixes {where}", _decode(teacher, prefixes), 8 * prefixes)
-    yield Stage(
+        yield StagePlan("problems", "(fetched from the Hugging Face hub)", 0.0, 5e8)
+    yield StagePlan("prefixes", f"tropd generate-prefixes {where}", _decode(teacher, prefixes), 8 * prefixes)
+    yield StagePlan(
         "scores", f"tropd score-teacher {where}", _passes(2 * teacher, prefixes), CACHE_BYTES * prefixes
     )
     if setting.sft_from is not None:
         steps = config.sft.steps * config.sft.prompts_per_step
         command = f"tropd sft {where} --from {setting.sft_from}"
-        yield Stage("SFT", command, _passes(6 * student, steps * length), 2 * 12 * student + 2 * student)
+        yield StagePlan("SFT", command, _passes(6 * student, steps * length), 2 * 12 * student + 2 * student)
     methods = ",".join(row.objective for row in setting.rows)
     runs = job.seeds * len(setting.rows)
-    yield Stage(
+    yield StagePlan(
         f"{runs} runs: train, evaluate",
         f"tropd compare {where} --objectives {shlex.quote(methods)} --seeds {job.seeds}",
         runs * (train + _decode(student, answers)) + _decode(student, answers) + _decode(teacher, answers),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tropd.pipeline.config.paper_tables import Setting, Table
+from tropd.pipeline.config.paper_tables import PaperTable, Setting
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.resolve import load_config
 from tropd.pipeline.experiments.compare import compare
@@ -31,7 +31,7 @@ from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.workspace import Workspace
 
 
-class Number(BaseModel):
+class MeasuredNumber(BaseModel):
     """One number of the table: accuracy in percent with its 95 % interval, and the paper's if known."""
 
     value: float
@@ -44,7 +44,7 @@ class ResultRow(BaseModel):
     """One line of the table."""
 
     label: str
-    values: dict[str, Number]
+    values: dict[str, MeasuredNumber]
 
 
 class ResultBlock(BaseModel):
@@ -70,7 +70,7 @@ class Job:
 
     root: Path
     name: str
-    table: Table
+    table: PaperTable
     rehearsal: bool
     seeds: int
     workers: int
@@ -141,7 +141,7 @@ def _row(
     values = {}
     for benchmark in benchmarks:
         found = _pooled([folder / "eval" / benchmark / f"part-{who}.parquet" for folder in folders])
-        values[benchmark] = Number(
+        values[benchmark] = MeasuredNumber(
             value=100 * found.value, low=100 * found.low, high=100 * found.high, paper=paper.get(benchmark)
         )
     return ResultRow(label=label, values=values)

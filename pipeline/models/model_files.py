@@ -72,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     whole, index = folder / WEIGHTS, folder / INDEX
     if not index.is_file() and not whole.is_file():
-        found = listed([path.name for path in folder.glob("*.safetensors")])
+        found = first_names([path.name for path in folder.glob("*.safetensors")])
         raise ConfigError(
             f"{folder} has no *.safetensors weights: neither {WEIGHTS} nor {INDEX}"
             + (f", only {found}" if found else ""),
@@ -83,14 +83,14 @@ def weight_files(folder: Path) -> list[Path]:
     names = _indexed(index) if index.is_file() else [WEIGHTS]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DataError(
-            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: {listed(missing)}",
+            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: {first_names(missing)}",
             hint=f"{COPY_AGAIN}; an interrupted download resumes where it stopped",
         )
     if left_over := {path.name for path in folder.glob("model*.safetensors")} - set(names):
         raise ConfigError(
             f"{folder} holds weight files that "
             + (f"{INDEX} does not name" if index.is_file() else f"are not read beside {WEIGHTS}")
-            + f": {listed(left_over)}",
+            + f": {first_names(left_over)}",
             hint=f"remove them; or if they are the model, remove {WEIGHTS} or {INDEX}, and copy what is missing",
         )
     return [folder / name for name in names]
@@ -105,7 +105,7 @@ def check_for_vllm(folder: Path) -> None:
     files = weight_files(folder)
     if not (folder / INDEX).is_file() and (others := set(folder.glob("*.safetensors")) - set(files)):
         raise ConfigError(
-            f"vLLM would read {listed(path.name for path in others)} in {folder} as weights, beside {WEIGHTS}",
+            f"vLLM would read {first_names(path.name for path in others)} in {folder} as weights, beside {WEIGHTS}",
             hint="move it elsewhere",
         )
 
@@ -150,7 +150,7 @@ def unreadable(folder: Path, error: Exception) -> DataError:
     )
 
 
-def listed(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first few of some names, and how many more there are."""
     ordered = sorted(names)
     more = len(ordered) - MOST_NAMES

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tropd.pipeline.models.model_files import CONFIG, COPY_AGAIN, listed, read_tensors, tensor_shapes
+from tropd.pipeline.models.model_files import CONFIG, COPY_AGAIN, first_names, read_tensors, tensor_shapes
 from tropd.storage.errors import DataError
 
 
@@ -61,9 +61,9 @@ def check_report(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
         f"{name} is {list(found)} and should be {list(wanted)}"
         for name, found, wanted in report["mismatched_keys"]
     ]
-    parts = [f"{len(missing)} tensors missing ({listed(missing)})"] if missing else []
-    parts += [f"{len(shapes)} in another shape ({listed(shapes)})"] if shapes else []
-    parts += [f"{len(unexpected)} that it does not have ({listed(unexpected)})"] if unexpected else []
+    parts = [f"{len(missing)} tensors missing ({first_names(missing)})"] if missing else []
+    parts += [f"{len(shapes)} in another shape ({first_names(shapes)})"] if shapes else []
+    parts += [f"{len(unexpected)} that it does not have ({first_names(unexpected)})"] if unexpected else []
     if parts:
         raise _not_whole(folder, model, parts, untied=_looks_tied(model, missing))
     if hasattr(model, "get_expanded_tied_weights_keys"):

@@ -36,24 +36,22 @@ from tropd.pipeline.objectives.token_weights import (
     standardize_by_group,
     token_weight,
 )
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from tropd.storage.arrays import Floats64, Ints
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """Coefficients of a step: T student tokens and G guidance tokens, over all rows."""
 
-    trust: Floats
+    trust: Floats64
     """``[T]``."""
-    outlier: Floats
+    outlier: Floats64
     """``[T]``."""
-    guidance: Floats
+    guidance: Floats64
     """``[G]``."""
-    trust_advantages: Floats | None
+    trust_advantages: Floats64 | None
     """``[T]`` final advantages of K1 on trusted tokens, where they depend on more than their own token; None if not."""
-    outlier_advantages: Floats | None
+    outlier_advantages: Floats64 | None
     """``[T]`` the same of K1 on outliers."""
 
 
@@ -137,14 +135,14 @@ def plan_step(
     )
 
 
-def _mean(weights: Floats) -> Floats:
+def _mean(weights: Floats64) -> Floats64:
     total = weights.sum()
     return weights / total if total > 0 else weights
 
 
 def _planned_advantages(
-    loss: Estimator, statistics: TokenStatistics, groups: Ints, weight: Floats
-) -> Floats | None:
+    loss: Estimator, statistics: TokenStatistics, groups: Ints, weight: Floats64
+) -> Floats64 | None:
     """``[T]`` over all student tokens of the step, whatever region they are in; ``weight`` ``[T]`` says which count."""
     if isinstance(loss, FixedAdvantage):
         return fixed_advantages(loss, statistics, weight)
@@ -164,7 +162,7 @@ def _planned_advantages(
     return rewards if loss.floor is None else np.maximum(rewards, loss.floor)
 
 
-def fixed_advantages(loss: FixedAdvantage, statistics: TokenStatistics, weight: Floats) -> Floats:
+def fixed_advantages(loss: FixedAdvantage, statistics: TokenStatistics, weight: Floats64) -> Floats64:
     """``[T]`` A - b·(H - min H)/(max H - min H) over the tokens with weight, r = 1 where all H are one (OPSA's code)."""
     advantages = np.full(len(weight), loss.advantage)
     counts = weight != 0
@@ -285,7 +283,7 @@ def _guidance_loss(objective: Objective, batch: TokenBatch) -> Tensor:
 
 def floored_log_ratio(
     teacher_logprobs: npt.NDArray[np.float32], student_logprobs: npt.NDArray[np.float32]
-) -> Floats:
+) -> Floats64:
     """``[T]`` log π_T - log π_S in float64, with the teacher's log-prob floored at LOGPROB_FLOOR."""
     return np.maximum(teacher_logprobs.astype(np.float64), LOGPROB_FLOOR) - student_logprobs.astype(
         np.float64

@@ -11,12 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tropd.pipeline.objectives.spec import MOST_FACTOR as MOST_FACTOR
-from tropd.pipeline.objectives.spec import Apart as Apart
-from tropd.pipeline.objectives.spec import Inert as Inert
-from tropd.pipeline.objectives.spec import Mark as Mark
-from tropd.pipeline.objectives.spec import Spec as Spec
-from tropd.pipeline.objectives.spec import marks as marks
+from tropd.pipeline.objectives.spec import MOST_FACTOR, Inert, Spec
 from tropd.pipeline.objectives.token_weight_specs import TokenWeight as TokenWeight
 
 # --------------------------------------------------------------------------------------- partition

@@ -12,19 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.objectives.objective import Partition
-
-Floats = npt.NDArray[np.float32]
+from tropd.storage.arrays import Floats32
 
 
 @dataclass(frozen=True)
 class Regions:
     """Weights ``[T]`` in [0, 1] with which each token belongs to the trust region and to the outliers."""
 
-    trust: Floats
-    outlier: Floats
+    trust: Floats32
+    outlier: Floats32
 
 
-def acceptance(student_logprobs: Floats, teacher_logprobs: Floats) -> npt.NDArray[np.float64]:
+def acceptance(student_logprobs: Floats32, teacher_logprobs: Floats32) -> npt.NDArray[np.float64]:
     """P_trust = min(π_T/π_S, 1) per sampled token (arXiv 2606.01249; the rule of speculative decoding).
 
     A teacher log-prob of -inf gives 0. Computed in float64 from float32 log-probs.
@@ -36,10 +35,10 @@ def acceptance(student_logprobs: Floats, teacher_logprobs: Floats) -> npt.NDArra
 def partition_tokens(
     partition: Partition,
     *,
-    student_logprobs: Floats,
-    teacher_logprobs: Floats,
+    student_logprobs: Floats32,
+    teacher_logprobs: Floats32,
     uniforms: npt.NDArray[np.float64] | None = None,
-    teacher_entropy: Floats | None = None,
+    teacher_entropy: Floats32 | None = None,
 ) -> Regions:
     """Apply a partition rule to T sampled tokens.
 

@@ -24,7 +24,7 @@ class Spec(BaseModel):
     )
 
 
-class Mark(Enum):
+class FieldMark(Enum):
     """Why the fingerprint of a stage that takes a whole section leaves out one of its fields.
 
     A field without a mark decides the result: with another value, the stage's existing output is refused.
@@ -35,11 +35,11 @@ class Mark(Enum):
 
 
 T = TypeVar("T")
-Inert = Annotated[T, Mark.INERT]
-Apart = Annotated[T, Mark.APART]
+Inert = Annotated[T, FieldMark.INERT]
+Apart = Annotated[T, FieldMark.APART]
 
 
-def marks(kind: type[Spec]) -> Mapping[str, Mark]:
+def field_marks(kind: type[Spec]) -> Mapping[str, FieldMark]:
     """The marked fields of a section."""
     found = ((name, m) for name, info in kind.model_fields.items() for m in info.metadata)
-    return {name: mark for name, mark in found if isinstance(mark, Mark)}
+    return {name: mark for name, mark in found if isinstance(mark, FieldMark)}

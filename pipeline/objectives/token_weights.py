@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tropd.pipeline.objectives.token_weight_specs import RowRatio, TokenWeight
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from tropd.storage.arrays import Floats64, Ints
 
 
 @dataclass(frozen=True)
@@ -23,28 +20,28 @@ class TokenStatistics:
     """Inputs of token weights, per student token ``[T]``. Optional ones only where an objective needs them."""
 
     rows: Ints
-    advantages: Floats
+    advantages: Floats64
     """log π_T - log π_S, floored."""
-    student_entropy: Floats | None = None
+    student_entropy: Floats64 | None = None
     """Nats, full vocabulary."""
-    divergence: Floats | None = None
+    divergence: Floats64 | None = None
     """KL(π_S‖π_T) over the teacher's top k and the tail."""
-    overlap: Floats | None = None
+    overlap: Floats64 | None = None
     """Share of the teacher's top k that is in the student's top k."""
-    gain: Floats | None = None
+    gain: Floats64 | None = None
     """log π_T - log π_ref, both floored: the teacher's gain over the reference model."""
-    student_logprobs: Floats | None = None
+    student_logprobs: Floats64 | None = None
     """log π_S of the tokens, as the sampler has it."""
-    teacher_entropy: Floats | None = None
+    teacher_entropy: Floats64 | None = None
     """Nats, full vocabulary."""
 
     @property
-    def teacher_logprobs(self) -> Floats:
+    def teacher_logprobs(self) -> Floats64:
         """``[T]`` log π_T, floored."""
         return self.advantages + _needed(self.student_logprobs, "student log-prob")
 
 
-def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float) -> Floats:
+def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float) -> Floats64:
     """``[T]`` weight of one specification at ``progress`` (share of the training steps done); 1 outside its phase."""
     ones = np.ones(len(statistics.rows))
     if len(ones) == 0 or not spec.since <= progress < spec.until:
@@ -78,27 +75,27 @@ def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float
     )
 
 
-def top_fraction(values: Floats, fraction: float) -> Floats:
+def top_fraction(values: Floats64, fraction: float) -> Floats64:
     """1 for the ⌈fraction·T⌉ largest values (and ties with the smallest of them), 0 elsewhere."""
     keep = max(1, int(np.ceil(fraction * len(values))))
     threshold = np.partition(values, len(values) - keep)[len(values) - keep]
     return (values >= threshold).astype(np.float64)
 
 
-def bottom_fraction(values: Floats, fraction: float) -> Floats:
+def bottom_fraction(values: Floats64, fraction: float) -> Floats64:
     """1 for the ⌊fraction·T⌋ smallest values, at least one (and ties with the largest of them), 0 elsewhere (OPSA)."""
     keep = max(1, int(fraction * len(values)))
     return (values <= np.partition(values, keep - 1)[keep - 1]).astype(np.float64)
 
 
-def likely_rows(teacher_logprobs: Floats, rows: Ints, dropped: float) -> Floats:
+def likely_rows(teacher_logprobs: Floats64, rows: Ints, dropped: float) -> Floats64:
     """1 in rows whose mean log π_T reaches the ``dropped`` quantile of these means, 0 elsewhere (FiRe-OPD's code)."""
     means = row_sum(teacher_logprobs, rows) / row_sum(np.ones_like(teacher_logprobs), rows)
     first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
     return (means >= np.quantile(means[first], dropped)).astype(np.float64)
 
 
-def row_ratio(spec: RowRatio, advantages: Floats, rows: Ints) -> Floats:
+def row_ratio(spec: RowRatio, advantages: Floats64, rows: Ints) -> Floats64:
     """exp(mean_t l_t / τ) over a row's tokens with l_t = min(log π_S - log π_T, c) ≥ threshold, divided by the mean over
     rows, at most ``largest`` (ReNIO's code)."""
     ratios = np.minimum(-advantages, spec.most)
@@ -109,13 +106,13 @@ def row_ratio(spec: RowRatio, advantages: Floats, rows: Ints) -> Floats:
     return np.minimum(weights / weights[first].mean(), spec.largest)
 
 
-def soft_or(entropy: Floats, divergence: Floats) -> Floats:
+def soft_or(entropy: Floats64, divergence: Floats64) -> Floats64:
     """h + d - h·d of min-max normalized entropy and divergence (TIP, arXiv 2604.14084)."""
     h, d = _min_max(entropy), _min_max(divergence)
     return h + d - h * d
 
 
-def prefix_importance(magnitudes: Floats, rows: Ints, gamma: float) -> Floats:
+def prefix_importance(magnitudes: Floats64, rows: Ints, gamma: float) -> Floats64:
     """1 + γ(1 - Σ_{i<t}|A_i| / Σ_i|A_i|) within each row (IW-OPD, arXiv 2606.22600)."""
     before = running_sum(magnitudes, rows) - magnitudes
     total = row_sum(magnitudes, rows)
@@ -123,29 +120,29 @@ def prefix_importance(magnitudes: Floats, rows: Ints, gamma: float) -> Floats:
     return 1.0 + gamma * (1.0 - share)
 
 
-def mean_of_later(values: Floats, rows: Ints) -> Floats:
+def mean_of_later(values: Floats64, rows: Ints) -> Floats64:
     """For each token the mean of its row's later values; 0 for the last token (TOP-D, eq. 8)."""
     later = row_sum(values, rows) - running_sum(values, rows)
     count = row_sum(np.ones_like(values), rows) - running_sum(np.ones_like(values), rows)
     return np.divide(later, count, out=np.zeros_like(values), where=count > 0)
 
 
-def standardize_by_group(values: Floats, groups: Ints) -> Floats:
+def standardize_by_group(values: Floats64, groups: Ints) -> Floats64:
     """(value - mean)/max(std, 1e-6) over all tokens of a group (the rollouts of one prompt)."""
     mean = row_sum(values, groups) / row_sum(np.ones_like(values), groups)
     variance = row_sum((values - mean) ** 2, groups) / row_sum(np.ones_like(values), groups)
     return (values - mean) / np.maximum(np.sqrt(variance), 1e-6)
 
 
-def row_sum(values: Floats, rows: Ints) -> Floats:
+def row_sum(values: Floats64, rows: Ints) -> Floats64:
     """``[T]`` each token gets the sum over its row (or any integer label)."""
     if len(values) == 0:
         return values
-    sums: Floats = np.bincount(rows, weights=values)[rows].astype(np.float64)
+    sums: Floats64 = np.bincount(rows, weights=values)[rows].astype(np.float64)
     return sums
 
 
-def running_sum(values: Floats, rows: Ints) -> Floats:
+def running_sum(values: Floats64, rows: Ints) -> Floats64:
     """``[T]`` inclusive cumulative sum that restarts at each row; tokens of a row are adjacent."""
     if len(values) == 0:
         return values
@@ -155,16 +152,16 @@ def running_sum(values: Floats, rows: Ints) -> Floats:
     return total - offset
 
 
-def _min_max(values: Floats) -> Floats:
+def _min_max(values: Floats64) -> Floats64:
     span = values.max() - values.min()
     return (values - values.min()) / span if span > 0 else np.zeros_like(values)
 
 
-def _of_max(values: Floats) -> Floats:
+def _of_max(values: Floats64) -> Floats64:
     return np.clip(values / max(values.max(), 1e-6), 0.0, 1.0)
 
 
-def _needed(values: Floats | None, name: str) -> Floats:
+def _needed(values: Floats64 | None, name: str) -> Floats64:
     if values is None:
         raise ValueError(f"this token weight needs the {name} of each token")
     return values

@@ -112,12 +112,12 @@ def refuse(path: Path, rejects: Sequence[Reject]) -> None:
         return
     unit = record_unit(path)
     raise DataError(
-        f"{path} has {len(rejects)} bad {unit}(s):\n    {listed(rejects, unit)}",
+        f"{path} has {len(rejects)} bad {unit}(s):\n    {list_rejects(rejects, unit)}",
         hint="mend or delete them, or leave them out with --skip-bad (data.skip_bad = true)",
     )
 
 
-def listed(rejects: Sequence[Reject], unit: str) -> str:
+def list_rejects(rejects: Sequence[Reject], unit: str) -> str:
     """The first few reasons, one a line, each with the numbers of its records; ``unit`` names the counted things."""
     numbers: dict[str, list[int]] = {}
     for reject in rejects:

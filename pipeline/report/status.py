@@ -28,14 +28,12 @@ from tropd.storage.stage.manifest import (
     read_manifest,
 )
 from tropd.storage.stage.stage import stage_seconds
-from tropd.storage.workspace import METRICS, STAGES, Workspace, shown_path, stage_kind
+from tropd.storage.workspace import EVALUATED, METRICS, STAGES, Workspace, shown_path, stage_kind
 
-State = Literal["not started", "in progress", "complete", "damaged"]
+StageState = Literal["not started", "in progress", "complete", "damaged"]
 
 DATA_STAGE = "data"
 """`prepare` fills this folder too; it counts as part of the stage ``models``."""
-EVALUATED = ("before", "after", "teacher")
-"""The evaluated models, one file each."""
 
 
 class StageStatus(BaseModel):
@@ -47,7 +45,7 @@ class StageStatus(BaseModel):
     """Folder in the workspace."""
     command: str
     """The command that fills it."""
-    state: State
+    state: StageState
     done: int | None = None
     total: int | None = None
     unit: str = ""
@@ -160,7 +158,7 @@ def _stage_status(
         broken |= _broken_data(workspace.stage(DATA_STAGE))
         spent = None if spent is None else spent + seconds.get(DATA_STAGE, 0.0)
     done, total, unit = _progress(workspace, name, manifest, config, earlier)
-    state: State = "damaged" if broken else "complete" if manifest.complete else "in progress"
+    state: StageState = "damaged" if broken else "complete" if manifest.complete else "in progress"
     return StageStatus(
         name=name,
         command=command,
@@ -263,7 +261,7 @@ def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStat
     """
     folder = workspace.stage("report")
     size = content_size(folder)
-    state: State = "complete"
+    state: StageState = "complete"
     problem = ""
     try:
         written = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]

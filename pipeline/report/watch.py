@@ -20,7 +20,7 @@ STAGE = "train"
 # Steps take from milliseconds to many minutes: a run is called silent after so many times its usual step, at least.
 SILENT_STEPS, SILENT_SECONDS = 20.0, 60.0
 
-State = Literal["not started", "starting", "running", "silent", "finished"]
+WatchState = Literal["not started", "starting", "running", "silent", "finished"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainingProgress:
     """A training run as its files have it."""
 
     title: str
-    state: State
+    state: WatchState
     records: Sequence[Mapping[str, Any]]
     """Metrics per step, oldest first."""
     total: int
@@ -65,7 +65,7 @@ def training_progress(workspace: Workspace) -> TrainingProgress:
     name = fields.get("objective.name") or config.objective.name
     seed = fields.get("run.seed", config.run.seed)
     records = read_log(folder / METRICS).whole
-    state: State = "starting"
+    state: WatchState = "starting"
     if manifest.complete:
         state = "finished"
     elif records:

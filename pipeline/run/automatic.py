@@ -15,7 +15,7 @@ from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.model_files import weight_files
-from tropd.pipeline.objectives.objective import Spec
+from tropd.pipeline.objectives.spec import Spec
 from tropd.storage.errors import TropdError
 from tropd.storage.stage.fingerprint import Scalar
 from tropd.storage.stage.manifest import holds_output, read_manifest

@@ -20,7 +20,7 @@ from tropd.pipeline.models.loading import (
 )
 from tropd.pipeline.models.stops import stop_ids
 from tropd.pipeline.models.tokenizers import tokenizer_identity
-from tropd.pipeline.objectives.objective import Spec, marks
+from tropd.pipeline.objectives.spec import Spec, field_marks
 from tropd.storage.stage.fingerprint import Scalar, flatten
 from tropd.storage.stage.manifest import FILE_NAME as MANIFEST
 
@@ -161,8 +161,8 @@ def model_fields(run: Run, role: str, folder: Path | None = None) -> dict[str, S
 
 
 def section_fields(section: str, spec: Spec, *, also: Collection[str] = ()) -> dict[str, Scalar]:
-    """Fingerprint fields of a configuration section: those without a mark (see ``Mark``), and ``also`` these."""
-    marked = marks(type(spec))
+    """Fingerprint fields of a configuration section: those without a mark (see ``FieldMark``), and ``also`` these."""
+    marked = field_marks(type(spec))
     fields = flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
     return {name: value for name, value in fields.items() if not _as_before(name, value)}
 

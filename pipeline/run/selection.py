@@ -80,7 +80,7 @@ def evaluation_problems(run: Run, tokenizer: Any, max_length: int, name: str = "
     )
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly(count: int, wanted: int) -> list[int]:
     """Indices of at most so many of ``count`` things in a row, evenly over all of them."""
     wanted = min(count, wanted)
     return [number * count // wanted for number in range(wanted)]

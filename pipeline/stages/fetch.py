@@ -19,7 +19,7 @@ import pyarrow as pa
 from tropd.pipeline.config.schema import to_plain
 from tropd.pipeline.config.sections.data_settings import DataConfig, Source
 from tropd.pipeline.problems.chat_messages import Message
-from tropd.pipeline.problems.prompts import MAX_SHOWN, Reject, answer_text, listed, prompt_text
+from tropd.pipeline.problems.prompts import MAX_SHOWN, Reject, answer_text, list_rejects, prompt_text
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
@@ -188,7 +188,7 @@ def _records(
             break
     if rejects and not run.config.data.skip_bad:
         raise DataError(
-            f"{source.dataset} ({source.split}) has records that cannot be used:\n    {listed(rejects, 'record')}",
+            f"{source.dataset} ({source.split}) has records that cannot be used:\n    {list_rejects(rejects, 'record')}",
             hint="name other columns in data.sources, mend them, or leave them out with --set data.skip_bad=true",
         )
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tropd.pipeline.models.engines.base import Engine, Generation, Sampling
 from tropd.pipeline.models.memory import within_memory
-from tropd.pipeline.objectives.objective import marks
+from tropd.pipeline.objectives.spec import field_marks
 from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.problems.grading.grading import RULES, check_expected
 from tropd.pipeline.run.identity import engine_fields, fingerprint_of, model_fields, stop_fields, token_fields
@@ -28,7 +28,7 @@ from tropd.pipeline.stages.refilter import (
     open_filter,
     rejects_folder,
     separate,
-    write_rejects,
+    write_left_out,
 )
 from tropd.pipeline.stages.shard_work import Maker, ShardSpec, Work
 from tropd.pipeline.stages.shards import HERE, Execution, run_stage
@@ -55,7 +55,7 @@ BATCHES_PER_CALL = 4
 
 
 @dataclass(frozen=True)
-class Source:
+class SamplingJob:
     """Author, sampling settings and target stage, from the section of that author."""
 
     stage: str
@@ -78,10 +78,10 @@ class Batch:
     prompts: Sequence[EncodedPrompt]
 
 
-def teacher_source(run: Run) -> Source:
+def teacher_source(run: Run) -> SamplingJob:
     """Teacher trajectories, as ``[prefixes]`` says."""
     prefixes = run.config.prefixes
-    return Source(
+    return SamplingJob(
         stage=STAGE,
         author="teacher",
         samples_per_prompt=prefixes.samples_per_prompt,
@@ -95,10 +95,10 @@ def teacher_source(run: Run) -> Source:
     )
 
 
-def student_source(run: Run) -> Source:
+def student_source(run: Run) -> SamplingJob:
     """Rollouts of the initial student, as ``[rollout]`` says; none is filtered."""
     rollout = run.config.rollout
-    return Source(
+    return SamplingJob(
         stage=ROLLOUTS_STAGE,
         author="student",
         samples_per_prompt=rollout.samples_per_prompt,
@@ -112,10 +112,10 @@ def student_source(run: Run) -> Source:
     )
 
 
-def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
+def fingerprint(run: Run, source: SamplingJob, prompts: Encoded) -> Fingerprint:
     """Everything that decides the trajectories of these prompts."""
     section = "prefixes" if source.author == "teacher" else "rollout"
-    left_out = {"stage", "author"} | marks(type(getattr(run.config, section))).keys()
+    left_out = {"stage", "author"} | field_marks(type(getattr(run.config, section))).keys()
     fields: dict[str, Scalar] = {
         f"{section}.{name}": value for name, value in vars(source).items() if name not in left_out
     }
@@ -132,7 +132,7 @@ def fingerprint(run: Run, source: Source, prompts: Encoded) -> Fingerprint:
     return fingerprint_of(run, fields)
 
 
-def _author_fields(run: Run, source: Source) -> dict[str, Scalar]:
+def _author_fields(run: Run, source: SamplingJob) -> dict[str, Scalar]:
     def of(run: Run) -> dict[str, Scalar]:
         author = source.author
         return model_fields(run, author) | stop_fields(run, author) | engine_fields(run, author)
@@ -155,7 +155,7 @@ def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = Fa
     return _generate(run, student_source(run), execution, force)
 
 
-def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Manifest:
+def _generate(run: Run, source: SamplingJob, execution: Execution, force: bool) -> Manifest:
     for name in teachers_in_use(run):
         check_pair(with_only(run, name))
     authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
@@ -193,7 +193,7 @@ def _generate(run: Run, source: Source, execution: Execution, force: bool) -> Ma
 
 
 def _to_filter(
-    run: Run, source: Source, identity: Fingerprint, batches: Sequence[Batch], rejects: Path
+    run: Run, source: SamplingJob, identity: Fingerprint, batches: Sequence[Batch], rejects: Path
 ) -> Manifest | None:
     """The stage on disk, if it is complete, differs from the request only in its filters, and has all that it left
     out."""
@@ -215,7 +215,7 @@ def _to_filter(
     return made
 
 
-def open_generator(source: Source, batches: Sequence[Batch], rejects: Path, run: Run) -> Maker:
+def open_generator(source: SamplingJob, batches: Sequence[Batch], rejects: Path, run: Run) -> Maker:
     """Return a maker that writes one shard of trajectories after another; the author is loaded at the first."""
     authors = EngineSlot(run, source.author, batch_size=source.batch_size)
     step = max(1, BATCHES_PER_CALL * source.batch_size // source.samples_per_prompt)
@@ -232,7 +232,7 @@ def open_generator(source: Source, batches: Sequence[Batch], rejects: Path, run:
             rows, left_out = rows + kept, left_out + others
             advance(len(prompts))
         if source.keep != "all" or rejects.is_dir():
-            write_rejects(rejects, _shard_name(number), left_out)
+            write_left_out(rejects, _shard_name(number), left_out)
         return {_shard_name(number): write_trajectories(folder / _shard_name(number), rows)}
 
     return make
@@ -244,7 +244,7 @@ def _shard_name(number: int) -> str:
 
 def _sample(
     run: Run,
-    source: Source,
+    source: SamplingJob,
     engine: Engine,
     tokenizer: Any,
     prompts: Sequence[EncodedPrompt],

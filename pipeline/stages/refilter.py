@@ -57,7 +57,7 @@ def separate(run: Run, keep: str, rows: Sequence[Answered]) -> tuple[list[Trajec
     return kept, [row for (row, _), mark in zip(rows, marks, strict=True) if not mark.correct]
 
 
-def write_rejects(folder: Path, name: str, rows: Sequence[Trajectory]) -> None:
+def write_left_out(folder: Path, name: str, rows: Sequence[Trajectory]) -> None:
     """Store the rejects of a shard, before the shard itself, so that one never exists without the other."""
     make_folder(folder)
     write_trajectories(folder / name, rows)
@@ -109,7 +109,7 @@ def open_filter(
         rows.sort(key=lambda row: (place[row.prompt_id], row.sample_index))
         answered = [(row, prompts[place[row.prompt_id]].answer) for row in rows]
         kept, left_out = separate(run, keep, answered)
-        write_rejects(rejects, name, left_out)
+        write_left_out(rejects, name, left_out)
         advance(len(prompts))
         return {name: write_trajectories(folder / name, kept)}
 

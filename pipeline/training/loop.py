@@ -48,7 +48,7 @@ from tropd.pipeline.training.update.soundness import check_student, stopped
 from tropd.pipeline.training.update.student import whole
 from tropd.pipeline.training.world import join_world
 from tropd.storage.errors import InterruptedStageError
-from tropd.storage.formats.step_log import Record
+from tropd.storage.formats.step_log import StepRecord
 from tropd.storage.stage.manifest import Manifest
 from tropd.storage.stage.stage import Stage
 
@@ -159,7 +159,7 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
     return sums
 
 
-def _update(training: _Training, step: int, prepared: Prepared) -> Record:
+def _update(training: _Training, step: int, prepared: Prepared) -> StepRecord:
     """Update the student with a prepared step; returns the step's metrics."""
     session, inputs = training.session, prepared.inputs
     config = session.run.config.train

@@ -18,7 +18,7 @@ from tropd.pipeline.objectives.needs import needs_reference, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded, tokens_of
 from tropd.pipeline.run.opening import LoadedModel, load_role, loading
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.run.selection import spread
+from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.connect import connect_teachers, start_teachers
 from tropd.pipeline.teacher.local_service import LocalTeacher
@@ -116,7 +116,7 @@ def _graded(run: Run, problems: Encoded | None) -> Encoded | None:
     if problems is None:
         return None
     graded = [one for one in problems.prompts if one.prompt.answer is not None]
-    some = spread(len(graded), run.config.train.evaluate_problems)
+    some = evenly(len(graded), run.config.train.evaluate_problems)
     return replace(problems, prompts=[graded[i] for i in some])
 
 

@@ -60,7 +60,7 @@ class Amounts:
     """Mean, in tokens."""
 
 
-def measure(run: Run, prompts: Sequence[Sequence[int]]) -> Rates:
+def measure_rates(run: Run, prompts: Sequence[Sequence[int]]) -> Rates:
     """Sample a few responses of the teacher and train the student once; nothing is written.
 
     Args:
@@ -157,10 +157,12 @@ def estimate(run: Run, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
     trained, _ = scan_prompts(run.workspace.resolve(data.prompts), data)
     asked, _ = scan_prompts(run.workspace.resolve(data.evaluation), data)
     lengths = sum(map(len, prompts)) / len(prompts)
-    return seconds_of_stages(run.config, measure(run, prompts), Amounts(len(trained), len(asked), lengths))
+    return seconds_of_stages(
+        run.config, measure_rates(run, prompts), Amounts(len(trained), len(asked), lengths)
+    )
 
 
-def duration(seconds: float) -> str:
+def rounded_duration(seconds: float) -> str:
     """Seconds as text, such as ``12 s``, ``3 min`` or ``1.5 h``."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

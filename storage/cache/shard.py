@@ -39,8 +39,8 @@ from tropd.storage.cache.topk_encoding import (
     Arrays,
     Precision,
     canonical_ids,
-    decode,
-    encode,
+    decode_topk,
+    encode_topk,
     probabilities,
 )
 from tropd.storage.disk.atomic import atomic_directory
@@ -191,7 +191,7 @@ def write_topk(path: Path, data: TopK, *, precision: Precision = "float16") -> N
     if problems := check_invariants(data):
         raise ValueError(f"{path} is not written: {'; '.join(problems)}")
     arrays: Arrays = {"offsets": data.offsets, "counts": data.counts}
-    arrays |= encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
+    arrays |= encode_topk(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
     with atomic_directory(path) as temporary:
         group = zarr.create_group(store=temporary, zarr_format=3)
         group.attrs.update({"tropd.schema_version": SCHEMA_VERSION, "tropd.precision": precision})
@@ -241,7 +241,7 @@ def read_topk(path: Path) -> TopK:
         offsets, counts = arrays["offsets"], arrays["counts"]
         if problems := _wrong_lengths(offsets, counts, arrays):
             raise ValueError("; ".join(problems))
-        data = TopK(offsets, counts, **decode(counts, arrays, group.attrs["tropd.precision"]))
+        data = TopK(offsets, counts, **decode_topk(counts, arrays, group.attrs["tropd.precision"]))
     except WorkspaceVersionError:
         raise
     except Exception as error:  # zarr and its codecs raise many types for a damaged store

@@ -68,7 +68,7 @@ BLOCK_TOKENS = 1 << 16
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def encode(
+def encode_topk(
     counts: npt.NDArray[np.uint16],
     ids: npt.NDArray[np.int32],
     logprobs: npt.NDArray[np.float16],
@@ -102,7 +102,7 @@ def encode(
     }
 
 
-def decode(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision: Precision) -> Arrays:
+def decode_topk(counts: npt.NDArray[np.uint16], arrays: Mapping[str, Any], precision: Precision) -> Arrays:
     """``ids`` int32, ``logprobs`` float16 (descending per token, equal ones by id), ``tail`` and ``teacher_logprobs``
     float32.
 

@@ -27,7 +27,7 @@ MAX_RECORD = 10_000_000
 MAX_SHOWN = 10_000
 """Characters of a bad record that are kept."""
 
-Kind = Literal["lines", "array", "parquet", "csv"]
+FileKind = Literal["lines", "array", "parquet", "csv"]
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -36,7 +36,7 @@ _COMPRESSED = {
     b"BZh": "bzip2",
     b"PK\x03\x04": "zip",
 }
-_UNITS: Mapping[Kind, str] = {"lines": "line", "array": "record", "parquet": "row", "csv": "line"}
+_UNITS: Mapping[FileKind, str] = {"lines": "line", "array": "record", "parquet": "row", "csv": "line"}
 _HEAD = 4096
 CHUNK = 1 << 16
 _BATCH_ROWS = 64
@@ -112,7 +112,7 @@ def _head(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _kind(path: Path, head: bytes) -> Kind:
+def _kind(path: Path, head: bytes) -> FileKind:
     for mark, name in _COMPRESSED.items():
         if head.startswith(mark):
             raise DataError(f"{path} is compressed ({name})", hint="unpack it first")

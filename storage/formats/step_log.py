@@ -19,7 +19,7 @@ from tropd.storage.disk.atomic import atomic_file
 from tropd.storage.stage.manifest import Manifest, trained_steps
 from tropd.storage.workspace import METRICS, SAMPLES
 
-Record = dict[str, Any]
+StepRecord = dict[str, Any]
 SAMPLED_STEPS = 8
 """Number of steps of a run whose responses are kept."""
 _SEALED = re.compile(rb'(.*), "checksum": "([0-9a-f]{16})"\}', re.DOTALL)
@@ -41,7 +41,7 @@ class DamagedLine:
 class StepLog:
     """The records of a file in the order of their steps, the last one of each step; and its damaged lines."""
 
-    whole: list[Record]
+    whole: list[StepRecord]
     damaged: list[DamagedLine]
 
     def missing(self, steps: Iterable[int]) -> list[int]:
@@ -52,7 +52,7 @@ class StepLog:
 
 def sampled_steps(total: int) -> tuple[int, ...]:
     """The steps (from 0) whose responses are kept, of ``total``: first, last, and evenly between."""
-    return spread(total, SAMPLED_STEPS)
+    return spread_steps(total, SAMPLED_STEPS)
 
 
 def steps_with_samples(manifest: Manifest) -> list[int]:
@@ -61,7 +61,7 @@ def steps_with_samples(manifest: Manifest) -> list[int]:
     return [step for step in sampled_steps(planned) if step < trained] if isinstance(planned, int) else []
 
 
-def spread(total: int, most: int) -> tuple[int, ...]:
+def spread_steps(total: int, most: int) -> tuple[int, ...]:
     """At most ``most`` of the numbers below ``total``, first and last among them, evenly."""
     if total <= most:
         return tuple(range(total))
@@ -86,7 +86,7 @@ def read_log(path: Path) -> StepLog:
     """
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     sealed = any(_SEAL in line for line in [*lines, last])
-    whole: dict[int, Record] = {}
+    whole: dict[int, StepRecord] = {}
     damaged = []
     for number, line in enumerate([*lines, last], start=1):
         if not line.strip():
@@ -99,7 +99,7 @@ def read_log(path: Path) -> StepLog:
     return StepLog([whole[step] for step in sorted(whole)], damaged)
 
 
-def _record(line: bytes, sealed: bool) -> Record | None:
+def _record(line: bytes, sealed: bool) -> StepRecord | None:
     if sealed:
         found = _SEALED.fullmatch(line)
         if found is None or _checksum(line := found[1] + b"}") != found[2].decode():
@@ -112,7 +112,9 @@ def _record(line: bytes, sealed: bool) -> Record | None:
     return record if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
-def resume_log(folder: Path, name: str, first_step: int, expected: Iterable[int]) -> tuple[list[Record], str]:
+def resume_log(
+    folder: Path, name: str, first_step: int, expected: Iterable[int]
+) -> tuple[list[StepRecord], str]:
     """Resume a stage's file at a step: the records before it, and the losses in words (empty if nothing is lost).
 
     Later records are dropped, since their steps come again. Damaged lines are set aside (see ``aside``).

@@ -26,7 +26,7 @@ from numcodecs import Blosc
 
 from tropd.storage.cache import shard
 from tropd.storage.cache.shard import TopK, prune, read_topk, write_topk
-from tropd.storage.cache.topk_encoding import Precision, decode, encode
+from tropd.storage.cache.topk_encoding import Precision, decode_topk, encode_topk
 from tropd.storage.cache.topk_reader import Span, TopKReader
 from tropd.storage.disk.atomic import content_size
 from tropd.storage.stage.fingerprint import Fingerprint
@@ -85,7 +85,7 @@ def candidates(data: TopK) -> dict[str, dict[str, np.ndarray]]:
     linear = np.minimum(np.rint(-logprobs.astype(np.float32) * 16), 255).astype(np.uint8)
     found["int32 ids, linear 1/16 nat, by log-prob"] = {"ids": ids, "logprobs": linear}
     for precision in ("float16", "q8"):
-        arrays = encode(counts, ids, logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
+        arrays = encode_topk(counts, ids, logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
         absolute = np.repeat(arrays["ceilings"], counts) - arrays["codes"]
         found[f"id gaps, {precision} absolute, by id"] = {"ids": arrays["id_gaps"], "logprobs": absolute}
         found[f"id gaps, {precision}, by id (chosen)"] = {
@@ -127,7 +127,9 @@ def compare_encodings(data: TopK) -> None:
 def compare_compression(data: TopK) -> None:
     rows = []
     for precision in ("float16", "q8"):
-        arrays = encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
+        arrays = encode_topk(
+            data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision
+        )  # type: ignore[arg-type]
         names = ("id_gaps", "codes") if precision == "float16" else ("codes",)
         for name in names:
             for label, shuffle in (("none", 0), ("byte", 1), ("bit", 2)):
@@ -199,8 +201,10 @@ def errors(name: str, text: dict[str, np.ndarray]) -> list[list[Any]]:
         ]
     ]
     for precision in ("float16", "q8"):
-        stored = encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)  # type: ignore[arg-type]
-        found = decode(data.counts, stored, precision)  # type: ignore[arg-type]
+        stored = encode_topk(
+            data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision
+        )  # type: ignore[arg-type]
+        found = decode_topk(data.counts, stored, precision)  # type: ignore[arg-type]
         again = np.empty(len(data.ids))
         again[order] = found["logprobs"][np.lexsort((found["ids"], token_of))]
         difference = np.abs(divergence(again, found["tail"].astype(np.float64), ours, token_of) - exact)

@@ -26,7 +26,7 @@ import tropd.pipeline.training.loop
 import tropd.storage.catalog
 import tropd.storage.verify.verify
 from tropd.pipeline.training.record.step_metrics import MetricsLog
-from tropd.storage.formats.step_log import Record
+from tropd.storage.formats.step_log import StepRecord
 
 
 def child(command: dict[str, object], output: Path) -> None:
@@ -52,7 +52,7 @@ def stop_at(step: int) -> None:
     """Be sent SIGINT when a step is on record: a training run that is interrupted at the same place every time."""
     write = MetricsLog.write
 
-    def write_and_stop(log: MetricsLog, record: Record) -> None:
+    def write_and_stop(log: MetricsLog, record: StepRecord) -> None:
         write(log, record)
         if record["step"] == step:
             os.kill(os.getpid(), signal.SIGINT)

@@ -14,7 +14,7 @@ from tropd.pipeline.config.sections.value_types import (
     MOST_TOKENS,
     Template,
 )
-from tropd.pipeline.objectives.objective import Apart, Inert, Spec
+from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 from tropd.storage.cache.topk_encoding import Precision
 
 

@@ -17,7 +17,7 @@ from tropd.pipeline.config.sections.value_types import (
     Template,
     Whole,
 )
-from tropd.pipeline.objectives.objective import Apart, Inert, Spec
+from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
 
 class Benchmark(Spec):

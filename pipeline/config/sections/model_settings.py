@@ -16,7 +16,7 @@ from tropd.pipeline.config.sections.value_types import (
     DtypeChoice,
     EngineName,
 )
-from tropd.pipeline.objectives.objective import Spec
+from tropd.pipeline.objectives.spec import Spec
 
 
 class RuntimeConfig(Spec):

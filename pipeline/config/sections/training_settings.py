@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tropd.pipeline.config.sections.value_types import MOST, MOST_ROWS, MOST_TOKENS, Beta, TokenId
-from tropd.pipeline.objectives.objective import Apart, Inert, Spec
+from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
 
 class RunConfig(Spec):

@@ -33,7 +33,7 @@ Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuestionKind:
     """Questions of one kind: every wording with every subject. Subjects are pairs of words and answer."""
 
     wordings: tuple[str, ...]
@@ -133,11 +133,11 @@ def _triples() -> tuple[tuple[str, str | None], ...]:
 
 
 KINDS = {
-    "capital": Kind(
+    "capital": QuestionKind(
         ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}."),
         CAPITALS,
     ),
-    "opposite": Kind(
+    "opposite": QuestionKind(
         (
             'What is the opposite of "{}"?',
             'Give me the opposite of the word "{}".',
@@ -145,24 +145,28 @@ KINDS = {
         ),
         OPPOSITES,
     ),
-    "color": Kind(("What color is {}?", "Which color has {}?"), COLORS),
-    "continent": Kind(("On which continent is {}?", "Which continent does {} belong to?"), CONTINENTS),
-    "young": Kind(("What do you call a young {}?", "What is the name of a baby {}?"), YOUNG),
-    "next": Kind(("What comes right after {}?", "What follows {}?"), NEXT),
-    "sum": Kind(("What is {}?", "How much is {}?"), _sums()),
-    "largest": Kind(
+    "color": QuestionKind(("What color is {}?", "Which color has {}?"), COLORS),
+    "continent": QuestionKind(
+        ("On which continent is {}?", "Which continent does {} belong to?"), CONTINENTS
+    ),
+    "young": QuestionKind(("What do you call a young {}?", "What is the name of a baby {}?"), YOUNG),
+    "next": QuestionKind(("What comes right after {}?", "What follows {}?"), NEXT),
+    "sum": QuestionKind(("What is {}?", "How much is {}?"), _sums()),
+    "largest": QuestionKind(
         ("Which is the largest of these numbers: {}?", "Which of these numbers is the largest: {}?"),
         _triples(),
     ),
-    "yes or no": Kind(("Is {}?",), YES_NO),
-    "rhyme": Kind(('Which word rhymes with "{}"?', 'Say a word that rhymes with "{}".'), RHYMES),
-    "sort": Kind(
+    "yes or no": QuestionKind(("Is {}?",), YES_NO),
+    "rhyme": QuestionKind(('Which word rhymes with "{}"?', 'Say a word that rhymes with "{}".'), RHYMES),
+    "sort": QuestionKind(
         ("Sort these numbers, the smallest first: {}", "Sort these numbers, the largest first: {}"),
         _unsorted(),
     ),
-    "beginning": Kind(("Finish this sentence: {} …", "Continue: {} …"), BEGINNINGS),
-    "list": Kind(("Name three {}.", "Name one of the {} that you know."), LISTS),
-    "synonym": Kind(('Give a synonym of "{}".', 'Which word means nearly the same as "{}"?'), SYNONYMS),
+    "beginning": QuestionKind(("Finish this sentence: {} …", "Continue: {} …"), BEGINNINGS),
+    "list": QuestionKind(("Name three {}.", "Name one of the {} that you know."), LISTS),
+    "synonym": QuestionKind(
+        ('Give a synonym of "{}".', 'Which word means nearly the same as "{}"?'), SYNONYMS
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from tropd.pipeline.config.sections.evaluation_settings import DemoConfig
 from tropd.pipeline.experiments.demo.task import Chain, Problem, draw_training_problem, write_chain
-from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, PAD_ID, encode, vocabulary
+from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, PAD_ID, encode_text, vocabulary
 
 BATCH_SIZE = 32
 BETAS = (0.9, 0.98)
@@ -134,7 +134,7 @@ def _train(
 
 def padded_batch(examples: list[tuple[Problem, Chain, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels ``[B, W]``; labels are -100 on prompt, padding and (if asked) injected errors."""
-    rows = [(encode(p.prompt), encode(c.text), c.injected, skip) for p, c, skip in examples]
+    rows = [(encode_text(p.prompt), encode_text(c.text), c.injected, skip) for p, c, skip in examples]
     width = max(len(prompt) + len(text) + 1 for prompt, text, _, _ in rows)
     ids = np.full((len(rows), width), PAD_ID, dtype=np.int64)
     labels = np.full((len(rows), width), -100, dtype=np.int64)

@@ -30,6 +30,6 @@ def make_tokenizer() -> Any:
     )
 
 
-def encode(text: str) -> list[int]:
+def encode_text(text: str) -> list[int]:
     """Ids of the characters, without the overhead of the tokenizer."""
     return [CHARACTERS.index(c) + 2 for c in text]

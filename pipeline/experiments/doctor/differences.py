@@ -12,8 +12,8 @@ import torch
 from tropd.pipeline.models.engines.proof import TOLERANCES
 from tropd.pipeline.objectives.objective import TOKEN_RULES, Objective
 from tropd.pipeline.objectives.partition import acceptance, partition_tokens
+from tropd.storage.arrays import Floats32
 
-Floats32 = npt.NDArray[np.float32]
 MEAN_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Mean differences in nats per token that rounding explains; for single tokens see ``proof.TOLERANCES``."""
 
@@ -67,7 +67,7 @@ class FalseOutliers:
     """Share of all outliers with the configured teacher, if it was asked."""
 
 
-def compare(one: NamedLogprobs, other: NamedLogprobs, mean_limit: float | None = None) -> Difference:
+def difference(one: NamedLogprobs, other: NamedLogprobs, mean_limit: float | None = None) -> Difference:
     """Figures of two parts; the coarser one's precision decides the limits.
 
     Args:

@@ -22,7 +22,7 @@ from tropd.pipeline.experiments.doctor.differences import (
     FalseOutliers,
     NamedLogprobs,
     advice,
-    compare,
+    difference,
     false_outliers,
     meaning,
 )
@@ -103,10 +103,10 @@ def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
     name = "the student's weights, scored as the teacher's"
     as_teacher = _scored(name, own, rows, answers.folder)
     differences = [
-        compare(answers.trainer, answers.sampler, limit),
-        compare(answers.trainer, answers.plain),
-        compare(answers.sampler, answers.plain, limit),
-        compare(as_teacher, answers.sampler, _mean_limit(run, "student", "teacher")),
+        difference(answers.trainer, answers.sampler, limit),
+        difference(answers.trainer, answers.plain),
+        difference(answers.sampler, answers.plain, limit),
+        difference(as_teacher, answers.sampler, _mean_limit(run, "student", "teacher")),
     ]
     outlier = None
     if needs.sampled and config.objective.rollouts != "stored":
@@ -115,7 +115,7 @@ def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
         here = _scored_here(run, answers)
         if here is not None:
             service = replace(here, name="the teacher's service", logprobs=answered.teacher_logprobs)
-            differences.append(compare(service, here, _mean_limit(run, "teacher")))
+            differences.append(difference(service, here, _mean_limit(run, "teacher")))
     sampled = answers.sampler.logprobs
     outliers = false_outliers(config.objective, sampled, as_teacher.logprobs, partition_draws(rows), outlier)
     return Examination(

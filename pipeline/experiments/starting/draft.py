@@ -29,7 +29,13 @@ from tropd.pipeline.experiments.starting.look import (
 from tropd.pipeline.run.progress import Reporter
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.memory_plan import ModelShape, memory_parts
-from tropd.pipeline.training.time_plan import Amounts, Rates, duration, measure, seconds_of_stages
+from tropd.pipeline.training.time_plan import (
+    Amounts,
+    Rates,
+    measure_rates,
+    rounded_duration,
+    seconds_of_stages,
+)
 from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import Workspace
 
@@ -82,7 +88,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ConfigLine:
     """One line of the configuration."""
 
     path: str
@@ -95,7 +101,7 @@ class Draft:
     """The configuration to write, and notes on it."""
 
     given: Mapping[str, Any]
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[ConfigLine] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     """Path in the workspace → text."""
@@ -106,12 +112,12 @@ class Draft:
             return self.given[path]
         self.choices = [choice for choice in self.choices if choice.path != path]
         if value != _default(path):
-            self.choices.append(Choice(path, value, why))
+            self.choices.append(ConfigLine(path, value, why))
         return value
 
     def text(self) -> str:
         """``config.toml``."""
-        chosen = [*self.choices, *(Choice(path, value, "as given") for path, value in self.given.items())]
+        chosen = [*self.choices, *(ConfigLine(path, value, "as given") for path, value in self.given.items())]
         sections: dict[str, list[str]] = {name: [] for name in Config.model_fields}
         for choice in chosen:
             section, _, name = choice.path.partition(".")
@@ -256,7 +262,7 @@ def _measured(
     else:
         draft.choose("rollout.max_tokens", response_room(models, lengths), "")
         with reporter.waiting("measuring: the teacher answers a few prompts, the student trains once"):
-            return measure(_opened(request, draft, reporter), lengths.encoded)
+            return measure_rates(_opened(request, draft, reporter), lengths.encoded)
     return None
 
 
@@ -377,5 +383,5 @@ def _tell(
     )
     if rates is not None:
         seconds = seconds_of_stages(config, rates, amounts)
-        shown = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        shown = ", ".join(f"{name} {rounded_duration(value)}" for name, value in seconds.items())
         draft.notes.append(f"time, estimated from a measurement: {shown}")

@@ -15,21 +15,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tropd.pipeline.models.engines.base import Generation
+from tropd.storage.arrays import Floats32, Ints
 from tropd.storage.seeds import uniforms
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 # A segment ends once so much of its batch is done: later wastes steps, sooner moves the cache too often.
 DONE_SHARE = 0.25
 # Steps of a segment at most.
 SEGMENT = 128
 
-Choice = tuple[Tensor, Tensor, Tensor]
+ChosenTokens = tuple[Tensor, Tensor, Tensor]
 """Tokens, their log-probs, and those under the distribution drawn from, ``[B]`` each; see ``sample_tokens``."""
 
 
@@ -39,10 +37,10 @@ class Decoder(Protocol):
     ``draws``, ``[B]`` float64 in [0, 1), are the chance in it (see ``sample_tokens``).
     """
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> ChosenTokens:
         """Begin with these rows, which will get at most ``room`` tokens each, and choose the first."""
 
-    def step(self, draws: Tensor) -> Choice:
+    def step(self, draws: Tensor) -> ChosenTokens:
         """Append to each row its last chosen token, and choose the next."""
 
     def select(self, keep: Tensor) -> None:
@@ -71,7 +69,7 @@ def decode(
         np.array(limits, dtype=np.int64),
     )
     rows = np.arange(len(prompts))
-    steps: Iterator[Callable[[Tensor], Choice]] = itertools.chain(
+    steps: Iterator[Callable[[Tensor], ChosenTokens]] = itertools.chain(
         [functools.partial(decoder.start, prompts, shape[1])], itertools.repeat(decoder.step)
     )
     step = 0
@@ -99,16 +97,16 @@ class _Drawn:
 
     tokens: Ints
     """``[R, limit]``."""
-    logprobs: Floats
+    logprobs: Floats32
     """``[R, limit]``."""
-    drawn_logprobs: Floats
+    drawn_logprobs: Floats32
     """``[R, limit]``."""
     ends: Ints
     """``[R]`` the row's limit, or its length once a stop token has ended it."""
     stopped: set[int] = field(default_factory=set)
 
     def add(
-        self, rows: Ints, step: int, segment: tuple[Ints, Floats, Floats], stop_ids: Sequence[int]
+        self, rows: Ints, step: int, segment: tuple[Ints, Floats32, Floats32], stop_ids: Sequence[int]
     ) -> Ints:
         """Take a segment's tokens and log-probs ``[n, B]`` of these rows; returns the places of those that continue."""
         tokens, logprobs, drawn_logprobs = segment
@@ -147,7 +145,9 @@ def few_moved(going: Ints) -> Ints:
     return order
 
 
-def _segment(choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]) -> tuple[Ints, Floats, Floats]:
+def _segment(
+    choices: Iterable[ChosenTokens], left: Ints, stop_ids: Sequence[int]
+) -> tuple[Ints, Floats32, Floats32]:
     """Tokens and log-probs ``[n, B]`` of as many steps as it takes for a share of the rows to be done.
 
     Args:
@@ -157,7 +157,7 @@ def _segment(choices: Iterable[Choice], left: Ints, stop_ids: Sequence[int]) -> 
     going = left > 0
     count = np.count_nonzero(going)
     enough = count - max(1, int(DONE_SHARE * count))
-    segment: list[Choice] = []
+    segment: list[ChosenTokens] = []
     for choice in choices:
         segment.append(choice)
         # On the host: these are few numbers, and the next step waits for them.

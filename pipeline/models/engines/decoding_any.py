@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tropd.pipeline.models.engines.base import Sampling
-from tropd.pipeline.models.engines.decoding import Choice
+from tropd.pipeline.models.engines.decoding import ChosenTokens
 from tropd.pipeline.models.engines.draw import sample_tokens
 from tropd.pipeline.models.output.output_layer import SplitModel
 
@@ -47,7 +47,7 @@ class ModelDecoder:
         self._tokens = self._next
         """``[B]`` the last chosen tokens."""
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.start``."""
         ids, mask = left_pad(prompts, self._mask.device)
         self._length = mask.shape[1]
@@ -56,7 +56,7 @@ class ModelDecoder:
         self._next = mask.sum(dim=-1)
         return self._choose(ids, (mask.cumsum(-1) - 1).clamp_(min=0), draws)
 
-    def step(self, draws: Tensor) -> Choice:
+    def step(self, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.step``."""
         self._length += 1
         # Rows that are done ride along for a while, and may get ahead of the model's last position.
@@ -70,7 +70,7 @@ class ModelDecoder:
         self._cache.reorder_cache(keep)
         self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
 
-    def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> Choice:
+    def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> ChosenTokens:
         mask = self._mask[:, : self._length]
         if self._is_recurrent:
             logits = self._split.next_logits(

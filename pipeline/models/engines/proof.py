@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tropd.pipeline.models.runtime import autocast, evaluation_mode, masked_attention
+from tropd.storage.arrays import Floats32
 from tropd.storage.errors import ConfigError, TropdError
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -24,9 +24,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 MOST_PROMPT_TOKENS = 96
 NEW_TOKENS = 8
 
-Floats = npt.NDArray[np.float32]
-Rows = Sequence[Sequence[int]]
-Logprobs = Callable[[Rows, Sequence[int]], Sequence[Floats]]
+TokenRows = Sequence[Sequence[int]]
+Logprobs = Callable[[TokenRows, Sequence[int]], Sequence[Floats32]]
 """Given rows and their starts: log-probs of ``row[start:]`` of each."""
 
 
@@ -42,7 +41,7 @@ def plain_logprobs(model: Any, precision: torch.dtype | None, limit: int | None)
         limit: ids from this one on are no tokens; None where all are.
     """
 
-    def logprobs(rows: Rows, starts: Sequence[int]) -> list[Floats]:
+    def logprobs(rows: TokenRows, starts: Sequence[int]) -> list[Floats32]:
         found = []
         with (
             torch.inference_mode(),
@@ -61,21 +60,21 @@ def plain_logprobs(model: Any, precision: torch.dtype | None, limit: int | None)
     return logprobs
 
 
-def few(rows: Rows, longest: int = MOST_PROMPT_TOKENS) -> list[list[int]]:
+def few(rows: TokenRows, longest: int = MOST_PROMPT_TOKENS) -> list[list[int]]:
     """The first two rows, cut to ``longest`` tokens, and half of the first: together they need padding."""
     first, *others = [list(row[: max(1, min(longest, MOST_PROMPT_TOKENS))]) for row in rows[:2]]
     return [first, first[: (len(first) + 1) // 2], *others]
 
 
-def middles(rows: Rows) -> list[int]:
+def middles(rows: TokenRows) -> list[int]:
     """A start for each row, at which it has been read in part."""
     return [max(1, len(row) // 2) for row in rows]
 
 
 def check_decoding(
     name: str,
-    prompts: Rows,
-    tokens: Rows,
+    prompts: TokenRows,
+    tokens: TokenRows,
     logprobs: Sequence[Sequence[float]],
     plain: Logprobs,
     tolerance: float,
@@ -90,7 +89,9 @@ def check_decoding(
     _compare(name, "sampled", [np.array(one, dtype=np.float32) for one in logprobs], expected, tolerance)
 
 
-def check_scores(name: str, rows: Rows, scores: Logprobs, plain: Logprobs, tolerance: float) -> None:
+def require_equal_scores(
+    name: str, rows: TokenRows, scores: Logprobs, plain: Logprobs, tolerance: float
+) -> None:
     """Check that rows scored together have the log-probs of a plain pass over each, and so have their first halves.
 
     Raises:
@@ -126,7 +127,7 @@ def refusing(name: str) -> Iterator[None]:
 
 
 def _compare(
-    name: str, done: str, found: Sequence[Floats], expected: Sequence[Floats], tolerance: float
+    name: str, done: str, found: Sequence[Floats32], expected: Sequence[Floats32], tolerance: float
 ) -> None:
     one, other = np.concatenate(found), np.concatenate(expected)
     if not len(one):

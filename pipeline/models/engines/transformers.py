@@ -21,6 +21,7 @@ from tropd.pipeline.models.engines.scoring import score_states, topk_of
 from tropd.pipeline.models.loading import context_length
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
 from tropd.pipeline.models.runtime import autocast, evaluation_mode, masked_attention
+from tropd.storage.arrays import Floats32
 
 
 class TransformersEngine:
@@ -110,7 +111,7 @@ class TransformersEngine:
         """Compile now the passes that ``generate`` will use, where compiling is on."""
         if self._compiles and self.is_lean and sampling not in self._prepared:
             with self._inference(None):
-                compiled.prepare(self._lean_model(), sampling)
+                compiled.compile_choice(self._lean_model(), sampling)
             self._prepared.add(sampling)
 
     def generate(
@@ -177,7 +178,7 @@ class TransformersEngine:
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
             return ModelDecoder(self.model, self._split, longest, sampling)
-        return LeanDecoder(weights, longest, sampling, compiled.choose if self._compiles else None)
+        return LeanDecoder(weights, longest, sampling, compiled.choose_compiled if self._compiles else None)
 
     # --------------------------------------------------------------------------------------- score
 
@@ -307,14 +308,14 @@ class TransformersEngine:
                 proof.check_decoding(name, prompts, tokens, logprobs, plain, self._tolerance)
 
     def _prove_scores(self, sequences: Sequence[Sequence[int]]) -> None:
-        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
+        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Floats32]:
             return [scores.token_logprobs for scores in self.score(rows, starts)]
 
         name = type(self.model).__name__
         plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
         with proof.refusing(name):
             rows = proof.few(sequences, self.max_length)
-            proof.check_scores(name, rows, scored, plain, self._tolerance)
+            proof.require_equal_scores(name, rows, scored, plain, self._tolerance)
 
     @property
     def _tolerance(self) -> float:

@@ -30,6 +30,7 @@ from tropd.pipeline.models.engines import proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
 from tropd.pipeline.models.runtime import DTYPES
+from tropd.storage.arrays import Floats32
 from tropd.storage.errors import ConfigError
 from tropd.storage.formats.trajectories import FinishReason
 
@@ -264,7 +265,7 @@ class VllmEngine:
         prompts = proof.few(rows, self._max_length - proof.NEW_TOKENS)
         counts = [proof.NEW_TOKENS] * len(prompts)
 
-        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[proof.Floats]:
+        def scored(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Floats32]:
             return [scores.token_logprobs for scores in self.score(rows, starts)]
 
         try:

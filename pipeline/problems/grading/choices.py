@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from tropd.pipeline.problems.grading.math_answers import SEARCHED, visible
+from tropd.pipeline.problems.grading.math_answers import SEARCHED, without_thinking
 
 # A letter as an option is written: B, (B), B., **B**, $B$, \text{B}; in lower case only where it cannot be a word.
 _LETTER = (
@@ -71,7 +71,7 @@ def extract_choice(response: str, *, cut_off: bool = False) -> str | None:
     Args:
         cut_off: the response ended because of its length: a letter at its very end may be the beginning of a word.
     """
-    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", visible(response)[-SEARCHED:]))
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", without_thinking(response)[-SEARCHED:]))
     if cut_off:
         text = re.sub(r"\w+$", "", text)
     boxes = list(_BOX.finditer(text))

@@ -53,7 +53,7 @@ def extract_final_answer(response: str, *, cut_off: bool = False) -> str | None:
         cut_off: the response ended because of its length: text that reaches its end may be a part of an answer, and
             is none.
     """
-    text = visible(response)
+    text = without_thinking(response)
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip()[: LONGEST_ANSWER + 1] or None
@@ -69,7 +69,7 @@ def extract_final_answer(response: str, *, cut_off: bool = False) -> str | None:
     return numbers[-1][0].strip()[: LONGEST_ANSWER + 1]
 
 
-def visible(response: str) -> str:
+def without_thinking(response: str) -> str:
     """A response without its thinking."""
     return response.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
 

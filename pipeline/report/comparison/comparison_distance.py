@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
@@ -22,8 +21,6 @@ MEASURES = {
     "length": None,
 }
 """Columns of distances, and those with the tokens that they are means over; lengths are means over responses."""
-
-Table = npt.NDArray[np.float64]
 
 
 class ReportedEstimate(BaseModel):

@@ -9,11 +9,11 @@ from typing import Any
 from tropd.pipeline.config.paper_tables import load_table, table_names
 from tropd.pipeline.report.data.facts import Report
 from tropd.pipeline.report.page.formats import percent
-from tropd.pipeline.report.status import EVALUATED
+from tropd.storage.workspace import EVALUATED
 
 
 @dataclass(frozen=True)
-class Cell:
+class BenchmarkCell:
     """One model's number, and its uncertainty."""
 
     value: str
@@ -26,7 +26,7 @@ class BenchmarkRow:
 
     benchmark: str
     metric: str
-    cells: dict[str, Cell] = field(default_factory=dict)
+    cells: dict[str, BenchmarkCell] = field(default_factory=dict)
     paper: float | None = None
     """Percent after training in the paper, where the run's recipe and objective make one of its rows."""
 
@@ -39,7 +39,7 @@ def benchmark_rows(report: Report) -> list[BenchmarkRow]:
 
     published = paper_numbers(report)
 
-    def add(benchmark: str, metric: str, who: str, cell: Cell) -> None:
+    def add(benchmark: str, metric: str, who: str, cell: BenchmarkCell) -> None:
         paper = published.get(benchmark) if metric.startswith("avg@") else None
         rows.setdefault((benchmark, metric), BenchmarkRow(benchmark, metric, paper=paper)).cells[who] = cell
 
@@ -81,21 +81,21 @@ def _tables(value: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(k, v) for k, v in value.items() if isinstance(v, dict)] if isinstance(value, dict) else []
 
 
-def _interval(estimate: Any) -> Cell | None:
+def _interval(estimate: Any) -> BenchmarkCell | None:
     numbers = _numbers(estimate, "value", "low", "high")
     if numbers is None:
         return None
     value, low, high = numbers
-    return Cell(percent(value), f"{percent(low)} to {percent(high)}")
+    return BenchmarkCell(percent(value), f"{percent(low)} to {percent(high)}")
 
 
-def _measured(metric: Any) -> Cell | None:
+def _measured(metric: Any) -> BenchmarkCell | None:
     numbers = _numbers(metric, "value")
     if numbers is None:
         return None
     form: Callable[[float], str] = percent if 0.0 <= numbers[0] <= 1.0 else "{:.4g}".format
     error = _numbers(metric, "stderr")
-    return Cell(form(numbers[0]), "" if error is None else f"± {form(error[0])}")
+    return BenchmarkCell(form(numbers[0]), "" if error is None else f"± {form(error[0])}")
 
 
 def _numbers(value: Any, *names: str) -> list[float] | None:

@@ -21,7 +21,7 @@ from tropd.pipeline.report.data.facts import Cache, Distance, Evaluation, Report
 from tropd.pipeline.report.data.provenance import describe_provenance
 from tropd.pipeline.report.data.runs import summarize_runs
 from tropd.pipeline.report.data.training_metrics import read_metrics, summarize_training
-from tropd.pipeline.report.status import EVALUATED, StageStatus, is_needed, workspace_status
+from tropd.pipeline.report.status import StageStatus, is_needed, workspace_status
 from tropd.pipeline.report.verdicts.headline import headline
 from tropd.pipeline.report.verdicts.verdicts import find_verdicts
 from tropd.storage.errors import TropdError
@@ -29,7 +29,7 @@ from tropd.storage.formats.samples_file import StepSample, read_samples
 from tropd.storage.formats.step_log import spans, steps_with_samples
 from tropd.storage.stage.fingerprint import flatten
 from tropd.storage.stage.manifest import Manifest, read_manifest, trained_steps
-from tropd.storage.workspace import METRICS, SAMPLES, Workspace
+from tropd.storage.workspace import EVALUATED, METRICS, SAMPLES, Workspace
 
 _DECIDES: Mapping[str, str | tuple[str, ...]] = {
     "scores": "scores.",
@@ -236,7 +236,7 @@ def _missing_results(
         lines.append(f"train: {METRICS} has no step, so the curves are missing")
     if states.get("eval") != "not started":
         for who in EVALUATED if evaluation.graded or not evaluation.compared else ():
-            modes = [mode for mode in MODES if evaluation.accuracy(who, mode) is None]  # type: ignore[arg-type]
+            modes = [mode for mode in MODES if evaluation.accuracy(who, mode) is None]
             if modes:
                 subject = who if who == "teacher" else f"the student {who} training"
                 lines.append(f"eval: no {' or '.join(modes)} answers of {subject}")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tropd.pipeline.report.data.facts import Distance, Evaluation, Measure
-from tropd.pipeline.report.status import EVALUATED
+from tropd.storage.workspace import EVALUATED
 
 NAMES = {"before": "Student before", "after": "Student after", "teacher": "Teacher"}
 MEASURES = ("reverse_kl", "forward_kl", "acceptance", "length", "truncated", "entropy")
@@ -21,7 +21,7 @@ _SHOWN = {"reverse_kl": 3, "forward_kl": 3, "acceptance": 3, "length": 1}
 def read_distances(summary: Mapping[str, Any]) -> dict[str, Distance]:
     """Distances by model, from the summary of the stage; an unreadable one counts as absent."""
     found: Any = summary.get("distance")
-    distances = {}
+    distances: dict[str, Distance] = {}
     for who in EVALUATED if isinstance(found, dict) else ():
         with suppress(KeyError, TypeError, AttributeError, ValidationError):
             one = found[who]
@@ -39,7 +39,7 @@ def _measure(found: Mapping[str, Any] | None) -> Measure | None:
 
 def distance_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """A row per model: ``who``, its ``name``, and a cell per column with ``value`` and ``interval`` as texts."""
-    found = {who: evaluation.distance(who) for who in EVALUATED}  # type: ignore[arg-type]
+    found = {who: evaluation.distance(who) for who in EVALUATED}
     return [
         {"who": who, "name": NAMES[who], "cells": [_cell(who, name, getattr(one, name)) for name in _SHOWN]}
         for who, one in found.items()
@@ -59,7 +59,7 @@ def _cell(who: str, name: str, measure: Measure | None) -> dict[str, str]:
 
 def distance_note(evaluation: Evaluation) -> str:
     """The way of measurement; empty where nothing was measured."""
-    found = [one for who in EVALUATED if (one := evaluation.distance(who))]  # type: ignore[arg-type]
+    found = [one for who in EVALUATED if (one := evaluation.distance(who))]
     if not found:
         return ""
     how = (

@@ -14,22 +14,20 @@ import pyarrow.parquet as pq
 
 from tropd.pipeline.report.data.facts import (
     Accuracy,
-    Answer,
     Answers,
-    Comparison,
+    BeforeAndAfter,
     Contender,
     Distance,
     Evaluation,
     Example,
     Gain,
     Gains,
-    Mode,
-    Who,
+    GradedAnswer,
 )
-from tropd.pipeline.report.status import EVALUATED
 from tropd.pipeline.stages.evaluation.statistics import accuracy_interval, paired_interval
 from tropd.storage.errors import TropdError
 from tropd.storage.stage.manifest import check_shard, read_manifest
+from tropd.storage.workspace import EVALUATED, Mode, Who
 
 MODES: tuple[Mode, ...] = ("sampled", "greedy")
 _COLUMNS = ["mode", "prompt_id", "correct", "num_tokens", "finish_reason", "answer", "expected"]
@@ -217,7 +215,7 @@ def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> Gain | Non
     )
 
 
-def pick_samples(files: EvaluationFiles, prompts: Mapping[str, str]) -> list[Comparison]:
+def pick_samples(files: EvaluationFiles, prompts: Mapping[str, str]) -> list[BeforeAndAfter]:
     """A few responses to the same problems before and after training, some of every outcome there is."""
     for mode in MODES:
         before, after = _first_grades(files, "before", mode), _first_grades(files, "after", mode)
@@ -260,12 +258,12 @@ def _responses(
 
 def _compare(
     problem: str, mode: Mode, prompt: str | None, texts: Mapping[str, Mapping[str, dict[str, Any]]]
-) -> Comparison | None:
+) -> BeforeAndAfter | None:
     before, after = texts["before"].get(problem), texts["after"].get(problem)
     if before is None or after is None:
         return None
     expected = after.get("expected") if after.get("expected") is not None else before.get("expected")
-    return Comparison(
+    return BeforeAndAfter(
         prompt_id=problem,
         mode=mode,
         prompt=None if prompt is None else shorten(prompt),
@@ -275,9 +273,9 @@ def _compare(
     )
 
 
-def _answer(row: Mapping[str, Any]) -> Answer:
+def _answer(row: Mapping[str, Any]) -> GradedAnswer:
     answer = row.get("answer")
-    return Answer(
+    return GradedAnswer(
         text=shorten(str(row.get("response") or "")),
         answer=None if answer is None else shorten(str(answer)),
         correct=bool(row["correct"]),

@@ -10,25 +10,23 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tropd.pipeline.report.status import State
+from tropd.pipeline.report.status import StageState
 from tropd.pipeline.report.verdicts.verdict_rules import Level
 from tropd.storage.formats.samples_file import StepSample
-
-Who = Literal["before", "after", "teacher"]
-Mode = Literal["greedy", "sampled"]
+from tropd.storage.workspace import Mode, Who
 
 
-class Record(BaseModel):
+class ReportPart(BaseModel):
     """Base of all parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
-class StageReport(Record):
+class StageReport(ReportPart):
     """One stage."""
 
     command: str
-    state: State
+    state: StageState
     done: int | None
     total: int | None
     unit: str
@@ -39,7 +37,7 @@ class StageReport(Record):
     summary: dict[str, Any] = {}
 
 
-class Example(Record):
+class Example(ReportPart):
     """One response, shortened, as evidence."""
 
     prompt: str | None
@@ -48,7 +46,7 @@ class Example(Record):
     expected: str
 
 
-class Answers(Record):
+class Answers(ReportPart):
     """Answers that the grader found in one model's responses in one mode."""
 
     unanswered: float | None
@@ -63,7 +61,7 @@ class Answers(Record):
     """The first few responses without an answer; without such, the first wrong ones."""
 
 
-class Accuracy(Record):
+class Accuracy(ReportPart):
     """Share of right answers, and its 95 % interval (see ``Evaluation.interval_method``)."""
 
     accuracy: float
@@ -78,7 +76,7 @@ class Accuracy(Record):
     answers: Answers | None = None
 
 
-class Measure(Record):
+class Measure(ReportPart):
     """A mean over tokens, or responses, and its 95 % interval over prompts."""
 
     mean: float
@@ -86,7 +84,7 @@ class Measure(Record):
     """None with fewer than three prompts."""
 
 
-class Distance(Record):
+class Distance(ReportPart):
     """Distance of a model to the teacher on held-out prompts; nats and shares per token. A teacher's own has no KL."""
 
     reverse_kl: Measure | None
@@ -102,7 +100,7 @@ class Distance(Record):
     """Sums over all tokens, or from sampled tokens and the teacher's most likely."""
 
 
-class Contender(Record):
+class Contender(ReportPart):
     """Results of one model: the student before or after training, or the teacher."""
 
     greedy: Accuracy | None = None
@@ -110,7 +108,7 @@ class Contender(Record):
     distance: Distance | None = None
 
 
-class Gain(Record):
+class Gain(ReportPart):
     """After minus before on the problems that both answered, with a 95 % interval of the paired difference."""
 
     difference: float
@@ -122,12 +120,12 @@ class Gain(Record):
     became_wrong: int
 
 
-class Gains(Record):
+class Gains(ReportPart):
     greedy: Gain | None = None
     sampled: Gain | None = None
 
 
-class Evaluation(Record):
+class Evaluation(ReportPart):
     before: Contender | None = None
     after: Contender | None = None
     teacher: Contender | None = None
@@ -159,7 +157,7 @@ class Evaluation(Record):
         return found
 
 
-class RegionFraction(Record):
+class RegionFraction(ReportPart):
     """Share of supervised tokens per region, over the whole run."""
 
     trust: float | None = None
@@ -167,7 +165,7 @@ class RegionFraction(Record):
     guidance: float | None = None
 
 
-class Training(Record):
+class Training(ReportPart):
     """Sums over the run, and the recorded curves."""
 
     steps: int
@@ -185,7 +183,7 @@ class Training(Record):
     """One column per metric, aligned with the column ``step``."""
 
 
-class Cache(Record):
+class Cache(ReportPart):
     """The teacher's scores of its own trajectories."""
 
     tokens: int | None = None
@@ -197,7 +195,7 @@ class Cache(Record):
     kept_fraction: float | None = None
 
 
-class Answer(Record):
+class GradedAnswer(ReportPart):
     """One response to a problem."""
 
     text: str
@@ -205,18 +203,18 @@ class Answer(Record):
     correct: bool
 
 
-class Comparison(Record):
+class BeforeAndAfter(ReportPart):
     """The same problem before and after training."""
 
     prompt_id: str
     mode: Mode
     prompt: str | None
     expected: str | None
-    before: Answer
-    after: Answer
+    before: GradedAnswer
+    after: GradedAnswer
 
 
-class SampledStep(Record):
+class SampledStep(ReportPart):
     """The responses of one step that the acceptance map shows, added up."""
 
     step: int
@@ -231,7 +229,7 @@ class SampledStep(Record):
     """Tokens for which the teacher was asked for alternatives."""
 
 
-class RunSummary(Record):
+class RunSummary(ReportPart):
     """One of several runs side by side."""
 
     label: str
@@ -253,7 +251,7 @@ class RunSummary(Record):
     missing: list[str]
 
 
-class Provenance(Record):
+class Provenance(ReportPart):
     """Origins of this run. Versions and machine are those of the process that wrote the report."""
 
     versions: dict[str, str]
@@ -266,7 +264,7 @@ class Provenance(Record):
     """Hashes of models, tokenizers and files, as the stages recorded them."""
 
 
-class Verdict(Record):
+class Verdict(ReportPart):
     """A fault or a doubt, as a careful colleague would put it. A healthy run has none."""
 
     name: str
@@ -285,7 +283,7 @@ class Verdict(Record):
         return f"{self.sentence} {self.advice}"
 
 
-class Report(Record):
+class Report(ReportPart):
     """Everything that is known about a run."""
 
     workspace: str
@@ -297,7 +295,7 @@ class Report(Record):
     evaluation: Evaluation
     training: Training | None
     cache: Cache
-    samples: list[Comparison]
+    samples: list[BeforeAndAfter]
     acceptance: list[SampledStep]
     acceptance_map: list[StepSample] = Field(default=[], exclude=True)
     """Every token of the sampled steps; in JSON it is the trainer's own file."""

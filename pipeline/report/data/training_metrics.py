@@ -9,7 +9,7 @@ from typing import Any
 from tropd.pipeline.report.data.facts import RegionFraction, Training
 from tropd.storage.formats.step_log import read_log, spans
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
 
 _SUMMED = (
     "tokens_on_policy",
@@ -24,7 +24,7 @@ _TIMED = ("rollout", "score", "train", "optimizer", "sync")
 _TIMED_AHEAD = ("wait", "train", "optimizer", "sync")
 
 
-def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
+def read_metrics(path: Path, trained: int = 0) -> tuple[list[MetricsRow], list[str]]:
     """Numeric fields per step, in step order, and the problems of the file.
 
     Args:
@@ -38,10 +38,10 @@ def read_metrics(path: Path, trained: int = 0) -> tuple[list[Row], list[str]]:
         found = read_log(path)
     except OSError as error:
         return [], [f"train: {path.name} cannot be read ({error.strerror})"]
-    rows: dict[int, Row] = {}
+    rows: dict[int, MetricsRow] = {}
     for entry in found.whole:
         step = int(entry["step"])
-        row: Row = {}
+        row: MetricsRow = {}
         for name, value in entry.items():
             if name == "teacher_retries":
                 value = total_of_servers(value)
@@ -69,7 +69,7 @@ def total_of_servers(counts: Any) -> Any:
 
 
 def summarize_training(
-    rows: list[Row], *, planned_steps: int | None, stage_seconds: float | None
+    rows: list[MetricsRow], *, planned_steps: int | None, stage_seconds: float | None
 ) -> Training | None:
     """Totals and columns, or None if no step is on record."""
     if not rows:
@@ -92,12 +92,12 @@ def summarize_training(
     )
 
 
-def _total(rows: list[Row], name: str) -> float | None:
+def _total(rows: list[MetricsRow], name: str) -> float | None:
     values = [row[name] for row in rows if name in row]
     return math.fsum(values) if values else None
 
 
-def _token_weighted(rows: list[Row], name: str) -> float | None:
+def _token_weighted(rows: list[MetricsRow], name: str) -> float | None:
     """Mean over the run of a share of each step's supervised tokens; equal weights where no step counts them."""
     known = [row for row in rows if name in row]
     if not known:
@@ -108,7 +108,7 @@ def _token_weighted(rows: list[Row], name: str) -> float | None:
     return math.fsum(w * row[name] for w, row in zip(weights, known, strict=True)) / math.fsum(weights)
 
 
-def _seconds(rows: list[Row], stage_seconds: float | None) -> dict[str, float]:
+def _seconds(rows: list[MetricsRow], stage_seconds: float | None) -> dict[str, float]:
     """Parts of the steps; ``other`` is the stage's time beyond them (start, evaluations, checkpoints)."""
     waited, prepared = (
         _total(rows, "time_wait"),

@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tropd.pipeline.config.schema import Config, to_plain
-from tropd.pipeline.report.data.facts import Accuracy, Report, Who
+from tropd.pipeline.report.data.facts import Accuracy, Report
 from tropd.storage.errors import DataError
 from tropd.storage.stage.fingerprint import flatten
 from tropd.storage.stage.manifest import Manifest
-from tropd.storage.workspace import LAYOUT_VERSION, STAGES
+from tropd.storage.workspace import LAYOUT_VERSION, STAGES, Who
 
 TEMPLATE = "card.md.j2"
 README = "README.md"

@@ -40,6 +40,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}\u00a0h {whole % 3600 // 60}\u00a0min"
 
 
-def visible(text: str) -> str:
+def show_controls(text: str) -> str:
     """Text with control characters shown as symbols: models write them, and HTML does not allow them."""
     return re.sub(r"\r\n?", "\n", text).translate(_CONTROL)

@@ -20,15 +20,15 @@ from tropd.pipeline.report.data.acceptance import show_samples
 from tropd.pipeline.report.data.benchmarks import benchmark_rows
 from tropd.pipeline.report.data.collect import build_report
 from tropd.pipeline.report.data.distances import NAMES, distance_note, distance_rows
-from tropd.pipeline.report.data.facts import Evaluation, Mode, Report
-from tropd.pipeline.report.page.formats import count, duration, human_bytes, percent, points, visible
+from tropd.pipeline.report.data.facts import Evaluation, Report
+from tropd.pipeline.report.page.formats import count, duration, human_bytes, percent, points, show_controls
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.report.plots.drawing import Plot
 from tropd.pipeline.report.plots.plots import WHO_COLORS, draw_report
 from tropd.pipeline.training.record.acceptance_samples import MAX_GUIDANCE, MAX_TOKENS
 from tropd.storage.disk.atomic import atomic_directory, write_text_atomic
 from tropd.storage.stage.fingerprint import flatten
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import Mode, Workspace
 
 _STEP_PARTS = {
     "rollout": "sampling responses",
@@ -110,7 +110,7 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         script=Markup(script),
         script_hash=_hash(script),
     )
-    return visible(html)
+    return show_controls(html)
 
 
 def _hash(script: str) -> str:

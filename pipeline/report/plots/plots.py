@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from tropd.pipeline.report.data.facts import Evaluation, Mode, Report, Training
+from tropd.pipeline.report.data.facts import Evaluation, Report, Training
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.report.plots.curves import CURVES, Curve, Line
 from tropd.pipeline.report.plots.drawing import BLUE, GREY, PURPLE, Numbers, Plot
 from tropd.pipeline.report.plots.run_plots import draw_runs
+from tropd.storage.workspace import Mode
 
 WHO_COLORS = {"before": GREY, "after": BLUE, "teacher": PURPLE}
 _EXPECTED_ELSEWHERE = {"step", "time_total", "time_optimizer", "time_sync", "time_checkpoint"}

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from tropd.pipeline.report.data.facts import Mode, RunSummary
+from tropd.pipeline.report.data.facts import RunSummary
 from tropd.pipeline.report.data.runs import COMPARED
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.report.plots.curves import CURVES, Curve
 from tropd.pipeline.report.plots.drawing import Numbers, Plot
+from tropd.storage.workspace import Mode
 
 _SMOOTH_FROM = 24
 _MAX_NAME = 28

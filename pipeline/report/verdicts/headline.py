@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tropd.pipeline.report.data.facts import Distance, Evaluation
 from tropd.pipeline.report.page.formats import percent
-from tropd.pipeline.report.status import EVALUATED
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
+from tropd.storage.workspace import EVALUATED
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -47,7 +47,7 @@ def _nats(value: float) -> str:
 def _beside(evaluation: Evaluation) -> str:
     """Accuracy, as the part after the distances."""
     for mode in ("sampled", "greedy"):
-        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
+        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)
         if before and after:
             beside = f" (teacher {percent(teacher.accuracy)})" if teacher else ""
             return f"; {mode} answers right {percent(before.accuracy)} → {percent(after.accuracy)}{beside}"
@@ -56,7 +56,7 @@ def _beside(evaluation: Evaluation) -> str:
 
 def _accuracy(evaluation: Evaluation) -> str:
     for mode in ("sampled", "greedy"):
-        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)  # type: ignore[arg-type]
+        before, after, teacher = (evaluation.accuracy(who, mode) for who in EVALUATED)
         beside = f"; the teacher has {percent(teacher.accuracy)}" if teacher else ""
         if before and after:
             start, end = percent(before.accuracy), percent(after.accuracy)

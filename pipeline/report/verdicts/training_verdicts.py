@@ -14,7 +14,7 @@ from tropd.pipeline.report.verdicts.verdict_rules import LIMITS, RULES
 
 Columns = Mapping[str, Sequence[float | None]]
 """Metrics, each with a value per step."""
-Rows = Sequence[Mapping[str, float]]
+MetricsRows = Sequence[Mapping[str, float]]
 """Per step, the metrics that are known of those that are used here."""
 Points = list[tuple[int, float]]
 """(step, value), where the value is known."""
@@ -107,7 +107,7 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
     return [one for one in found if one is not None]
 
 
-def _rows(columns: Columns) -> Rows:
+def _rows(columns: Columns) -> MetricsRows:
     """The known values of each step; lines that hold an evaluation only are left out."""
     names = [name for name in _USED if name in columns]
     rows = []
@@ -118,7 +118,7 @@ def _rows(columns: Columns) -> Rows:
     return rows
 
 
-def _points(rows: Rows, name: str) -> Points:
+def _points(rows: MetricsRows, name: str) -> Points:
     return [(int(row["step"]), row[name]) for row in rows if name in row]
 
 
@@ -139,7 +139,7 @@ def _steps(points: Points) -> str:
 
 
 def _grows(
-    rows: Rows,
+    rows: MetricsRows,
     name: str,
     what: str,
     value: Callable[[Mapping[str, float]], float | None],
@@ -160,7 +160,7 @@ def _grows(
     return verdict(name, f"{what} grew from {form(early)} to {form(late)}{unit}.", evidence)
 
 
-def _on_policy(rows: Rows) -> Rows:
+def _on_policy(rows: MetricsRows) -> MetricsRows:
     """Steps without much of a prefix."""
     most = LIMITS.with_prefix
     return [
@@ -177,7 +177,7 @@ def _outlier_share(row: Mapping[str, float]) -> float | None:
     return outlier / (trust + outlier)
 
 
-def _no_student_token(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
+def _no_student_token(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict | None:
     planned = settings.get("train.steps")
     if settings.get("objective.rollouts") != "student" or not isinstance(planned, int):
         return None
@@ -191,7 +191,7 @@ def _no_student_token(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None
     )
 
 
-def _never_stops(rows: Rows) -> Verdict | None:
+def _never_stops(rows: MetricsRows) -> Verdict | None:
     ends = _ends(_points(_on_policy(rows), "truncated_fraction"))
     if ends is None or (late := _mean(ends[1])) < LIMITS.cut:
         return None
@@ -220,7 +220,7 @@ def _distance_grew(columns: Columns) -> Verdict | None:
     )
 
 
-def _entropy_collapsed(rows: Rows) -> Verdict | None:
+def _entropy_collapsed(rows: MetricsRows) -> Verdict | None:
     entropy, accepted = (_ends(_points(rows, name)) for name in ("student_entropy", "acceptance_mean"))
     if entropy is None or accepted is None:
         return None
@@ -235,7 +235,7 @@ def _entropy_collapsed(rows: Rows) -> Verdict | None:
     )
 
 
-def _teacher_rejects(rows: Rows) -> Verdict | None:
+def _teacher_rejects(rows: MetricsRows) -> Verdict | None:
     ends = _ends(_points(_on_policy(rows), "acceptance_mean"))
     if ends is None:
         return None
@@ -247,7 +247,7 @@ def _teacher_rejects(rows: Rows) -> Verdict | None:
     return verdict("teacher-rejects", sentence, evidence)
 
 
-def _far_from_teacher(rows: Rows) -> Verdict | None:
+def _far_from_teacher(rows: MetricsRows) -> Verdict | None:
     ends = _ends(_points(_on_policy(rows), "k1_mean"))
     if ends is None or (late := _mean(ends[1])) < LIMITS.far:
         return None
@@ -256,7 +256,7 @@ def _far_from_teacher(rows: Rows) -> Verdict | None:
     return verdict("far-from-teacher", sentence, evidence)
 
 
-def _gradient_clipped(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
+def _gradient_clipped(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict | None:
     limit = settings.get("train.max_grad_norm")
     points = _points(rows, "grad_norm")
     if not isinstance(limit, int | float) or len(points) < LIMITS.fewest_steps:
@@ -273,7 +273,7 @@ def _gradient_clipped(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None
     )
 
 
-def _sampler_mismatch(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None:
+def _sampler_mismatch(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict | None:
     """Stored rollouts are of an older student on purpose."""
     ends = _ends(_points(rows, "sampler_logprob_difference_max"))
     if ends is None or settings.get("objective.rollouts") != "student":
@@ -288,7 +288,7 @@ def _sampler_mismatch(rows: Rows, settings: Mapping[str, Any]) -> Verdict | None
     )
 
 
-def _teacher_retries(rows: Rows) -> Verdict | None:
+def _teacher_retries(rows: MetricsRows) -> Verdict | None:
     points = _points(rows, "teacher_retries")
     retried = [(step, number) for step, number in points if number > 0]
     if len(retried) < max(LIMITS.fewest_retried, LIMITS.retried * len(points)):

@@ -12,17 +12,15 @@ from tropd.pipeline.report.data.facts import (
     Evaluation,
     Example,
     Measure,
-    Mode,
     Training,
     Verdict,
-    Who,
 )
 from tropd.pipeline.report.page.formats import percent, points
 from tropd.pipeline.report.verdicts.training_verdicts import training_verdicts, verdict
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
+from tropd.storage.workspace import EVALUATED, Mode, Who
 
 MODES: tuple[Mode, ...] = ("greedy", "sampled")
-_WHO: tuple[Who, ...] = ("before", "after", "teacher")
 _NAMES: Mapping[Who, str] = {
     "before": "the student before training",
     "after": "the trained student",
@@ -81,7 +79,7 @@ def _measured(measure: Measure) -> str:
 def _grading(evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Verdict]:
     """Verdicts on whether accuracy can be believed at all."""
     teacher, before = _either(evaluation, "teacher"), _either(evaluation, "before")
-    answers = {who: one.answers for who in _WHO if (one := _either(evaluation, who)) and one.answers}
+    answers = {who: one.answers for who in EVALUATED if (one := _either(evaluation, who)) and one.answers}
     judges: dict[Who, Answers] = {"teacher": answers["teacher"]} if "teacher" in answers else answers
     if judges.keys() & {"teacher", "before"} and all(
         (found.unanswered or 0.0) >= LIMITS.unanswered for found in judges.values()
@@ -199,7 +197,7 @@ def _interval(accuracy: Accuracy) -> str:
 
 def _lengths(evaluation: Evaluation) -> list[str]:
     lines = []
-    for who in _WHO:
+    for who in EVALUATED:
         found = _either(evaluation, who)
         if found and found.truncated_fraction is not None and found.mean_tokens is not None:
             cut = percent(found.truncated_fraction)

@@ -28,8 +28,8 @@ from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace
 from tropd.pipeline.objectives.loss import floored_log_ratio
 from tropd.pipeline.teacher.wire.messages import log_tail
+from tropd.storage.arrays import Floats64
 
-Floats = npt.NDArray[np.float64]
 LEAST = -1e4
 """Log-prob of a token to which a model gives no probability at all: KLs stay finite."""
 
@@ -38,11 +38,11 @@ LEAST = -1e4
 class TokenDistances:
     """Of the n tokens of one response."""
 
-    kl: Floats
+    kl: Floats64
     """``[n]`` from the writer's distribution to the other's."""
-    acceptance: Floats | None
+    acceptance: Floats64 | None
     """``[n]``; None where it is not known."""
-    entropy: Floats | None
+    entropy: Floats64 | None
     """``[n]`` of the writer's distribution."""
 
 
@@ -89,7 +89,7 @@ def exact_distances(
 
 def _compare(
     writer: SplitModel, other: SplitModel, own: Tensor, theirs: Tensor, tokens: int
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Floats64, Floats64, Floats64]:
     """KLs, acceptances and entropies ``[n]`` from states ``[n, ·]`` of both."""
     elements = LOGIT_ELEMENTS_ON_CPU if own.device.type == "cpu" else LOGIT_ELEMENTS
     size = max(1, elements // (2 * max(writer.vocabulary(own), other.vocabulary(theirs))))
@@ -166,7 +166,7 @@ def topk_distances(
     return [one for one in found if one is not None]
 
 
-def _forward(teacher: npt.NDArray[np.float32], student: Floats, student_tail: Floats) -> Floats:
+def _forward(teacher: npt.NDArray[np.float32], student: Floats64, student_tail: Floats64) -> Floats64:
     """``[n]`` KLs of alternatives ``[n, k]`` and the rest; nothing is added where no token is left."""
     logprobs = teacher.astype(np.float64)
     kl = (np.exp(logprobs) * (logprobs - np.maximum(student, LEAST))).sum(axis=-1)
@@ -176,6 +176,6 @@ def _forward(teacher: npt.NDArray[np.float32], student: Floats, student_tail: Fl
     return np.maximum(kl, 0.0)
 
 
-def _floats(values: Tensor) -> Floats:
-    array: Floats = values.double().cpu().numpy()
+def _floats(values: Tensor) -> Floats64:
+    array: Floats64 = values.double().cpu().numpy()
     return array

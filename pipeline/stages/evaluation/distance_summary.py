@@ -16,7 +16,7 @@ from tropd.pipeline.stages.evaluation.held_out import responses_file
 from tropd.pipeline.stages.evaluation.measuring import distance_file
 from tropd.pipeline.stages.evaluation.statistics import token_mean
 
-Row = dict[str, Any]
+DistanceRow = dict[str, Any]
 Interval = dict[str, float | None]
 _NOTHING = {"reverse_kl": None, "forward_kl": None, "acceptance": None}
 
@@ -35,12 +35,12 @@ def summarize_distance(folder: Path, whom: Sequence[str], seed: int) -> dict[str
     return found
 
 
-def _read(path: Path) -> list[Row]:
-    rows: list[Row] = pq.read_table(path).to_pylist() if path.exists() else []
+def _read(path: Path) -> list[DistanceRow]:
+    rows: list[DistanceRow] = pq.read_table(path).to_pylist() if path.exists() else []
     return rows
 
 
-def _of_student(rows: list[Row], seed: int) -> dict[str, Any]:
+def _of_student(rows: list[DistanceRow], seed: int) -> dict[str, Any]:
     exact = all(row["method"] == "exact" for row in rows)
     lowest = 0.0 if exact else -math.inf  # a mean of K1, which may be negative
     return {
@@ -55,7 +55,7 @@ def _of_student(rows: list[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _of_teacher(responses: list[Row], rows: list[Row], seed: int) -> dict[str, Any]:
+def _of_teacher(responses: list[DistanceRow], rows: list[DistanceRow], seed: int) -> dict[str, Any]:
     return {
         **_NOTHING,
         "length": _over_responses([len(row["tokens"]) for row in responses], math.inf, seed),
@@ -67,7 +67,7 @@ def _of_teacher(responses: list[Row], rows: list[Row], seed: int) -> dict[str, A
 
 
 def _over_tokens(
-    rows: list[Row], author: str, name: str, bounds: tuple[float, float], seed: int
+    rows: list[DistanceRow], author: str, name: str, bounds: tuple[float, float], seed: int
 ) -> Interval | None:
     known = [(row[name], row[f"{author}_tokens"]) for row in rows if row[name] is not None]
     if not known:

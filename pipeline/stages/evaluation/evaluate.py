@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,11 +52,11 @@ from tropd.pipeline.stages.evaluation.held_out import (
 from tropd.pipeline.stages.evaluation.lm_eval import check_harness, harness_fields, run_task
 from tropd.pipeline.stages.evaluation.measuring import (
     check_teachers,
-    measure,
+    measure_distances,
     read_responses,
     write_responses,
 )
-from tropd.pipeline.stages.evaluation.responses import SCHEMA, Mode, Response, respond
+from tropd.pipeline.stages.evaluation.responses import SCHEMA, Response, respond
 from tropd.pipeline.stages.evaluation.statistics import average, pass_at
 from tropd.pipeline.teacher.by_domain import GENERAL, EngineSlot, batched
 from tropd.pipeline.teacher.connect import local_teacher
@@ -66,10 +66,9 @@ from tropd.storage.formats.trajectories import Trajectory
 from tropd.storage.stage.fingerprint import Fingerprint, Scalar
 from tropd.storage.stage.manifest import Manifest, check_shard
 from tropd.storage.stage.stage import Stage, open_stage
+from tropd.storage.workspace import EVALUATED, Mode, Who
 
 STAGE = "eval"
-Who = Literal["before", "after", "teacher"]
-WHO: tuple[Who, ...] = ("before", "after", "teacher")
 
 _PIECE = re.compile(r"part-[a-z]+-\d{5}\.parquet$")
 
@@ -129,17 +128,17 @@ def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
     return ("teacher" if who == "teacher" else "student"), (final if who == "after" else None)
 
 
-def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Manifest:
+def evaluate(run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False) -> Manifest:
     """Evaluate the models that have not been evaluated yet and return the finished manifest.
 
     Raises:
-        ConfigError: ``whom`` has a name that is not in ``WHO``.
+        ConfigError: ``whom`` has a name that is not in ``EVALUATED``.
         TropdError: the student after training is asked for, and training is not finished.
         DamagedShardError: that student is not the one training wrote; or a file of an earlier evaluation is damaged.
     """
     for who in whom:
-        if who not in WHO:
-            raise unknown_name("role", who, WHO)
+        if who not in EVALUATED:
+            raise unknown_name("role", who, EVALUATED)
     final = run.workspace.stage("train") / "final"
     if "after" in whom:
         check_shard(final.parent, finished(run, "train").shards[final.name])
@@ -178,7 +177,7 @@ def evaluate(run: Run, *, whom: Sequence[Who] = WHO, force: bool = False) -> Man
             batch_tokens=run.config.scores.batch_tokens,
         )
         if held_out is not None:
-            measure(run, stage, held_out, students, slot)
+            measure_distances(run, stage, held_out, students, slot)
         if "teacher" in whom:
             _evaluate_one(run, stage, "teacher", problems, held_out, partial(slot.open, GENERAL))
         slot.close()

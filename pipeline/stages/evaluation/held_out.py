@@ -17,7 +17,7 @@ from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt, tokens_of
 from tropd.pipeline.run.opening import role_room
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.run.selection import spread
+from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.stages.prefixes import to_trajectory
 from tropd.pipeline.teacher.by_domain import teacher_of, teachers_in_use, with_only
 from tropd.pipeline.teacher.connect import local_teacher, teacher_fields
@@ -64,7 +64,7 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
         name = teacher_of(run, one.prompt.domain)
         if name in room and ((most := room[name]) is None or len(one.tokens) <= most):
             usable.append((one, name))
-    chosen = [usable[i] for i in spread(len(usable), run.config.evaluation.distance_prompts)]
+    chosen = [usable[i] for i in evenly(len(usable), run.config.evaluation.distance_prompts)]
     return HeldOut([one for one, _ in chosen], [name for _, name in chosen])
 
 

@@ -75,7 +75,7 @@ def read_responses(folder: Path, who: str) -> Responses:
     return {row.prompt_id: row for row in rows if row.tokens}
 
 
-def measure(
+def measure_distances(
     run: Run, stage: Stage, held_out: HeldOut, students: Mapping[str, Path | None], slot: EngineSlot
 ) -> None:
     """Commit the teacher's responses, and the distances of every student, from its own responses, that has none yet.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,8 +17,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.held_out import as_generation
 from tropd.storage.formats.trajectories import Trajectory
 from tropd.storage.seeds import derive_seed
-
-Mode = Literal["greedy", "sampled"]
+from tropd.storage.workspace import Mode
 
 SCHEMA = pa.schema(
     [

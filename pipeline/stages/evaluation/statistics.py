@@ -33,7 +33,7 @@ RESAMPLES = 2000
 LEVEL = 0.95
 NORMAL = NormalDist()
 Z_95 = NORMAL.inv_cdf((1 + LEVEL) / 2)
-Table = npt.NDArray[np.float64]
+ProblemTable = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def paired_interval(differences: npt.NDArray[np.float64], z: float = Z_95) -> tu
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 
-def over_seeds(sums: Table, counts: Table, *, seed: int = 0, draws: int = RESAMPLES) -> Estimate:
+def over_seeds(
+    sums: ProblemTable, counts: ProblemTable, *, seed: int = 0, draws: int = RESAMPLES
+) -> Estimate:
     """Σ sums / Σ counts of ``[seeds, problems]`` and its percentile interval, resampling seeds and problems alike.
 
     Problems are resampled once per draw for all seeds: they are the same problems.

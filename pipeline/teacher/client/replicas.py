@@ -24,8 +24,8 @@ LAST_ATTEMPT_SECONDS = 1.0
 PROBE_SECONDS = 2.0
 """Time limit of a server that has failed, where others could be asked instead."""
 
-Answer = TypeVar("Answer")
-Work = Callable[[Exchange, Dialect], Answer]
+Reply = TypeVar("Reply")
+Asking = Callable[[Exchange, Dialect], Reply]
 """A piece of work that any server can do."""
 
 
@@ -86,7 +86,7 @@ class Replicas:
         return [replica.before for replica in self.all if replica.before is not None]
 
     def greet(self) -> None:
-        """Ask every server once for its identity. One that does not answer is asked again when its turn comes.
+        """Asking every server once for its identity. One that does not answer is asked again when its turn comes.
 
         Raises:
             ConfigError: two of them have different teachers.
@@ -97,7 +97,7 @@ class Replicas:
             except TryAgainError as error:
                 self._failed(replica, error)
 
-    def call(self, work: Work[Answer], tokens: int = 0) -> Answer:
+    def call(self, work: Asking[Reply], tokens: int = 0) -> Reply:
         """Have ``work`` done by a server, by another one if that fails, until the time is up.
 
         Raises:
@@ -110,7 +110,7 @@ class Replicas:
         def left() -> float:
             return self._timeout - (time.monotonic() - started)
 
-        def attempt() -> Answer:
+        def attempt() -> Reply:
             replica = self._pick(tokens, failed, faults)
             untried = [r for r in self.all if r is not replica and r not in failed]
             seconds = max(left() / (1 + len(untried)), min(LAST_ATTEMPT_SECONDS, self._timeout))
@@ -160,7 +160,7 @@ class Replicas:
                 hint="see its log, start it again, and rerun the same command: it resumes from the last checkpoint",
             ) from error
 
-    def each(self, work: Work[Answer]) -> list[Answer]:
+    def each(self, work: Asking[Reply]) -> list[Reply]:
         """Do work once at every known server; one that is away now is left out.
 
         Raises:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tropd.storage.arrays import Floats32
 from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
 
@@ -29,7 +30,6 @@ _UNCHANGED = {
     "frequency_penalty": 0.0,
 }
 
-Floats = npt.NDArray[np.float32]
 Position = dict[str, Any]
 """Token id → ``{"logprob": …, "rank": …, "decoded_token": …}``: the actual token, and the k likeliest."""
 
@@ -92,7 +92,7 @@ def next_position(url: str, choice: dict[str, Any]) -> Position:
         raise unusable(url, f"alternatives of another form ({error})") from error
 
 
-def token_logprobs_of(url: str, positions: Sequence[Position], tokens: Sequence[int], start: int) -> Floats:
+def token_logprobs_of(url: str, positions: Sequence[Position], tokens: Sequence[int], start: int) -> Floats32:
     """``[n]`` log-probs of the tokens from ``start``."""
     try:
         values = [positions[t][str(tokens[t])]["logprob"] for t in range(start, len(tokens))]
@@ -103,7 +103,7 @@ def token_logprobs_of(url: str, positions: Sequence[Position], tokens: Sequence[
 
 def alternatives(
     url: str, positions: Sequence[Position], k: int, width: int, vocab_limit: int
-) -> tuple[npt.NDArray[np.int32], Floats]:
+) -> tuple[npt.NDArray[np.int32], Floats32]:
     """``[m, k]`` ids below ``vocab_limit`` and their log-probs, likeliest first, of the ``width`` at m positions."""
     ids = np.zeros((len(positions), k), dtype=np.int32)
     values: list[list[float]] = []
@@ -129,7 +129,7 @@ def alternatives(
     return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
 
 
-def _logprobs(url: str, values: Sequence[float]) -> Floats:
+def _logprobs(url: str, values: Sequence[float]) -> Floats32:
     """Checked log-probs; a little above 0 is rounding."""
     try:
         found = np.array(values, dtype=np.float64).reshape(-1)

@@ -89,13 +89,13 @@ def _decoded_size(data: bytes) -> int:
     if message.type != "record batch":
         raise ValueError(f"a {message.type} where a record batch belongs")
     meta, body = memoryview(message.metadata), memoryview(message.body)
-    version = required(field(meta, follow(meta, 0), _MESSAGE_VERSION))
+    version = required(field(meta, follow_offset(meta, 0), _MESSAGE_VERSION))
     # Before V5 a message could also be compressed as its custom metadata say; Arrow still follows them.
     if struct.unpack_from("<h", meta, version)[0] != _METADATA_V5:
         raise ValueError("Arrow metadata of a version other than 5")
-    header = field(meta, follow(meta, 0), _MESSAGE_HEADER)
-    batch = follow(meta, required(header))
-    vector = follow(meta, required(field(meta, batch, _BATCH_BUFFERS)))
+    header = field(meta, follow_offset(meta, 0), _MESSAGE_HEADER)
+    batch = follow_offset(meta, required(header))
+    vector = follow_offset(meta, required(field(meta, batch, _BATCH_BUFFERS)))
     compressed = field(meta, batch, _BATCH_COMPRESSION) is not None
     (count,) = struct.unpack_from("<I", meta, vector)
     total = 0
@@ -110,7 +110,7 @@ def _decoded_size(data: bytes) -> int:
     return total
 
 
-def follow(buffer: memoryview, at: int) -> int:
+def follow_offset(buffer: memoryview, at: int) -> int:
     """The place that the flatbuffer offset at ``at`` points to."""
     return int(at + struct.unpack_from("<I", buffer, at)[0])
 

@@ -26,6 +26,7 @@ from tropd.pipeline.teacher.wire.arrow_stream import (
     read_stream,
     write_stream,
 )
+from tropd.storage.arrays import Floats32
 from tropd.storage.bounds import are_logprobs
 
 __all__ = [
@@ -68,7 +69,6 @@ _RESPONSE = pa.schema(
 # Upper bounds of an answer in memory: offsets of seven lists a row, a mask and four numbers a token, id and log-prob.
 _MESSAGE_BYTES, _ROW_BYTES, _TOKEN_BYTES, _ALTERNATIVE_BYTES = 4096, 28, 17, 8
 
-Floats = npt.NDArray[np.float32]
 TopkScope = Literal["none", "outliers", "all"]
 
 
@@ -78,7 +78,7 @@ class ScoreItem:
 
     tokens: npt.NDArray[np.int32]
     start: int
-    student_logprobs: Floats
+    student_logprobs: Floats32
     """``[n]`` of the scored tokens; the partition rule compares the teacher's with them."""
     seed: int
     """Of the uniform numbers that the sampled partition draws, one per token index (``seeds.uniforms``)."""
@@ -101,19 +101,19 @@ class ScoreRequest:
 class ScoredItem:
     """The teacher's answer for one sequence's n scored tokens, of which m have alternatives."""
 
-    teacher_logprobs: Floats
+    teacher_logprobs: Floats32
     """``[n]``."""
     trusted: npt.NDArray[np.bool_]
     """``[n]`` the token has no outlier weight."""
-    entropy: Floats | None
+    entropy: Floats32 | None
     """``[n]`` nats, if asked for."""
     topk_positions: npt.NDArray[np.int32]
     """``[m]`` indices of these among the n tokens, rising."""
     topk_ids: npt.NDArray[np.int32]
     """``[m, k]`` likeliest first."""
-    topk_logprobs: Floats
+    topk_logprobs: Floats32
     """``[m, k]`` descending."""
-    tail: Floats
+    tail: Floats32
     """``[m]`` log of the mass outside the alternatives; -inf if none."""
 
 
@@ -291,7 +291,7 @@ def _check_answer(row: int, item: ScoredItem, n: int, vocab_limit: int) -> None:
             raise ProtocolError(f"an alternative's id is outside 0 … {vocab_limit - 1}", row)
 
 
-def log_tail(topk_logprobs: Floats) -> Floats:
+def log_tail(topk_logprobs: Floats32) -> Floats32:
     """``[m]`` log(1 - Σ exp) of ``[m, k]`` log-probs in float64; -inf where nothing is left."""
     mass = np.exp(topk_logprobs.astype(np.float64)).sum(axis=-1)
     with np.errstate(divide="ignore"):

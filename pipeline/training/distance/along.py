@@ -17,22 +17,23 @@ from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.run.interrupt import StopRequestedError
 from tropd.pipeline.stages.evaluation.distance import sampled_distances, topk_distances
 from tropd.pipeline.stages.evaluation.held_out import sample_responses
-from tropd.pipeline.stages.evaluation.responses import Mode, Response, respond
+from tropd.pipeline.stages.evaluation.responses import Response, respond
 from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_service
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet, TeacherResponse
 from tropd.pipeline.training.session import Session
-from tropd.storage.formats.step_log import Record
+from tropd.storage.formats.step_log import StepRecord
 from tropd.storage.formats.trajectories import Trajectory
+from tropd.storage.workspace import Mode
 
 _SMALLER = "lower scores.batch_tokens, or evaluation.distance_prompts"
 
 
-def evaluate_student(session: Session) -> Record:
+def evaluate_student(session: Session) -> StepRecord:
     """Metrics of the current student. The engine must be idle."""
     if session.problems is None and session.held_out is None:
         return {}
     session.rolling.refresh()
-    record: Record = {}
+    record: StepRecord = {}
     known: Mapping[str, Trajectory] = {}
     if session.held_out is not None and session.held_out.prompts.prompts:
         responses = _write(session, session.held_out)
@@ -54,12 +55,12 @@ def _write(session: Session, held_out: HeldOutSet) -> list[Trajectory]:
     return session.world.spread(range(len(held_out.prompts.prompts)), write)
 
 
-def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Trajectory]) -> Record:
+def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Trajectory]) -> StepRecord:
     """Length, and where services score, distances per token."""
     names = dict(
         zip((prompt.id for prompt in held_out.prompts.prompts), held_out.prompts.teachers, strict=True)
     )
-    record: Record = {
+    record: StepRecord = {
         "distance_prompts": len(responses),
         "distance_length": float(np.mean([len(response.tokens) for response in responses])),
     }
@@ -99,7 +100,7 @@ def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Traj
     return record
 
 
-def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> Record:
+def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> StepRecord:
     """The teacher's length, and the forward KL per token, where it has written something."""
     if not written:
         return {}
@@ -125,12 +126,12 @@ def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> Record:
     }
 
 
-def _accuracy(session: Session, known: Mapping[str, Trajectory]) -> Record:
+def _accuracy(session: Session, known: Mapping[str, Trajectory]) -> StepRecord:
     """Shares of right answers, and of how many problems."""
     if session.problems is None or not session.problems.prompts:
         return {}
     problems = session.problems.prompts
-    record: Record = {"accuracy_problems": len(problems)}
+    record: StepRecord = {"accuracy_problems": len(problems)}
     modes: tuple[Mode, ...] = ("greedy", "sampled")
 
     def answer(share: list[int]) -> list[Response]:

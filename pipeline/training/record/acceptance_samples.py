@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tropd.pipeline.objectives.partition import acceptance
-from tropd.storage.formats.step_log import sampled_steps, spread
+from tropd.storage.formats.step_log import sampled_steps, spread_steps
 from tropd.storage.workspace import SAMPLES
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def take_sample(
         step=step,
         responses=[
             _response(inputs, index, int(first[index]), prompts, tokenizer)
-            for index in (written[place] for place in spread(len(written), ROWS))
+            for index in (written[place] for place in spread_steps(len(written), ROWS))
         ],
     )
 

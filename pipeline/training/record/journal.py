@@ -20,7 +20,7 @@ from tropd.pipeline.training.record.wandb_log import Log, open_wandb, wandb_iden
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.update.gradients import StepInputs
 from tropd.storage.formats.samples_file import resume_samples
-from tropd.storage.formats.step_log import Record
+from tropd.storage.formats.step_log import StepRecord
 from tropd.storage.stage.stage import Stage
 
 
@@ -34,7 +34,7 @@ class Journal(Protocol):
     def sample(self, step: int, inputs: StepInputs) -> None:
         """Keep some of a step's responses, token by token."""
 
-    def write(self, record: Record) -> None:
+    def write(self, record: StepRecord) -> None:
         """Keep the metrics of a step."""
 
     def sync(self) -> None:
@@ -59,7 +59,7 @@ class KeptJournal:
         steps, tokenizer = self.session.run.config.train.steps, self.session.student.tokenizer
         write_sample(self.stage.folder, step, steps, inputs, self.session.inputs.prompts, tokenizer)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: StepRecord) -> None:
         self.metrics.write(record)
         self.curves(record)
         self.shown.step(record)
@@ -76,7 +76,7 @@ class NoJournal:
     def sample(self, step: int, inputs: StepInputs) -> None:
         pass
 
-    def write(self, record: Record) -> None:
+    def write(self, record: StepRecord) -> None:
         pass
 
     def sync(self) -> None:

@@ -21,21 +21,21 @@ from tropd.pipeline.objectives.partition import Regions, acceptance
 from tropd.pipeline.training.rollout.rows import Row
 from tropd.pipeline.training.update.gradients import StepInputs, StepOutcome
 from tropd.storage.disk.aside import set_aside
-from tropd.storage.formats.step_log import Record, log_line, resume_log
+from tropd.storage.formats.step_log import StepRecord, log_line, resume_log
 from tropd.storage.workspace import METRICS
 
 BOARD = "tensorboard"
 HISTOGRAM_BINS = 10
 
 
-def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
+def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
     """All metrics of a step's tokens, as flat numbers; the report explains each."""
     student = inputs.sampler_logprobs.astype(np.float32)
     teacher = inputs.teacher.teacher_logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
     k1 = -floored_log_ratio(teacher, student)
     prefix = int(sum(len(row.plan.prefix_tokens) for row in inputs.rows))
-    record: Record = {
+    record: StepRecord = {
         "loss": sum(outcome.losses.values()),
         **{f"loss_{name}": value for name, value in outcome.losses.items()},
         **_fractions(inputs.regions, prefix),
@@ -60,16 +60,16 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> Record:
     return record
 
 
-def memory_metrics(device: torch.device) -> Record:
+def memory_metrics(device: torch.device) -> StepRecord:
     """Main memory of this process now, and the most that was taken of its GPU since the last step, in bytes."""
-    record: Record = {"memory_rss": psutil.Process().memory_info().rss}
+    record: StepRecord = {"memory_rss": psutil.Process().memory_info().rss}
     if device.type == "cuda":
         record["memory_gpu_peak"] = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     return record
 
 
-def _fractions(regions: Regions, prefix: int) -> Record:
+def _fractions(regions: Regions, prefix: int) -> StepRecord:
     trust, outlier = float(regions.trust.sum()), float(regions.outlier.sum())
     tokens = max(len(regions.trust) + prefix, 1)
     return {
@@ -79,7 +79,7 @@ def _fractions(regions: Regions, prefix: int) -> Record:
     }
 
 
-def _responses(rows: Sequence[Row]) -> Record:
+def _responses(rows: Sequence[Row]) -> StepRecord:
     lengths = [len(r.plan.prefix_tokens) + len(r.tokens) for r in rows]
     return {
         "prefix_length_mean": float(np.mean([len(r.plan.prefix_tokens) for r in rows])),
@@ -88,7 +88,7 @@ def _responses(rows: Sequence[Row]) -> Record:
     }
 
 
-def _k1_of(region: str, k1: Any, weights: Any) -> Record:
+def _k1_of(region: str, k1: Any, weights: Any) -> StepRecord:
     """Mean and extremes of K1 over a region's tokens; None where it has none."""
     inside = k1[weights > 0]
     return {
@@ -98,13 +98,13 @@ def _k1_of(region: str, k1: Any, weights: Any) -> Record:
     }
 
 
-def _acceptance(student: Any, teacher: Any) -> Record:
+def _acceptance(student: Any, teacher: Any) -> StepRecord:
     probability = acceptance(student, teacher)
     histogram, _ = np.histogram(probability, bins=HISTOGRAM_BINS, range=(0.0, 1.0))
     return {"acceptance_mean": _mean(probability), "acceptance_histogram": histogram.tolist()}
 
 
-def _importance(inputs: StepInputs, outcome: StepOutcome) -> Record:
+def _importance(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
     """π_θ/μ of the student's tokens, and how far trainer and sampler are apart on their log-probs at temperature 1.
 
     Both are 1 and 0 but for rounding unless the sampler is another engine or has older weights; π_θ/μ also differs where
@@ -153,7 +153,7 @@ class MetricsLog:
             self._board.add_summary(_summary(record), record["step"], ended)
         self._stream = path.open("a", encoding="utf-8")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: StepRecord) -> None:
         """Append a record; it has a ``step``."""
         self._stream.write(log_line(_finite(record)))
         self._stream.flush()
@@ -174,16 +174,16 @@ class MetricsLog:
         self._board.close()
 
 
-def _finite(record: Record) -> Record:
+def _finite(record: StepRecord) -> StepRecord:
     return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
 
 
-def _summary(record: Record) -> Summary:
+def _summary(record: StepRecord) -> Summary:
     numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
     return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
 
 
-def _ends(records: Sequence[Record], last: float) -> list[float]:
+def _ends(records: Sequence[StepRecord], last: float) -> list[float]:
     """When the steps ended (Unix time), if the last one did at ``last`` and nothing was between them."""
     ends = []
     for record in reversed(records):

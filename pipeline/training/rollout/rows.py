@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
 from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
@@ -19,10 +18,9 @@ from tropd.pipeline.objectives.objective import Schedule
 from tropd.pipeline.objectives.prefix_schedule import prefix_length
 from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.training.world import ALONE, World
+from tropd.storage.arrays import Floats64
 from tropd.storage.formats.trajectory_store import TrajectoryStore
 from tropd.storage.seeds import derive_seed, uniforms
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,12 @@ class Row:
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
 
     @cached_property
-    def sampler_array(self) -> Floats:
+    def sampler_array(self) -> Floats64:
         """``sampler_logprobs`` as an array, made once: a step looks at millions of them, again and again."""
         return np.asarray(self.sampler_logprobs, dtype=np.float64)
 
     @cached_property
-    def mu_array(self) -> Floats:
+    def mu_array(self) -> Floats64:
         """log μ of ``tokens``, for importance weights."""
         return (
             self.sampler_array
@@ -81,12 +79,12 @@ class Row:
         return [*self.context, *self.tokens]
 
 
-def sampler_logprobs(rows: Sequence[Row]) -> Floats:
+def sampler_logprobs(rows: Sequence[Row]) -> Floats64:
     """``[T]`` log π_S of the tokens of all rows, in their order, as the sampling engine has it."""
     return np.concatenate([np.zeros(0), *(row.sampler_array for row in rows)])
 
 
-def mu_logprobs(rows: Sequence[Row]) -> Floats:
+def mu_logprobs(rows: Sequence[Row]) -> Floats64:
     """``[T]`` log μ likewise: of the distribution that the tokens were drawn from."""
     return np.concatenate([np.zeros(0), *(row.mu_array for row in rows)])
 

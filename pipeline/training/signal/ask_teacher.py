@@ -17,12 +17,13 @@ from tropd.pipeline.objectives.partition import Regions, partition_tokens
 from tropd.pipeline.teacher.by_domain import GENERAL
 from tropd.pipeline.teacher.wire.messages import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.training.rollout.rows import Row, sampler_logprobs
-from tropd.pipeline.training.update.micro_batches import Floats32, RaggedTopk
+from tropd.pipeline.training.update.micro_batches import RaggedTopk
 from tropd.pipeline.training.world import ALONE, World
+from tropd.storage.arrays import Floats32
 from tropd.storage.seeds import derive_seed, uniforms
 
 
-class Scorer(Protocol):
+class TeacherScorer(Protocol):
     """Answers scoring requests: the client of the teacher service."""
 
     tokens_scored: int
@@ -52,7 +53,7 @@ class TeacherData:
 
 
 def ask_teacher(
-    scorers: Mapping[str, Scorer],
+    scorers: Mapping[str, TeacherScorer],
     rows: Sequence[Row],
     objective: Objective,
     needs: TeacherNeeds,

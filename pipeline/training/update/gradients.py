@@ -26,8 +26,7 @@ from tropd.pipeline.training.update import dropout
 from tropd.pipeline.training.update.micro_batches import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.update.student import StudentPass
 from tropd.pipeline.training.world import ALONE, World
-
-Floats = npt.NDArray[np.float64]
+from tropd.storage.arrays import Floats64
 
 
 class NonFiniteError(ArithmeticError):
@@ -51,12 +50,12 @@ class StepInputs:
     """Root seed of dropout, where the student trains with it."""
 
     @cached_property
-    def sampler_logprobs(self) -> Floats:
+    def sampler_logprobs(self) -> Floats64:
         """``[T]`` (see ``rows``)."""
         return sampler_logprobs(self.rows)
 
     @cached_property
-    def mu_logprobs(self) -> Floats:
+    def mu_logprobs(self) -> Floats64:
         """``[T]`` (see ``rows``)."""
         return mu_logprobs(self.rows)
 
@@ -69,13 +68,13 @@ class StepOutcome:
     """Loss per region."""
     supervised_tokens: int
     """How many tokens, student's and prefix, have a part in the loss."""
-    student_logprobs: Floats
+    student_logprobs: Floats64
     """``[T]``."""
-    student_entropy: Floats
+    student_entropy: Floats64
     """``[T]``."""
-    overlap: Floats
+    overlap: Floats64
     """``[T]`` share of the teacher's alternatives among the student's likeliest; NaN without alternatives."""
-    student_topk_mass: Floats
+    student_topk_mass: Floats64
     """``[T]`` the student's mass on the teacher's alternatives; NaN without any."""
     region_gradient_norms: dict[str, float]
     """Norm of each region's own gradient, where asked for."""
@@ -261,7 +260,7 @@ def _alternatives(topk: RaggedTopk, student_logprobs: Tensor, tails: Tensor) -> 
 
 
 def _measure(
-    measured: dict[str, Floats], micro_batch: MicroBatch, output: TokenLogprobs, batch: TokenBatch
+    measured: dict[str, Floats64], micro_batch: MicroBatch, output: TokenLogprobs, batch: TokenBatch
 ) -> None:
     is_student = torch.from_numpy(micro_batch.is_student).to(output.targets.device)
     tokens = micro_batch.student_tokens

@@ -18,11 +18,10 @@ import numpy.typing as npt
 import torch
 
 from tropd.pipeline.training.rollout.rows import Row
+from tropd.storage.arrays import Floats32, Ints
 
 Packing = Literal["padded", "lines", "one line"]
 """One row per line; lines as long as the longest row, since a mask grows with its square; or all rows in one line."""
-Ints = npt.NDArray[np.int64]
-Floats32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

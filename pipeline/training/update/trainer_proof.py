@@ -14,6 +14,7 @@ from tropd.pipeline.models.runtime import autocast, evaluation_mode
 from tropd.pipeline.training.rollout.rows import Row, RowPlan
 from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
 from tropd.pipeline.training.update.student import StudentPass
+from tropd.storage.arrays import Floats32
 
 
 def prove_pass(
@@ -28,7 +29,7 @@ def prove_pass(
     name, rows = type(model).__name__, proof.few(sequences)
     rows.append(rows[1])  # the halves fit into one line
 
-    def scored(rows: proof.Rows, starts: Sequence[int]) -> list[proof.Floats]:
+    def scored(rows: proof.TokenRows, starts: Sequence[int]) -> list[Floats32]:
         with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
             written = [_row(list(row), start) for row, start in zip(rows, starts, strict=True)]
             # In one batch, whatever its size: they are few.
@@ -36,10 +37,10 @@ def prove_pass(
 
     with proof.refusing(name):
         plain = proof.plain_logprobs(model, precision, passes.split.limit)
-        proof.check_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
+        proof.require_equal_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
 
 
-def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[proof.Floats]:
+def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[Floats32]:
     """Log-probs of each row's student tokens, by the pass that trains, in micro-batches of ``budget`` tokens."""
     layout = Layout(rows, guided=False)
     found = np.zeros(int(layout.student_counts.sum()), dtype=np.float32)

@@ -18,7 +18,7 @@ from tropd.pipeline.config.recipe_files import recipe_names, recipe_text
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.demo import prepare
-from tropd.pipeline.objectives.objective import Mark, Spec, marks
+from tropd.pipeline.objectives.spec import FieldMark, Spec, field_marks
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
@@ -27,7 +27,7 @@ from tropd.pipeline.stages.evaluation import evaluate
 from tropd.pipeline.training import train_stage
 from tropd.storage.stage.fingerprint import Fingerprint, Scalar
 from tropd.storage.stage.manifest import Manifest, write_manifest
-from tropd.storage.workspace import Workspace
+from tropd.storage.workspace import EVALUATED, Workspace
 
 ENDS = (".weights", ".tokenizer", ".stop_ids", ".vocab_size", "distance_teacher", " as token ids")
 """Of names of fields whose values belong to the models of this test, or to the libraries that made them."""
@@ -236,7 +236,7 @@ def fields(run: Run) -> dict[str, Mapping[str, Scalar]]:
         "rollouts": prefixes.fingerprint(run, prefixes.student_source(run), NO_PROMPTS).fields,
         "scores": scores.fingerprint(run, source).fields,
         "train": train_stage.fingerprint(run, NO_PROMPTS).fields,
-        "eval": evaluate.fingerprint(run, final, evaluate.WHO, problems).fields,
+        "eval": evaluate.fingerprint(run, final, EVALUATED, problems).fields,
     }
 
 
@@ -272,7 +272,7 @@ def sections() -> dict[str, type[Spec]]:
 def test_marks_are_decisions() -> None:
     found = {}
     for section, kind in sections().items():
-        groups = tuple(tuple(n for n, m in marks(kind).items() if m is mark) for mark in Mark)
+        groups = tuple(tuple(n for n, m in field_marks(kind).items() if m is mark) for mark in FieldMark)
         if any(groups):
             found[section] = groups
     assert found == MARKED
@@ -291,13 +291,13 @@ SECTIONS = ("prefixes", "scores", "rollout", "train", "evaluation", "demo")
 """Sections that stages take whole, but for their marked fields."""
 
 
-def changed(run: Run, choose: Callable[[Mark | None], bool]) -> tuple[set[str], set[str]]:
+def changed(run: Run, choose: Callable[[FieldMark | None], bool]) -> tuple[set[str], set[str]]:
     """Fields that were given another value, chosen by their marks; and fingerprint fields that have another one then."""
     sections: dict[str, Spec] = {}
     chosen = set()
     for section in SECTIONS:
         old = getattr(run.config, section)
-        found = marks(type(old))
+        found = field_marks(type(old))
         names = [n for n in type(old).model_fields if choose(found.get(n))]
         sections[section] = old.model_copy(update={n: other(getattr(old, n)) for n in names})
         chosen |= {f"{section}.{n}" for n in names}
@@ -313,7 +313,7 @@ def changed(run: Run, choose: Callable[[Mark | None], bool]) -> tuple[set[str], 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_what_is_inert_changes_no_fingerprint(workspace: Workspace, models: Path) -> None:
     run = opened(recipe_text("demo"), workspace, models)
-    chosen, differ = changed(run, lambda mark: mark is Mark.INERT)
+    chosen, differ = changed(run, lambda mark: mark is FieldMark.INERT)
     assert "train.checkpoint_every" in chosen
     assert differ == set()
 

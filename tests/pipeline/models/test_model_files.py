@@ -15,7 +15,7 @@ from tropd.pipeline.models.loading import weights_digest
 from tropd.pipeline.models.model_files import (
     check_files,
     check_for_vllm,
-    listed,
+    first_names,
     read_tensors,
     tensor_shapes,
     weight_files,
@@ -119,5 +119,5 @@ def test_the_digest_is_of_all_that_could_be_read(folder: Path) -> None:
 
 
 def test_few_names_are_listed() -> None:
-    assert listed({"b", "a"}) == "a, b"
-    assert listed("edcba") == "a, b, c and 2 more"
+    assert first_names({"b", "a"}) == "a, b"
+    assert first_names("edcba") == "a, b, c and 2 more"

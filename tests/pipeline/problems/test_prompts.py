@@ -12,7 +12,7 @@ import pytest
 from tropd.pipeline.config.sections.data_settings import DataConfig
 from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
 from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
-from tropd.pipeline.problems.prompts import Prompt, Reject, listed, refuse, scan_prompts, write_rejects
+from tropd.pipeline.problems.prompts import Prompt, Reject, list_rejects, refuse, scan_prompts, write_rejects
 from tropd.storage.errors import DataError
 
 
@@ -73,7 +73,7 @@ def test_all_bad_lines_are_counted_and_the_first_ones_shown(tmp_path: Path) -> N
         read_prompts(path, DataConfig())
     assert str(caught.value).count("not valid JSON") == 1
     rejects = [Reject(n, f"reason {n}") for n in range(1, 14)]
-    assert listed(rejects, "row").splitlines()[-2:] == ["    row 10: reason 10", "    and 3 more"]
+    assert list_rejects(rejects, "row").splitlines()[-2:] == ["    row 10: reason 10", "    and 3 more"]
 
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:

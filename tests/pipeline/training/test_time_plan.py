@@ -8,7 +8,14 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.memory_plan import prompt_tokens
-from tropd.pipeline.training.time_plan import Amounts, Rates, duration, estimate, measure, seconds_of_stages
+from tropd.pipeline.training.time_plan import (
+    Amounts,
+    Rates,
+    estimate,
+    measure_rates,
+    rounded_duration,
+    seconds_of_stages,
+)
 
 RATES = Rates(100.0, 1000.0, 200.0, 500.0, (10, 20), stopped=True)
 
@@ -40,7 +47,7 @@ def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
 def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:
     prompts = prompt_tokens(tiny_run)
     assert len(prompts) == 10
-    rates = measure(tiny_run, prompts)
+    rates = measure_rates(tiny_run, prompts)
     # Teacher and student are the same model.
     assert rates.teacher_sampling == rates.student_sampling > 0
     assert rates.teacher_scoring == 3 * rates.student_training
@@ -52,4 +59,4 @@ def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:
 
 
 def test_durations_are_short() -> None:
-    assert [duration(s) for s in (0.123, 12.3, 250, 7200)] == ["0.12 s", "12 s", "4 min", "2.0 h"]
+    assert [rounded_duration(s) for s in (0.123, 12.3, 250, 7200)] == ["0.12 s", "12 s", "4 min", "2.0 h"]

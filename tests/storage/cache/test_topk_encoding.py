@@ -12,7 +12,14 @@ from storage_samples import distributions
 
 from tropd.storage.cache import topk_encoding
 from tropd.storage.cache.shard import TopK, prune
-from tropd.storage.cache.topk_encoding import FILL, LEVELS, MAX_RELATIVE_ERROR, Precision, decode, encode
+from tropd.storage.cache.topk_encoding import (
+    FILL,
+    LEVELS,
+    MAX_RELATIVE_ERROR,
+    Precision,
+    decode_topk,
+    encode_topk,
+)
 
 PRECISIONS: tuple[Precision, ...] = ("float16", "q8")
 cases = given(
@@ -31,7 +38,7 @@ def sample(tokens: int, k: int, mass: float, seed: int) -> tuple[TopK, np.ndarra
 
 
 def stored(data: TopK, precision: Precision) -> dict[str, np.ndarray]:
-    return encode(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
+    return encode_topk(data.counts, data.ids, data.logprobs, data.tail, data.teacher_logprobs, precision)
 
 
 def naive_decode(counts: np.ndarray, arrays: dict, precision: Precision) -> tuple[list[int], list[float]]:
@@ -66,7 +73,7 @@ def test_decode_matches_the_definition(tokens: int, k: int, mass: float, seed: i
     data, _ = sample(tokens, k, mass, seed)
     for precision in PRECISIONS:
         arrays = stored(data, precision)
-        decoded = decode(data.counts, arrays, precision)
+        decoded = decode_topk(data.counts, arrays, precision)
         ids, logprobs = naive_decode(data.counts, arrays, precision)
         assert decoded["ids"].tolist() == ids
         assert np.allclose(decoded["logprobs"].astype(float), logprobs, rtol=1e-3, atol=1e-7)
@@ -76,7 +83,7 @@ def test_decode_matches_the_definition(tokens: int, k: int, mass: float, seed: i
 @cases
 def test_float16_is_lossless(tokens: int, k: int, mass: float, seed: int) -> None:
     data, _ = sample(tokens, k, mass, seed)
-    decoded = decode(data.counts, stored(data, "float16"), "float16")
+    decoded = decode_topk(data.counts, stored(data, "float16"), "float16")
     for name, values in decoded.items():
         assert values.dtype == getattr(data, name).dtype
         assert np.array_equal(values, getattr(data, name)), name
@@ -86,7 +93,7 @@ def test_float16_is_lossless(tokens: int, k: int, mass: float, seed: int) -> Non
 @cases
 def test_q8_errors_stay_within_the_documented_bounds(tokens: int, k: int, mass: float, seed: int) -> None:
     data, full = sample(tokens, k, mass, seed)
-    decoded = decode(data.counts, stored(data, "q8"), "q8")
+    decoded = decode_topk(data.counts, stored(data, "q8"), "q8")
     student = distributions(np.random.default_rng(seed + 1), tokens)
     starts = np.concatenate([[0], np.cumsum(data.counts, dtype=np.int64)])
     for token in range(tokens):
@@ -121,7 +128,9 @@ def test_q8_levels_have_the_documented_relative_error() -> None:
     assert 0.0149 < MAX_RELATIVE_ERROR < 0.015
     magnitudes = np.linspace(0.0, 20.0, 20_001).astype(np.float16)
     one = np.ones(len(magnitudes), np.uint16)
-    codes = encode(one, np.zeros(len(one), np.int32), -magnitudes, one * 0.0, one * 0.0, "q8")["ceilings"]
+    codes = encode_topk(one, np.zeros(len(one), np.int32), -magnitudes, one * 0.0, one * 0.0, "q8")[
+        "ceilings"
+    ]
     levels = 0.01 * np.expm1(codes * math.log(2001.0) / 254)
     assert np.all(np.abs(levels - magnitudes) <= 0.0151 * magnitudes.astype(float) + 0.00016)
     assert codes.max() == LEVELS - 1
@@ -132,13 +141,13 @@ def test_fill_values_and_impossible_codes_are_refused(precision: Precision) -> N
     data, _ = sample(5, 8, 0.999, 1)
     arrays = stored(data, precision)
     with pytest.raises(ValueError, match="codes"):
-        decode(
+        decode_topk(
             data.counts,
             {**arrays, "codes": np.full_like(arrays["codes"], FILL["codes"][precision])},
             precision,
         )
     with pytest.raises(ValueError, match="32 bits"):
-        decode(
+        decode_topk(
             data.counts, {**arrays, "id_gaps": np.full_like(arrays["id_gaps"], FILL["id_gaps"])}, precision
         )
 
@@ -146,9 +155,9 @@ def test_fill_values_and_impossible_codes_are_refused(precision: Precision) -> N
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_more_tokens_than_one_sort_takes(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = sample(50, 8, 0.999, 2)
-    whole = decode(data.counts, stored(data, precision), precision)
+    whole = decode_topk(data.counts, stored(data, precision), precision)
     monkeypatch.setattr(topk_encoding, "BLOCK_TOKENS", 7)
-    parts = decode(data.counts, stored(data, precision), precision)
+    parts = decode_topk(data.counts, stored(data, precision), precision)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
 
@@ -158,5 +167,5 @@ def test_large_ids_survive() -> None:
     logprobs = np.array([-0.5, -1, -0.25, -2, -3], np.float16)
     tail = np.array([-3, 0, -4], np.float32)
     for precision in PRECISIONS:
-        decoded = decode(counts, encode(counts, ids, logprobs, tail, tail, precision), precision)
+        decoded = decode_topk(counts, encode_topk(counts, ids, logprobs, tail, tail, precision), precision)
         assert decoded["ids"].tolist() == ids.tolist()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tropd.pipeline.models.engines.base import Sampling
-from tropd.pipeline.models.engines.decoding import Choice
+from tropd.pipeline.models.engines.decoding import ChosenTokens
 from tropd.pipeline.models.engines.lean import lean_decoder
 from tropd.pipeline.models.loading import decoder_layers
 from tropd.storage.errors import ConfigError
@@ -82,7 +82,7 @@ def _is_checked(guards: Sequence[Any]) -> list[bool]:
 
 def _choose(
     key: str, sampling: Sampling, draws: Tensor, model: lean_decoder.LeanModel, *arguments: Any
-) -> Choice:
+) -> ChosenTokens:
     if not key:  # used values are compared at each call; an assertion would not be under `python -O`
         raise ValueError("a model without a key")
     return lean_decoder.choose(sampling, draws, model, *arguments)
@@ -94,23 +94,23 @@ def _compiled() -> Any:
     return torch.compile(_choose, options={**OPTIONS, "guard_filter_fn": _is_checked})
 
 
-def choose(
+def choose_compiled(
     sampling: Sampling,
     draws: Tensor,
     model: lean_decoder.LeanModel,
     angles: Tensor,
     ids: Tensor,
     *arguments: Any,
-) -> Choice:
+) -> ChosenTokens:
     """``lean_decoder.choose``, compiled by ``prepare``; not for a single row, nor for prompts of a single token."""
     cache = arguments[1]
     if len(ids) == 1 or cache[0].shape[3] == 1:
         return lean_decoder.choose(sampling, draws, model, angles, ids, *arguments)
-    choice: Choice = _compiled()(model.key, sampling, draws, model, angles, ids, *arguments)
+    choice: ChosenTokens = _compiled()(model.key, sampling, draws, model, angles, ids, *arguments)
     return choice
 
 
-def prepare(model: lean_decoder.LeanModel, sampling: Sampling) -> None:
+def compile_choice(model: lean_decoder.LeanModel, sampling: Sampling) -> None:
     """Compile a model's passes over prompts and over single tokens, in the mode that they will be used in."""
     decoder = lean_decoder.LeanDecoder(model, LENGTH + ROOM, sampling, _traced)
     draws = torch.zeros(ROWS + 1, dtype=torch.float64)
@@ -126,7 +126,7 @@ def _traced(
     angles: Tensor,
     ids: Tensor,
     *arguments: Any,
-) -> Choice:
+) -> ChosenTokens:
     """The first use, which says which sizes are symbols."""
     positions, cache, allowed = arguments
     new = [1] if ids.shape[1] > 1 else []
@@ -137,4 +137,4 @@ def _traced(
     torch._dynamo.mark_dynamic(allowed, [0, 3] + [2] * len(new))
     for layer in cache:
         torch._dynamo.mark_dynamic(layer, [1, 3])
-    return choose(sampling, draws, model, angles, ids, *arguments)
+    return choose_compiled(sampling, draws, model, angles, ids, *arguments)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from tropd.pipeline.models.engines.base import Sampling
-from tropd.pipeline.models.engines.decoding import Choice
+from tropd.pipeline.models.engines.decoding import ChosenTokens
 from tropd.pipeline.models.engines.decoding_any import FIRST_STEPS, left_pad
 from tropd.pipeline.models.engines.draw import sample_tokens
 
@@ -35,7 +35,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Differences to the model itself, as shares of its largest logit, that rounding explains."""
 
-Forward = Callable[..., Choice]
+Forward = Callable[..., ChosenTokens]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class LeanDecoder:
         """Bytes of the keys and values that it keeps."""
         return sum(layer.nbytes for layer in self._cache)
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> Choice:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.start``."""
         model = self._model
         ids, mask = left_pad(prompts, self._next.device)
@@ -172,7 +172,7 @@ class LeanDecoder:
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         return self._choose(ids, positions, _causal(mask), draws)
 
-    def step(self, draws: Tensor) -> Choice:
+    def step(self, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.step``."""
         self._length += 1
         if self._length == self._cache[0].shape[3]:
@@ -195,7 +195,7 @@ class LeanDecoder:
         self._allowed = None if self._allowed is None else self._allowed[keep]
         self._next, self._tokens = self._next[keep], self._tokens[keep]
 
-    def _choose(self, ids: Tensor, positions: Tensor, allowed: Tensor | None, draws: Tensor) -> Choice:
+    def _choose(self, ids: Tensor, positions: Tensor, allowed: Tensor | None, draws: Tensor) -> ChosenTokens:
         choice = self._forward(
             self._sampling, draws, self._model, self._angles, ids, positions, self._columns(), allowed
         )
@@ -214,7 +214,7 @@ def _doubled(cache: Tensor) -> Tensor:
     return larger
 
 
-def choose(sampling: Sampling, draws: Tensor, *arguments: Any) -> Choice:
+def choose(sampling: Sampling, draws: Tensor, *arguments: Any) -> ChosenTokens:
     """The rows' next tokens, drawn from ``next_logits`` of the other arguments."""
     return sample_tokens(next_logits(*arguments), draws, sampling)
 
@@ -329,7 +329,7 @@ def is_lean(model: Any) -> bool:
     positions = (mask.cumsum(-1) - 1).clamp_(min=0)
     found: list[Tensor] = []
 
-    def given(_sampling: Sampling, draws: Tensor, *arguments: Any) -> Choice:
+    def given(_sampling: Sampling, draws: Tensor, *arguments: Any) -> ChosenTokens:
         found.append(next_logits(*arguments))
         return ids[:, min(3 + len(found), 5)], draws, draws
 

@@ -22,7 +22,7 @@ from tropd.pipeline.experiments.demo.task import (
     write_chain,
 )
 from tropd.pipeline.experiments.demo.tiny_models import padded_batch, train_student
-from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, encode, make_tokenizer
+from tropd.pipeline.experiments.demo.tokenizer import EOS_ID, encode_text, make_tokenizer
 from tropd.pipeline.problems.grading.grading import extract, grade
 from tropd.storage.errors import ConfigError
 
@@ -95,8 +95,8 @@ def test_the_tokenizer_is_an_ordinary_one(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "6+4*7-4=6+4=0;0*7=0;0-4=6;#6"
-    assert tokenizer(text)["input_ids"] == encode(text)
-    assert tokenizer.decode([*encode(text), EOS_ID], skip_special_tokens=True) == text
+    assert tokenizer(text)["input_ids"] == encode_text(text)
+    assert tokenizer.decode([*encode_text(text), EOS_ID], skip_special_tokens=True) == text
     assert tokenizer.eos_token_id == EOS_ID
 
 
@@ -108,11 +108,11 @@ def test_the_loss_skips_prompts_padding_and_injected_digits() -> None:
     )
     prompt = len(problem.prompt)
     response = labels[0, prompt:].tolist()
-    expected = [-100 if bad else t for t, bad in zip(encode(chain.text), chain.injected, strict=True)]
+    expected = [-100 if bad else t for t, bad in zip(encode_text(chain.text), chain.injected, strict=True)]
     assert response == [*expected, EOS_ID]
     assert (labels[0, :prompt] == -100).all()
     assert labels[1, -1] == -100
-    assert ids[1, 4:].tolist()[: len("1+2=3;#3")] == encode("1+2=3;#3")
+    assert ids[1, 4:].tolist()[: len("1+2=3;#3")] == encode_text("1+2=3;#3")
 
 
 @settings(max_examples=2, deadline=None)

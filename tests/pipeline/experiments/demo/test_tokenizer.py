@@ -13,7 +13,7 @@ from tropd.pipeline.experiments.demo.tokenizer import (
     CHARACTERS,
     EOS_ID,
     PAD_ID,
-    encode,
+    encode_text,
     make_tokenizer,
     vocabulary,
 )
@@ -34,7 +34,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @given(text=st.text(CHARACTERS, min_size=1, max_size=60))
 def test_text_to_ids_and_back(reloaded: Any, text: str) -> None:
     ids = reloaded(text)["input_ids"]
-    assert ids == encode(text) == make_tokenizer()(text)["input_ids"]
+    assert ids == encode_text(text) == make_tokenizer()(text)["input_ids"]
     assert reloaded.decode(ids) == text
     assert reloaded.decode([*ids, EOS_ID, PAD_ID], skip_special_tokens=True) == text
 

@@ -10,7 +10,7 @@ from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.experiments.doctor.differences import (
     NamedLogprobs,
     advice,
-    compare,
+    difference,
     false_outliers,
     meaning,
 )
@@ -21,7 +21,7 @@ def part(*logprobs: float, precision: torch.dtype = torch.float32) -> NamedLogpr
 
 
 def test_figures_are_those_of_absolute_differences() -> None:
-    found = compare(part(-1.0, -2.0, -3.0, -4.5), part(-1.0, -2.5, -2.75, -4.5))
+    found = difference(part(-1.0, -2.0, -3.0, -4.5), part(-1.0, -2.5, -2.75, -4.5))
     assert found.mean == pytest.approx(0.75 / 4)
     assert found.largest == pytest.approx(0.5)
     assert found.p99 == pytest.approx(np.quantile([0, 0.5, 0.25, 0], 0.99))
@@ -33,24 +33,26 @@ def test_figures_are_those_of_absolute_differences() -> None:
 
 def test_the_coarser_part_decides_what_is_allowed() -> None:
     low = part(-1.0, -8.0, precision=torch.bfloat16)
-    assert compare(part(-1.04, -8.05), low).sound
-    assert not compare(part(-1.04, -8.05), part(-1.0, -8.0)).sound
-    assert not compare(part(-1.06, -8.05), low).sound  # on average more
-    assert compare(part(-1.06, -8.05), low, mean_limit=0.1).sound
+    assert difference(part(-1.04, -8.05), low).sound
+    assert not difference(part(-1.04, -8.05), part(-1.0, -8.0)).sound
+    assert not difference(part(-1.06, -8.05), low).sound  # on average more
+    assert difference(part(-1.06, -8.05), low, mean_limit=0.1).sound
     # One token, by a share of its log-prob.
     many = np.full(200, -8.0, dtype=np.float32)
     moved = np.where(np.arange(200) == 7, -8.0 * 1.25, many).astype(np.float32)
-    assert compare(NamedLogprobs("a", torch.bfloat16, moved), NamedLogprobs("b", torch.bfloat16, many)).sound
-    assert not compare(
+    assert difference(
+        NamedLogprobs("a", torch.bfloat16, moved), NamedLogprobs("b", torch.bfloat16, many)
+    ).sound
+    assert not difference(
         NamedLogprobs("a", torch.bfloat16, moved * 1.1), NamedLogprobs("b", torch.bfloat16, many)
     ).sound
 
 
 def test_tokens_without_a_finite_logprob_are_no_rounding() -> None:
-    found = compare(part(-1.0, np.nan), part(-1.0, -1.0))
+    found = difference(part(-1.0, np.nan), part(-1.0, -1.0))
     assert (found.mean, found.beyond, found.sound) == (0.0, 1, False)
-    assert compare(part(-1.0, -np.inf), part(-1.0, -np.inf)).sound
-    none = compare(part(np.nan), part(-1.0))
+    assert difference(part(-1.0, -np.inf), part(-1.0, -np.inf)).sound
+    none = difference(part(np.nan), part(-1.0))
     assert (none.mean, none.largest, none.sound) == (None, None, False)
     assert "mean none" in advice([none])[0]
 

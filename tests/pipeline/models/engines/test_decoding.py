@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tropd.pipeline.models.engines import decoding
 from tropd.pipeline.models.engines.base import Sampling
-from tropd.pipeline.models.engines.decoding import Choice, decode, few_moved
+from tropd.pipeline.models.engines.decoding import ChosenTokens, decode, few_moved
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 
 LONGEST = 24
@@ -108,11 +108,11 @@ class Counting:
         self.sizes: list[int] = []
         self._rows = torch.zeros(0, dtype=torch.long)
 
-    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: torch.Tensor) -> Choice:
+    def start(self, prompts: Sequence[Sequence[int]], room: int, draws: torch.Tensor) -> ChosenTokens:
         self._rows = torch.tensor([prompt[0] for prompt in prompts])
         return self.step(draws)
 
-    def step(self, draws: torch.Tensor) -> Choice:
+    def step(self, draws: torch.Tensor) -> ChosenTokens:
         assert draws.shape == self._rows.shape
         self.sizes.append(len(draws))
         return self._rows, draws.float(), draws.float()

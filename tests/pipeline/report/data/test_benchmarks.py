@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.report.data.benchmarks import BenchmarkRow, Cell, benchmark_rows
+from tropd.pipeline.report.data.benchmarks import BenchmarkCell, BenchmarkRow, benchmark_rows
 from tropd.pipeline.report.data.facts import Evaluation, Report, StageReport
 
 
@@ -55,20 +55,20 @@ def test_averages_passes_and_metrics_of_the_harness_are_rows() -> None:
             "AIME24",
             "avg@32",
             {
-                "before": Cell("30.0\u00a0%", "20.0\u00a0% to 40.0\u00a0%"),
-                "after": Cell("40.0\u00a0%", "30.0\u00a0% to 50.0\u00a0%"),
+                "before": BenchmarkCell("30.0\u00a0%", "20.0\u00a0% to 40.0\u00a0%"),
+                "after": BenchmarkCell("40.0\u00a0%", "30.0\u00a0% to 50.0\u00a0%"),
             },
         ),
         BenchmarkRow(
             "AIME24",
             "pass@8",
             {
-                "before": Cell("50.0\u00a0%", "40.0\u00a0% to 60.0\u00a0%"),
-                "after": Cell("60.0\u00a0%", "50.0\u00a0% to 70.0\u00a0%"),
+                "before": BenchmarkCell("50.0\u00a0%", "40.0\u00a0% to 60.0\u00a0%"),
+                "after": BenchmarkCell("60.0\u00a0%", "50.0\u00a0% to 70.0\u00a0%"),
             },
         ),
-        BenchmarkRow("IFEval", "acc", {"after": Cell("25.0\u00a0%", "± 5.0\u00a0%")}),
-        BenchmarkRow("Chess", "elo", {"teacher": Cell("1712", "")}),
+        BenchmarkRow("IFEval", "acc", {"after": BenchmarkCell("25.0\u00a0%", "± 5.0\u00a0%")}),
+        BenchmarkRow("Chess", "elo", {"teacher": BenchmarkCell("1712", "")}),
     ]
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tropd.pipeline.report.data.training_metrics import Row, read_metrics, summarize_training
+from tropd.pipeline.report.data.training_metrics import MetricsRow, read_metrics, summarize_training
 
 
-def summarize(rows: list[Row], stage_seconds: float | None = None) -> dict[str, object]:
+def summarize(rows: list[MetricsRow], stage_seconds: float | None = None) -> dict[str, object]:
     training = summarize_training(rows, planned_steps=10, stage_seconds=stage_seconds)
     assert training is not None
     return training.model_dump()
@@ -57,7 +57,7 @@ def test_sums_are_null_when_unknown_and_exact_otherwise() -> None:
 
 
 def test_region_fractions_are_weighted_by_tokens() -> None:
-    rows: list[Row] = [
+    rows: list[MetricsRow] = [
         {"step": 0, "tokens_on_policy": 10, "tokens_guidance": 90, "region_fraction_trust": 0.1},
         {"step": 1, "tokens_on_policy": 300, "tokens_guidance": 0, "region_fraction_trust": 0.9},
     ]
@@ -74,6 +74,6 @@ def test_an_evaluation_alone_is_not_a_step_but_is_in_the_curve() -> None:
 
 
 def test_time_beyond_the_steps_is_other() -> None:
-    rows: list[Row] = [{"step": 0, "time_rollout": 1.0, "time_train": 2.0, "time_total": 3.5}]
+    rows: list[MetricsRow] = [{"step": 0, "time_rollout": 1.0, "time_train": 2.0, "time_total": 3.5}]
     assert summarize(rows)["seconds"] == {"rollout": 1.0, "train": 2.0, "other": pytest.approx(0.5)}
     assert summarize(rows, stage_seconds=10.0)["seconds"] == {"rollout": 1.0, "train": 2.0, "other": 7.0}

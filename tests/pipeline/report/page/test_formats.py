@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tropd.pipeline.report.page.formats import duration, human_bytes, points, visible
+from tropd.pipeline.report.page.formats import duration, human_bytes, points, show_controls
 
 
 def test_numbers_for_people() -> None:
@@ -27,4 +27,4 @@ def test_numbers_for_people() -> None:
 
 
 def test_control_characters_are_shown() -> None:
-    assert visible("a\x00\x1b[31m\r\n\tb\rc\x7f") == "a␀␛[31m\n\tb\nc␡"
+    assert show_controls("a\x00\x1b[31m\r\n\tb\rc\x7f") == "a␀␛[31m\n\tb\nc␡"

@@ -23,7 +23,7 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.run.opening import load_role
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.run.selection import spread
+from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.stages.evaluation import evaluate as evaluation
 from tropd.pipeline.stages.evaluation import measuring
 from tropd.pipeline.stages.evaluation.distance import TokenDistances
@@ -254,7 +254,7 @@ def test_other_prompts_or_teachers_are_refused(run: Run, tiny_models: Path, teac
 
 
 def test_without_prompts_there_is_no_distance(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "measure", None)
+    monkeypatch.setattr(evaluation, "measure_distances", None)
     off = with_config(run, "distance_prompts = 4", "distance_prompts = 0")
     assert "distance" not in evaluate(off, whom=("before",)).summary
 
@@ -271,9 +271,9 @@ def test_a_teacher_in_another_engine_is_asked(run: Run, monkeypatch: pytest.Monk
 
 
 def test_prompts_are_spread_over_the_file() -> None:
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 64) == [0, 1, 2]
-    assert spread(0, 5) == spread(5, 0) == []
+    assert evenly(10, 4) == [0, 2, 5, 7]
+    assert evenly(3, 64) == [0, 1, 2]
+    assert evenly(0, 5) == evenly(5, 0) == []
 
 
 def test_a_teacher_that_is_only_a_service_is_asked(run: Run, tmp_path: Path) -> None:

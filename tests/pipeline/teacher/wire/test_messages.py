@@ -280,9 +280,9 @@ def test_compression_that_only_old_metadata_declare_does_not_get_around_the_limi
     metadata = messages.read_next_message().metadata.to_pybytes()
     # Take the field that declares the compression out of the record batch's table.
     header = arrow_stream.required(
-        arrow_stream.field(memoryview(metadata), arrow_stream.follow(memoryview(metadata), 0), 2)
+        arrow_stream.field(memoryview(metadata), arrow_stream.follow_offset(memoryview(metadata), 0), 2)
     )
-    batch = arrow_stream.follow(memoryview(metadata), header)
+    batch = arrow_stream.follow_offset(memoryview(metadata), header)
     vtable = batch - struct.unpack_from("<i", metadata, batch)[0]
     struct.pack_into("<H", bomb, bytes(bomb).index(metadata) + vtable + 4 + 2 * 3, 0)
     assert len(pa.ipc.open_stream(bytes(bomb)).read_all()["tokens"][0]) == 1_000_000  # Arrow unfolds it

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tropd.pipeline.experiments.demo.tokenizer import encode, make_tokenizer
+from tropd.pipeline.experiments.demo.tokenizer import encode_text, make_tokenizer
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.problems.prompts import Prompt
@@ -58,9 +58,9 @@ def make_inputs(rows: list[Row], teacher: list[float], topk: RaggedTopk | None =
 
 def make_row(index: int, prefix: str, tokens: str, logprob: float = -1.0) -> Row:
     plan = RowPlan(
-        index, index, encode("1+1="), encode(prefix), 0 if prefix else None, not tokens, seed=index
+        index, index, encode_text("1+1="), encode_text(prefix), 0 if prefix else None, not tokens, seed=index
     )
-    return Row(plan, encode(tokens), [logprob] * len(tokens), truncated=index == 2)
+    return Row(plan, encode_text(tokens), [logprob] * len(tokens), truncated=index == 2)
 
 
 @given(total=st.integers(0, 5000))
@@ -94,7 +94,7 @@ def test_numbers_stand_at_their_tokens() -> None:
     rows = [make_row(0, "12", "345"), make_row(1, "67", ""), make_row(2, "", "89", logprob=LOG(0.5))]
     teacher = [-1.0, -3.0, -0.5, -math.inf, LOG(0.25)]
     # Token 1 (row 0) has three alternatives, given out of order; token 4 (row 2) has one.
-    ids = np.array(encode("123") + encode("7"))
+    ids = np.array(encode_text("123") + encode_text("7"))
     topk = RaggedTopk(
         np.array([1, 4]),
         np.array([3, 1]),
@@ -128,7 +128,7 @@ def test_long_responses_are_cut_and_many_rows_thinned_out() -> None:
     wide = RaggedTopk(
         np.arange(count),
         np.full(count, 9),
-        np.tile(np.array(encode("012345678")), count),
+        np.tile(np.array(encode_text("012345678")), count),
         np.tile(np.log(np.full(9, 0.1, dtype=np.float32)), count),
         np.zeros(count, dtype=np.float32),
     )

@@ -8,11 +8,11 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tropd.pipeline.training.record.step_metrics import BOARD, MetricsLog
-from tropd.storage.formats.step_log import Record, read_log
+from tropd.storage.formats.step_log import StepRecord, read_log
 from tropd.storage.workspace import METRICS
 
 
-def record(step: int, session: int) -> Record:
+def record(step: int, session: int) -> StepRecord:
     return {
         "step": step,
         "loss": step / 4,
