@@ -32,7 +32,7 @@ def list_objectives() -> list[ObjectiveEntry]:
 def describe_needs(needs: TeacherNeeds) -> str:
     """Teacher needs in words."""
     parts = []
-    if needs.sampled:
+    if needs.token_logprobs:
         parts.append("log-prob of each student token")
     if needs.topk != "none":
         where = "outliers" if needs.topk == "outliers" else "every student token"

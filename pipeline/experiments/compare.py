@@ -65,7 +65,7 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     with ExitStack() as stack:
         url = None  # of the service that is started here; another is in the cells' configurations
         if not run.config.teacher.urls and any(
-            teacher_needs(s).sampled and s.rollouts == "student" for s in specs
+            teacher_needs(s).token_logprobs and s.rollouts == "student" for s in specs
         ):
             engine = (
                 ('teacher.scoring_engine="transformers"',)

@@ -24,7 +24,7 @@ TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
 class TeacherNeeds:
     """An objective's demands on the teacher for the student's tokens; nothing else is fetched."""
 
-    sampled: bool
+    token_logprobs: bool
     """The teacher's log-prob of each student token."""
     topk: Literal["none", "outliers", "all"]
     """On which student tokens alternatives are needed."""
@@ -40,7 +40,7 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     """Derive the needs from the parts of an objective."""
     cached_topk = objective.guidance.loss.estimator == "topk_fkl"
     if objective.rollouts == "teacher":
-        return TeacherNeeds(sampled=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
+        return TeacherNeeds(token_logprobs=False, topk="none", k=0, entropy=False, cached_topk=cached_topk)
     rule = objective.partition.rule
     outliers = rule != "all" and needs_topk(objective.outlier.loss)
     everywhere = (
@@ -50,7 +50,7 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     )
     topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
     return TeacherNeeds(
-        sampled=True,
+        token_logprobs=True,
         topk=topk,
         k=0 if topk == "none" else objective.k,
         entropy=bool(entropy_part(objective)),

@@ -70,7 +70,7 @@ def open_session(
     held_out = None
     if inputs.problems is not None and config.evaluation.distance_prompts:
         held_out = world.tell(read_held_out(run, inputs.problems) if world.leads else None)
-    asks = needs.sampled and objective.rollouts != "stored"
+    asks = needs.token_logprobs and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.scorer, config.student.engine)
     started = start_teachers(run, stack) if asks and at_once and world.leads else {}

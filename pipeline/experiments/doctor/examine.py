@@ -109,7 +109,7 @@ def examine(run: Run, *, prompts: int, tokens: int) -> Examination:
         difference(as_teacher, answers.sampler, _mean_limit(run, "student", "teacher")),
     ]
     outlier = None
-    if needs.sampled and config.objective.rollouts != "stored":
+    if needs.token_logprobs and config.objective.rollouts != "stored":
         answered = _ask_service(run, answers)
         outlier = draw_regions(config.objective, rows, answered).outlier
         here = _scored_here(run, answers)
