@@ -224,6 +224,15 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
 
 def _problem_conflicts(config: Config) -> Iterator[str]:
     data, demo = config.data, config.demo
+    if data.system is not None and not data.chat:
+        yield "data.system is a message for the chat template, and data.chat is false: set data.chat = true"
+    for role in ("student", "teacher"):
+        for field in ("chat_template_args", "chat_template_file"):
+            if getattr(getattr(config, role), field) and not data.chat:
+                yield (
+                    f"{role}.{field} is for the chat template, and data.chat is false: set data.chat = true, or leave "
+                    f"{role}.{field} out"
+                )
     if config.prefixes.keep == "correct" and not data.answer_field:
         yield (
             "prefixes.keep = 'correct' needs answers, and data.answer_field is empty: set data.answer_field, or "

@@ -14,6 +14,8 @@ MAX_SHOWN_DIFFERENCES = 5
 MAX_SHOWN_CHARACTERS = 120
 DEFAULT = "default"
 CHAT_TEMPLATE = "chat template"
+PLACE = "a response"
+"""Text whose place in a conversation is looked for."""
 END = "end of sequence"
 """The part that decides where responses stop, not what ids mean: see ``stops``."""
 
@@ -56,22 +58,17 @@ def differing_parts(ours: Mapping[str, str], theirs: Mapping[str, str], *, chat:
     ]
 
 
-def check_tokenizers(student: Any, teacher: Any, *, chat: bool = False) -> None:
+def check_tokenizers(student: Any, teacher: Any) -> None:
     """Refuse a pair whose token ids do not mean the same.
 
     Output layers padded to different sizes are fine; only the tokenizers' content is compared.
-
-    Args:
-        chat: whether prompts are written with the chat template, so that it must agree too.
+    Chat templates are compared by the prompts that they write (see ``same_prompts``).
 
     Raises:
-        ConfigError: with the first differences of each part; or named templates without a default one.
+        ConfigError: with the first differences of each part.
     """
-    if chat:
-        for tokenizer in (student, teacher):
-            chat_template(tokenizer)
     ours, theirs = tokenizer_identity(student), tokenizer_identity(teacher)
-    names = differing_parts(ours.parts, theirs.parts, chat=chat)
+    names = differing_parts(ours.parts, theirs.parts, chat=False)
     if not names:
         return
     mine, other = _content(student), _content(teacher)
@@ -84,14 +81,8 @@ def check_tokenizers(student: Any, teacher: Any, *, chat: bool = False) -> None:
     raise ConfigError(
         f"student and teacher have different tokenizers ({ours.vocab_size} and {theirs.vocab_size} tokens):\n"
         f"    {shown}",
-        hint=_hint(names),
+        hint="distillation by log-probs needs models that share a tokenizer",
     )
-
-
-def _hint(names: list[str]) -> str:
-    if names == [CHAT_TEMPLATE]:
-        return "give the student the teacher's chat_template, or set data.chat = false"
-    return "distillation by log-probs needs models that share a tokenizer"
 
 
 def _content(tokenizer: Any) -> dict[str, Any]:
@@ -127,6 +118,17 @@ def chat_template(tokenizer: Any) -> str | None:
             hint="copy the one to use to chat_template.jinja in the model's directory, or set data.chat = false",
         )
     return templates.get(DEFAULT)
+
+
+def has_response_place(tokenizer: Any, template_args: Mapping[str, Any] = {}) -> bool:
+    """True if the chat template writes what the assistant says, so that a response has its place."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": PLACE}]
+    try:
+        return PLACE in tokenizer.apply_chat_template(turns, tokenize=False, **template_args)
+    except (
+        Exception
+    ):  # a template is a foreign program; one that takes no such conversation says so of each prompt
+        return True
 
 
 def _templates(tokenizer: Any) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tropd.storage.formats.record_fields import MAX_TEXT, printable
 
+ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """``role`` and ``content``, and further fields that the chat template of the model reads (``name``, ``tool_calls``)."""
 
@@ -55,6 +56,13 @@ def in_template(messages: Sequence[Message], template: str) -> tuple[Message, ..
     )
 
 
+def with_system(messages: Sequence[Message], system: str) -> tuple[Message, ...]:
+    """The messages after this system message, where they have none of their own."""
+    if any(message["role"] == "system" for message in messages):
+        return tuple(messages)
+    return ({"role": "system", "content": system}, *messages)
+
+
 def as_text(messages: Sequence[Message]) -> str:
     """Messages as text to be shown: that of a single turn of the user as it is, others with their roles."""
     if [message["role"] for message in messages] == ["user"]:
@@ -71,6 +79,10 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     role = message["role"]
     if not isinstance(role, str) or not role:
         raise ValueError(f"has no role in message {number}")
+    if role not in ROLES:
+        raise ValueError(
+            f"has the unknown role {printable(role)!r} in message {number} (roles: {', '.join(ROLES)})"
+        )
     kept = {name: value for name, value in message.items() if value is not None}
     return kept | {"content": _content(number, message.get("content"))}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from transformers.utils import chat_template_utils
 
-from tropd.pipeline.models.tokenizers import chat_template
+from tropd.pipeline.models.tokenizers import chat_template, has_response_place
 from tropd.pipeline.problems.prompts import Prompt, Reject
 from tropd.storage.errors import ConfigError, DataError
 
@@ -59,6 +59,7 @@ def encode_prompts(
     tokenizer: Any,
     *,
     chat: bool,
+    template_args: Mapping[str, Any] = {},
     max_length: int,
     limit: int | None = None,
     date: datetime.date | None = None,
@@ -70,23 +71,35 @@ def encode_prompts(
 
     Args:
         chat: each is a conversation in the chat template (of several named ones, ``default``).
+        template_args: further arguments of the template.
         max_length: tokens; longer prompts are rejected.
         date: that of the template; if not given, that of this machine.
 
     Raises:
         DataError: ``chat`` without a chat template.
-        ConfigError: a template that is none, or one prompt is encoded in different ways.
+        ConfigError: a template that is none, or leaves out the assistant's turns; or one prompt is encoded in different
+            ways.
     """
     if chat and not chat_template(tokenizer):
-        raise DataError("data.chat is true, but the tokenizer has no chat template")
+        raise DataError(
+            "data.chat is true, but the tokenizer has no chat template",
+            hint="name one for that model (student.chat_template_file, teacher.chat_template_file), or set data.chat = "
+            "false",
+        )
+    if chat and _has_answers(prompts) and not has_response_place(tokenizer, template_args):
+        raise ConfigError(
+            "prompts have earlier turns of the assistant, which the chat template leaves out: it has no place for a "
+            "response",
+            hint="take a model's own chat template, or name another file (chat_template_file)",
+        )
     kept: list[EncodedPrompt] = []
     rejects: list[Reject] = []
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ended = begun_twice = False
     date = date or today()
     with _clock(date) as clock:
-        encode = _chat_encoder(tokenizer) if chat else _text_encoder(tokenizer)
-        appends_end = _appends_end(prompts, tokenizer, encode, chat)
+        encode = _chat_encoder(tokenizer, template_args) if chat else _text_encoder(tokenizer)
+        appends_end = _appends_end(prompts, tokenizer, encode, template_args if chat else None)
         for prompt, tokens in _one_by_one(prompts, encode):
             if limit is not None and len(kept) == limit:
                 break
@@ -141,10 +154,12 @@ def _text_encoder(tokenizer: Any) -> _Encoder:
     return lambda prompts: tokenizer([prompt.text for prompt in prompts])["input_ids"]
 
 
-def _chat_encoder(tokenizer: Any) -> _Encoder:
+def _chat_encoder(tokenizer: Any, template_args: Mapping[str, Any]) -> _Encoder:
     def encode(prompts: Sequence[Prompt]) -> list[list[int]]:
         turns = [list(prompt.turns) for prompt in prompts]
-        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        found = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False, **template_args
+        )
         return [[int(token) for token in tokens] for tokens in found]
 
     return encode
@@ -178,7 +193,9 @@ def _one_by_one(prompts: Sequence[Prompt], encode: _Encoder) -> Iterator[tuple[P
     yield from zip(part, _encoded(part, encode) if part else [], strict=True)
 
 
-def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, chat: bool) -> bool:
+def _appends_end(
+    prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, template_args: Mapping[str, Any] | None
+) -> bool:
     """True if the tokenizer appends the token that ends a sequence: tried on the shortest prompt that can be encoded,
     which is encoded several times.
 
@@ -196,8 +213,12 @@ def _appends_end(prompts: Sequence[Prompt], tokenizer: Any, encode: _Encoder, ch
                 hint="take it out of the model's chat_template.jinja (|random, lipsum) or tokenizer.json (dropout); each "
                 "stage has to read the same prompts",
             )
-        return _ends(tokens, tokenizer.eos_token_id) > _ends_written(prompt, tokenizer, chat)
+        return _ends(tokens, tokenizer.eos_token_id) > _ends_written(prompt, tokenizer, template_args)
     return False
+
+
+def _has_answers(prompts: Sequence[Prompt]) -> bool:
+    return any(turn["role"] == "assistant" for prompt in prompts for turn in prompt.messages)
 
 
 def _ends(tokens: Sequence[int], end: int) -> int:
@@ -205,11 +226,13 @@ def _ends(tokens: Sequence[int], end: int) -> int:
     return next((n for n, token in enumerate(reversed(tokens)) if token != end), len(tokens))
 
 
-def _ends_written(prompt: Prompt, tokenizer: Any, chat: bool) -> int:
+def _ends_written(prompt: Prompt, tokenizer: Any, template_args: Mapping[str, Any] | None) -> int:
     """The same of a text, or of the chat template's output for it, before the tokenizer adds anything."""
-    if not chat:
+    if template_args is None:
         return _ends(tokenizer(prompt.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    text = tokenizer.apply_chat_template(list(prompt.turns), add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        list(prompt.turns), add_generation_prompt=True, tokenize=False, **template_args
+    )
     end = str(tokenizer.eos_token)
     return (len(text) - len(text.removesuffix(end))) // len(end)
 

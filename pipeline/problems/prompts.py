@@ -21,6 +21,7 @@ from tropd.pipeline.problems.chat_messages import (
     is_messages,
     last_user_turn,
     read_messages,
+    with_system,
 )
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import DataError
@@ -28,6 +29,8 @@ from tropd.storage.formats.record_fields import field_names, field_text, value_a
 from tropd.storage.formats.records import read_records, record_unit
 
 MAX_SHOWN = 10
+PROMPT, MESSAGES = "prompt", "messages"
+"""Default field of the prompt, and the field that may hold a conversation where that one is missing."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,8 @@ def prompt_text(
         ValueError: it is missing, or something else.
     """
     value = value_at(record, path)
+    if value is None and path == PROMPT and is_messages(record.get(MESSAGES)):
+        path, value = MESSAGES, record[MESSAGES]
     if is_messages(value):
         if not chat:
             example = f"{path}.{last_user_turn(value)}.content"
@@ -203,7 +208,8 @@ def answer_text(record: Mapping[str, Any], path: str, setting: str) -> str:
 def _nothing(record: Mapping[str, Any], path: str, setting: str) -> ValueError:
     if path in record:
         return ValueError(f"field {path!r} is null")
-    return ValueError(f"no field {path!r} (fields: {field_names(record)}; see {setting})")
+    other = f" or {MESSAGES!r}" if path == PROMPT else ""
+    return ValueError(f"no field {path!r}{other} (fields: {field_names(record)}; see {setting})")
 
 
 def short(text: str) -> str:
@@ -216,6 +222,9 @@ def _prompt(
 ) -> Prompt:
     text, messages = prompt_text(record, config.prompt_field, "data.prompt_field", chat=config.chat)
     messages = in_template(messages, config.template) if messages else ()
+    asked = as_text(messages) if messages else config.template.replace("{prompt}", text)
+    if config.system is not None:
+        messages = with_system(messages or ({"role": "user", "content": asked},), config.system)
     name = field_text(record, config.id_field, "data.id_field")
     try:
         answer: str | None = answer_text(record, config.answer_field, "data.answer_field")
@@ -226,7 +235,7 @@ def _prompt(
         answer = None
     return Prompt(
         id=str(number) if name is None else name,
-        text=as_text(messages) if messages else config.template.replace("{prompt}", text),
+        text=asked,
         answer=answer,
         domain=field_text(record, config.domain_field, "data.domain_field") or "",
         line=number,

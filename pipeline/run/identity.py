@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from tropd.pipeline.models.model_files import GENERATION_CONFIG
 from tropd.pipeline.models.tokenizers import CHAT_TEMPLATE
 from tropd.pipeline.problems.encoding import Encoded, token_digest
+from tropd.pipeline.run.opening import template_file
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import content_digest
 from tropd.storage.stage.fingerprint import Fingerprint
@@ -67,6 +68,17 @@ def token_fields(encoded: Encoded, name: str) -> dict[str, Scalar]:
     fields: dict[str, Scalar] = {f"{name}{AS_TOKENS}": token_digest(encoded.prompts)}
     if encoded.date is not None:
         fields["data.template_date"] = encoded.date.isoformat()
+    return fields
+
+
+def template_fields(run: Run, role: str) -> dict[str, Scalar]:
+    """Fingerprint fields of a role's chat template: none where it is its tokenizer's own, without arguments."""
+    settings: ModelConfig = getattr(run.config, role)
+    fields: dict[str, Scalar] = {}
+    if settings.chat_template_args:
+        fields[f"{role}.chat_template_args"] = json.dumps(settings.chat_template_args, sort_keys=True)
+    if (path := template_file(run, role)) is not None:
+        fields[f"{role}.chat_template_file"] = content_digest(path)
     return fields
 
 

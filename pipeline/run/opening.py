@@ -25,11 +25,12 @@ from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.models.model_files import check_for_vllm
 from tropd.pipeline.models.runtime import configure_runtime
 from tropd.pipeline.models.stops import differing_stops, stop_ids
-from tropd.pipeline.models.tokenizers import check_tokenizers, num_tokens
+from tropd.pipeline.models.tokenizers import check_tokenizers, has_response_place, num_tokens
 
 if TYPE_CHECKING:
     from tropd.pipeline.models.engines.vllm import VllmEngine
 from tropd.pipeline.run.run import Run
+from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
     settings: ModelConfig = getattr(run.config, role)
     device = configure_runtime(run.config.runtime)
     folder = folder or model_directory(run.workspace, settings, role)
-    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    tokenizer = role_tokenizer(run, role, folder)
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     with loading(run, role, folder):
         model = load_model(
@@ -131,11 +132,46 @@ def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: b
         )
 
 
-def role_tokenizer(run: Run, role: str) -> Any:
-    """The tokenizer of a role without its weights."""
+def role_tokenizer(run: Run, role: str, folder: Path | None = None) -> Any:
+    """The tokenizer of a role without its weights, with the chat template that its settings name.
+
+    Args:
+        folder: another directory than the role's own, with its settings.
+
+    Raises:
+        ConfigError: no tokenizer, or no template is there.
+    """
     settings: ModelConfig = getattr(run.config, role)
-    folder = model_directory(run.workspace, settings, role)
-    return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    folder = folder or model_directory(run.workspace, settings, role)
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    if (path := template_file(run, role)) is not None:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        if not has_response_place(tokenizer, settings.chat_template_args):
+            raise ConfigError(
+                f"{role}.chat_template_file: {path} has no place for a response: it leaves out what the assistant says",
+                hint="write every message, and with add_generation_prompt the beginning of the assistant's",
+            )
+    return tokenizer
+
+
+def template_file(run: Run, role: str) -> Path | None:
+    """The file of a role's chat template; None where it is its tokenizer's own.
+
+    Raises:
+        ConfigError: it is not there, or not text.
+    """
+    settings: ModelConfig = getattr(run.config, role)
+    if settings.chat_template_file is None:
+        return None
+    path = run.workspace.resolve(settings.chat_template_file)
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise ConfigError(
+            f"{role}.chat_template_file: {path} {reason}", hint="name a file with a chat template in Jinja"
+        ) from error
+    return path
 
 
 def role_room(run: Run, role: str) -> int:
@@ -169,6 +205,6 @@ def check_pair(run: Run) -> None:
     Where they end their responses differently, this is said.
     """
     student = role_tokenizer(run, "student")
-    check_tokenizers(student, role_tokenizer(run, "teacher"), chat=run.config.data.chat)
+    check_tokenizers(student, role_tokenizer(run, "teacher"))
     if (difference := differing_stops(run.workspace, run.config, student)) is not None:
         run.reporter.warning(difference)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tropd.pipeline.config.sections.data_settings import DataConfig
+from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.problems.decontaminate import find_overlaps
 from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.problems.prompts import refuse, scan_prompts, write_rejects
-from tropd.pipeline.run.identity import section_fields
+from tropd.pipeline.run.identity import section_fields, template_fields
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import content_digest, write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
@@ -24,10 +25,17 @@ def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
     """The training prompts with their token ids; each leaves room for a response in ``max_length``."""
     data = run.config.data
     room = _room(max_length, run.config.rollout.max_tokens)
-    need_answer = run.config.prefixes.keep == "correct"
-    left_out = _contaminated(run)
     return _usable_prompts(
-        run, data, _data_file(run, "prompts"), "prompts", tokenizer, room, data.limit, need_answer, left_out
+        run,
+        data,
+        _data_file(run, "prompts"),
+        "prompts",
+        tokenizer,
+        room,
+        data.limit,
+        need_answer=run.config.prefixes.keep == "correct",
+        left_out=_contaminated(run),
+        template_args=run.config.student.chat_template_args,
     )
 
 
@@ -61,12 +69,15 @@ def _contaminated(run: Run) -> set[str]:
     return {overlap.prompt for overlap in found}
 
 
-def evaluation_problems(run: Run, tokenizer: Any, max_length: int, name: str = "") -> Encoded:
-    """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids.
+def evaluation_problems(
+    run: Run, tokenizer: Any, max_length: int, name: str = "", role: str = "student"
+) -> Encoded:
+    """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids, as a role reads them.
 
     Those of [evaluation] itself need no answer where the distance to the teacher is measured on them.
     """
     data, settings = run.config.problem_files[name], run.config.evaluation_sets[name]
+    role_settings: ModelConfig = getattr(run.config, role)
     room = _room(max_length, settings.max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
         run,
@@ -77,6 +88,7 @@ def evaluation_problems(run: Run, tokenizer: Any, max_length: int, name: str = "
         room,
         settings.limit,
         need_answer=bool(name) or not settings.distance_prompts,
+        template_args=role_settings.chat_template_args,
     )
 
 
@@ -96,12 +108,21 @@ def _usable_prompts(
     limit: int | None,
     need_answer: bool,
     left_out: Collection[str] = (),
+    template_args: Mapping[str, Any] = {},
 ) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
     prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer, check_answer=what != "prompts")
     prompts = [prompt for prompt in prompts if prompt.id not in left_out]
-    date = _template_date(run)
-    encoded = encode_prompts(prompts, tokenizer, chat=data.chat, max_length=room, limit=limit, date=date)
+    date = template_date(run)
+    encoded = encode_prompts(
+        prompts,
+        tokenizer,
+        chat=data.chat,
+        template_args=template_args,
+        max_length=room,
+        limit=limit,
+        date=date,
+    )
     rejects = sorted([*bad_lines, *encoded.rejects], key=lambda reject: reject.line)
     if not data.skip_bad:
         refuse(path, rejects)
@@ -122,7 +143,7 @@ def _usable_prompts(
     return encoded
 
 
-def _template_date(run: Run) -> datetime.date | None:
+def template_date(run: Run) -> datetime.date | None:
     """The date for chat templates, where it is fixed already."""
     return run.config.data.template_date or run.workspace.template_date()
 
@@ -130,7 +151,7 @@ def _template_date(run: Run) -> datetime.date | None:
 def with_template_date(run: Run) -> Run:
     """The run with that date among its settings, for workspaces that are made from it."""
     config = run.config
-    data = config.data.model_copy(update={"template_date": _template_date(run)})
+    data = config.data.model_copy(update={"template_date": template_date(run)})
     return replace(run, resolved=replace(run.resolved, config=config.model_copy(update={"data": data})))
 
 
@@ -140,12 +161,15 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
     path = _data_file(run, which, name)
     fields: dict[str, Scalar] = {f"data.{which}": content_digest(path)}
     also = {"limit"} if which == "prompts" else set()
+    also |= {"system"} if data.system is not None else set()
     also |= {"domain_field"} if which == "prompts" and run.config.teacher.by_domain else set()
     if which == "prompts" and data.decontaminate is not None:
         also |= {"decontaminate"}
         for benchmark in run.config.problem_files:
             problems = _data_file(run, "evaluation", benchmark)
             fields[f"data.decontaminate.{benchmark or 'evaluation'}"] = content_digest(problems)
+    if which == "prompts":
+        fields |= template_fields(run, "student")
     return fields | section_fields("data", data, also=also)
 
 

@@ -41,6 +41,7 @@ from tropd.pipeline.teacher.by_domain import (
     teachers_in_use,
     with_only,
 )
+from tropd.pipeline.teacher.reading import as_teachers_read
 from tropd.storage.errors import DataError
 from tropd.storage.formats.trajectories import Author, Trajectory, read_trajectories, write_trajectories
 from tropd.storage.seeds import derive_seed
@@ -160,7 +161,7 @@ def _generate(run: Run, source: SamplingJob, execution: Execution, force: bool) 
         check_pair(with_only(run, name))
     authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
     room = min(role_room(with_only(run, name), source.author) for name in authors)
-    found = training_prompts(run, role_tokenizer(run, "student"), room)
+    found = as_teachers_read(run, training_prompts(run, role_tokenizer(run, "student"), room))
     prompts = replace(found, prompts=found.prompts[: source.limit])
     if source.keep == "correct":
         check_expected(run.config.evaluation.grader, [one.prompt for one in prompts.prompts])

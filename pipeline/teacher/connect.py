@@ -149,11 +149,13 @@ def connect_teacher(
             urls = (started.wait(),)
     client = stack.enter_context(_client(run, urls, on_wait, sleep))
     identity = tokenizer_identity(tokenizer)
+    # Of a teacher on this machine the prompts themselves have been compared (see ``reading``).
+    by_text = run.config.data.chat and folder is None
     client.check_compatible(
         identity.digest,
         identity.vocab_size,
         needed_length,
-        differing_parts(identity.parts, client.info().tokenizer_parts, chat=run.config.data.chat),
+        differing_parts(identity.parts, client.info().tokenizer_parts, chat=by_text),
     )
     info = client.info()
     check_stops(run, client.url, info, stop_ids)

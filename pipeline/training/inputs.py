@@ -14,6 +14,7 @@ from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.evaluation.held_out import tell_ungraded
 from tropd.pipeline.stages.scores import check_token_ids
 from tropd.pipeline.teacher.connect import teacher_fields
+from tropd.pipeline.teacher.reading import as_teachers_read
 from tropd.pipeline.training.signal.from_cache import CachedScores
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.formats.trajectory_store import TrajectoryStore
@@ -37,7 +38,8 @@ class Inputs:
 
 def student_prompts(run: Run) -> Encoded:
     """The prompts of a training run, as the student reads them."""
-    return training_prompts(run, role_tokenizer(run, "student"), role_room(run, "student"))
+    found = training_prompts(run, role_tokenizer(run, "student"), role_room(run, "student"))
+    return as_teachers_read(run, found)
 
 
 def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:

@@ -205,6 +205,12 @@ def prompt_tokens(run: Run) -> list[Sequence[int]]:
     prompts, _ = scan_prompts(path, run.config.data)
     room = min(role_room(run, role) for role in ("student", "teacher"))
     tokenizer = role_tokenizer(run, "student")
-    chat, date = run.config.data.chat, run.config.data.template_date
-    found = encode_prompts(prompts[:LOOKED_AT], tokenizer, chat=chat, max_length=room, date=date)
+    found = encode_prompts(
+        prompts[:LOOKED_AT],
+        tokenizer,
+        chat=run.config.data.chat,
+        template_args=run.config.student.chat_template_args,
+        max_length=room,
+        date=run.config.data.template_date,
+    )
     return tokens_of(found.prompts)

@@ -350,7 +350,7 @@ def test_chat_templates(template: Any, prompts: list[Prompt], chat: bool) -> Non
 
     def encode() -> None:
         encoded.append(encode_prompts(prompts, tokenizer, chat=chat, max_length=30))
-        check_tokenizers(tokenizer, make_tokenizer(), chat=chat)
+        check_tokenizers(tokenizer, make_tokenizer())
 
     problem(encode)
     for found in encoded:

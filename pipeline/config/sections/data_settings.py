@@ -59,7 +59,7 @@ class DataConfig(Spec):
     """Field with a unique name of the prompt; where absent or null, the line number is used."""
     prompt_field: str = "prompt"
     """Field with the prompt: a text, or with chat = true a list of messages. As with the other fields, dots lead into
-    lists and objects: `messages.1.content`."""
+    lists and objects: `messages.1.content`. Records without a field `prompt` may have `messages`."""
     answer_field: str = "answer"
     """Field with the expected answer; empty: no answers, and nothing is graded."""
     domain_field: Apart[str] = "domain"
@@ -74,6 +74,8 @@ class DataConfig(Spec):
     chat: bool = False
     """Wrap prompts as a user turn in the tokenizer's chat template, which lists of messages need; otherwise the text is
     used as it is."""
+    system: Apart[str | None] = Field(default=None, min_length=1)
+    """With chat = true, the system message of prompts that have none of their own."""
     template_date: Apart[datetime.date | None] = None
     """The date for chat templates that write today's into prompts, as YYYY-MM-DD. `tropd init` sets it; if not
     set, the day on which such a template is first used is kept in workspace.json."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -17,6 +18,15 @@ from tropd.pipeline.config.sections.value_types import (
     EngineName,
 )
 from tropd.pipeline.objectives.spec import Spec
+
+TAKEN = frozenset(
+    {
+        "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs", "system",
+    }
+)  # fmt: skip
+"""Names of arguments that a chat template gets from elsewhere."""
 
 
 class RuntimeConfig(Spec):
@@ -47,6 +57,19 @@ class ModelConfig(Spec):
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
     engine: EngineName = "transformers"
     """Engine that samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
+    chat_template_args: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Arguments of its chat template, such as `{ enable_thinking = false }`."""
+    chat_template_file: str | None = Field(default=None, min_length=1)
+    """A chat template (Jinja) in place of that of its tokenizer. A relative path is inside the workspace."""
+
+    @field_validator("chat_template_args")
+    @classmethod
+    def _are_the_templates(cls, args: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(args.keys() & TAKEN):
+            raise ValueError(
+                f"{', '.join(taken)} cannot be set here: tropd itself, or data.system, says that"
+            )
+        return args
 
     @property
     def settled_dtype(self) -> Dtype:

@@ -16,6 +16,7 @@ from tropd.pipeline.models.loading import check_model, context_length, load_mode
 from tropd.pipeline.models.tokenizers import chat_template, check_tokenizers
 from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import Prompt, refuse, scan_prompts
+from tropd.pipeline.problems.same_prompts import check_same_prompts
 from tropd.pipeline.training.memory_plan import LOOKED_AT, ModelShape
 from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import Workspace
@@ -28,6 +29,8 @@ class Models:
     teacher: ModelShape
     student: ModelShape
     tokenizer: Any
+    """The student's."""
+    teacher_tokenizer: Any
     context: int
     """Longest sequence that both take, in tokens."""
     here: bool
@@ -79,7 +82,7 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
     tokenizers = {role: load_tokenizer(folder) for role, folder in folders.items()}
     configs = {role: load_model_config(folder) for role, folder in folders.items()}
     wanted = chat_template(tokenizers["teacher"]) is not None if chat is None else chat
-    check_tokenizers(tokenizers["student"], tokenizers["teacher"], chat=wanted)
+    check_tokenizers(tokenizers["student"], tokenizers["teacher"])
     here = [role for role, own in settings.items() if model_is_here(workspace, own)]
     for role in here:
         check_model(folders[role], tokenizers[role])
@@ -87,6 +90,7 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
         teacher=ModelShape.of(configs["teacher"]),
         student=ModelShape.of(configs["student"]),
         tokenizer=tokenizers["student"],
+        teacher_tokenizer=tokenizers["teacher"],
         context=min(context_length(config) for config in configs.values()),
         here=len(here) == len(names),
         chat=wanted,
@@ -122,9 +126,12 @@ def count_tokens(data: Data, models: Models) -> Lengths:
 
     Raises:
         DataError: the tokenizer or its chat template does not take some, or they leave no room for a response.
+        ConfigError: the two models read them differently.
     """
     found = encode_prompts(
         data.prompts[:LOOKED_AT], models.tokenizer, chat=models.chat, max_length=models.context - 1
     )
     refuse(data.path, found.rejects)
+    if models.chat:
+        check_same_prompts(found.prompts, models.tokenizer, models.teacher_tokenizer)
     return Lengths(tokens_of(found.prompts), found.date)

@@ -32,6 +32,7 @@ from tropd.pipeline.run.identity import (
     section_fields,
     stop_fields,
     tell_unrecorded,
+    template_fields,
     token_fields,
 )
 from tropd.pipeline.run.opening import open_engine, role_room, role_tokenizer
@@ -96,7 +97,7 @@ def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
     for role in dict.fromkeys("teacher" if who == "teacher" else "student" for who in whom):
         tokenizer, longest = role_tokenizer(run, role), role_room(run, role)
         for name in run.config.evaluation_sets:
-            found[name, role] = evaluation_problems(run, tokenizer, longest, name)
+            found[name, role] = evaluation_problems(run, tokenizer, longest, name, role)
     return found
 
 
@@ -118,6 +119,7 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
             of_model |= harness_model_fields(run, role, folder)
         for name in config.evaluation_sets:
             prefix = f"benchmark.{name}." if name else ""
+            of_model |= template_fields(run, role)
             of_model |= token_fields(problems[name, role], f"{prefix}data.evaluation")
         fields |= {f"{who}.{k}": v for k, v in of_model.items()}
     return fingerprint_of(run, fields)

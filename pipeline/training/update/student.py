@@ -19,12 +19,12 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.float32_attention import attend_in_float32
-from tropd.pipeline.models.loading import decoder_layers, load_model, load_tokenizer
+from tropd.pipeline.models.loading import decoder_layers, load_model
 from tropd.pipeline.models.output.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
 from tropd.pipeline.models.runtime import autocast, evaluation_mode, pick_device
 from tropd.pipeline.models.stops import stop_ids
-from tropd.pipeline.run.opening import LoadedModel, load_role
+from tropd.pipeline.run.opening import LoadedModel, load_role, role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.update import dropout
 from tropd.pipeline.training.update.lora import add_adapters
@@ -140,7 +140,7 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
         choose_attention(model, run, world)
     elif settings.settled_dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
         attend_in_float32(model)
-    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    tokenizer = role_tokenizer(run, "student", folder)
     ends = stop_ids(run.workspace, run.config, "student", folder)
     return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
 

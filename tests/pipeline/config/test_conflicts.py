@@ -137,6 +137,8 @@ CONFIGURATIONS = [
         "set data.domain_field",
     ),
     ("demo = { enabled = true, models = 'smollm2' }", "demo.models", "set data.chat = true"),
+    ("data.system = 'Be brief.'", "data.system", "set data.chat = true"),
+    ("teacher.chat_template_file = 'a.jinja'", "teacher.chat_template_file", "set data.chat = true"),
     (
         "demo.enabled = true\ndata.prompt_field = 'question'",
         "data.prompt_field",
@@ -215,3 +217,12 @@ def test_ablations_that_leave_a_part_without_tokens_are_none(text: str) -> None:
 )
 def test_the_possible_is_not_refused(text: str) -> None:
     parse_config(text)
+
+
+def test_arguments_of_a_chat_template_are_its_own() -> None:
+    with pytest.raises(
+        ConfigError, match=r"student\.chat_template_args is for the chat template.*leave student"
+    ):
+        parse_config("student.chat_template_args = { enable_thinking = false }\nobjective.name = 'opd'")
+    with pytest.raises(ConfigError, match=r"teacher\.chat_template_args: tokenize cannot be set here"):
+        parse_config("data.chat = true\nteacher.chat_template_args.tokenize = false\nobjective.name = 'opd'")

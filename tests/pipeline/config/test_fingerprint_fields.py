@@ -150,7 +150,16 @@ MARKED = {
     "config": (("runtime", "service"), ("run", "teacher", "student", "vllm", "sft")),
     "data": (
         ("skip_bad",),
-        ("prompts", "evaluation", "domain_field", "sources", "decontaminate", "template_date", "limit"),
+        (
+            "prompts",
+            "evaluation",
+            "domain_field",
+            "sources",
+            "decontaminate",
+            "system",
+            "template_date",
+            "limit",
+        ),
     ),
     "prefixes": (("batch_size",), ()),
     "scores": (("batch_tokens",), ()),

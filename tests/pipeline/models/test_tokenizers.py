@@ -41,7 +41,7 @@ def made(
 
 
 def test_equal_content_is_accepted_however_it_was_made() -> None:
-    check_tokenizers(made(), made(), chat=True)
+    check_tokenizers(made(), made())
     assert tokenizer_identity(made()) == tokenizer_identity(made())
 
 
@@ -83,9 +83,6 @@ def test_only_the_first_differences_are_shown_and_long_ones_are_cut() -> None:
 def test_the_chat_template_counts_where_prompts_are_written_with_it() -> None:
     student, teacher = made(template="one\nuser: {{ x }}"), made(template="one\nhuman: {{ x }}")
     check_tokenizers(student, teacher)
-    with pytest.raises(ConfigError, match=r"line 2: student 'user: .*teacher 'human: ") as caught:
-        check_tokenizers(student, teacher, chat=True)
-    assert "data.chat" in str(caught.value.hint)
     ours, theirs = tokenizer_identity(student), tokenizer_identity(teacher)
     assert ours.digest == theirs.digest
     assert differing_parts(ours.parts, theirs.parts, chat=True) == [CHAT_TEMPLATE]
@@ -96,18 +93,16 @@ def test_the_chat_template_counts_where_prompts_are_written_with_it() -> None:
 def test_the_token_that_ends_a_sequence_may_be_another() -> None:
     both = ("<end>", "<stop>")
     student, teacher = made(special=both), made(special=both, eos="<stop>")
-    check_tokenizers(student, teacher, chat=True)
+    check_tokenizers(student, teacher)
     ours, theirs = tokenizer_identity(student), tokenizer_identity(teacher)
     assert differing_parts(ours.parts, theirs.parts, chat=True) == []
 
 
 def test_of_several_named_templates_the_default_one_counts() -> None:
-    one, two = made(template="user: {{ x }}"), made()
+    two = made()
     two.chat_template = {"tool_use": "tool: {{ x }}", "default": "user: {{ x }}"}
-    check_tokenizers(one, two, chat=True)
     assert chat_template(two) == "user: {{ x }}"
     two.chat_template = {"tool_use": "user: {{ x }}", "rag": "user: {{ x }}"}
-    check_tokenizers(one, two)
     with pytest.raises(ConfigError, match=r"several chat templates \(rag, tool_use\).* 'default'") as caught:
-        check_tokenizers(one, two, chat=True)
+        chat_template(two)
     assert "chat_template.jinja" in str(caught.value.hint)

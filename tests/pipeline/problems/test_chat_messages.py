@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.problems.chat_messages import as_text, in_template, is_messages, read_messages
+from tropd.pipeline.problems.chat_messages import (
+    as_text,
+    in_template,
+    is_messages,
+    read_messages,
+    with_system,
+)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "1+1?"}
@@ -31,6 +37,11 @@ def test_the_template_goes_around_the_last_question() -> None:
     assert in_template((USER, REPLY, USER), "Q: {prompt} Box it.") == (USER, REPLY, asked)
 
 
+def test_a_system_message_is_for_those_that_have_none() -> None:
+    assert with_system((USER, REPLY, USER), "Be brief.") == (SYSTEM, USER, REPLY, USER)
+    assert with_system((SYSTEM, USER), "Be long.") == (SYSTEM, USER)
+
+
 def test_text_to_be_shown() -> None:
     assert as_text((USER,)) == "1+1?"
     assert as_text((SYSTEM, USER)) == "system: Be brief.\n\nuser: 1+1?"
@@ -43,6 +54,7 @@ def test_text_to_be_shown() -> None:
         ([{"role": "user", "content": " "}], "no turn of the user"),
         ([{"role": "user"}], "no turn of the user"),
         ([{"role": 1, "content": "x"}], "no role in message 0"),
+        ([USER, {"role": "bot", "content": "x"}], r"unknown role 'bot' in message 1 \(roles: system, user, "),
         (
             [USER | {"content": [{"type": "image", "url": "x"}]}],
             r"something other than text in message 0 \(image\)",

@@ -38,7 +38,7 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
     [
         ('{"prompt": "1+"', "line 2: not valid JSON"),
         ("[1]", "line 2: not a JSON object but list"),
-        ('{"text": "1"}', r"line 2: no field 'prompt' \(fields: text; see data.prompt_field"),
+        ('{"text": "1"}', r"line 2: no field 'prompt' or 'messages' \(fields: text; see data.prompt_field"),
         ('{"prompt": 5}', "line 2: field 'prompt' is a number"),
         ('{"prompt": "  "}', "line 2: field 'prompt' is empty"),
         ('{"prompt": "x", "id": "a", "answer": "2"}', "line 2: id 'a' is also on line 1"),
@@ -146,6 +146,32 @@ def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     encoded = tokens_of(encode_prompts(prompts, tokenizer, chat=True, max_length=20).prompts)
     assert encoded == [tokenizer("1+1=2=")["input_ids"], tokenizer("71+1=2=")["input_ids"]]
+
+
+def test_records_have_a_prompt_or_messages_in_every_kind_of_file(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2="}]
+    rows = [{"messages": turns, "answer": 4}, {"messages": [USER], "answer": 2}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for name in ("p.jsonl", "p.parquet"):
+        many, one = read_prompts(tmp_path / name, DataConfig(chat=True, system="Be brief."))
+        assert [many.answer, one.answer] == ["4", "2"]
+        assert list(many.turns) == [SYSTEM, *turns]
+        assert (list(one.turns), one.text, one.asked) == ([SYSTEM, USER], "1+1=", "1+1=")
+    both = read_prompts(
+        write(tmp_path / "b.jsonl", json.dumps({"prompt": "x", "messages": turns})), DataConfig()
+    )
+    assert both[0].text == "x"
+
+
+def test_a_record_without_a_prompt_and_one_with_an_unknown_role_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"question": "x"}', '{"messages": [{"role": "bot", "content": "x"}]}')
+    with pytest.raises(DataError) as caught:
+        read_prompts(path, DataConfig(chat=True))
+    assert "line 1: no field 'prompt' or 'messages' (fields: question; see data.prompt_field)" in str(
+        caught.value
+    )
+    assert "line 2: field 'messages' has the unknown role 'bot' in message 0" in str(caught.value)
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_way_out(tmp_path: Path) -> None:

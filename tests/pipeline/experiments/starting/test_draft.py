@@ -137,8 +137,9 @@ def test_chat_follows_the_tokenizer(request_: Request, tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     chat = replace(request_, teacher=str(folder), student=str(folder))
     assert parse_config(draft_run(chat, SILENT).text()).config.data.chat
-    with pytest.raises(ConfigError, match="different tokenizers"):
+    with pytest.raises(DataError, match="has no chat template") as caught:
         draft_run(replace(chat, student=request_.student), SILENT)
+    assert "student.chat_template_file" in str(caught.value.hint)
     plain = replace(chat, student=request_.student, assignments=("data.chat=false",))
     assert not parse_config(draft_run(plain, SILENT).text()).config.data.chat
 
