@@ -13,7 +13,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.models.engines.vllm !tropd.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-steps models docs lint types format clean
+.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-train-llm bench-steps models docs lint types format clean
 
 help:  ## List these targets
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,6 +77,9 @@ bench: $(STAMP)  ## Measure rollouts beside generate(), as ratios
 
 bench-train: $(STAMP)  ## Measure training beside TRL, which gets an environment of its own in build/
 	$(BIN)/python tests/benchmarks/bench_train.py
+
+bench-train-llm: $(STAMP)  ## The same on the real language model that make demo-llm has made
+	$(BIN)/python tests/benchmarks/bench_train.py --models runs/llm/models
 
 bench-steps: $(STAMP)  ## Measure steps prepared while the one before trains; time per token as steps grow
 	$(BIN)/python tests/benchmarks/bench_steps.py

@@ -141,22 +141,23 @@ class Distillation:
 
 
 def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
-    """Stages that the run's objective needs before training (teacher prefixes, scores, stored rollouts), in the order to
-    call them. A demo shows all of the teacher's."""
-    from tropd.pipeline.objectives.needs import teacher_needs
+    """Stages that fill what the run's objective needs before training, in the order to call them. A demo shows all of the
+    teacher's."""
+    from tropd.pipeline.objectives.needs import needed_data
     from tropd.pipeline.stages.prefixes import generate_prefixes, generate_rollouts
     from tropd.pipeline.stages.scores import score_teacher
 
-    objective = run.config.objective
-    scores = teacher_needs(objective).cached_topk or run.config.demo.enabled
-    stages: list[Callable[[], Manifest]] = []
-    if scores or objective.schedule.kind != "none":
-        stages.append(partial(generate_prefixes, run))
-    if scores:
-        stages.append(partial(score_teacher, run))
-    if objective.rollouts == "stored":
-        stages += [partial(generate_rollouts, run), partial(score_teacher, run, source_stage="rollouts")]
-    return stages
+    fill: dict[str, Callable[[], Manifest]] = {
+        "prefixes": partial(generate_prefixes, run),
+        "scores": partial(score_teacher, run),
+        "rollouts": partial(generate_rollouts, run),
+        "rollout-scores": partial(score_teacher, run, source_stage="rollouts"),
+    }
+    needed = {
+        *needed_data(run.config.objective),
+        *(("prefixes", "scores") if run.config.demo.enabled else ()),
+    }
+    return [stage for folder, stage in fill.items() if folder in needed]
 
 
 def distill(

@@ -36,6 +36,19 @@ class TeacherNeeds:
     """Top-k of prefix tokens, from the cache (never from the service)."""
 
 
+def needed_data(objective: Objective) -> tuple[str, ...]:
+    """Folders that an objective's data stages fill before training, in the order of the stages.
+
+    Prefixes are needed where training starts from them, their scores where it imitates their alternatives, stored
+    rollouts and their scores where the student does not write while it trains.
+    """
+    scores = teacher_needs(objective).cached_topk
+    found = ["prefixes"] if scores or objective.schedule.kind != "none" else []
+    found += ["scores"] if scores else []
+    found += ["rollouts", "rollout-scores"] if objective.rollouts == "stored" else []
+    return tuple(found)
+
+
 def teacher_needs(objective: Objective) -> TeacherNeeds:
     """Derive the needs from the parts of an objective."""
     cached_topk = objective.guidance.loss.estimator == "topk_fkl"

@@ -19,6 +19,7 @@ from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Generation, Sampling
 from tropd.pipeline.models.loading import context_length, load_model, num_parameters
 from tropd.pipeline.models.runtime import DTYPES, autocast, configure_runtime
+from tropd.pipeline.objectives.needs import needed_data
 from tropd.pipeline.problems.prompts import scan_prompts
 from tropd.pipeline.run.opening import load_role
 from tropd.pipeline.run.run import Run
@@ -120,7 +121,8 @@ def _training_rate(run: Run) -> tuple[float, int]:
 def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[str, float]:
     """Seconds of each stage, of ``a step`` of training among them, by the configuration and the rates.
 
-    Training is counted as if the student wrote every token itself: teacher prefixes make early steps faster.
+    Stages whose data the objective does not need are left out. Training is counted as if the student wrote every token
+    itself: teacher prefixes make early steps faster.
     """
     prefixes = min(
         amounts.prompts, config.data.limit or amounts.prompts, config.prefixes.limit or amounts.prompts
@@ -135,9 +137,13 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
     answer = rates.expected_length(config.evaluation_max_tokens)
     answers = problems * (1 + config.evaluation.samples)
     rates_of = (rates.student_sampling, rates.student_sampling, rates.teacher_sampling)
+    needed = needed_data(config.objective)
+    data = {
+        "prefixes": ("generate-prefixes", written * length / rates.teacher_sampling),
+        "scores": ("score-teacher", written * (amounts.prompt_length + length) / rates.teacher_scoring),
+    }
     return {
-        "generate-prefixes": written * length / rates.teacher_sampling,
-        "score-teacher": written * (amounts.prompt_length + length) / rates.teacher_scoring,
+        **dict(data[folder] for folder in needed if folder in data),
         "a step": step,
         "train": config.train.steps * step,
         "evaluate": sum(answers * answer / rate for rate in rates_of),

@@ -10,29 +10,57 @@ prepare a step while the one before trains (``train.max_staleness = 1``), whose 
 
 Prints tokens per second, the ratios to the fastest of TRL's rows and to TRL as it comes, and where the time goes, in
 steps 5 to 24; below it the same for the first six steps, with what is done once. Rounds are taken in turns.
+
+``bench_train.py --models FOLDER`` takes the models ``teacher`` and ``student`` of a folder and their chat template
+instead, as ``make demo-llm`` makes them, with 16 responses of at most 32 tokens and fewer steps; tropd then has the
+threads that it chooses by itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / "build" / "bench-trl"
 REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "transformers>=5.10,<6")
-VOCAB, BATCH, TOKENS = 512, 32, 64
-WARM, MEASURED, FIRST, ROUNDS = 4, 20, 6, 3
+VOCAB = 512
+
+
+@dataclass(frozen=True)
+class Size:
+    """One comparison's steps: responses of a step, tokens of a response, steps before and while measured."""
+
+    batch: int
+    tokens: int
+    warm: int
+    measured: int
+    first: int
+    rounds: int
+    environment: dict[str, str]
+    """Of tropd's processes."""
+
+    @property
+    def steps(self) -> int:
+        return self.warm + self.measured
+
+
+TINY = Size(32, 64, 4, 20, 6, 3, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+LLM = Size(16, 32, 2, 6, 2, 1, {})
 OURS = {
     "tropd": (0, False, "float32"),
     "compiled": (0, True, "float32"),
@@ -49,18 +77,19 @@ TRL = {
     "TRL 1.16, bfloat16": (2, "bfloat16"),
     AS_IT_COMES: (2, "defaults"),
 }
-CONFIG = f"""
+CONFIG = """
 [rollout]
-prompts_per_step = {BATCH}
+prompts_per_step = {size.batch}
 samples_per_prompt = 1
-max_tokens = {TOKENS}
+max_tokens = {size.tokens}
 [objective]
 name = "opd"
 [train]
-steps = {WARM + MEASURED}
-learning_rate = 1e-4
-checkpoint_every = {WARM + MEASURED}
+steps = {size.steps}
+learning_rate = {rate}
+checkpoint_every = {size.steps}
 """
+RATES = {"tiny": 1e-4, "llm": 5e-5}
 
 
 def trl_python() -> Path:
@@ -73,8 +102,8 @@ def trl_python() -> Path:
     return VENV / "bin" / "python"
 
 
-def make_inputs(folder: Path) -> None:
-    """Models, a tokenizer of 512 words, prompts, and a workspace of tropd's."""
+def make_models(folder: Path) -> list[str]:
+    """Random models and a tokenizer of 512 words; returns prompts."""
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{n}": n for n in range(3, VOCAB)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -99,24 +128,42 @@ def make_inputs(folder: Path) -> None:
         Qwen3ForCausalLM(config).save_pretrained(folder / "models" / role)
         tokenizer.save_pretrained(folder / "models" / role)
     generator = np.random.default_rng(0)
-    prompts = [" ".join(f"w{n}" for n in generator.integers(3, VOCAB, size=16)) for _ in range(BATCH * 16)]
+    return [" ".join(f"w{n}" for n in generator.integers(3, VOCAB, size=16)) for _ in range(TINY.batch * 16)]
+
+
+def take_models(source: Path, folder: Path) -> list[str]:
+    """The models of a folder; returns prompts with their chat template around them."""
+    for role in ("student", "teacher"):
+        shutil.copytree(source / role, folder / "models" / role)
+    tokenizer = AutoTokenizer.from_pretrained(source / "student")
+    plain = [f"What is {a} plus {b}?" for a in range(12, 28) for b in range(13, 29)]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        for text in plain
+    ]
+
+
+def write_run(folder: Path, prompts: list[str], size: Size, rate: float) -> None:
+    """Prompts and configuration of both sides."""
     (folder / "models" / "prompts.json").write_text(json.dumps(prompts))
     (folder / "data").mkdir()
     lines = [json.dumps({"id": str(n), "prompt": text}) for n, text in enumerate(prompts)]
     (folder / "data" / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "config.toml").write_text(CONFIG)
+    (folder / "config.toml").write_text(CONFIG.format(size=size, rate=rate))
 
 
-def run_ours(folder: Path, staleness: int, compiled: bool, dtype: str) -> dict[str, Any]:
+def run_ours(folder: Path, size: Size, staleness: int, compiled: bool, dtype: str) -> dict[str, Any]:
     """Steps of ``tropd train`` after the warm-up, from its metrics."""
     tropd = Path(sys.executable).with_name("tropd")
     options = ["--force", "--set", f"train.max_staleness={staleness}"]
     options += ["--set", f"runtime.compile={str(compiled).lower()}"]
     options += ["--set", f"teacher.dtype={dtype}", "--set", f"student.dtype={dtype}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | size.environment
     subprocess.run([tropd, "train", "-w", folder, *options], check=True, capture_output=True, env=environment)
     everything = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
-    first, records = everything[:FIRST], everything[WARM:]
+    first, records = everything[: size.first], everything[size.warm :]
     total = sum(r["time_total"] for r in records)
     return {
         "first": sum(r["tokens_on_policy"] for r in first) / sum(r["time_total"] for r in first),
@@ -129,9 +176,9 @@ def run_ours(folder: Path, staleness: int, compiled: bool, dtype: str) -> dict[s
     }
 
 
-def run_trl(folder: Path, threads: int, how: str) -> dict[str, Any]:
+def run_trl(folder: Path, size: Size, rate: float, threads: int, how: str) -> dict[str, Any]:
     script = Path(__file__).with_name("trl_side.py")
-    command = [trl_python(), script, folder / "models", WARM + MEASURED, BATCH, TOKENS, how]
+    command = [trl_python(), script, folder / "models", size.steps, size.batch, size.tokens, how, rate]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env=environment
@@ -139,24 +186,28 @@ def run_trl(folder: Path, threads: int, how: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"TRL failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    steps = found["steps"][WARM:]
-    tokens = found["tokens"] or [BATCH * TOKENS] * len(found["steps"])
+    steps = found["steps"][size.warm :]
+    tokens = found["tokens"] or [size.batch * size.tokens] * len(found["steps"])
     total = sum(steps)
     share = {
-        "rollout": sum(found["generate"][WARM:]) / total,
-        "teacher": sum(found["teacher"][WARM:]) / total,
+        "rollout": sum(found["generate"][size.warm :]) / total,
+        "teacher": sum(found["teacher"][size.warm :]) / total,
     }
     return {
-        "first": sum(tokens[:FIRST]) / sum(found["steps"][:FIRST]),
-        "rate": sum(tokens[WARM:]) / total,
+        "first": sum(tokens[: size.first]) / sum(found["steps"][: size.first]),
+        "rate": sum(tokens[size.warm :]) / total,
         "parts": share | {"train": 1 - sum(share.values())},
     }
 
 
 def main() -> None:
-    os.environ.pop(
-        "OMP_WAIT_POLICY", None
-    )  # PASSIVE, which the Makefile sets, would slow TRL's two threads down
+    parser = argparse.ArgumentParser(description="Training speed beside TRL's")
+    parser.add_argument("--models", type=Path, help="folder with the models teacher and student")
+    parser.add_argument("--rounds", type=int)
+    asked = parser.parse_args()
+    size, rate = (LLM, RATES["llm"]) if asked.models else (TINY, RATES["tiny"])
+    # PASSIVE, which the Makefile sets, would slow TRL's two threads down.
+    os.environ.pop("OMP_WAIT_POLICY", None)
     trl_python()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
@@ -165,14 +216,17 @@ def main() -> None:
             check=True,
             capture_output=True,
         )
-        make_inputs(folder)
+        prompts = take_models(asked.models, folder) if asked.models else make_models(folder)
+        write_run(folder, prompts, size, rate)
+        ours = {name: row for name, row in OURS.items() if not (asked.models and row[1])}
         rounds = [
-            {name: run_ours(folder, *options) for name, options in OURS.items()}
-            | {name: run_trl(folder, *options) for name, options in TRL.items()}
-            for _ in range(ROUNDS)
+            {name: run_ours(folder, size, *options) for name, options in ours.items()}
+            | {name: run_trl(folder, size, rate, *options) for name, options in TRL.items()}
+            for _ in range(asked.rounds or size.rounds)
         ]
     print(
-        f"{BATCH} responses of at most {TOKENS} tokens per step, {MEASURED} steps after {WARM}, {ROUNDS} rounds in turns"
+        f"{size.batch} responses of at most {size.tokens} tokens per step, {size.measured} steps after {size.warm}, "
+        f"{len(rounds)} rounds in turns"
     )
     for name in rounds[0]:
         column = [found[name] for found in rounds]
@@ -181,7 +235,7 @@ def main() -> None:
             for part in ("rollout", "teacher", "train")
         )
         print(f"  {name:<20} {compared(rounds, name, 'rate')}; {parts}")
-        print(f"  {'':<20} {compared(rounds, name, 'first')}: the first {FIRST} steps")
+        print(f"  {'':<20} {compared(rounds, name, 'first')}: the first {size.first} steps")
 
 
 def compared(rounds: list[dict[str, dict[str, Any]]], name: str, what: str) -> str:

@@ -1,4 +1,4 @@
-"""TRL's side of ``bench_train.py``: ``python trl_side.py FOLDER STEPS BATCH TOKENS HOW`` in an environment of its own.
+"""TRL's side of ``bench_train.py``: ``trl_side.py FOLDER STEPS BATCH TOKENS HOW RATE`` in an environment of its own.
 
 HOW is "defaults", or "float32" or "bfloat16", without the gradient checkpointing that is among TRL's defaults.
 Prints one JSON object: seconds and generated tokens of each step, and seconds within generation and teacher.
@@ -48,7 +48,7 @@ def timed(owner: Any, name: str, spent: list[float]) -> None:
     setattr(owner, name, wrapped)
 
 
-def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
+def main(folder: Path, steps: int, batch: int, tokens: int, how: str, rate: float) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
@@ -59,7 +59,7 @@ def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch,
         max_steps=steps,
-        learning_rate=1e-4,
+        learning_rate=rate,
         lr_scheduler_type="constant",
         max_completion_length=tokens,
         beta=1.0,
@@ -103,4 +103,4 @@ def main(folder: Path, steps: int, batch: int, tokens: int, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5])
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5], float(sys.argv[6]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tropd.pipeline.report.data.facts import Distance, Evaluation
+from tropd.pipeline.report.data.facts import Distance, Evaluation, Measure
 from tropd.pipeline.report.page.formats import percent
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
 from tropd.storage.workspace import EVALUATED
@@ -12,19 +12,27 @@ def headline(evaluation: Evaluation) -> str:
     """The outcome in one sentence: distances where both are known, and accuracy, in sampled answers if there are any."""
     before, after = evaluation.distance("before"), evaluation.distance("after")
     if before and after and before.reverse_kl and after.reverse_kl:
-        moved = _moved(before.reverse_kl.mean, after.reverse_kl.mean)
+        moved = _moved(before.reverse_kl, after.reverse_kl)
         return f"{moved}: {_distances(before, after)}{_beside(evaluation)}."
     return _accuracy(evaluation)
 
 
-def _moved(before: float, after: float) -> str:
-    if max(before, after) < LIMITS.same:
+def _moved(before: Measure, after: Measure) -> str:
+    if max(before.mean, after.mean) < LIMITS.same:
         return "The student is where the teacher is"
-    if after <= (1 - LIMITS.closer) * before:
-        return "The student came closer to the teacher"
-    if after >= (1 + LIMITS.closer) * before:
-        return "The student moved away from the teacher"
+    unsure = _overlap(before, after)
+    if after.mean <= (1 - LIMITS.closer) * before.mean:
+        return f"The student {'may have come' if unsure else 'came'} closer to the teacher"
+    if after.mean >= (1 + LIMITS.closer) * before.mean:
+        return f"The student {'may have ' if unsure else ''}moved away from the teacher"
     return "The student did not come closer to the teacher"
+
+
+def _overlap(before: Measure, after: Measure) -> bool:
+    """True if the intervals do not rule out that nothing moved; unknown ones do not either."""
+    if before.interval is None or after.interval is None:
+        return True
+    return before.interval[0] <= after.interval[1] and after.interval[0] <= before.interval[1]
 
 
 def _distances(before: Distance, after: Distance) -> str:

@@ -28,12 +28,24 @@ def config(text: str = "") -> Config:
 
 
 def test_stages_take_what_their_tokens_take() -> None:
-    seconds = seconds_of_stages(config(), RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
+    asks = config('[objective.guidance.loss]\nestimator = "topk_fkl"\n')
+    seconds = seconds_of_stages(asks, RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
     assert seconds["generate-prefixes"] == 40 * 15 / 100
     assert seconds["score-teacher"] == 40 * 20 / 1000
     assert seconds["a step"] == pytest.approx(8 * (15 / 200 + 20 / 500 + 20 / 1000))
     assert seconds["train"] == 3 * seconds["a step"]
     assert seconds["evaluate"] == pytest.approx(12 * 15 * (1 / 200 + 1 / 200 + 1 / 100))
+
+
+def test_stages_without_use_take_no_time() -> None:
+    amounts = Amounts(prompts=40, problems=6, prompt_length=5.0)
+    assert list(seconds_of_stages(config(), RATES, amounts)) == [
+        "generate-prefixes",
+        "a step",
+        "train",
+        "evaluate",
+    ]
+    assert "generate-prefixes" not in seconds_of_stages(config('[objective]\nname = "opd"\n'), RATES, amounts)
 
 
 def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:

@@ -13,8 +13,9 @@ from page_checks import text_of
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.report.data.collect import build_report
-from tropd.pipeline.report.data.facts import Report, Verdict
+from tropd.pipeline.report.data.facts import Contender, Distance, Evaluation, Measure, Report, Verdict
 from tropd.pipeline.report.page.page import render_page
+from tropd.pipeline.report.verdicts.headline import headline
 from tropd.pipeline.report.verdicts.training_verdicts import columns_of, training_verdicts
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS, RULES, Limits
 from tropd.storage.workspace import Workspace
@@ -278,6 +279,28 @@ def test_a_student_that_came_no_closer(finished: Workspace, tools: Tools) -> Non
     assert (
         farther.verdicts[0].evidence[0] == "reverse KL: 0.5 [0.45, 0.55] before, 2 [1.8, 2.2] after training"
     )
+
+
+@pytest.mark.parametrize(
+    ("after", "interval", "said"),
+    [
+        (0.5, (0.3, 0.8), "The student came closer to the teacher: "),
+        (0.5, (0.3, 1.9), "The student may have come closer to the teacher: "),
+        (0.5, None, "The student may have come closer to the teacher: "),
+        (4.0, (2.0, 9.0), "The student may have moved away from the teacher: "),
+        (4.0, (3.0, 9.0), "The student moved away from the teacher: "),
+    ],
+)
+def test_the_headline_is_as_sure_as_the_intervals(
+    after: float, interval: tuple[float, float] | None, said: str
+) -> None:
+    def contender(mean: float, between: tuple[float, float] | None) -> Contender:
+        unknown = dict.fromkeys(("forward_kl", "acceptance", "length", "truncated", "entropy"))
+        measured = Measure(mean=mean, interval=between)
+        return Contender(distance=Distance(reverse_kl=measured, prompts=24, method="exact", **unknown))
+
+    found = Evaluation(before=contender(2.0, (1.5, 2.5)), after=contender(after, interval))
+    assert headline(found).startswith(said)
 
 
 def test_a_distance_that_grows_again(rows: Rows) -> None:
