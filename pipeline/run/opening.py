@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tropd.pipeline.config.sections.model_settings import ModelConfig
+from tropd.pipeline.config.sections.model_settings import ModelConfig, RuntimeConfig
 from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.models.engines.transformers import TransformersEngine
@@ -106,30 +107,42 @@ def open_engine(
     return engine, role_tokenizer(run, role)
 
 
-def open_vllm(run: Run, role: str, folder: Path | None = None, *, in_training: bool = False) -> VllmEngine:
-    """The model of a role inside vLLM (``in_training``: see there)."""
-    from tropd.pipeline.models.engines.vllm import VllmEngine
+def open_vllm(run: Run, role: str, folder: Path | None = None) -> VllmEngine:
+    """The model of a role inside vLLM, in this process."""
+    folder = folder or model_directory(run.workspace, getattr(run.config, role), role)
+    build = vllm_builder(run, role, folder)
+    with loading(run, role, folder):
+        return build()
 
+
+def vllm_builder(run: Run, role: str, folder: Path, *, in_training: bool = False) -> Callable[[], VllmEngine]:
+    """Opens the model of a role inside vLLM, in whichever process calls it (``in_training``: see there)."""
     settings: ModelConfig = getattr(run.config, role)
-    configure_runtime(run.config.runtime)
-    folder = folder or model_directory(run.workspace, settings, role)
     config = load_model_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     check_model(folder, tokenizer, trust_remote_code=settings.trust_remote_code)
     if not in_training:
         check_for_vllm(folder)
-    with loading(run, role, folder):
-        return VllmEngine(
-            folder,
-            stop_ids(run.workspace, run.config, role, folder),
-            run.config.vllm,
-            dtype=settings.settled_dtype,
-            num_tokens=num_tokens(tokenizer),
-            max_length=context_length(config),
-            most_topk=max(run.config.scores.k, run.config.objective.k),
-            trust_remote_code=settings.trust_remote_code,
-            in_training=in_training,
-        )
+    return partial(
+        _vllm_engine,
+        run.config.runtime,
+        folder,
+        stop_ids(run.workspace, run.config, role, folder),
+        run.config.vllm,
+        dtype=settings.settled_dtype,
+        num_tokens=num_tokens(tokenizer),
+        max_length=context_length(config),
+        most_topk=max(run.config.scores.k, run.config.objective.k),
+        trust_remote_code=settings.trust_remote_code,
+        in_training=in_training,
+    )
+
+
+def _vllm_engine(runtime: RuntimeConfig, *arguments: Any, **options: Any) -> VllmEngine:
+    from tropd.pipeline.models.engines.vllm import VllmEngine
+
+    configure_runtime(runtime)
+    return VllmEngine(*arguments, **options)
 
 
 def role_tokenizer(run: Run, role: str, folder: Path | None = None) -> Any:

@@ -111,7 +111,7 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         # Only now: until the first step nothing needs saving, and Ctrl-C ends at once.
         stack.enter_context(stop_on_signal(stop))
         sums = _train_steps(session, stage, stop)
-        session.rolling.refresh()
+        session.rolling.gather()
         if stage is not None:
             export_student(session, stage)
             stage.finish(steps=run.config.train.steps, objective=run.config.objective.name, **sums)

@@ -77,7 +77,7 @@ def open_session(
     with loading(run, "student", folder):
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
-    rolling = rollout_engine(run, stack, student, whole_model, folder, precision)
+    rolling = rollout_engine(run, stack, student, whole_model, folder, precision, world)
     longest = max(map(len, tokens_of(inputs.prompts))) + config.rollout.max_tokens
     scorers = {}
     if asks:
@@ -129,10 +129,12 @@ def _check_settings(run: Run, world: World) -> None:
     config = run.config
     check_peft(config.student.lora)
     check_attention(run, world)
-    if world.size > 1 and config.student.engine == "vllm":
+    if world.size > 1 and config.student.engine == "vllm" and config.vllm.tensor_parallel_size > 1:
         raise ConfigError(
-            'student.engine = "vllm" currently trains in a single process only',
-            hint='set student.engine = "transformers" under torchrun (a teacher may be in vLLM)',
+            f"vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size}, but with several processes each has the "
+            "student's engine on its own GPU",
+            hint="set vllm.tensor_parallel_size = 1; a teacher that is spread over GPUs is served by tropd serve-teacher "
+            "(teacher.url)",
         )
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(

@@ -179,6 +179,12 @@ class VllmConfig(Spec):
     """In training, steps between two checks that engine and trainer agree (besides that after the first update)."""
     max_mean_difference: float = Field(default=0.1, gt=0.0, le=100.0)
     """Training stops if their log-probs of the rollouts differ by more than this on average, in nats."""
+    start_seconds: float = Field(default=900.0, gt=0.0, le=WEEK)
+    """Longest time in which the process of a student's engine is ready; then training stops."""
+    update_seconds: float = Field(default=300.0, gt=0.0, le=WEEK)
+    """Longest time in which it takes the student's new weights, falls asleep or wakes up; then training stops."""
+    answer_seconds: float = Field(default=7200.0, gt=0.0, le=WEEK)
+    """Longest time in which it writes the responses of a step; then training stops, with the last checkpoint."""
 
     def room(self, longest: int) -> int:
         """Most tokens of a sequence, of a model that takes ``longest``: scoring generates one more."""

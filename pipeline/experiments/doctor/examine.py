@@ -141,7 +141,7 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
         loaded = trainable_student(run, folder, device, ALONE)
     model = loaded.model
     with ExitStack() as stack:
-        rolling = rollout_engine(run, stack, loaded, model, folder, precision)
+        rolling = rollout_engine(run, stack, loaded, model, folder, precision, ALONE)
         rolling.refresh()
         rows = _roll_out(run, found, rolling.engine, prompts, tokens)
     passes = StudentPass(model, precision, num_tokens(loaded.tokenizer))

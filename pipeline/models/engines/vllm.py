@@ -4,7 +4,7 @@ Scoring. vLLM reports log-probs of a prompt as Python numbers, one per alternati
 costs: the tokens' own log-probs first (``prompt_logprobs=0``), alternatives only of sequences in which a position
 wants them, and of these only up to the last such position. Answers are flat lists (``flat_logprobs``).
 
-Weights of a student in training are set by ``set_weights``, through vLLM's ``reload_weights``. Cached prefixes are
+Weights of a student in training come through vLLM's weight transfer (``child.vllm_transfer``). Cached prefixes are
 dropped afterwards: they were computed with the old weights. Such an engine has an output layer of its own even where
 the model ties it to the embeddings: reloading a tied one leaves the old weights in it (seen with vLLM 0.32).
 """
@@ -12,7 +12,7 @@ the model ties it to the embeddings: reloading a tied one leaves the old weights
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,7 @@ from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.engines import proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
+from tropd.pipeline.models.engines.child import vllm_transfer
 from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
 from tropd.pipeline.models.runtime import DTYPES
 from tropd.storage.arrays import Floats32
@@ -81,6 +82,8 @@ class VllmEngine:
         self._vocab_size = num_tokens
         self._parallel = settings.tensor_parallel_size
         self._in_training = in_training
+        self._sleeps = in_training and not _on_cpu()
+        self._asleep: list[str] = []
         self._max_length = settings.room(max_length)
         self._name = folder.name
         self._tolerance = proof.tolerance(DTYPES[dtype])
@@ -90,6 +93,9 @@ class VllmEngine:
             options["hf_overrides"] = {"tie_word_embeddings": False}
             # Of the distribution drawn from, for the importance weights; those at temperature 1 are scored.
             options["logprobs_mode"] = "processed_logprobs"
+            options["enable_sleep_mode"] = self._sleeps
+            if self._parallel == 1:
+                options["weight_transfer_config"] = vllm_transfer.config()
         if settings.quantization is not None:
             options["quantization"] = settings.quantization
         # One thread makes all calls, for every caller: vLLM's CPU kernels want the thread that they were set up in.
@@ -116,9 +122,17 @@ class VllmEngine:
                 hint='set engine = "transformers"',
             )
 
+        if in_training and self._parallel == 1:
+            self._call(self._llm.init_weight_transfer_engine, {"init_info": {}})
+
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether ``rest`` frees anything: on a CPU vLLM has no sleep mode."""
+        return self._sleeps
 
     @property
     def max_length(self) -> int:
@@ -242,17 +256,40 @@ class VllmEngine:
             for i in range(len(sequences))
         ]
 
+    def rest(self) -> None:
+        """Free the memory of weights and KV cache, until weights are set. Nothing happens on a CPU."""
+        if self._sleeps and not self._asleep:
+            self._call(self._llm.sleep, level=2)
+            self._asleep = ["weights", "kv_cache"]
+
     def set_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the model's weights by these: the whole state of the Hugging Face model, tied ones twice."""
         if self._parallel == 1:
-            self._reload(weights_iterator=iter(weights))
-        else:  # other processes read them from a file, in memory where the system has such a place
-            place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            with TemporaryDirectory(prefix="tropd-weights-", dir=place) as folder:
-                tensors = {name: tensor.contiguous() for name, tensor in weights}
-                save_file(tensors, Path(folder) / "model.safetensors")
-                self._reload(weights_path=folder)
+            self.take_update({"weights": list(weights)})
+            return
+        # Other processes read them from a file, in memory where the system has such a place.
+        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        with TemporaryDirectory(prefix="tropd-weights-", dir=place) as folder:
+            tensors = {name: tensor.contiguous() for name, tensor in weights}
+            save_file(tensors, Path(folder) / "model.safetensors")
+            self._wake("weights")
+            self._call(self._llm.collective_rpc, "reload_weights", kwargs={"weights_path": folder})
+            self._wake("kv_cache")
         self._call(self._llm.reset_prefix_cache)
+
+    def take_update(self, update: Mapping[str, Any]) -> None:
+        """Replace the weights by those that the update describes (see ``vllm_transfer``), and wake up."""
+        self._wake("weights")
+        self._call(self._llm.start_weight_update)
+        self._call(self._llm.update_weights, {"update_info": dict(update)})
+        self._call(self._llm.finish_weight_update)
+        self._wake("kv_cache")
+        self._call(self._llm.reset_prefix_cache)
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            self._call(self._llm.wake_up, tags=[part])
+            self._asleep.remove(part)
 
     def _prove(self, rows: Sequence[Sequence[int]]) -> None:
         """Check that tokens decoded across the cache and beside other rows have the log-probs that scoring gives them.
@@ -274,12 +311,11 @@ class VllmEngine:
             drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
             tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
             proof.check_decoding(f"{self._name} in vLLM", prompts, tokens, logprobs, scored, self._tolerance)
+            # What comes next is computed as in a run that was not interrupted here.
+            self._call(self._llm.reset_prefix_cache)
         except BaseException:
             self._is_proven = False
             raise
-
-    def _reload(self, **weights: Any) -> None:
-        self._call(self._llm.collective_rpc, "reload_weights", kwargs=weights)
 
     def _width(self, k: int, limit: int) -> int:
         return min(k + SPARE, self._vocab_size) if limit < self._vocab_size else k

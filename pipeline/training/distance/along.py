@@ -40,7 +40,9 @@ def evaluate_student(session: Session) -> StepRecord:
         known = {response.prompt_id: response for response in responses}
         record |= _of_student(session, session.held_out, responses)
         record |= _of_teacher(session, session.held_out.written)
-    return record | _accuracy(session, known)
+    record |= _accuracy(session, known)
+    session.rolling.rest()
+    return record
 
 
 def _write(session: Session, held_out: HeldOutSet) -> list[Trajectory]:

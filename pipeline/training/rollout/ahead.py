@@ -92,6 +92,7 @@ class Preparation:
     def _rows(self, step: int) -> list[Row]:
         with self._timeline.span("rollout", step):
             rows = step_rows(self._session, step)
+            self._session.rolling.rest()
         check_rollouts(self._session, step, rows)
         return rows
 

@@ -25,10 +25,10 @@ def check_engine(session: Session, step: int, inputs: StepInputs, outcome: StepO
             return  # no step comes after this, so the engine was not given its weights
         # The rollouts are those of older weights; by now the engine has those that this step was computed with.
         rows = [row for row in inputs.rows if row.tokens][:CHECKED_ROWS]
-        scores = session.rolling.checked.score(
+        scores = session.rolling.checked.token_logprobs(
             [row.sequence for row in rows], [len(row.context) for row in rows]
         )
-        engine = np.array([p for one in scores for p in one.token_logprobs], dtype=np.float64)
+        engine = np.concatenate([np.zeros(0), *scores])
     else:
         engine = inputs.sampler_logprobs
     difference = np.abs(outcome.student_logprobs[: len(engine)] - engine)

@@ -14,16 +14,20 @@ import torch
 from tropd.pipeline.config.sections.model_settings import RuntimeConfig, StudentConfig
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
 from tropd.pipeline.config.sections.value_types import Dtype
-from tropd.pipeline.models.engines.base import Engine, Sampler
+from tropd.pipeline.models.engines.base import Sampler
+from tropd.pipeline.models.engines.child.process import Deadline, Deadlines, EngineProcess
+from tropd.pipeline.models.engines.child.vllm_transfer import for_vllm
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.loading import context_length, load_model, load_tokenizer
-from tropd.pipeline.models.runtime import configure_runtime
-from tropd.pipeline.run.opening import LoadedModel, open_vllm
+from tropd.pipeline.models.runtime import DTYPES, configure_runtime
+from tropd.pipeline.run.opening import LoadedModel, loading, vllm_builder
+from tropd.pipeline.run.processes.child_environment import child_environment
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.rollout.rows import sampling_of
 from tropd.pipeline.training.rollout.sampler_process import SamplingProcess
 from tropd.pipeline.training.update.lora import merged_state
 from tropd.pipeline.training.update.student import copy_weights
+from tropd.pipeline.training.world import World
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,12 @@ class Rolling:
     """The full student: the model itself, or an unsharded copy refreshed together with the engine."""
     refresh: Callable[[], None]
     """Copy the current weights into the engine and ``whole_model``. Call only while the engine is idle."""
-    checked: Engine | None = None
+    gather: Callable[[], None]
+    """Copy them into ``whole_model`` only; every process takes part."""
+    checked: EngineProcess | None = None
     """The engine, where it is another than the trainer's and could have other weights."""
+    rest: Callable[[], None] = lambda: None
+    """Free the engine's memory until the next refresh, where it is idle until then and can."""
     close: Callable[[], None] = lambda: None
     """End the engine's own process, if it has one."""
 
@@ -49,6 +57,7 @@ def rollout_engine(
     whole_model: Any,
     folder: Path,
     precision: torch.dtype | None,
+    world: World,
 ) -> Rolling:
     """Open the engine that the configuration asks for, in this process or in one beside it."""
     settings = run.config.student
@@ -65,13 +74,48 @@ def rollout_engine(
             return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
         loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        return Rolling(engine, whole_model, gather)
-    in_vllm = open_vllm(run, "student", folder, in_training=True)
+        return Rolling(engine, whole_model, gather, gather)
+    beside = _vllm_process(run, whole_model, folder, world)
+    stack.callback(beside.close)
 
     def refresh() -> None:
-        in_vllm.set_weights(merged_state(whole_model).items())
+        gather()
+        if whole_model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine's memory is what the step before has freed
+        beside.set_weights(merged_state(whole_model))
 
-    return Rolling(in_vllm, whole_model, refresh, checked=in_vllm)
+    def rest() -> None:
+        if not run.config.train.max_staleness:  # otherwise it samples while the student trains
+            beside.rest()
+
+    return Rolling(beside, whole_model, refresh, gather, beside, rest, beside.close)
+
+
+def _vllm_process(run: Run, whole_model: Any, folder: Path, world: World) -> EngineProcess:
+    """The student in vLLM, in a process beside this one, on the same GPU."""
+    settings = run.config.vllm
+    alone = settings.tensor_parallel_size == 1
+    on_gpu = whole_model.device.type == "cuda"
+    log = run.workspace.logs / f"student-engine-{world.rank}.log"
+    with loading(run, "student", folder):
+        engine = EngineProcess(
+            vllm_builder(run, "student", folder, in_training=True),
+            merged_state(whole_model),
+            DTYPES[run.config.student.settled_dtype],
+            environment=for_vllm(child_environment(one_device=alone)),
+            log=log,
+            deadlines=Deadlines(
+                Deadline(settings.start_seconds, "vllm.start_seconds"),
+                Deadline(settings.update_seconds, "vllm.update_seconds"),
+                Deadline(settings.answer_seconds, "vllm.answer_seconds"),
+            ),
+            as_handles=on_gpu and alone,
+        )
+    if not engine.sleeps:
+        run.reporter.info(
+            "train: vLLM cannot sleep on a CPU: the student's engine keeps its memory while it trains"
+        )
+    return engine
 
 
 def _process_engine(
@@ -102,7 +146,7 @@ def _process_engine(
         gather()
         engine.set_weights(merged_state(whole_model).items())
 
-    return Rolling(engine, whole_model, refresh, close=engine.close)
+    return Rolling(engine, whole_model, refresh, gather, close=engine.close)
 
 
 def _sampling_engine(
