@@ -19,7 +19,12 @@ from tropd.storage.errors import ConfigError
 @pytest.mark.parametrize(
     ("settings", "processes", "message"),
     [
-        ("student.engine = 'vllm'", 2, 'student.engine = "vllm" currently trains in a single process'),
+        (
+            "student.engine = 'vllm'\nvllm.tensor_parallel_size = 2",
+            2,
+            "vllm.tensor_parallel_size = 2, but with several",
+        ),
+        ("student.engine = 'vllm'", 2, 'student.engine = "vllm" needs vLLM'),
         ("student.engine = 'vllm'", 1, 'student.engine = "vllm" needs vLLM'),
         ("train.region_gradients = true", 2, "train.region_gradients needs a single process"),
         ("student.lora = { rank = 2 }", 1, "student.lora needs peft"),

@@ -92,7 +92,9 @@ def scripted(folder: Path, decoded: float, scored: float) -> VllmEngine:
         return outputs
 
     vllm: Any = sys.modules["vllm"]
-    vllm.LLM = lambda **_: SimpleNamespace(generate=generate, apply_model=lambda change: [True])
+    vllm.LLM = lambda **_: SimpleNamespace(
+        generate=generate, apply_model=lambda change: [True], reset_prefix_cache=lambda: True
+    )
     return make(folder)
 
 
