@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tropd.pipeline.run.processes.child_environment import local_rank
+from tropd.pipeline.run.processes.launcher import end_with_launcher
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,6 +105,8 @@ def join_world(device: torch.device) -> Iterator[World]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank())
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
