@@ -85,7 +85,9 @@ def topk_forward_kl(alternatives: Alternatives, support: Support, entry_clip: fl
     if support == "renormalized":
         mass = alternatives.sum(teacher.exp())
         # A token without alternatives has mass 0 and nothing to divide.
-        teacher = teacher - torch.repeat_interleave(mass.clamp(min=1e-30).log(), alternatives.counts)
+        logs = mass.clamp(min=1e-30).log()
+        # With the size, a GPU need not be waited for.
+        teacher = teacher - logs.repeat_interleave(alternatives.counts, output_size=len(teacher))
     terms = _weighted_difference(teacher, teacher, student)
     total = alternatives.sum(terms if entry_clip is None else terms.clamp(0.0, entry_clip))
     if support == "tail":

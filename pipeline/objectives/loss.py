@@ -70,6 +70,10 @@ class TokenBatch:
     outlier: Tensor
     guidance: Tensor
     """``[g]``."""
+    trust_used: Tensor
+    """``[u]`` the tokens whose coefficient is not 0, rising: indices, since a GPU would be waited for to count a mask."""
+    outlier_used: Tensor
+    """``[u]`` likewise."""
     guidance_logprobs: Tensor
     """``[g]`` log π_S of the teacher's prefix tokens, with gradient."""
     trust_advantages: Tensor | None = None
@@ -177,26 +181,46 @@ def fixed_advantages(loss: FixedAdvantage, statistics: TokenStatistics, weight: 
     return advantages
 
 
+def check_alternatives(objective: Objective, plan: StepPlan, index: Ints) -> None:
+    """Check that all tokens whose loss needs the teacher's top-k have it: those of ``index`` ``[M]``.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for region, coefficients in ((objective.trust, plan.trust), (objective.outlier, plan.outlier)):
+        if region.loss.estimator.startswith("topk_"):
+            missing = np.count_nonzero(coefficients) - np.count_nonzero(coefficients[index])
+            if missing:
+                raise ValueError(f"{missing} tokens need the teacher's top-k, but have none")
+
+
 def region_losses(objective: Objective, batch: TokenBatch) -> Mapping[str, Tensor]:
     """The loss of a micro-batch as scalars per region (``trust``, ``outlier``, ``guidance``); the loss is their sum."""
+    trust, outlier = objective.trust.loss, objective.outlier.loss
     return {
-        "trust": _student_losses(objective.trust.loss, objective, batch, batch.trust, batch.trust_advantages),
+        "trust": _student_losses(
+            trust, objective, batch, batch.trust, batch.trust_used, batch.trust_advantages
+        ),
         "outlier": _student_losses(
-            objective.outlier.loss, objective, batch, batch.outlier, batch.outlier_advantages
+            outlier, objective, batch, batch.outlier, batch.outlier_used, batch.outlier_advantages
         ),
         "guidance": _guidance_loss(objective, batch),
     }
 
 
 def _student_losses(
-    loss: Estimator, objective: Objective, batch: TokenBatch, coefficients: Tensor, planned: Tensor | None
+    loss: Estimator,
+    objective: Objective,
+    batch: TokenBatch,
+    coefficients: Tensor,
+    used: Tensor,
+    planned: Tensor | None,
 ) -> Tensor:
     # Coefficient 0 must mean no contribution even where a loss is huge, so tokens are selected, not multiplied.
     zero = batch.student_logprobs.sum() * 0.0
     if loss.estimator == "zero":
         return zero
     if isinstance(loss, K1 | FixedAdvantage):
-        used = coefficients != 0
         importance = _importance(objective, batch)
         values = k1_policy_gradient(
             batch.student_logprobs[used],
@@ -205,15 +229,12 @@ def _student_losses(
         )
         return (coefficients[used] * values).sum() + zero
     if batch.topk is None or batch.topk_index is None:
-        if bool((coefficients != 0).any()):
+        if len(used):
             raise ValueError(
                 f"estimator {loss.estimator!r} needs the teacher's top-k, which the batch does not have"
             )
         return zero
     weights = coefficients[batch.topk_index]
-    missing = int((coefficients != 0).sum()) - int((weights != 0).sum())
-    if missing:
-        raise ValueError(f"{missing} tokens need the teacher's top-k, but have none")
     values = _topk_loss(loss, batch.topk)
     importance = _importance(objective, batch) if objective.partition.rule in TOKEN_RULES else None
     if importance is not None:

@@ -151,8 +151,7 @@ def _gradient(model: Any) -> str:
         for batch in micro_batches(
             Layout(rows, guided=False), 64, torch.device("cpu"), packing=passes.packing
         ):
-            nothing = Lookups(torch.zeros_like(batch.targets), batch.targets[:0])
-            found = passes(batch, nothing)[0]
+            found = passes(batch, Lookups.none(batch.targets))[0]
             (found * weights[torch.from_numpy(batch.student_tokens)]).sum().backward()
     finally:
         logprobs.CHUNK_ELEMENTS = whole

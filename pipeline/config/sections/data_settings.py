@@ -103,7 +103,7 @@ class PrefixesConfig(Spec):
     max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest trajectory; rollout.max_tokens if not set."""
     batch_size: Inert[int] = Field(default=64, ge=1, le=MOST_ROWS)
-    """Sequences decoded together."""
+    """Sequences decoded together; on a GPU up to a quarter more, rather than few in a last batch."""
     shard_prompts: int = Field(default=512, ge=1, le=MOST_ROWS)
     """Prompts per shard: the most that a crash can cost."""
 

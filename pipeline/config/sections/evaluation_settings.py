@@ -89,7 +89,7 @@ class EvaluationConfig(Spec):
     """Prompts, spread over all problems, on which the distance between student and teacher is measured: reverse and
     forward KL, acceptance and lengths. These need no answer; problems without one are not graded. 0: no distance."""
     batch_size: Inert[int] = Field(default=128, ge=1, le=MOST_ROWS)
-    """Sequences decoded together."""
+    """Sequences decoded together; on a GPU up to a quarter more, rather than few in a last batch."""
     grader: GraderName = "math"
     """The rule that finds the answer and judges it: `pattern` (answer_pattern's group equals it as text), `math` (boxed,
     after ####, stated, or the last number; equal as mathematics), `choice` (the declared letter A to J; an expected

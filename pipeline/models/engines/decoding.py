@@ -12,13 +12,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tropd.pipeline.models.engines.base import Generation
+from tropd.pipeline.models.runtime import to_device, to_host
 from tropd.storage.arrays import Floats32, Ints
 from tropd.storage.seeds import uniforms
 
@@ -26,6 +27,11 @@ from tropd.storage.seeds import uniforms
 DONE_SHARE = 0.25
 # Steps of a segment at most.
 SEGMENT = 128
+# Batches on a GPU are larger by up to this factor where it saves one.
+SLACK = 1.25
+# Steps between looks at the tokens on a GPU, for which the host waits until it has drawn them: a row that is done before
+# rides along, and its further tokens are dropped.
+STEPS_ON_GPU = 16
 
 ChosenTokens = tuple[Tensor, Tensor, Tensor]
 """Tokens, their log-probs, and those under the distribution drawn from, ``[B]`` each; see ``sample_tokens``."""
@@ -74,10 +80,12 @@ def decode(
     )
     step = 0
     while True:
-        segment = np.ascontiguousarray(draws[rows, step : step + SEGMENT].T)
-        choices = zip(torch.from_numpy(segment).to(device), steps, strict=False)
+        choices = zip(to_device(draws[rows, step : step + SEGMENT].T, device), steps, strict=False)
         segment_choice = _segment(
-            (choose(draw) for draw, choose in choices), drawn.ends[rows] - step, stop_ids
+            (choose(draw) for draw, choose in choices),
+            drawn.ends[rows] - step,
+            stop_ids,
+            1 if device.type == "cpu" else STEPS_ON_GPU,
         )
         going = drawn.add(rows, step, segment_choice, stop_ids)
         if not len(going):
@@ -87,7 +95,7 @@ def decode(
             going = np.union1d(going, 0 if going[0] else 1)
         if len(going) < len(rows):
             keep = few_moved(going)
-            decoder.select(torch.from_numpy(keep).to(device))
+            decoder.select(to_device(keep, device))
             rows = rows[keep]
 
 
@@ -146,26 +154,42 @@ def few_moved(going: Ints) -> Ints:
 
 
 def _segment(
-    choices: Iterable[ChosenTokens], left: Ints, stop_ids: Sequence[int]
+    choices: Iterable[ChosenTokens], left: Ints, stop_ids: Sequence[int], every: int
 ) -> tuple[Ints, Floats32, Floats32]:
     """Tokens and log-probs ``[n, B]`` of as many steps as it takes for a share of the rows to be done.
 
     Args:
         choices: of one step after the other, each made when it is asked for.
         left: ``[B]`` tokens until a row's limit.
+        every: steps until their tokens are looked at.
     """
     going = left > 0
     count = np.count_nonzero(going)
     enough = count - max(1, int(DONE_SHARE * count))
-    segment: list[ChosenTokens] = []
-    for choice in choices:
-        segment.append(choice)
-        # On the host: these are few numbers, and the next step waits for them.
-        tokens = choice[0].cpu().numpy()
+    found: list[list[Any]] = []
+    steps = 0
+    remaining = iter(choices)
+    while np.count_nonzero(going) > enough and (some := list(itertools.islice(remaining, every))):
+        steps += len(some)
+        # On the host: these are few numbers. Alone they need no stack.
+        alone = len(some) == 1
+        parts = [part[0].unsqueeze(0) if alone else torch.stack(part) for part in zip(*some, strict=True)]
+        found.append(to_host(*parts))
         for stop in stop_ids:
-            going &= tokens != stop
-        going &= left > len(segment)
-        if np.count_nonzero(going) <= enough:
-            break
-    tokens, logprobs, drawn = (torch.stack(parts).cpu().numpy() for parts in zip(*segment, strict=True))
+            going &= (found[-1][0] != stop).all(axis=0)
+        going &= left > steps
+    tokens, logprobs, drawn = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return tokens, logprobs, drawn
+
+
+def batch_sizes(rows: int, most: int, device: torch.device) -> list[int]:
+    """Sizes of the batches in which rows are decoded, at most ``most`` together.
+
+    A step of a GPU costs about the same for a few rows as for many: there a last batch of a few rows would double the
+    time, so batches are of one size, and all are up to a quarter larger where this saves one. A step of a CPU costs
+    what its rows cost.
+    """
+    if device.type == "cpu":
+        return [min(most, rows - low) for low in range(0, rows, most)]
+    number = -(-rows // max(1, int(SLACK * most))) if rows else 0
+    return [len(part) for part in np.array_split(np.arange(rows), number)] if number else []

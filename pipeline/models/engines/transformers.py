@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from tropd.pipeline.models.engines import proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
-from tropd.pipeline.models.engines.decoding import Decoder, decode
+from tropd.pipeline.models.engines.decoding import Decoder, batch_sizes, decode
 from tropd.pipeline.models.engines.decoding_any import ModelDecoder
 from tropd.pipeline.models.engines.lean import compiled
 from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel, is_lean
@@ -20,7 +21,15 @@ from tropd.pipeline.models.engines.residual import float32_stream, takes_float32
 from tropd.pipeline.models.engines.scoring import score_states, topk_of
 from tropd.pipeline.models.loading import context_length
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
-from tropd.pipeline.models.runtime import autocast, evaluation_mode, masked_attention
+from tropd.pipeline.models.runtime import (
+    Side,
+    autocast,
+    evaluation_mode,
+    masked_attention,
+    padded_rows,
+    to_device,
+    to_host,
+)
 from tropd.storage.arrays import Floats32
 
 
@@ -33,7 +42,7 @@ class TransformersEngine:
         model: a causal LM of transformers.
         stop_ids: tokens that end a response.
         batch_size: rows decoded together.
-        batch_tokens: tokens, padding included, per scoring pass.
+        batch_tokens: tokens, padding included, per pass over given ones: to score, and to read prompts.
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean_decoder`` knows, its decoding step.
@@ -83,10 +92,11 @@ class TransformersEngine:
         return context_length(self.model.config)
 
     @contextmanager
-    def _inference(self, precision: torch.dtype | None) -> Iterator[None]:
+    def _inference(self, precision: torch.dtype | None, side: Side) -> Iterator[None]:
         with (
             torch.inference_mode(),
             masked_attention(self.model),
+            padded_rows(self.model, side),
             evaluation_mode(self.model),
             autocast(self.model.device, precision),
         ):
@@ -100,7 +110,7 @@ class TransformersEngine:
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         with (
-            self._inference(self._autocast),
+            self._inference(self._autocast, "right"),
             float32_stream(self.model) if self._streams_float32 else nullcontext(),
         ):
             yield
@@ -110,7 +120,7 @@ class TransformersEngine:
     def prepare(self, sampling: Sampling) -> None:
         """Compile now the passes that ``generate`` will use, where compiling is on."""
         if self._compiles and self.is_lean and sampling not in self._prepared:
-            with self._inference(None):
+            with self._inference(None, "left"):
                 compiled.compile_choice(self._lean_model(), sampling)
             self._prepared.add(sampling)
 
@@ -148,10 +158,11 @@ class TransformersEngine:
             self.prepare(sampling)
         # Rows that are not in the order have no room for a token.
         results = [Generation([], [], "length")] * len(prompts)
-        with self._inference(None if self.is_lean else self._autocast), self._stance():
+        with self._inference(None if self.is_lean else self._autocast, "left"), self._stance():
             weights = self._lean_model() if self.is_lean else None
-            for low in range(0, len(order), self._batch_size):
-                rows = order[low : low + self._batch_size]
+            left = iter(order)
+            for size in batch_sizes(len(order), self._batch_size, self.model.device):
+                rows = list(itertools.islice(left, size))
                 longest = max(len(prompts[i]) + limits[i] for i in rows)
                 generations = decode(
                     self._decoder(weights, longest, sampling),
@@ -177,8 +188,9 @@ class TransformersEngine:
 
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
-            return ModelDecoder(self.model, self._split, longest, sampling)
-        return LeanDecoder(weights, longest, sampling, compiled.choose_compiled if self._compiles else None)
+            return ModelDecoder(self.model, self._split, longest, sampling, self._batch_tokens)
+        forward = compiled.choose_compiled if self._compiles else None
+        return LeanDecoder(weights, longest, sampling, forward, self._batch_tokens)
 
     # --------------------------------------------------------------------------------------- score
 
@@ -223,8 +235,11 @@ class TransformersEngine:
         found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
         counts = [len(sequences[i]) - starts[i] for i in batch]
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        token_logprobs = _numpy(found.token_logprobs)
-        entropy_np = None if found.entropies is None else _numpy(found.entropies)
+        measured = [x for x in (found.token_logprobs, found.entropies) if x is not None]
+        if at_once or not k:
+            measured += [found.top_ids, found.top_logprobs]
+        token_logprobs, *others = to_host(*measured)
+        entropy_np = others.pop(0) if entropy else None
         chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         for r, i in enumerate(batch):
             low, high = bounds[r], bounds[r + 1]
@@ -233,14 +248,11 @@ class TransformersEngine:
                 continue
             part = None if entropy_np is None else entropy_np[low:high]
             chosen.append(np.flatnonzero(topk_where(i, token_logprobs[low:high], part)))
-        top_ids, top_logprobs = found.top_ids, found.top_logprobs
         if k and not at_once:
             # The output layer runs again, but only for these.
-            picks = torch.from_numpy(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)])).to(device)
-            top_ids, top_logprobs = topk_of(
-                self._split, states[picks], found.norms[picks], k=k, limit=vocab_limit
-            )
-        ids_np, logprobs_np = top_ids.cpu().numpy().astype(np.int32), _numpy(top_logprobs)
+            picks = to_device(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)]), device)
+            others = to_host(*topk_of(self._split, states[picks], found.norms[picks], k=k, limit=vocab_limit))
+        ids_np, logprobs_np = others[0].astype(np.int32), others[1]
         first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
         return [
             SequenceScores(
@@ -335,9 +347,11 @@ class TransformersEngine:
 def _right_pad(
     rows: Sequence[Sequence[int]], width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], device=device)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-    return ids, mask
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(np.int64)
+    return to_device(ids, device), to_device(mask, device)
 
 
 def batches_of(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
@@ -356,8 +370,3 @@ def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
             batches.append(range(low, high))
             low = high
     return batches
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.float().cpu().numpy()
-    return array

@@ -13,10 +13,11 @@ chunk. Logits, log-softmax and sums are float32, whatever the model's precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,7 @@ from tropd.pipeline.models.output.output_layer import (
     workspace,
 )
 from tropd.pipeline.models.output.vocabulary_sums import entropy, log_softmax_, logsumexp, row_blocks
+from tropd.pipeline.models.runtime import to_device
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
@@ -41,11 +43,17 @@ class Lookups:
     """Ids whose log-probs are wanted besides the target's: ragged, in the order of the positions."""
 
     counts: Tensor
-    """``[n]`` int64, alternatives per position (0 for most)."""
+    """``[n]`` int64, alternatives per position (0 for most). In main memory: sizes follow from them, for which the host
+    would have to wait for a GPU."""
     ids: Tensor
     """``[A]`` int64, each at most once per position."""
     tail: bool = False
     """Whether the mass outside them is wanted, which costs a pass over the logits."""
+
+    @staticmethod
+    def none(targets: Tensor) -> Lookups:
+        """None for any of the targets ``[n]``."""
+        return Lookups(torch.zeros(len(targets), dtype=torch.int64), targets.new_zeros(0))
 
 
 @dataclass(frozen=True)
@@ -78,13 +86,14 @@ def token_logprobs(
         lookups: more ids per position.
     """
     if lookups is None:
-        lookups = Lookups(targets.new_zeros(len(targets)), targets.new_zeros(0))
+        lookups = Lookups.none(targets)
     size = max(1, CHUNK_ELEMENTS // split.vocabulary(states))
     if not len(targets):
         empty = states.sum(dim=-1).float()
         return TokenLogprobs(empty, empty, empty.detach(), empty.detach(), empty)
+    places = _places(lookups.counts, min(size, len(targets)), targets.device)
     if size >= len(targets):  # nothing to save: logits of one chunk may as well be kept
-        return TokenLogprobs(*_chunk(split, states, targets, lookups.counts, lookups.ids, lookups.tail))
+        return TokenLogprobs(*_chunk(split, states, targets, places[0], lookups.ids, lookups.tail))
     if is_plain(split.head):
         head = split.head
         dtype = product_dtype(states)
@@ -94,7 +103,7 @@ def token_logprobs(
                 head.weight,
                 head.bias,
                 targets,
-                lookups.counts,
+                places,
                 lookups.ids,
                 lookups.tail,
                 split.softcap,
@@ -107,33 +116,72 @@ def token_logprobs(
         checkpoint(
             _chunk,
             split,
-            states[rows],
-            targets[rows],
-            lookups.counts[rows],
-            lookups.ids[entries],
+            states[place.rows],
+            targets[place.rows],
+            place,
+            lookups.ids[place.entries],
             lookups.tail,
             use_reentrant=False,
         )
-        for rows, entries in _chunks(lookups.counts, size)
+        for place in places
     ]
     return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _chunks(counts: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the positions, ``size`` at a time, with those of their lookups."""
-    ends = counts.cumsum(dim=0).cpu()
-    first = 0
-    for low in range(0, len(counts), size):
-        high = min(low + size, len(counts))
-        last = int(ends[high - 1])
-        yield slice(low, high), slice(first, last)
-        first = last
+@dataclass(frozen=True)
+class _Places:
+    """Some positions and their lookups, with all sizes known to the host. m of the positions have any."""
+
+    rows: slice
+    """Of the n positions."""
+    entries: slice
+    """Of the A ids."""
+    owners: Tensor
+    """``[a]`` which of these positions each id belongs to."""
+    has_any: Tensor
+    """``[c]`` True where a position has ids."""
+    asked: Tensor
+    """``[m]`` positions that have."""
+    counts: Tensor
+    """``[m]`` how many they have."""
+    most: int
+    """The largest of these; 0 if there are none."""
+
+
+def _places(counts: Tensor, size: int, device: torch.device) -> list[_Places]:
+    """Of all positions, ``size`` at a time; ``counts`` ``[n]`` are in main memory, and go to the device once."""
+    numbers = counts.numpy()
+    places, asked = np.arange(len(numbers)) % size, np.flatnonzero(numbers)
+    parts = [np.repeat(places, numbers), (numbers > 0).astype(np.int64), places[asked], numbers[asked]]
+    sent = to_device(np.concatenate(parts), device).split([len(part) for part in parts])
+    owners, has_any, asked_here, asked_counts = sent[0], sent[1].bool(), sent[2], sent[3]
+    lows = np.arange(0, len(numbers), size)
+    bounds = np.append(lows, len(numbers))
+    ends = np.concatenate([[0], np.cumsum(numbers)])[bounds].tolist()
+    firsts = np.searchsorted(asked, bounds).tolist()
+    most = np.maximum.reduceat(numbers, lows).tolist()
+    found = []
+    for i, low in enumerate(lows.tolist()):
+        rows, entries = slice(low, min(low + size, len(numbers))), slice(ends[i], ends[i + 1])
+        chosen = slice(firsts[i], firsts[i + 1])
+        found.append(
+            _Places(
+                rows,
+                entries,
+                owners[entries],
+                has_any[rows],
+                asked_here[chosen],
+                asked_counts[chosen],
+                most[i],
+            )
+        )
+    return found
 
 
 class ChunkedLogprobs(torch.autograd.Function):
     """Log-probs, entropy and overlap of a linear head, with the logits recomputed in the backward pass.
 
-    Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, counts ``[n]``, ids ``[A]``,
+    Inputs: states ``[n, H]``, weight ``[V, H]``, bias ``[V]`` or None, targets ``[n]``, the chunks' places, ids ``[A]``,
     whether tails are wanted, the soft cap or None, the dtype of matrix products, positions per chunk, the ``limit`` of
     ``SplitModel``. Outputs: those of ``TokenLogprobs``.
     """
@@ -145,7 +193,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        counts: Tensor,
+        places: Sequence[_Places],
         ids: Tensor,
         wants_tail: bool,
         softcap: float | None,
@@ -160,18 +208,20 @@ class ChunkedLogprobs(torch.autograd.Function):
         found = states.new_empty(len(ids), dtype=torch.float32)
         tails = torch.zeros_like(norms)
         kept, space = operand(weight, dtype), workspace(size, weight)
-        for rows, entries in _chunks(counts, size):
+        for place in places:
+            rows, entries = place.rows, place.entries
             logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             mask_rows_(logits, limit)
             logprobs = log_softmax_(logits, norms[rows])
-            picked = _pick(logprobs, targets[rows], counts[rows], ids[entries])
+            picked = _pick(logprobs, targets[rows], place, ids[entries])
             chosen[rows], found[entries], entropies[rows], overlap[rows] = picked
             if wants_tail:
                 # The logits are ours, and have been read.
-                logprobs[_positions(counts[rows], ids[entries]), ids[entries]] = -torch.inf
-                tails[rows] = torch.where(counts[rows] > 0, logsumexp(logprobs), 0.0)
+                logprobs[place.owners, ids[entries]] = -torch.inf
+                tails[rows] = torch.where(place.has_any, logsumexp(logprobs), 0.0)
             del logits, logprobs  # without a workspace, they would stay until the next are made
-        ctx.save_for_backward(states, weight, bias, targets, counts, ids, norms, tails)
+        ctx.save_for_backward(states, weight, bias, targets, ids, norms, tails)
+        ctx.places = places
         ctx.wants_tail, ctx.softcap, ctx.dtype, ctx.size = wants_tail, softcap, dtype, size
         ctx.limit = limit
         ctx.mark_non_differentiable(entropies, overlap)
@@ -187,23 +237,24 @@ class ChunkedLogprobs(torch.autograd.Function):
         _overlap: Tensor,
         grad_tail: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        states, weight, bias, targets, counts, ids, norms, tails = ctx.saved_tensors
+        states, weight, bias, targets, ids, norms, tails = ctx.saved_tensors
         softcap, dtype = ctx.softcap, ctx.dtype
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         low_weight, kept, space = weight.to(dtype), operand(weight, dtype), workspace(ctx.size, weight)
-        for rows, entries in _chunks(counts, ctx.size):
+        for place in ctx.places:
+            rows, entries = place.rows, place.entries
             logits = plain_logits(states[rows], kept, bias, dtype, softcap=softcap, space=space)
             slope = None if softcap is None else 1.0 - (logits / softcap) ** 2
             mask_rows_(logits, ctx.limit)
             by_target, by_lookup = grad_chosen[rows].unsqueeze(-1), grad_found[entries]
-            position = _positions(counts[rows], ids[entries])
+            position = place.owners
             total = by_target.squeeze(-1).index_add(0, position, by_lookup).unsqueeze(-1)
             logprobs = logits.sub_(norms[rows].unsqueeze(-1))
             if ctx.wants_tail:
-                by_tail = torch.where(counts[rows] > 0, grad_tail[rows], 0.0)
+                by_tail = torch.where(place.has_any, grad_tail[rows], 0.0)
                 grad = _tail_gradient_(logprobs, tails[rows], total, by_tail, position, ids[entries])
             else:
                 grad = logprobs.exp_().mul_(-total)
@@ -245,50 +296,41 @@ def _tail_gradient_(
 
 
 def _chunk(
-    split: SplitModel, states: Tensor, targets: Tensor, counts: Tensor, ids: Tensor, wants_tail: bool
+    split: SplitModel, states: Tensor, targets: Tensor, place: _Places, ids: Tensor, wants_tail: bool
 ) -> tuple[Tensor, ...]:
     logprobs = torch.log_softmax(split.logits(states), dim=-1)
-    picked = _pick(logprobs, targets, counts, ids)
-    return *picked, _tail(logprobs, counts, ids) if wants_tail else torch.zeros_like(picked[2])
+    picked = _pick(logprobs, targets, place, ids)
+    return *picked, _tail(logprobs, place, ids) if wants_tail else torch.zeros_like(picked[2])
 
 
-def _tail(logprobs: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
+def _tail(logprobs: Tensor, place: _Places, ids: Tensor) -> Tensor:
     """``[c]`` log of the mass of ``[c, V]`` log-probs outside the ids, with gradient."""
     least = torch.finfo(logprobs.dtype).min  # -inf would be NaN in the gradient where no id is outside
-    index = (_positions(counts, ids), ids)
-    tail = logprobs.index_put(index, logprobs.new_tensor(least)).logsumexp(dim=-1)
+    without = logprobs.index_put((place.owners, ids), torch.full_like(ids, least, dtype=logprobs.dtype))
+    tail = without.logsumexp(dim=-1)
     tail = torch.where(tail < least / 2, -torch.inf, tail)
-    return torch.where(counts > 0, tail, 0.0)
+    return torch.where(place.has_any, tail, 0.0)
 
 
 def _pick(
-    logprobs: Tensor, targets: Tensor, counts: Tensor, ids: Tensor
+    logprobs: Tensor, targets: Tensor, place: _Places, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of targets and ids, entropy, and overlap, from ``[c, V]`` log-probs."""
     chosen = logprobs[torch.arange(len(targets), device=targets.device), targets]
-    position = _positions(counts, ids)
-    found = logprobs[position, ids]
+    found = logprobs[place.owners, ids]
     with torch.no_grad():
-        overlap = _overlap(logprobs, found, position, counts)
+        overlap = _overlap(logprobs, found, place)
     return chosen, found, entropy(logprobs), overlap
 
 
-def _positions(counts: Tensor, ids: Tensor) -> Tensor:
-    """``[A]`` position that each looked-up id belongs to."""
-    positions = torch.arange(len(counts), device=counts.device)
-    return torch.repeat_interleave(
-        positions, counts, output_size=len(ids)
-    )  # with the size, a GPU need not wait
-
-
-def _overlap(logprobs: Tensor, found: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+def _overlap(logprobs: Tensor, found: Tensor, place: _Places) -> Tensor:
     """An id is among the c likeliest iff its log-prob reaches the c-th largest."""
     overlap = torch.full_like(logprobs[:, 0], torch.nan)
-    asked = counts > 0
-    if not bool(asked.any()):
+    if not place.most:
         return overlap
-    largest = logprobs[asked].topk(int(counts.max()), dim=-1).values
+    largest = logprobs[place.asked].topk(place.most, dim=-1).values
     threshold = torch.full_like(overlap, torch.inf)
-    threshold[asked] = largest.gather(-1, (counts[asked] - 1).unsqueeze(-1)).squeeze(-1)
-    hits = torch.zeros_like(overlap).index_add_(0, rows, (found >= threshold[rows]).float())
-    return torch.where(asked, hits / counts.clamp(min=1), overlap)
+    threshold[place.asked] = largest.gather(-1, (place.counts - 1).unsqueeze(-1)).squeeze(-1)
+    hits = torch.zeros_like(overlap).index_add_(0, place.owners, (found >= threshold[place.owners]).float())
+    overlap[place.asked] = hits[place.asked] / place.counts
+    return overlap

@@ -26,6 +26,7 @@ from tropd.pipeline.models.engines.transformers import TransformersEngine, batch
 from tropd.pipeline.models.output import vocabulary_sums
 from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace
+from tropd.pipeline.models.runtime import to_device
 from tropd.pipeline.objectives.loss import floored_log_ratio
 from tropd.pipeline.teacher.wire.messages import log_tail
 from tropd.storage.arrays import Floats64
@@ -63,7 +64,6 @@ def exact_distances(
     starts: Sequence[int],
     *,
     batch_tokens: int,
-    told: tuple[Sequence[Sequence[int]], Sequence[int]] | None = None,
 ) -> list[TokenDistances]:
     """Over all tokens, for responses ``sequence[start:]`` of ``writer``.
 
@@ -71,7 +71,6 @@ def exact_distances(
 
     Args:
         batch_tokens: tokens, padding included, that go through the models together.
-        told: sequences and starts as ``other`` reads them, if not these: the same responses after other prompts.
 
     Raises:
         ValueError: a sequence that an engine does not take, or other numbers of tokens.
@@ -81,8 +80,7 @@ def exact_distances(
     found: list[TokenDistances | None] = [None] * len(sequences)
     for batch in batches_of(sequences, batch_tokens):
         rows, firsts = [sequences[i] for i in batch], [starts[i] for i in batch]
-        there = (rows, firsts) if told is None else ([told[0][i] for i in batch], [told[1][i] for i in batch])
-        with writer.states(rows, firsts) as (_, own), other.states(*there) as (_, theirs):
+        with writer.states(rows, firsts) as (_, own), other.states(rows, firsts) as (_, theirs):
             values = _compare(writer.split, other.split, own, theirs.to(own.device), writer.vocab_size)
         ends = np.cumsum([len(row) - first for row, first in zip(rows, firsts, strict=True)])[:-1]
         for i, kl, acceptance, entropy in zip(batch, *(np.split(v, ends) for v in values), strict=True):
@@ -154,10 +152,7 @@ def topk_distances(
         ids = np.concatenate([one.ids.reshape(-1) for one in asked]).astype(np.int64)
         counts = np.concatenate([np.full(len(one.ids), one.ids.shape[1]) for one in asked])
         with student.states(rows, firsts) as (targets, states):
-            device = states.device
-            lookups = Lookups(
-                torch.from_numpy(counts).to(device), torch.from_numpy(ids).to(device), tail=True
-            )
+            lookups = Lookups(torch.from_numpy(counts), to_device(ids, states.device), tail=True)
             logprobs = token_logprobs(student.split, states, targets, lookups)
         own, tails = _floats(logprobs.lookups), _floats(logprobs.tail)
         first = 0

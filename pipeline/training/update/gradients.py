@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models.output.logprobs import Lookups, TokenLogprobs
-from tropd.pipeline.models.runtime import autocast
-from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, Alternatives, topk_reverse_kl
-from tropd.pipeline.objectives.loss import StepPlan, TokenBatch, floored_log_ratio, plan_step, region_losses
+from tropd.pipeline.models.runtime import to_device, to_host
+from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR, topk_reverse_kl
+from tropd.pipeline.objectives.loss import (
+    StepPlan,
+    TokenBatch,
+    check_alternatives,
+    floored_log_ratio,
+    plan_step,
+    region_losses,
+)
 from tropd.pipeline.objectives.needs import needs_student_pass, needs_student_tail
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import Regions
@@ -23,10 +30,13 @@ from tropd.pipeline.objectives.token_weights import TokenStatistics
 from tropd.pipeline.training.rollout.rows import Row, mu_logprobs, sampler_logprobs
 from tropd.pipeline.training.signal.ask_teacher import TeacherData
 from tropd.pipeline.training.update import dropout
+from tropd.pipeline.training.update.forward import Measured, Passed, pass_idly, pass_through
 from tropd.pipeline.training.update.micro_batches import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.update.student import StudentPass
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.arrays import Floats64
+
+REGIONS = ("trust", "outlier", "guidance")
 
 
 class NonFiniteError(ArithmeticError):
@@ -113,37 +123,50 @@ def backpropagate(
         guidance_rows=layout.guidance_rows,
         progress=inputs.progress,
     )
-    total = len(inputs.teacher.teacher_logprobs)
-    measured = {name: np.full(total, np.nan) for name in ("logprobs", "entropy", "overlap", "mass")}
-    losses = {"trust": 0.0, "outlier": 0.0, "guidance": 0.0}
+    check_alternatives(objective, plan, inputs.teacher.topk.index)
+    measured = Measured(len(inputs.teacher.teacher_logprobs))
+    losses: list[Tensor] = []
     region_sums: dict[str, list[Tensor]] = {}
     for number, micro_batch in enumerate(batches):
         _seed(inputs, world, number)
-        topk, guidance_topk, output = _forward(student, inputs, micro_batch, tail)
-        batch = _token_batch(inputs, plan, micro_batch, topk, guidance_topk, output)
+        passed = pass_through(student, micro_batch, inputs.teacher.topk, inputs.guidance_topk, tail=tail)
+        batch = _token_batch(inputs, plan, micro_batch, passed)
         regions = region_losses(objective, batch)
-        for name, value in regions.items():
-            if not bool(torch.isfinite(value)):
-                raise NonFiniteError(f"the loss of region {name!r} is {float(value.detach())}")
-            losses[name] += float(value.detach())
+        losses.append(torch.stack([regions[name].detach() for name in REGIONS]))
         if region_gradients:
             _add_region_gradients(regions, parameters, region_sums)
         # FSDP averages over processes; the loss is normalized over all of them, so its parts add up.
         (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
-        _measure(measured, micro_batch, output, batch)
+        _measure(measured, passed)
     for _ in range(len(batches), rounds):
-        _idle(student, layout, device).backward()
+        pass_idly(student, _shortest(layout, device)).backward()
+    found = measured.fetch()
     return StepOutcome(
-        losses=world.total(losses),
+        losses=world.total(_finite_sums(losses)),
         supervised_tokens=_supervised(objective, plan),
-        student_logprobs=world.merge(measured["logprobs"]),
-        student_entropy=world.merge(measured["entropy"]),
-        overlap=world.merge(measured["overlap"]),
-        student_topk_mass=world.merge(measured["mass"]),
+        student_logprobs=world.merge(found["logprobs"]),
+        student_entropy=world.merge(found["entropy"]),
+        overlap=world.merge(found["overlap"]),
+        student_topk_mass=world.merge(found["mass"]),
         region_gradient_norms={
             name: float(torch.nn.utils.get_total_norm(sums)) for name, sums in region_sums.items()
         },
     )
+
+
+def _finite_sums(losses: Sequence[Tensor]) -> dict[str, float]:
+    """Sums of the micro-batches' losses by region, looked at once for the step.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    sums = dict.fromkeys(REGIONS, 0.0)
+    for values in to_host(*losses):
+        for name, value in zip(REGIONS, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the loss of region {name!r} is {value}")
+            sums[name] += value
+    return sums
 
 
 def _supervised(objective: Objective, plan: StepPlan) -> int:
@@ -160,116 +183,51 @@ def _seed(inputs: StepInputs, world: World, micro_batch: int) -> None:
         dropout.seed(inputs.dropout_seed, world.rank, micro_batch)
 
 
-def _idle(student: StudentPass, layout: Layout, device: torch.device) -> Tensor:
-    """A pass without effect: others have one micro-batch more, and weights are gathered by all or none."""
-    batch = next(iter(micro_batches(layout, 1, device)))
-    lookups = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
-    with autocast(device, student.precision):
-        targets, *_ = student(batch, lookups)
-    return 0.0 * targets.sum()
+def _shortest(layout: Layout, device: torch.device) -> MicroBatch:
+    """The shortest row with supervised tokens alone, for passes without effect."""
+    counts = layout.student_counts + layout.guidance_counts
+    rows = [row for row, count in zip(layout.rows, counts, strict=True) if count]
+    shortest = min(rows, key=lambda row: len(row.sequence))
+    return next(iter(micro_batches(Layout([shortest], layout.guided), 1, device)))
 
 
-def _forward(
-    student: StudentPass,
-    inputs: StepInputs,
-    micro_batch: MicroBatch,
-    tail: bool,
-) -> tuple[RaggedTopk, RaggedTopk | None, TokenLogprobs]:
-    """The student on a micro-batch, and the teacher's alternatives of its tokens."""
-    topk = inputs.teacher.topk.select(micro_batch.student_tokens)
-    guidance_topk = (
-        None if inputs.guidance_topk is None else inputs.guidance_topk.select(micro_batch.guidance_tokens)
-    )
-    # Lookups go in the order of the positions: per row first guidance, then student tokens.
-    counts = _lookup_counts(micro_batch, topk, guidance_topk)
-    flat = np.zeros(int(counts.sum()), dtype=np.int64)
-    student_entries = np.repeat(micro_batch.is_student, counts)
-    flat[student_entries] = topk.ids
-    if guidance_topk is not None:
-        flat[~student_entries] = guidance_topk.ids
-    device = micro_batch.targets.device
-    with autocast(device, student.precision):
-        lookups = Lookups(torch.from_numpy(counts).to(device), torch.from_numpy(flat).to(device), tail)
-        output = TokenLogprobs(*student(micro_batch, lookups))
-    return topk, guidance_topk, output
-
-
-def _token_batch(
-    inputs: StepInputs,
-    plan: StepPlan,
-    micro_batch: MicroBatch,
-    topk: RaggedTopk,
-    guidance_topk: RaggedTopk | None,
-    output: TokenLogprobs,
-) -> TokenBatch:
+def _token_batch(inputs: StepInputs, plan: StepPlan, micro_batch: MicroBatch, passed: Passed) -> TokenBatch:
+    output = passed.output
     device, dtype = output.targets.device, output.targets.dtype
+    students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
 
     def tensor(values: Any, index: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.asarray(values)[index]).to(device=device, dtype=dtype)
+        return to_device(np.asarray(values)[index], device).to(dtype)
 
     def optional(values: Any) -> Tensor | None:
         return None if values is None else tensor(values, students)
 
-    is_student = torch.from_numpy(micro_batch.is_student).to(device)
-    counts = _lookup_counts(micro_batch, topk, guidance_topk)
-    student_entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
-    students, prefixes = micro_batch.student_tokens, micro_batch.guidance_tokens
     return TokenBatch(
-        student_logprobs=output.targets[is_student],
+        student_logprobs=output.targets[passed.students],
         teacher_logprobs=tensor(inputs.teacher.teacher_logprobs, students),
         mu_logprobs=tensor(inputs.mu_logprobs, students),
         trust=tensor(plan.trust, students),
         outlier=tensor(plan.outlier, students),
         guidance=tensor(plan.guidance, prefixes),
-        guidance_logprobs=output.targets[~is_student],
+        trust_used=to_device(np.flatnonzero(plan.trust[students]), device),
+        outlier_used=to_device(np.flatnonzero(plan.outlier[students]), device),
+        guidance_logprobs=output.targets[passed.prefixes],
         trust_advantages=optional(plan.trust_advantages),
         outlier_advantages=optional(plan.outlier_advantages),
         reference_logprobs=optional(inputs.reference_logprobs),
-        topk_index=torch.from_numpy(topk.index).to(device),
-        topk=_alternatives(topk, output.lookups[student_entries], output.tail[is_student]),
-        guidance_topk=(
-            None
-            if guidance_topk is None
-            else _alternatives(guidance_topk, output.lookups[~student_entries], output.tail[~is_student])
-        ),
+        topk_index=to_device(passed.topk.index, device),
+        topk=passed.alternatives,
+        guidance_topk=passed.guidance,
     )
 
 
-def _lookup_counts(
-    micro_batch: MicroBatch, topk: RaggedTopk, guidance_topk: RaggedTopk | None
-) -> npt.NDArray[np.int64]:
-    """``[n]`` alternatives per supervised position."""
-    counts = np.zeros(len(micro_batch.is_student), dtype=np.int64)
-    counts[np.flatnonzero(micro_batch.is_student)[topk.index]] = topk.counts
-    if guidance_topk is not None:
-        counts[np.flatnonzero(~micro_batch.is_student)[guidance_topk.index]] = guidance_topk.counts
-    return counts
-
-
-def _alternatives(topk: RaggedTopk, student_logprobs: Tensor, tails: Tensor) -> Alternatives:
-    def tensor(values: Any) -> Tensor:
-        return torch.from_numpy(values).to(device=student_logprobs.device)
-
-    return Alternatives(
-        teacher_logprobs=tensor(topk.logprobs).to(student_logprobs.dtype),
-        student_logprobs=student_logprobs,
-        counts=tensor(topk.counts),
-        teacher_tail=tensor(topk.tail).to(student_logprobs.dtype),
-        student_tail=tails[tensor(topk.index)],
-    )
-
-
-def _measure(
-    measured: dict[str, Floats64], micro_batch: MicroBatch, output: TokenLogprobs, batch: TokenBatch
-) -> None:
-    is_student = torch.from_numpy(micro_batch.is_student).to(output.targets.device)
-    tokens = micro_batch.student_tokens
-    measured["logprobs"][tokens] = output.targets.detach()[is_student].double().cpu().numpy()
-    measured["entropy"][tokens] = output.entropy[is_student].double().cpu().numpy()
-    measured["overlap"][tokens] = output.overlap[is_student].double().cpu().numpy()
-    if batch.topk is not None and batch.topk_index is not None and len(batch.topk_index):
-        mass = batch.topk.sum(batch.topk.student_logprobs.detach().exp())
-        measured["mass"][tokens[batch.topk_index.cpu().numpy()]] = mass.double().cpu().numpy()
+def _measure(measured: Measured, passed: Passed) -> None:
+    output, tokens, topk = passed.output, passed.tokens, passed.alternatives
+    measured.add("logprobs", tokens, output.targets[passed.students])
+    measured.add("entropy", tokens, output.entropy[passed.students])
+    measured.add("overlap", tokens, output.overlap[passed.students])
+    if len(passed.topk.index):
+        measured.add("mass", tokens[passed.topk.index], topk.sum(topk.student_logprobs.detach().exp()))
 
 
 def _statistics(
@@ -298,26 +256,25 @@ def _statistics(
     )
     if not needs_student_pass(objective):
         return known
-    kinds = {weight.kind for weight in objective.token_weights}
-    found = {name: np.full(len(advantages), np.nan) for name in ("entropy", "divergence", "overlap")}
+    diverges = "soft_or_top" in {weight.kind for weight in objective.token_weights}
     device = next(student.parameters()).device
+    measured = Measured(len(advantages))
     with torch.no_grad():
         for number, micro_batch in enumerate(batches):
             _seed(inputs, world, number)
-            topk, guidance_topk, output = _forward(student, inputs, micro_batch, "soft_or_top" in kinds)
-            tokens, is_student = micro_batch.student_tokens, torch.from_numpy(micro_batch.is_student)
-            found["entropy"][tokens] = output.entropy.cpu()[is_student].double().numpy()
-            found["overlap"][tokens] = output.overlap.cpu()[is_student].double().numpy()
-            found["divergence"][tokens] = 0.0
-            if "soft_or_top" not in kinds:
-                continue
-            counts = _lookup_counts(micro_batch, topk, guidance_topk)
-            entries = torch.from_numpy(np.repeat(micro_batch.is_student, counts)).to(device)
-            alternatives = _alternatives(topk, output.lookups[entries], output.tail[is_student.to(device)])
-            found["divergence"][tokens[topk.index]] = topk_reverse_kl(alternatives).double().cpu().numpy()
+            passed = pass_through(
+                student, micro_batch, inputs.teacher.topk, inputs.guidance_topk, tail=diverges
+            )
+            measured.add("entropy", passed.tokens, passed.output.entropy[passed.students])
+            measured.add("overlap", passed.tokens, passed.output.overlap[passed.students])
+            measured.add("divergence", passed.tokens, torch.zeros_like(passed.students))
+            if diverges:
+                divergence = topk_reverse_kl(passed.alternatives)
+                measured.add("divergence", passed.tokens[passed.topk.index], divergence)
         for _ in range(len(batches), rounds):
-            _idle(student, layout, device)
-    merged = {name: world.merge(values) for name, values in found.items()}
+            pass_idly(student, _shortest(layout, device))
+    found = measured.fetch()
+    merged = {name: world.merge(found[name]) for name in ("entropy", "divergence", "overlap")}
     return replace(
         known,
         student_entropy=merged["entropy"],

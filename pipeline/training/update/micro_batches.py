@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tropd.pipeline.models.runtime import to_device
 from tropd.pipeline.training.rollout.rows import Row
 from tropd.storage.arrays import Floats32, Ints
 
@@ -193,12 +194,10 @@ def _micro_batch(
     row_index, column_index = np.concatenate(rows), np.concatenate(columns)
     extra = {"position_ids": position_ids} if packed else {"attention_mask": mask}
     return MicroBatch(
-        inputs={
-            name: torch.from_numpy(array).to(device) for name, array in ({"input_ids": ids} | extra).items()
-        },
-        row_index=torch.from_numpy(row_index).to(device),
-        column_index=torch.from_numpy(column_index).to(device),
-        targets=torch.from_numpy(ids[row_index, column_index + 1]).to(device),
+        inputs={name: to_device(array, device) for name, array in ({"input_ids": ids} | extra).items()},
+        row_index=to_device(row_index, device),
+        column_index=to_device(column_index, device),
+        targets=to_device(ids[row_index, column_index + 1], device),
         is_student=np.concatenate(is_student),
         student_tokens=np.concatenate(student_tokens),
         guidance_tokens=np.concatenate(guidance_tokens),

@@ -69,9 +69,8 @@ def _mean_logprob(session: Session, inputs: StepInputs, device: torch.device) ->
     budget = session.run.config.train.micro_batch_tokens
     layout = Layout(inputs.rows, guided=True)
     batch = next(iter(micro_batches(layout, budget, device, packing=session.passes.packing)))
-    nothing = batch.targets.new_zeros(0)
     with torch.no_grad(), _uncompiled(session), autocast(device, session.precision):
-        logprobs, *_ = session.passes(batch, Lookups(torch.zeros_like(batch.targets), nothing))
+        logprobs, *_ = session.passes(batch, Lookups.none(batch.targets))
     return float(logprobs.mean()) if len(logprobs) else 0.0
 
 

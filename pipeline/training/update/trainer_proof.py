@@ -45,8 +45,9 @@ def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[
     layout = Layout(rows, guided=False)
     found = np.zeros(int(layout.student_counts.sum()), dtype=np.float32)
     for batch in micro_batches(layout, budget, passes.model.device, packing=passes.packing):
-        nothing = Lookups(batch.targets.new_zeros(len(batch.targets)), batch.targets.new_zeros(0))
-        found[batch.student_tokens] = passes(batch, nothing)[0].detach().float().cpu().numpy()
+        found[batch.student_tokens] = (
+            passes(batch, Lookups.none(batch.targets))[0].detach().float().cpu().numpy()
+        )
     return np.split(found, np.cumsum(layout.student_counts)[:-1])
 
 

@@ -43,6 +43,8 @@ def expected_gradient(objective: Objective, mu: torch.Tensor) -> torch.Tensor:
             mu_logprobs=mu[one],
             trust=torch.from_numpy(regions.trust[one]).double(),
             outlier=torch.from_numpy(regions.outlier[one]).double(),
+            trust_used=torch.from_numpy(np.flatnonzero(regions.trust[one])),
+            outlier_used=torch.from_numpy(np.flatnonzero(regions.outlier[one])),
             guidance=torch.zeros(0, dtype=torch.float64),
             guidance_logprobs=logprobs[:0],
             topk_index=torch.tensor([0]),

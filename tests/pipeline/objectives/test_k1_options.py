@@ -96,6 +96,8 @@ def gradients(trust: dict[str, Any], outlier: dict[str, Any]) -> tuple[Any, torc
         mu_logprobs=tensor(S),
         trust=tensor(plan.trust),
         outlier=tensor(plan.outlier),
+        trust_used=torch.from_numpy(np.flatnonzero(plan.trust)),
+        outlier_used=torch.from_numpy(np.flatnonzero(plan.outlier)),
         guidance=tensor([]),
         guidance_logprobs=tensor([]),
         trust_advantages=None if plan.trust_advantages is None else tensor(plan.trust_advantages),

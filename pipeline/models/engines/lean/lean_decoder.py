@@ -24,7 +24,12 @@ from transformers.activations import SiLUActivation
 
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.decoding import ChosenTokens
-from tropd.pipeline.models.engines.decoding_any import FIRST_STEPS, left_pad
+from tropd.pipeline.models.engines.decoding_any import (
+    FIRST_STEPS,
+    PREFILL_TOKENS,
+    left_pad,
+    prefill_parts,
+)
 from tropd.pipeline.models.engines.draw import sample_tokens
 
 logger = logging.getLogger(__name__)
@@ -132,12 +137,19 @@ class LeanDecoder:
         longest: tokens that a row may have, prompt included.
         sampling: how tokens are chosen.
         forward: ``choose``, or its compiled form, which is always given a mask.
+        prefill_tokens: tokens of prompts, padding included, per pass.
     """
 
     def __init__(
-        self, model: LeanModel, longest: int, sampling: Sampling, forward: Forward | None = None
+        self,
+        model: LeanModel,
+        longest: int,
+        sampling: Sampling,
+        forward: Forward | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self._model = model
+        self._prefill_tokens = prefill_tokens
         self._sampling = sampling
         self._is_compiled = forward is not None
         self._forward = forward or choose
@@ -165,12 +177,16 @@ class LeanDecoder:
         # Keep one spare column so the slice is never contiguous: a contiguous buffer would trigger another compile.
         shape = (2, rows, model.kv_heads, width + min(room, FIRST_STEPS) + 1, model.head_dim)
         self._cache = [model.embedding.new_empty(shape, dtype=torch.float32) for _ in model.layers]
-        self._length, self._next = width, mask.sum(dim=-1)
+        self._next = mask.sum(dim=-1)
         self._allowed = None
         if self._is_compiled or not bool(mask.all()):
             self._allowed = functional.pad(mask.bool(), (0, room), value=True)[:, None, None, :]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        return self._choose(ids, positions, _causal(mask), draws)
+        for columns in prefill_parts(rows, width, self._prefill_tokens):
+            self._length = columns.stop
+            allowed = _causal(mask[:, : columns.stop], columns.start)
+            choice = self._choose(ids[:, columns], positions[:, columns], allowed, draws)
+        return choice
 
     def step(self, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.step``."""
@@ -278,12 +294,14 @@ def _attended(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -
     return torch.matmul(scores.softmax(dim=-1), values).view(rows, heads, 1, size)
 
 
-def _causal(mask: Tensor) -> Tensor:
-    """``[B, 1, T, T]`` the tokens that each one of left-padded prompts looks at: itself, and those before it."""
+def _causal(mask: Tensor, first: int) -> Tensor:
+    """``[B, 1, T - first, T]`` what the tokens from ``first`` on of left-padded prompts look at: themselves, and all
+    before them."""
     size = mask.shape[1]
-    before = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
+    square = torch.ones(size - first, size, dtype=torch.bool, device=mask.device)
+    before = square.tril(first)
     # Padding looks at itself: a row of nothing would be NaN.
-    return (mask.bool()[:, None, None, :] & before) | torch.eye(size, dtype=torch.bool, device=mask.device)
+    return (mask.bool()[:, None, None, :] & before) | (before & square.triu(first))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

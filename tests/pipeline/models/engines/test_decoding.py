@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from tropd.pipeline.models.engines import decoding
 from tropd.pipeline.models.engines.base import Sampling
-from tropd.pipeline.models.engines.decoding import ChosenTokens, decode, few_moved
+from tropd.pipeline.models.engines.decoding import ChosenTokens, batch_sizes, decode, few_moved
+from tropd.pipeline.models.engines.lean import lean_decoder
 from tropd.pipeline.models.engines.transformers import TransformersEngine
+from tropd.pipeline.models.output.output_layer import SplitModel
 
 LONGEST = 24
 
@@ -72,6 +74,49 @@ def test_responses_do_not_depend_on_when_rows_leave(monkeypatch: pytest.MonkeyPa
         for one, other in zip(generate(), expected, strict=True):
             assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_prompts_are_read_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch, lean: bool) -> None:
+    """The activations of a whole batch of long prefixes would not fit."""
+    model, read = short_model("lean"), []
+    next_logits, hidden = lean_decoder.next_logits, SplitModel.next_logits
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        read.append(arguments[2].numel())
+        return next_logits(*arguments)
+
+    def counted_too(self: SplitModel, **inputs: Any) -> torch.Tensor:
+        read.append(inputs["input_ids"].numel())
+        return hidden(self, **inputs)
+
+    monkeypatch.setattr(lean_decoder, "next_logits", counted)
+    monkeypatch.setattr(SplitModel, "next_logits", counted_too)
+    prompts = [[2 + n] * (3 + 4 * n) for n in range(5)]
+
+    def generate(tokens: int) -> tuple[Any, int]:
+        engine = TransformersEngine(model, [], batch_tokens=tokens, lean=lean)
+        engine.generate(prompts[:1], Sampling(), seeds=[0], max_tokens=[1])  # it proves itself
+        read.clear()
+        return engine.generate(prompts, Sampling(), seeds=range(5), max_tokens=[5] * 5), max(read)
+
+    expected, whole = generate(1000)
+    found, largest = generate(20)
+    assert (whole, largest) == (5 * 19, 20)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_a_gpu_gets_no_batch_of_a_few_rows() -> None:
+    """Its steps would take as long as those of a full one."""
+    gpu = torch.device("cuda")
+    assert batch_sizes(73, 64, gpu) == [73]
+    assert batch_sizes(81, 64, gpu) == [41, 40]
+    assert batch_sizes(512, 64, gpu) == [74, 73, 73, 73, 73, 73, 73]
+    assert batch_sizes(1, 64, gpu) == [1]
+    assert batch_sizes(0, 64, gpu) == []
+    assert batch_sizes(73, 64, torch.device("cpu")) == [64, 9]
 
 
 def test_rows_leave_caches_of_linear_attention_too() -> None:
