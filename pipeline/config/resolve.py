@@ -14,9 +14,13 @@ import tomlkit
 from tropd.pipeline.config.problems import Origins, checked
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.schema import Config, to_plain
+from tropd.pipeline.config.sections.model_settings import StudentConfig
 from tropd.pipeline.config.tables import leaves, merge_settings, one_line, without_none
 from tropd.storage.errors import ConfigError
 from tropd.storage.formats.toml_text import MOST_LEVELS, NotTomlError, Plain, parse_toml, read_text
+
+OF_STUDENT = ("dtype", "trust_remote_code", "chat_template_args", "chat_template_file")
+"""Settings that a teacher takes from the student whose model it is."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,16 @@ def parse_config(text: str, assignments: Sequence[str] = (), *, where: str = "co
         sources = {f"objective.{leaf}": f"objective {name!r}" for leaf in leaves(base)} | sources
         data = {**data, "objective": merge_settings(base, objective)}
     origins = Origins(where, text, sources)
-    return ResolvedConfig(checked(Config, data, origins), origins)
+    return ResolvedConfig(checked(Config, _with_own_teacher(data), origins), origins)
+
+
+def _with_own_teacher(data: Plain) -> Plain:
+    """``teacher.model = "student"`` means the student's model, in its precision."""
+    teacher, student = data.get("teacher"), data.get("student", {})
+    if not isinstance(teacher, dict) or not isinstance(student, dict) or teacher.get("model") != "student":
+        return data
+    own = {name: student[name] for name in OF_STUDENT if name in student}
+    return {**data, "teacher": {**own, **teacher, "model": student.get("model", StudentConfig().model)}}
 
 
 def parse_assignment(text: str) -> Plain:

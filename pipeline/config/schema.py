@@ -226,6 +226,8 @@ def _problem_conflicts(config: Config) -> Iterator[str]:
     data, demo = config.data, config.demo
     if data.system is not None and not data.chat:
         yield "data.system is a message for the chat template, and data.chat is false: set data.chat = true"
+    if any(context.system is not None for context in config.teacher.contexts) and not data.chat:
+        yield "teacher.context.system is a message for the chat template, and data.chat is false: set data.chat = true"
     for role in ("student", "teacher"):
         for field in ("chat_template_args", "chat_template_file"):
             if getattr(getattr(config, role), field) and not data.chat:

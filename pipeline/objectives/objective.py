@@ -204,6 +204,8 @@ class Objective(Spec):
     """Certainty of the definition: exact, or the parts that were reconstructed."""
     formula: Inert[str] = ""
     """The loss, in plain text."""
+    own_context: Inert[bool] = False
+    """Meant for a teacher with a context of its own (teacher.context); training says so where none has one."""
     rollouts: Literal["student", "teacher", "stored"] = "student"
     """Author of the response: the current student, the teacher (all of it), or a student once, stored on disk."""
     partition: Partition = AllTrusted()

@@ -106,6 +106,19 @@ class RowRatio(_Phase):
     """Largest weight, after division by the mean over rows."""
 
 
+class LateTokens(_Phase):
+    """least + (1 - least)·σ((place - middle)/width) at the token's place in its row, 0 to 1: late tokens weigh more
+    (PW-OPSD)."""
+
+    kind: Literal["position"] = "position"
+    least: float = Field(default=0.25, ge=0.0, le=1.0)
+    """w_min: smallest weight."""
+    middle: float = Field(default=0.3, ge=0.0, le=1.0)
+    """τ: place at which the weight is half way."""
+    width: float = Field(default=0.1, gt=0.0, le=MOST_FACTOR)
+    """s: the smaller, the steeper."""
+
+
 TokenWeight = Annotated[
     StudentEntropyTop
     | AdvantageFloorMask
@@ -115,6 +128,7 @@ TokenWeight = Annotated[
     | StudentLogprobBottom
     | TeacherLikelyRows
     | EntropyProduct
-    | RowRatio,
+    | RowRatio
+    | LateTokens,
     Field(discriminator="kind"),
 ]

@@ -68,6 +68,8 @@ def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float
         return (1.0 + spec.alpha * (1.0 - _of_max(teacher))) * (1.0 + spec.beta * _of_max(student))
     if spec.kind == "row_ratio":
         return row_ratio(spec, statistics.advantages, statistics.rows)
+    if spec.kind == "position":
+        return position_weight(statistics.rows, spec.least, spec.middle, spec.width)
     drifted = _needed(statistics.overlap, "overlap") < spec.threshold
     return (
         np.clip(1.0 - spec.drop * running_sum(drifted.astype(np.float64), statistics.rows), 0.0, 1.0)
@@ -118,6 +120,14 @@ def prefix_importance(magnitudes: Floats64, rows: Ints, gamma: float) -> Floats6
     total = row_sum(magnitudes, rows)
     share = np.divide(before, total, out=np.zeros_like(before), where=total > 0)
     return 1.0 + gamma * (1.0 - share)
+
+
+def position_weight(rows: Ints, least: float, middle: float, width: float) -> Floats64:
+    """least + (1 - least)·σ((u - middle)/width), u = (t - ½)/n at the t-th of a row's n tokens (arXiv 2605.21606)."""
+    ones = np.ones(len(rows))
+    place = (running_sum(ones, rows) - 0.5) / np.maximum(row_sum(ones, rows), 1.0)
+    # tanh has no overflow, wherever it is asked.
+    return least + (1.0 - least) * 0.5 * (1.0 + np.tanh(0.5 * (place - middle) / width))
 
 
 def mean_of_later(values: Floats64, rows: Ints) -> Floats64:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tropd.storage.formats.record_fields import MAX_TEXT, printable
@@ -47,11 +47,14 @@ def read_messages(value: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
 
 def in_template(messages: Sequence[Message], template: str) -> tuple[Message, ...]:
     """The messages with ``template`` around the text of the user's last turn, at ``{prompt}``."""
+    return with_question(messages, lambda text: template.replace("{prompt}", text))
+
+
+def with_question(messages: Sequence[Message], changed: Callable[[str], str]) -> tuple[Message, ...]:
+    """The messages with another text of the user's last turn."""
     last = max(number for number, message in enumerate(messages) if message["role"] == "user")
     return tuple(
-        {**message, "content": template.replace("{prompt}", message["content"])}
-        if number == last
-        else message
+        {**message, "content": changed(message["content"])} if number == last else message
         for number, message in enumerate(messages)
     )
 

@@ -35,6 +35,13 @@ class EncodedPrompt:
 
     prompt: Prompt
     tokens: Sequence[int]
+    teacher_tokens: Sequence[int] | None = None
+    """Its token ids as its teacher reads it, where that has a context of its own."""
+
+    @property
+    def scored_after(self) -> Sequence[int]:
+        """The token ids after which the teacher scores a response."""
+        return self.tokens if self.teacher_tokens is None else self.teacher_tokens
 
     @property
     def id(self) -> str:

@@ -7,8 +7,8 @@ A record that cannot be used is a ``Reject`` with its number and a reason. The c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tropd.storage.formats.record_fields import field_names, field_text, value_a
 from tropd.storage.formats.records import read_records, record_unit
 
 MAX_SHOWN = 10
+CONTEXT = "teacher.context"
 PROMPT, MESSAGES = "prompt", "messages"
 """Default field of the prompt, and the field that may hold a conversation where that one is missing."""
 
@@ -47,6 +48,8 @@ class Prompt:
     """Where it is in its file, counted from 1."""
     messages: tuple[Message, ...] = ()
     """A conversation for the chat template; none where the text is the user's only turn."""
+    fields: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Other fields of its record, as text, where a teacher's context names them."""
 
     @property
     def turns(self) -> Sequence[Message]:
@@ -68,13 +71,19 @@ class Reject:
 
 
 def scan_prompts(
-    path: Path, config: DataConfig, *, need_answer: bool = False, check_answer: bool = False
+    path: Path,
+    config: DataConfig,
+    *,
+    need_answer: bool = False,
+    check_answer: bool = False,
+    also: Callable[[str], Sequence[str]] = lambda domain: (),
 ) -> tuple[list[Prompt], list[Reject]]:
     """The usable prompts of a file (JSON lines, one JSON array, Parquet or CSV), and its bad records.
 
     Args:
         need_answer: a record without an answer is bad.
         check_answer: so is one whose answer exists and is not text; otherwise the answer is not looked at.
+        also: further fields that a record of a domain needs (see ``Prompt.fields``).
 
     Raises:
         DataError: the file is missing, cannot be read, or has no records.
@@ -92,6 +101,8 @@ def scan_prompts(
             if record.fields is None:
                 raise ValueError(record.problem)
             prompt = _prompt(record.fields, record.number, config, need_answer, check_answer)
+            if names := also(prompt.domain):
+                prompt = replace(prompt, fields={name: _context_text(record.fields, name) for name in names})
             if prompt.id in seen:
                 unit = record_unit(path)
                 raise ValueError(f"id {short(prompt.id)} is also on {unit} {seen[prompt.id]}")
@@ -210,6 +221,13 @@ def _nothing(record: Mapping[str, Any], path: str, setting: str) -> ValueError:
         return ValueError(f"field {path!r} is null")
     other = f" or {MESSAGES!r}" if path == PROMPT else ""
     return ValueError(f"no field {path!r}{other} (fields: {field_names(record)}; see {setting})")
+
+
+def _context_text(record: Mapping[str, Any], path: str) -> str:
+    text = field_text(record, path, CONTEXT)
+    if text is None:
+        raise _nothing(record, path, CONTEXT)
+    return text
 
 
 def short(text: str) -> str:

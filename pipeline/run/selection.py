@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.problems.decontaminate import find_overlaps
 from tropd.pipeline.problems.encoding import Encoded, encode_prompts
 from tropd.pipeline.problems.prompts import refuse, scan_prompts, write_rejects
+from tropd.pipeline.problems.teacher_context import named_fields
 from tropd.pipeline.run.identity import section_fields, template_fields
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import content_digest, write_text_atomic
@@ -36,6 +38,7 @@ def training_prompts(run: Run, tokenizer: Any, max_length: int) -> Encoded:
         need_answer=run.config.prefixes.keep == "correct",
         left_out=_contaminated(run),
         template_args=run.config.student.chat_template_args,
+        also=partial(_context_fields, run),
     )
 
 
@@ -78,6 +81,7 @@ def evaluation_problems(
     """
     data, settings = run.config.problem_files[name], run.config.evaluation_sets[name]
     role_settings: ModelConfig = getattr(run.config, role)
+    compared = not name and role == "student" and settings.distance_prompts > 0
     room = _room(max_length, settings.max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
         run,
@@ -89,6 +93,7 @@ def evaluation_problems(
         settings.limit,
         need_answer=bool(name) or not settings.distance_prompts,
         template_args=role_settings.chat_template_args,
+        also=partial(_context_fields, run) if compared else lambda domain: (),
     )
 
 
@@ -96,6 +101,11 @@ def evenly(count: int, wanted: int) -> list[int]:
     """Indices of at most so many of ``count`` things in a row, evenly over all of them."""
     wanted = min(count, wanted)
     return [number * count // wanted for number in range(wanted)]
+
+
+def _context_fields(run: Run, domain: str) -> Sequence[str]:
+    """Fields of a record that the context of its teacher names."""
+    return named_fields(run.config.teacher.context_of(domain))
 
 
 def _usable_prompts(
@@ -109,9 +119,12 @@ def _usable_prompts(
     need_answer: bool,
     left_out: Collection[str] = (),
     template_args: Mapping[str, Any] = {},
+    also: Callable[[str], Sequence[str]] = lambda domain: (),
 ) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
-    prompts, bad_lines = scan_prompts(path, data, need_answer=need_answer, check_answer=what != "prompts")
+    prompts, bad_lines = scan_prompts(
+        path, data, need_answer=need_answer, check_answer=what != "prompts", also=also
+    )
     prompts = [prompt for prompt in prompts if prompt.id not in left_out]
     date = template_date(run)
     encoded = encode_prompts(

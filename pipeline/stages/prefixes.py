@@ -18,9 +18,9 @@ from tropd.pipeline.objectives.spec import field_marks
 from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.problems.grading.grading import RULES, check_expected
 from tropd.pipeline.run.identity import engine_fields, fingerprint_of, model_fields, stop_fields, token_fields
-from tropd.pipeline.run.opening import check_pair, role_room, role_tokenizer
+from tropd.pipeline.run.opening import check_pair
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.run.selection import data_fields, training_prompts
+from tropd.pipeline.run.selection import data_fields
 from tropd.pipeline.stages.refilter import (
     Answered,
     is_whole,
@@ -41,7 +41,7 @@ from tropd.pipeline.teacher.by_domain import (
     teachers_in_use,
     with_only,
 )
-from tropd.pipeline.teacher.reading import as_teachers_read
+from tropd.pipeline.teacher.reading import context_fields, prompts_of
 from tropd.storage.errors import DataError
 from tropd.storage.formats.trajectories import Author, Trajectory, read_trajectories, write_trajectories
 from tropd.storage.seeds import derive_seed
@@ -123,6 +123,8 @@ def fingerprint(run: Run, source: SamplingJob, prompts: Encoded) -> Fingerprint:
     fields |= (
         data_fields(run, "prompts") | token_fields(prompts, "data.prompts") | _author_fields(run, source)
     )
+    if source.author == "teacher" and any(context.prefixes for context in run.config.teacher.contexts):
+        fields |= context_fields(run, prompts.prompts) | {"teacher.context.prefixes": True}
     if run.config.teacher.by_domain:  # shards hold the prompts of one teacher each
         fields["teacher.domains"] = ",".join(own.domain for own in run.config.teacher.by_domain)
     fields["run.seed"] = run.config.run.seed
@@ -159,9 +161,7 @@ def generate_rollouts(run: Run, *, execution: Execution = HERE, force: bool = Fa
 def _generate(run: Run, source: SamplingJob, execution: Execution, force: bool) -> Manifest:
     for name in teachers_in_use(run):
         check_pair(with_only(run, name))
-    authors = teachers_in_use(run) if source.author == "teacher" else [GENERAL]
-    room = min(role_room(with_only(run, name), source.author) for name in authors)
-    found = as_teachers_read(run, training_prompts(run, role_tokenizer(run, "student"), room))
+    found = prompts_of(run, source.author)
     prompts = replace(found, prompts=found.prompts[: source.limit])
     if source.keep == "correct":
         check_expected(run.config.evaluation.grader, [one.prompt for one in prompts.prompts])
@@ -257,7 +257,7 @@ def _sample(
         f"responses of the {source.author}", f"lower {section}.batch_size or {section}.max_tokens"
     ):
         generations = engine.generate(
-            [prompt.tokens for prompt, _ in jobs],
+            [written_after(run, prompt, source.author) for prompt, _ in jobs],
             Sampling(source.temperature, source.top_p),
             seeds=[
                 derive_seed(run.config.run.seed, source.stage, prompt.id, sample) for prompt, sample in jobs
@@ -268,6 +268,12 @@ def _sample(
         (to_trajectory(prompt, sample, generation, tokenizer, source.author), prompt.prompt.answer)
         for (prompt, sample), generation in zip(jobs, generations, strict=True)
     ]
+
+
+def written_after(run: Run, prompt: EncodedPrompt, author: Author) -> Sequence[int]:
+    """The token ids after which an author writes: a teacher's context where it is for prefixes too."""
+    context = run.config.teacher.context_of(prompt.prompt.domain) if author == "teacher" else None
+    return prompt.scored_after if context is not None and context.prefixes else prompt.tokens
 
 
 def to_trajectory(

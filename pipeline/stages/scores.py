@@ -7,7 +7,8 @@ cache, and ``part-N.parquet``, which names the trajectory of each of its rows an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from tropd.pipeline.config.sections.value_types import MOST_ALTERNATIVES
 from tropd.pipeline.models.engines.base import Engine, SequenceScores
 from tropd.pipeline.models.memory import within_memory
+from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.run.identity import engine_fields, fingerprint_of, model_fields, section_fields
 from tropd.pipeline.run.opening import role_num_tokens
 from tropd.pipeline.run.run import Run, as_scorer
@@ -33,6 +35,7 @@ from tropd.pipeline.teacher.by_domain import (
     prompt_teachers,
     teachers_in_use,
 )
+from tropd.pipeline.teacher.reading import context_fields, scored_prompts
 from tropd.storage.bounds import are_logprobs
 from tropd.storage.cache.shard import TopK, concatenate, prune, read_topk, write_topk
 from tropd.storage.disk.atomic import atomic_file
@@ -64,6 +67,8 @@ def fingerprint(run: Run, source: Manifest) -> Fingerprint:
         return fields | {"teacher.vocab_size": role_num_tokens(run, "teacher")}
 
     fields = fields_of_all(run, teachers_in_use(run), of) | {f"upstream.{source.stage}": source.fingerprint}
+    if run.config.teacher.contexts:
+        fields |= context_fields(run, scored_prompts(run, source.stage).prompts)
     fields |= section_fields("scores", run.config.scores)
     return fingerprint_of(run, fields)
 
@@ -106,6 +111,11 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
     config = run.config.scores
     teachers = EngineSlot(run, "teacher", batch_tokens=config.batch_tokens)
     teacher_of = prompt_teachers(run) if run.config.teacher.by_domain else {}
+    told = (
+        {one.id: one for one in scored_prompts(run, source_stage).prompts}
+        if run.config.teacher.contexts
+        else {}
+    )
 
     def make(number: int, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
         shard = shards[number]
@@ -124,11 +134,12 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
             largest = max((token for row in rows for token in row.tokens), default=-1)
             check_token_ids(run, largest, engine.vocab_size, stage_kind(source_stage).command)
             keys += [(row.prompt_id, row.sample_index) for row in rows]
-            parts.append(_score(engine, rows, config.k, config.mass))
+            parts.append(_score(engine, [_as_told(run, row, told) for row in rows], config.k, config.mass))
             advance(len(rows))
         data = concatenate(parts)
         if number == 0:
-            _tell_low_mass(run, engine, source_folder / shard.name, data)
+            first = islice(read_trajectories(source_folder / shard.name), ROWS_PER_CALL)
+            _tell_low_mass(run, engine, [_as_told(run, row, told) for row in first], data)
         write_topk(folder / _cache_name(shard.name), data, precision=config.precision)
         _write_rows(folder / shard.name, keys, data)
         return {_cache_name(shard.name): len(keys), shard.name: len(keys)}
@@ -136,13 +147,31 @@ def open_scorer(source_stage: str, run: Run) -> Maker:
     return make
 
 
-def _tell_low_mass(run: Run, engine: Engine, shard: Path, data: TopK) -> None:
+def _as_told(run: Run, row: Trajectory, told: Mapping[str, EncodedPrompt]) -> Trajectory:
+    """A trajectory after its prompt as the teacher reads it; as it is, where no teacher has a context of its own.
+
+    Raises:
+        DataError: its prompt is not among the training prompts any more.
+    """
+    if not told:
+        return row
+    prompt = told.get(row.prompt_id)
+    if prompt is None or list(prompt.tokens) != list(row.prompt_tokens):
+        raise DataError(
+            f"the trajectories stored for prompt {row.prompt_id!r} answer another text than data.prompts now has, "
+            "so teacher.context does not fit them",
+            hint="make them again: tropd generate-prefixes (or generate-rollouts) --force",
+        )
+    return replace(row, prompt_tokens=prompt.scored_after)
+
+
+def _tell_low_mass(run: Run, engine: Engine, rows: Sequence[Trajectory], data: TopK) -> None:
     """Warn where a shard's alternatives hold little of the probability, with the k that would hold more."""
     kept, config = kept_mass(data), run.config.scores
     if kept >= LOW or config.k >= engine.vocab_size or run.config.teacher.scorer != "transformers":
         return
     with within_memory("the teacher's whole distribution at some tokens", "lower scores.batch_tokens"):
-        needed = needed_alternatives(engine, list(islice(read_trajectories(shard), ROWS_PER_CALL)))
+        needed = needed_alternatives(engine, rows)
     run.reporter.warning(low_mass_warning(kept, config.k, needed, MOST_ALTERNATIVES))
 
 

@@ -9,12 +9,12 @@ from tropd.pipeline.objectives.needs import TeacherNeeds
 from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.run.opening import role_room, role_tokenizer
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.run.selection import evaluation_problems, training_prompts
+from tropd.pipeline.run.selection import evaluation_problems
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.evaluation.held_out import tell_ungraded
 from tropd.pipeline.stages.scores import check_token_ids
 from tropd.pipeline.teacher.connect import teacher_fields
-from tropd.pipeline.teacher.reading import as_teachers_read
+from tropd.pipeline.teacher.reading import AS_TEACHER, context_fields, prompts_of, scored_prompts
 from tropd.pipeline.training.signal.from_cache import CachedScores
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.formats.trajectory_store import TrajectoryStore
@@ -37,9 +37,8 @@ class Inputs:
 
 
 def student_prompts(run: Run) -> Encoded:
-    """The prompts of a training run, as the student reads them."""
-    found = training_prompts(run, role_tokenizer(run, "student"), role_room(run, "student"))
-    return as_teachers_read(run, found)
+    """The prompts of a training run, as student and teachers read them."""
+    return prompts_of(run, "student")
 
 
 def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
@@ -122,7 +121,9 @@ def _cache(run: Run, source: str, tokens: int) -> CachedScores:
             f"the {stage} stage holds scores of other trajectories than {source} has now",
             hint=f"score these: {run.command(command)} --force",
         )
-    for field, value in teacher_fields(run).items():
+    told = context_fields(run, scored_prompts(run, source).prompts) if run.config.teacher.contexts else {}
+    unlike = manifest.fields.keys() & {AS_TEACHER} if not told else set()
+    for field, value in (teacher_fields(run) | told | dict.fromkeys(unlike)).items():
         if manifest.fields.get(field) != value:
             raise ConfigError(
                 f"the {stage} stage was scored by another teacher than the one named: {field} is "

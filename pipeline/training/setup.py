@@ -78,7 +78,7 @@ def open_session(
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, student, whole_model, folder, precision, world)
-    longest = max(map(len, tokens_of(inputs.prompts))) + config.rollout.max_tokens
+    longest = max(len(one.scored_after) for one in inputs.prompts) + config.rollout.max_tokens
     scorers = {}
     if asks:
         if world.leads and not at_once:

@@ -21,6 +21,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import data_fields
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.teacher.connect import teacher_fields
+from tropd.pipeline.teacher.reading import context_fields
 from tropd.pipeline.training.record.final_model import FINAL
 from tropd.storage.formats.step_log import log_problems
 from tropd.storage.stage.fingerprint import Fingerprint
@@ -36,6 +37,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     needs = teacher_needs(config.objective)
     fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
     fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
+    fields |= context_fields(run, prompts.prompts)
     fields |= section_fields("objective", config.objective)
     fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
     fields |= engine_fields(run, "student")
@@ -73,6 +75,11 @@ def open_train_stage(run: Run, prompts: Encoded, force: bool) -> Iterator[Stage]
             )
         stage.unrecorded = [name for name in stage.unrecorded if name != IMPORTANCE_CLIP]
         tell_unrecorded(run, stage)
+        if run.config.objective.own_context and not run.config.teacher.contexts:
+            run.reporter.warning(
+                f"objective {run.config.objective.name!r} is meant for a teacher that is told more than the student; "
+                "teacher.context is not set, so it reads the student's prompts"
+            )
         yield stage
 
 

@@ -16,6 +16,7 @@ from tropd.pipeline.config.sections.value_types import (
     Dtype,
     DtypeChoice,
     EngineName,
+    Template,
 )
 from tropd.pipeline.objectives.spec import Spec
 
@@ -84,6 +85,18 @@ class ModelConfig(Spec):
         return self.engine
 
 
+class TeacherContext(Spec):
+    """A text that the teacher reads in place of the student's prompt. Scored are the same response tokens."""
+
+    template: Template
+    """The prompt with other fields of its record, by name or path in braces, such as
+    `"{prompt}\\n\\nReference solution: {answer}"`. {prompt} is the text of the user's last turn."""
+    system: str | None = Field(default=None, min_length=1)
+    """With data.chat = true, the system message, also with fields in braces; the student's if not set."""
+    prefixes: bool = False
+    """Teacher prefixes are generated with it too; otherwise from the student's prompt."""
+
+
 class ServedTeacher(ModelConfig):
     """A teacher, and the service that scores with it during training."""
 
@@ -97,6 +110,9 @@ class ServedTeacher(ModelConfig):
     scoring_engine: EngineName | None = None
     """Engine that scores with the teacher (the cache, the service, distances); `engine`, which writes its responses, if
     not set. `transformers` gives entropies, and computes alternatives only where they are asked for."""
+
+    context: TeacherContext | None = None
+    """A context of its own, wherever the teacher scores: a reference answer, a hint, feedback, another system message."""
 
     @field_validator("url")
     @classmethod
@@ -131,9 +147,19 @@ class TeacherConfig(ServedTeacher):
     """The teacher, and the service that scores with it during training."""
 
     model: str = "models/teacher"
-    """Directory (relative to the workspace, or absolute) or a name on the Hugging Face hub."""
+    """Directory (relative to the workspace, or absolute), a name on the Hugging Face hub, or `student`: the student as it
+    is before training."""
     by_domain: tuple[DomainTeacher, ...] = ()
     """Other teachers for prompts of some domains. All must have the student's tokenizer."""
+
+    def context_of(self, domain: str) -> TeacherContext | None:
+        """The context of the teacher that prompts of a domain have."""
+        return next((own.context for own in self.by_domain if own.domain == domain), self.context)
+
+    @property
+    def contexts(self) -> tuple[TeacherContext, ...]:
+        """The contexts of all teachers that have one."""
+        return tuple(own.context for own in (self, *self.by_domain) if own.context is not None)
 
     @field_validator("by_domain")
     @classmethod

@@ -64,6 +64,7 @@ def exact_distances(
     starts: Sequence[int],
     *,
     batch_tokens: int,
+    told: tuple[Sequence[Sequence[int]], Sequence[int]] | None = None,
 ) -> list[TokenDistances]:
     """Over all tokens, for responses ``sequence[start:]`` of ``writer``.
 
@@ -71,6 +72,7 @@ def exact_distances(
 
     Args:
         batch_tokens: tokens, padding included, that go through the models together.
+        told: sequences and starts as ``other`` reads them, if not these: the same responses after other prompts.
 
     Raises:
         ValueError: a sequence that an engine does not take, or other numbers of tokens.
@@ -80,7 +82,8 @@ def exact_distances(
     found: list[TokenDistances | None] = [None] * len(sequences)
     for batch in batches_of(sequences, batch_tokens):
         rows, firsts = [sequences[i] for i in batch], [starts[i] for i in batch]
-        with writer.states(rows, firsts) as (_, own), other.states(rows, firsts) as (_, theirs):
+        there = (rows, firsts) if told is None else ([told[0][i] for i in batch], [told[1][i] for i in batch])
+        with writer.states(rows, firsts) as (_, own), other.states(*there) as (_, theirs):
             values = _compare(writer.split, other.split, own, theirs.to(own.device), writer.vocab_size)
         ends = np.cumsum([len(row) - first for row, first in zip(rows, firsts, strict=True)])[:-1]
         for i, kl, acceptance, entropy in zip(batch, *(np.split(v, ends) for v in values), strict=True):

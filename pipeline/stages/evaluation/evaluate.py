@@ -111,7 +111,7 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
         own |= section_fields("evaluation", settings)
         own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
         fields |= {f"{prefix}{k}": v for k, v in own.items()}
-    fields |= harness_fields(run) | held_out_fields(run)
+    fields |= harness_fields(run) | held_out_fields(run, problems.get(("", "student")))
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | stop_fields(run, role, folder) | engine_fields(run, role)
@@ -241,7 +241,9 @@ def _evaluate_one(
     engine, tokenizer = open_model()
     if held_out is not None and responds:
         write_responses(stage, who, sample_responses(run, engine, tokenizer, held_out, "student"))
-    known = _known(stage.folder, who, held_out) if held_out is not None else {}
+    # What a teacher has written in a context of its own is no answer to the bare problem.
+    comparable = held_out is not None and not (who == "teacher" and run.config.teacher.context is not None)
+    known = _known(stage.folder, who, held_out) if held_out is not None and comparable else {}
     total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
     with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
         for name, group in batches.items():

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
 from tropd.pipeline.models.memory import within_memory
-from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt, tokens_of
+from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
 from tropd.pipeline.run.opening import role_room
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.stages.prefixes import to_trajectory
 from tropd.pipeline.teacher.by_domain import teacher_of, teachers_in_use, with_only
 from tropd.pipeline.teacher.connect import local_teacher, teacher_fields
+from tropd.pipeline.teacher.reading import as_teachers_read, context_fields
 from tropd.storage.catalog import RESPONSES
 from tropd.storage.formats.trajectories import Author, Trajectory
 from tropd.storage.seeds import derive_seed
@@ -51,7 +52,8 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
     """The prompts to compare on: ``evaluation.distance_prompts`` of the problems that a teacher of the run can read.
 
     Raises:
-        ConfigError: a domain's teacher has no training prompt.
+        ConfigError: a domain's teacher has no training prompt, or reads a prompt in another way than the student.
+        DataError: a prompt is too long in its teacher's context.
     """
     names = teachers_in_use(run)
     response = run.config.evaluation_max_tokens
@@ -65,16 +67,25 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
         if name in room and ((most := room[name]) is None or len(one.tokens) <= most):
             usable.append((one, name))
     chosen = [usable[i] for i in evenly(len(usable), run.config.evaluation.distance_prompts)]
-    return HeldOut([one for one, _ in chosen], [name for _, name in chosen])
+    told = as_teachers_read(
+        run, replace(problems, prompts=[one for one, _ in chosen]), "evaluation", response
+    )
+    return HeldOut(told.prompts, [teacher_of(run, one.prompt.domain) for one in told.prompts])
 
 
-def held_out_fields(run: Run) -> dict[str, Scalar]:
-    """Fingerprint fields of the comparison: how many prompts, and with which teachers."""
+def held_out_fields(run: Run, problems: Encoded | None) -> dict[str, Scalar]:
+    """Fingerprint fields of the comparison: how many prompts, with which teachers, and what these are told.
+
+    Args:
+        problems: as students read them; None where none is compared.
+    """
     wanted = run.config.evaluation.distance_prompts
     fields: dict[str, Scalar] = {NUM_PROMPTS: wanted}
     if wanted:
         text = json.dumps(dict(sorted(teacher_fields(run).items())))
         fields[TEACHER] = hashlib.sha256(text.encode()).hexdigest()
+    if wanted and run.config.teacher.contexts and problems is not None:
+        fields |= context_fields(run, held_out_prompts(run, problems).prompts)
     return fields
 
 
@@ -103,18 +114,25 @@ def responses_file(who: str) -> str:
 def sample_responses(
     run: Run, engine: Sampler, tokenizer: Any, held_out: HeldOut, author: Author
 ) -> list[Trajectory]:
-    """One response to each prompt."""
+    """One response to each prompt; a teacher writes in its own context, if it has one."""
+    prompts = [one.scored_after if author == "teacher" else one.tokens for one in held_out.prompts]
     with within_memory(
         "responses to held-out prompts", "lower evaluation.batch_size or evaluation.max_tokens"
     ):
         generations = engine.generate(
-            tokens_of(held_out.prompts),
+            prompts,
             PLAIN,
             seeds=[derive_seed(run.config.run.seed, "eval", prompt.id, 0) for prompt in held_out.prompts],
             max_tokens=[run.config.evaluation_max_tokens] * len(held_out.prompts),
         )
     rows = zip(held_out.prompts, generations, strict=True)
     return [to_trajectory(prompt, 0, one, tokenizer, author) for prompt, one in rows]
+
+
+def as_told(held_out: HeldOut, responses: Sequence[Trajectory]) -> list[Trajectory]:
+    """Responses to some of the prompts, after these as their teachers read them."""
+    known = {one.id: one for one in held_out.prompts}
+    return [replace(one, prompt_tokens=known[one.prompt_id].scored_after) for one in responses]
 
 
 def as_generation(response: Trajectory) -> Generation:

@@ -21,7 +21,6 @@ from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.models.stops import stop_ids
-from tropd.pipeline.problems.encoding import tokens_of
 from tropd.pipeline.run.opening import check_pair, load_role, role_num_tokens, role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.distance import (
@@ -30,7 +29,13 @@ from tropd.pipeline.stages.evaluation.distance import (
     sampled_distances,
     topk_distances,
 )
-from tropd.pipeline.stages.evaluation.held_out import HeldOut, responses_file, sample_responses, sequences_of
+from tropd.pipeline.stages.evaluation.held_out import (
+    HeldOut,
+    as_told,
+    responses_file,
+    sample_responses,
+    sequences_of,
+)
 from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_engine, ask_service
 from tropd.pipeline.teacher.by_domain import EngineSlot, with_only
 from tropd.pipeline.teacher.connect import connect_teacher, local_teacher
@@ -129,7 +134,7 @@ def _ask(run: Run, folder: Path, held_out: HeldOut, students: Sequence[str], slo
             responses = [r for r in read_responses(folder, who).values() if r.prompt_id in ids]
             k = run.config.scores.k if who == "teacher" else 0
             if local_teacher(own) is not None:
-                found = ask_engine(slot.open(name, to_score=True)[0], responses, k=k)
+                found = ask_engine(slot.open(name, to_score=True)[0], as_told(prompts, responses), k=k)
             else:
                 found = _ask_service(own, prompts, responses, k)
             answers |= {(who, r.prompt_id): a for r, a in zip(responses, found, strict=True)}
@@ -147,11 +152,14 @@ def _ask_service(run: Run, prompts: HeldOut, responses: Sequence[Trajectory], k:
             started=None,
             tokenizer=tokenizer,
             stop_ids=stop_ids(run.workspace, run.config, "student"),
-            needed_length=max(map(len, tokens_of(prompts.prompts))) + run.config.evaluation_max_tokens,
+            needed_length=max(len(one.scored_after) for one in prompts.prompts)
+            + run.config.evaluation_max_tokens,
             on_wait=run.reporter.warning,
             sleep=time.sleep,
         )
-        return ask_service(client, responses, k=k, vocab_limit=role_num_tokens(run, "student"))
+        return ask_service(
+            client, as_told(prompts, responses), k=k, vocab_limit=role_num_tokens(run, "student")
+        )
 
 
 def _measure_one(
@@ -173,7 +181,7 @@ def _measure_one(
     with run.reporter.task(f"distance {who}", sum(map(len, written.values())), unit="responses") as task:
         for name in dict.fromkeys(held_out.teachers):
             if name in exact:
-                compare = partial(_compared, run, student, slot.open(name, to_score=True)[0])
+                compare = partial(_compared, run, held_out, student, slot.open(name, to_score=True)[0])
             else:
                 compare = partial(_derived, run, student, asked)
             prompts = held_out.of(name).prompts
@@ -211,13 +219,19 @@ def _check(
 
 
 def _compared(
-    run: Run, student: TransformersEngine, teacher: Engine, author: str, responses: Sequence[Trajectory]
+    run: Run,
+    held_out: HeldOut,
+    student: TransformersEngine,
+    teacher: Engine,
+    author: str,
+    responses: Sequence[Trajectory],
 ) -> list[TokenDistances]:
     assert isinstance(teacher, TransformersEngine)
-    writer, other = (teacher, student) if author == "teacher" else (student, teacher)
-    return exact_distances(
-        writer, other, *sequences_of(responses), batch_tokens=run.config.scores.batch_tokens
-    )
+    own, told = sequences_of(responses), sequences_of(as_told(held_out, responses))
+    batch_tokens = run.config.scores.batch_tokens
+    if author == "teacher":
+        return exact_distances(teacher, student, *told, batch_tokens=batch_tokens, told=own)
+    return exact_distances(student, teacher, *own, batch_tokens=batch_tokens, told=told)
 
 
 def _derived(

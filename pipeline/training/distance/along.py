@@ -16,7 +16,7 @@ import numpy as np
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.run.interrupt import StopRequestedError
 from tropd.pipeline.stages.evaluation.distance import sampled_distances, topk_distances
-from tropd.pipeline.stages.evaluation.held_out import sample_responses
+from tropd.pipeline.stages.evaluation.held_out import as_told, sample_responses
 from tropd.pipeline.stages.evaluation.responses import Response, respond
 from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_service
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet, TeacherResponse
@@ -82,7 +82,9 @@ def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Traj
         try:
             for name, scorer in scorers.items():
                 mine = [response for response in share if names[response.prompt_id] == name]
-                answers = ask_service(scorer, mine, k=0, vocab_limit=session.vocab_limit)
+                answers = ask_service(
+                    scorer, as_told(held_out.prompts, mine), k=0, vocab_limit=session.vocab_limit
+                )
                 found |= {response.prompt_id: one for response, one in zip(mine, answers, strict=True)}
         except StopRequestedError:  # while the teacher is away; the step itself is done, and will be saved
             return [None] * len(share)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,11 @@ from tropd.pipeline.problems.encoding import Encoded, token_digest
 from tropd.pipeline.run.identity import stop_fields
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.distance import DenseTopk
-from tropd.pipeline.stages.evaluation.held_out import HeldOut, held_out_prompts, sample_responses
+from tropd.pipeline.stages.evaluation.held_out import HeldOut, as_told, held_out_prompts, sample_responses
 from tropd.pipeline.stages.evaluation.teacher_answers import ask_engine
 from tropd.pipeline.teacher.by_domain import EngineSlot, with_only
 from tropd.pipeline.teacher.connect import local_teacher, teacher_fields
+from tropd.pipeline.teacher.reading import context_fields
 from tropd.storage.disk.atomic import atomic_file
 
 FOLDER = "held-out"
@@ -75,7 +77,7 @@ def _samples_here(run: Run) -> bool:
 
 
 def _identity(run: Run, prompts: HeldOut, names: Sequence[str]) -> str:
-    fields = {
+    fields: dict[str, Any] = {
         "seed": run.config.run.seed,
         "prompts": token_digest(prompts.prompts),
         "of": prompts.teachers,
@@ -84,6 +86,8 @@ def _identity(run: Run, prompts: HeldOut, names: Sequence[str]) -> str:
         "max_tokens": run.config.evaluation_max_tokens,
         "k": run.config.scores.k,
     }
+    if told := context_fields(run, prompts.prompts):
+        fields["told"] = told
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +103,7 @@ def _sample(run: Run, prompts: HeldOut, names: Sequence[str]) -> list[TeacherRes
         engine, tokenizer = slot.open(name, to_score=True)
         responses = sample_responses(run, engine, tokenizer, prompts.of(name), "teacher")
         responses = [response for response in responses if response.tokens]
-        answers = ask_engine(engine, responses, k=run.config.scores.k)
+        answers = ask_engine(engine, as_told(prompts, responses), k=run.config.scores.k)
         found += [
             TeacherResponse(list(response.prompt_tokens), list(response.tokens), answer.alternatives)
             for response, answer in zip(responses, answers, strict=True)

@@ -39,6 +39,8 @@ class RowPlan:
     seed: int
     prefix_truncated: bool = False
     """The prefix is complete, but ended by its length."""
+    teacher_tokens: Sequence[int] | None = None
+    """The prompt as the teacher reads it, where that has a context of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Row:
     @property
     def sequence(self) -> list[int]:
         return [*self.context, *self.tokens]
+
+    @property
+    def scored_after(self) -> list[int]:
+        """Prompt and prefix as the teacher reads them."""
+        if self.plan.teacher_tokens is None:
+            return self.context
+        return [*self.plan.teacher_tokens, *self.plan.prefix_tokens]
 
 
 def sampler_logprobs(rows: Sequence[Row]) -> Floats64:
@@ -147,6 +156,7 @@ def plan_rows(
                     complete,
                     row_seed,
                     prefix_truncated=complete and not ended,
+                    teacher_tokens=prompts[index].teacher_tokens,
                 )
             )
     return rows

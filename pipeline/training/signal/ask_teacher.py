@@ -72,8 +72,8 @@ def ask_teacher(
         (
             teacher_of(row),
             ScoreItem(
-                tokens=np.asarray(row.sequence, dtype=np.int32),
-                start=len(row.context),
+                tokens=np.asarray([*row.scored_after, *row.tokens], dtype=np.int32),
+                start=len(row.scored_after),
                 student_logprobs=row.sampler_array.astype(np.float32),
                 seed=partition_seed(row),
             ),
@@ -140,9 +140,9 @@ def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData
 
 
 def partition_draws(rows: Sequence[Row]) -> npt.NDArray[np.float64]:
-    """One uniform number per student token, from the row's seed and the token's place in the sequence."""
+    """One uniform number per student token, from the row's seed and the token's place in what the teacher reads."""
     parts = [
-        uniforms(partition_seed(row), np.arange(len(row.context), len(row.sequence)))
+        uniforms(partition_seed(row), len(row.scored_after) + np.arange(len(row.tokens)))
         for row in rows
         if row.tokens
     ]

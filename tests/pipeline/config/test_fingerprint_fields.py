@@ -164,7 +164,7 @@ MARKED = {
     "prefixes": (("batch_size",), ()),
     "scores": (("batch_tokens",), ()),
     "rollout": (("batch_size",), ("stop_ids",)),
-    "objective": (("title", "source", "confidence", "formula"), ()),
+    "objective": (("title", "source", "confidence", "formula", "own_context"), ()),
     "train": (
         (
             "gradient_checkpointing",

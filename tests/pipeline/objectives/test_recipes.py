@@ -50,6 +50,7 @@ def with_tail(p: list[float]) -> list[float]:
 
 TRUNCATED = [kl(t, s) for t, s in zip(TOP_T, TOP_S, strict=True)]
 REVERSE = [kl(with_tail(s), with_tail(t)) for t, s in zip(TOP_T, TOP_S, strict=True)]
+FORWARD = [kl(with_tail(t), with_tail(s)) for t, s in zip(TOP_T, TOP_S, strict=True)]
 RENORMALIZED = [kl([x / sum(t) for x in t], s) for t, s in zip(TOP_T, TOP_S, strict=True)]
 NLL = -math.log(PREFIX_S)
 C = math.log(0.1) / 0.9
@@ -90,6 +91,10 @@ def clipped_forward_kl(token: int) -> float:
     return sum(min(max(term, 0.0), 0.05) for term in terms)
 
 
+def late(place: float) -> float:
+    return 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
+
+
 # Two student tokens; the prefix token counts in the denominator where guidance has a loss.
 EXPECTED = {
     "opd": (K1[0] + K1[1]) / 2,
@@ -124,6 +129,12 @@ EXPECTED = {
     "top-d": top_d(),
     "iw-opd": iw_opd(),
     "gkd": (jensen_shannon(0) + jensen_shannon(1)) / 2,
+    "opsd": (jensen_shannon(0) + jensen_shannon(1)) / 2,
+    "caopd": sum(REVERSE) / 2,
+    "pw-opsd": sum(
+        late(u) * kl(with_tail(t), with_tail(s)) for u, t, s in zip((0.25, 0.75), TOP_T, TOP_S, strict=True)
+    )
+    / 2,
     "sft": NLL,
     "offline-opd": (K1[0] + K1[1]) / 2,
 }

@@ -13,6 +13,7 @@ from tropd.pipeline.objectives.objective import FixedAdvantage
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.token_weight_specs import (
     EntropyProduct,
+    LateTokens,
     RowRatio,
     StudentLogprobBottom,
     TeacherLikelyRows,
@@ -92,9 +93,21 @@ def test_rows_weigh_by_the_clamped_ratio_of_their_unlikely_tokens(seed: int) -> 
         assert all(abs(weights[t] - expected) < EXACT for t in tokens)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_late_tokens_of_a_row_weigh_more(seed: int) -> None:
+    statistics = step(seed)
+    weights = token_weight(LateTokens(least=0.25, middle=0.3, width=0.1), statistics, 0.0)
+    for tokens in tokens_of_rows(statistics):
+        for number, t in enumerate(tokens):
+            place = (number + 0.5) / len(tokens)
+            assert abs(weights[t] - (0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1)))) < EXACT
+    steep = token_weight(LateTokens(least=0.0, middle=0.5, width=1e-9), statistics, 0.0)
+    assert np.isfinite(steep).all()
+
+
 def test_weights_of_a_step_without_student_tokens() -> None:
     none = TokenStatistics(np.zeros(0, dtype=np.int64), np.zeros(0))
-    for spec in (StudentLogprobBottom(), TeacherLikelyRows(), EntropyProduct(), RowRatio()):
+    for spec in (StudentLogprobBottom(), TeacherLikelyRows(), EntropyProduct(), RowRatio(), LateTokens()):
         assert len(token_weight(spec, none, 0.0)) == 0
 
 
