@@ -13,7 +13,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.models.engines.vllm !tropd.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-train-llm bench-steps models docs lint types format clean
+.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-train-llm bench-steps bench-node models docs lint types format clean
 
 help:  ## List these targets
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -83,6 +83,9 @@ bench-train-llm: $(STAMP)  ## The same on the real language model that make demo
 
 bench-steps: $(STAMP)  ## Measure steps prepared while the one before trains; time per token as steps grow
 	$(BIN)/python tests/benchmarks/bench_steps.py
+
+bench-node: $(STAMP)  ## Predict a step of the paper's run on a node, from rates (RATES=FILE): seconds, occupation, GPU-hours
+	$(BIN)/python tests/benchmarks/bench_node.py $(if $(RATES),--rates $(RATES))
 
 bench-cache: $(STAMP)  ## Measure encodings of the teacher cache on natural text: bytes, speed, error (docs/cache.md)
 	$(BIN)/python tests/benchmarks/bench_cache.py

@@ -18,7 +18,17 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
 
 import typer
 
-from tropd.cli.commands import cache, comparing, data, inspection, reproduction, shipping, stages, starting
+from tropd.cli.commands import (
+    cache,
+    comparing,
+    data,
+    inspection,
+    planning,
+    reproduction,
+    shipping,
+    stages,
+    starting,
+)
 from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.pipeline.models.memory import memory_error
@@ -58,6 +68,7 @@ starting.register(app)
 stages.register(app)
 comparing.register(app)
 inspection.register(app)
+planning.register(app)
 cache.register(app)
 data.register(app)
 reproduction.register(app)

@@ -1,4 +1,4 @@
-"""Commands that only read: status, watch, query, verify, plan, doctor, config, objectives."""
+"""Commands that only read: status, watch, query, verify, doctor, config, objectives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def register(app: typer.Typer) -> None:
     app.command("watch")(watch)
     app.command("query")(query)
     app.command("verify")(verify)
-    app.command("plan")(plan)
     app.command("doctor")(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(objectives_app, name="objectives")
@@ -134,53 +133,6 @@ def verify_stages(workspace: Path, stages: Collection[str], repair: bool, as_jso
         for line in repair_workspace(opened, findings):
             tell(line)
     if errors:
-        raise typer.Exit(1)
-
-
-def plan(
-    workspace: WorkspaceOption,
-    settings: SetOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that torchrun would start, one per GPU.")] = 1,
-    gpu_memory: Annotated[
-        float | None, typer.Option(help="GB per GPU: exit 1 if training does not fit.")
-    ] = None,
-    time: Annotated[
-        bool, typer.Option("--time", help="Load the models for a short measurement, and estimate times too.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Estimate training's memory and disk from the models' configurations; with --time, also the stages' durations."""
-    from tropd.pipeline.training.memory_plan import disk_bytes, memory_parts, prompt_tokens, shapes
-    from tropd.pipeline.training.time_plan import estimate, rounded_duration
-
-    run = open_workspace(workspace, settings)
-    student, teacher = shapes(run)
-    # Of several processes only the first has the teacher beside it, so that one must fit.
-    prompts = prompt_tokens(run)
-    longest = max(map(len, prompts), default=0)
-    parts = memory_parts(run.config, student, teacher, gpus, longest_prompt=longest)
-    disk = disk_bytes(run.config, student)
-    total = sum(part.bytes for part in parts)
-    seconds = {}
-    if time:
-        with run.reporter.waiting("measuring: the teacher answers a few prompts, the student trains once"):
-            seconds = estimate(run, prompts)
-    if as_json:
-        shown = {"memory": {p.name: p.bytes for p in parts}, "total": total, "disk": disk}
-        print_json(shown | ({"seconds": seconds} if time else {}))
-    else:
-        rows = [(p.name, human_bytes(p.bytes), p.smaller) for p in sorted(parts, key=lambda p: -p.bytes)]
-        print_table(
-            (f"per process, of {gpus}", "memory", "smaller with"), [*rows, ("total", human_bytes(total), "")]
-        )
-        print_table(("on disk, at most", "size"), [(name, human_bytes(size)) for name, size in disk.items()])
-        if seconds:
-            times = [(name, rounded_duration(value)) for name, value in seconds.items()]
-            print_table(("estimated from a measurement", "time"), times)
-    if gpu_memory is not None and total > gpu_memory * 1e9:
-        largest = sorted((p for p in parts if p.smaller), key=lambda p: -p.bytes)[:3]
-        advice = "; ".join(f"{p.name} ({human_bytes(p.bytes)}): {p.smaller}" for p in largest)
-        tell(f"does not fit into {gpu_memory:g} GB: {human_bytes(total)}. {advice}")
         raise typer.Exit(1)
 
 

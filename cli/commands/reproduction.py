@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tropd.cli.commands.planning import say_checks
 from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import make_reporter, print_json, print_table, say
 
@@ -51,6 +53,7 @@ def reproduce(
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per row.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use, or to plan for.")] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,8 +64,11 @@ def reproduce(
 
     loaded = load_table(table, rehearse=rehearse)
     root.mkdir(parents=True, exist_ok=True)
-    job = Job(root.resolve(), table, loaded, rehearse, seeds, workers, tuple(settings or ()))
+    job = Job(root.resolve(), table, loaded, rehearse, seeds, workers, tuple(settings or ()), gpus or 1)
     if dry_run:
+        from tropd.pipeline.training.preflight.preflight import gpus_to_plan
+
+        job = replace(job, gpus=gpus or (1 if rehearse else gpus_to_plan()))
         _show_plan(job, as_json)
         return
     _refuse_impossible(job)
@@ -76,34 +82,39 @@ def reproduce(
 
 def _refuse_impossible(job: Job) -> None:
     from tropd.pipeline.experiments.dry_run import plan_table
-    from tropd.storage.errors import TropdError
+    from tropd.pipeline.training.preflight.checks import refuse
 
-    wrong = [what for plan in plan_table(job) for holds, what in plan.checks if holds is False]
-    if wrong:
-        raise TropdError(
-            "\n    ".join(["this table cannot be made here:", *wrong]), hint="--dry-run shows the plan"
-        )
+    refuse((check for plan in plan_table(job, runs_here=True) for check in plan.checks), "this table")
 
 
 def _show_plan(job: Job, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from tropd.pipeline.experiments.dry_run import DECODE_TOKENS, PREFILL_FLOPS, plan_table
+    from tropd.pipeline.experiments.dry_run import plan_table
 
     plans = list(plan_table(job))
     if as_json:
         print_json([asdict(plan) for plan in plans])
-        return
-    marks = {True: "ok", False: "NO", None: "not checked"}
-    for plan in plans:
-        say(f"\n{plan.title}")
-        rows = [(s.what, f"{s.gpu_hours:,.1f}", f"{s.disk_bytes / 1e9:,.1f}", s.command) for s in plan.stages]
-        print_table(("stage", "GPU-hours", "disk GB", "command"), rows)
-        say(f"downloads: {plan.download_bytes / 1e9:,.1f} GB of models")
-        for holds, what in plan.checks:
-            say(f"  {marks[holds]:>11}: {what}")
-    total = sum(s.gpu_hours for plan in plans for s in plan.stages)
-    say(
-        f"\nin all about {total:,.0f} GPU-hours, assuming {PREFILL_FLOPS / 1e12:,.0f} TFLOP/s in passes and "
-        f"{DECODE_TOKENS:,.0f} decoded tokens/s of a 1B model (an H100, roughly)"
-    )
+    else:
+        for plan in plans:
+            say(f"\n{plan.title}")
+            rows = [
+                (
+                    stage.what,
+                    f"{stage.gpu_hours:,.1f}",
+                    "" if stage.step_seconds is None else f"{stage.step_seconds:,.0f}",
+                    f"{stage.disk_bytes / 1e9:,.1f}",
+                    stage.command,
+                )
+                for stage in plan.stages
+            ]
+            print_table(("stage", "GPU-hours", "s per step", "disk GB", "command"), rows)
+            say(f"downloads: {plan.download_bytes / 1e9:,.1f} GB of models")
+            say_checks(plan.checks)
+        total = sum(s.gpu_hours for plan in plans for s in plan.stages)
+        say(
+            f"\nin all about {total:,.0f} GPU-hours on {job.gpus} H100, if every response has full length: predicted "
+            "from rates, not measured (docs/scale.md)"
+        )
+    if any(check.holds is False for plan in plans for check in plan.checks):
+        raise typer.Exit(2)

@@ -12,6 +12,7 @@ from tropd.pipeline.objectives.spec import Spec
 from tropd.storage.errors import ConfigError, unknown_name
 
 REHEARSAL = "rehearsal"
+TINY = {"parameters": 200_000, "layers": 3, "hidden": 64, "intermediate": 192, "vocab": 64}
 
 
 class TableRow(Spec):
@@ -25,6 +26,29 @@ class TableRow(Spec):
     """The paper's accuracies in percent by benchmark, where known."""
 
 
+class Sizes(Spec):
+    """Sizes of a model, as its config.json has them."""
+
+    parameters: int = Field(gt=0)
+    """Of layers, embeddings and output layer."""
+    layers: int = Field(gt=0)
+    """Decoder layers."""
+    hidden: int = Field(gt=0)
+    """Hidden size."""
+    intermediate: int = Field(gt=0)
+    """Width of the MLP."""
+    heads: int = Field(gt=0)
+    """Attention heads."""
+    kv_heads: int = Field(gt=0)
+    """Heads of keys and values."""
+    head_dim: int = Field(gt=0)
+    """Size of a head."""
+    vocab: int = Field(gt=0)
+    """Rows of the output layer."""
+    tied: bool = False
+    """Whether these are the embeddings'."""
+
+
 class Setting(Spec):
     """One block of a table: methods that share student, teacher, data and prefixes."""
 
@@ -36,10 +60,10 @@ class Setting(Spec):
     """The packaged run recipe."""
     domains: tuple[str, ...]
     """Domains of OpenThoughts3 that the prompts are from."""
-    student_billions: float = Field(gt=0.0)
-    """Parameters of the student, for the estimates of a dry run."""
-    teacher_billions: float = Field(gt=0.0)
-    """Parameters of the teacher."""
+    student_sizes: Sizes
+    """Of the student, for a dry run that cannot read its configuration."""
+    teacher_sizes: Sizes
+    """Of the teacher."""
     sft_from: str | None = None
     """The model from which SFT on the teacher's trajectories makes the student, if it is made here."""
     rows: tuple[TableRow, ...]
@@ -87,8 +111,8 @@ def load_table(name: str, *, rehearse: bool) -> PaperTable:
         setting.model_copy(
             update={
                 "recipe": REHEARSAL,
-                "student_billions": 2e-4,
-                "teacher_billions": 5e-4,
+                "student_sizes": setting.student_sizes.model_copy(update=TINY),
+                "teacher_sizes": setting.teacher_sizes.model_copy(update=TINY),
                 "sft_from": "models/student" if setting.sft_from else None,
                 "rows": tuple(row.model_copy(update={"paper": {}}) for row in setting.rows),
             }

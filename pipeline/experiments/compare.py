@@ -21,6 +21,7 @@ from pathlib import Path
 from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.resolve import dump_config, load_config, parse_config
 from tropd.pipeline.config.schema import Config
+from tropd.pipeline.experiments.row_checks import check_engines
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
 from tropd.pipeline.run.progress import SILENT
@@ -33,6 +34,7 @@ from tropd.pipeline.stages.scores import score_teacher
 from tropd.pipeline.teacher.connect import serves_on_one_device
 from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
 from tropd.pipeline.training.loop import train
+from tropd.pipeline.training.preflight.checks import refuse
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import CACHE_STAGES, STAGES, Who, Workspace
@@ -55,9 +57,11 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     run = with_template_date(run)
     chosen = list(dict.fromkeys(objectives))
     cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
-    specs = [cell_config(run, cell).objective for cell in cells]
+    configs = {cell.objective: cell_config(run, cell) for cell in cells}
+    specs = [config.objective for config in configs.values()]
     finished(run, "prefixes")
     finished(run, "scores")
+    refuse(check_engines(run, configs), "this comparison")
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run)
         score_teacher(run, source_stage="rollouts")

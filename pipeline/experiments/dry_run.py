@@ -1,37 +1,42 @@
-"""The plan of a table: its stages as commands, GPU-hours, disk, downloads; and checks that can be made before.
+"""The plan of a table: its stages as commands, GPU-hours, disk, downloads; and checks of every row before the first.
 
-Rates are assumptions, stated with the numbers: an H100 makes ``PREFILL_FLOPS`` useful operations a second in passes over
-whole sequences, and decodes ``DECODE_TOKENS`` tokens a second of a 1B model in large batches (inversely to its size).
-A pass costs 2 operations per parameter and token forward, 6 with the backward pass.
+GPU-hours are predictions from the rates of an H100 (``preflight/rates.toml``), with every response of full length.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from tropd.pipeline.config.paper_tables import Setting
 from tropd.pipeline.config.schema import Config
+from tropd.pipeline.experiments.compare import cell_config
 from tropd.pipeline.experiments.reproduce import Job, open_setting
+from tropd.pipeline.experiments.row_checks import check_engines, check_rows, row_needs
 from tropd.pipeline.models.tokenizers import check_tokenizers
+from tropd.pipeline.run.cells import Cell
 from tropd.pipeline.run.opening import role_tokenizer
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
+from tropd.pipeline.training.memory_plan import CACHE_BYTES, ModelShape
+from tropd.pipeline.training.preflight.checks import Check, check_machine, check_teacher_stages
+from tropd.pipeline.training.preflight.machine import Machine, look
+from tropd.pipeline.training.preflight.needs import Needs
+from tropd.pipeline.training.preflight.preflight import needs_of
+from tropd.pipeline.training.preflight.stage_time import (
+    scoring_hours,
+    sft_hours,
+    training_hours,
+    writing_hours,
+)
 from tropd.storage.errors import TropdError
 from tropd.storage.workspace import shown_path
 
-PREFILL_FLOPS = 3.0e14
-DECODE_TOKENS = 2.0e4
-MEAN_LENGTH = 0.6
-"""Assumed average length of responses, as a share of the longest."""
-CACHE_BYTES = 95
-"""Per token of the teacher cache (docs/cache.md)."""
+PROBLEMS = 40
+"""Of a benchmark: 30 or 40 in the tables."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class StagePlan:
     command: str
     gpu_hours: float
     disk_bytes: float
+    step_seconds: float | None = None
+    """Of a step of training."""
 
 
 @dataclass(frozen=True)
@@ -51,96 +58,143 @@ class SettingPlan:
     title: str
     stages: list[StagePlan]
     download_bytes: float
-    checks: list[tuple[bool | None, str]]
-    """True: holds; False: does not; None: could not be checked here."""
+    checks: list[Check]
 
 
-def plan_table(job: Job) -> Iterator[SettingPlan]:
-    """Plan every setting; nothing is made but the workspaces with their configuration."""
+def plan_table(job: Job, machine: Machine | None = None, *, runs_here: bool = False) -> Iterator[SettingPlan]:
+    """Plan every setting; nothing is made but the workspaces with their configuration.
+
+    Args:
+        machine: another one than this.
+        runs_here: the table is about to be made: GPUs that are not there count.
+    """
+    machine = machine or look(job.root)
     for setting in job.table.settings:
         run = open_setting(job, setting, SILENT)
-        stages = list(_stages(job, setting, run))
+        if setting.sft_from is not None:  # the student is made by a stage: its size is that of its base
+            run = open_setting(
+                replace(job, assignments=(*job.assignments, f'student.model="{setting.sft_from}"')),
+                setting,
+                SILENT,
+            )
+        sizes = (
+            ModelShape(**setting.student_sizes.model_dump()),
+            ModelShape(**setting.teacher_sizes.model_dump()),
+        )
+        needs, checks = needs_of(run, job.gpus, sizes=None if job.rehearsal else sizes, machine=machine)
+        stages = []
+        if needs is not None:
+            stages = list(_stages(job, setting, run, needs))
+            disk = sum(stage.disk_bytes for stage in stages)
+            checks += check_machine(needs, machine, disk=disk, runs_here=runs_here)
+            checks += [*check_teacher_stages(needs, machine), *_rows(run, setting, needs, machine)]
         yield SettingPlan(
             title=setting.title,
             stages=stages,
-            download_bytes=2e9 * (setting.student_billions + setting.teacher_billions) * (not job.rehearsal),
-            checks=list(_checks(job, setting, run, sum(stage.disk_bytes for stage in stages))),
+            download_bytes=2.0 * (sizes[0].parameters + sizes[1].parameters) * (not job.rehearsal),
+            checks=[*checks, *_checks(job, setting, run)],
         )
 
 
-def _stages(job: Job, setting: Setting, run: Run) -> Iterator[StagePlan]:
+def _cells(run: Run, setting: Setting) -> dict[str, Config]:
+    """Configuration of every row by its label."""
+    return {row.label: cell_config(run, Cell(row.objective, run.config.run.seed)) for row in setting.rows}
+
+
+def _stages(job: Job, setting: Setting, run: Run, needs: Needs) -> Iterator[StagePlan]:
     config, where = run.config, f"-w {shlex.quote(shown_path(run.workspace.root))}"
-    student, teacher = 1e9 * setting.student_billions, 1e9 * setting.teacher_billions
-    length = MEAN_LENGTH * config.rollout.max_tokens
-    prefixes = (config.data.limit or config.demo.train_problems) * config.prefixes.samples_per_prompt * length
-    # The schedule starts with whole prefixes and ends with none: on average the student writes half of a response.
-    tokens = config.train.steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt * length
-    answers = sum(
-        30 * part.samples * MEAN_LENGTH * (part.max_tokens or config.rollout.max_tokens)
-        for part in config.evaluation_sets.values()
-    )
-    train = _decode(student, tokens / 2) + _passes(2 * teacher, tokens / 2) + _passes(6 * student, tokens)
+    on = f" --gpus {job.gpus}" if job.gpus > 1 else ""
+    student, length = needs.student.parameters, config.prefix_max_tokens
+    prefixes = (config.data.limit or config.demo.train_problems) * config.prefixes.samples_per_prompt
+    tokens = prefixes * length
     if config.demo.enabled:
         yield StagePlan("models and problems", f"tropd prepare {where}", 0.0, 1e7)
     else:
         yield StagePlan("problems", "(fetched from the Hugging Face hub)", 0.0, 5e8)
-    yield StagePlan("prefixes", f"tropd generate-prefixes {where}", _decode(teacher, prefixes), 8 * prefixes)
-    yield StagePlan(
-        "scores", f"tropd score-teacher {where}", _passes(2 * teacher, prefixes), CACHE_BYTES * prefixes
+    writing = (
+        0.0 if needs.on_cpu else _written(needs, "teacher", prefixes, length, config.prefixes.batch_size)
     )
+    yield StagePlan("prefixes", f"tropd generate-prefixes {where}{on}", writing, 8.0 * tokens)
+    scoring = 0.0 if needs.on_cpu else scoring_hours(needs, responses=prefixes, length=length)
+    yield StagePlan("scores", f"tropd score-teacher {where}{on}", scoring, float(CACHE_BYTES * tokens))
     if setting.sft_from is not None:
-        steps = config.sft.steps * config.sft.prompts_per_step
-        command = f"tropd sft {where} --from {setting.sft_from}"
-        yield StagePlan("SFT", command, _passes(6 * student, steps * length), 2 * 12 * student + 2 * student)
-    methods = ",".join(row.objective for row in setting.rows)
-    runs = job.seeds * len(setting.rows)
-    yield StagePlan(
-        f"{runs} runs: train, evaluate",
-        f"tropd compare {where} --objectives {shlex.quote(methods)} --seeds {job.seeds}",
-        runs * (train + _decode(student, answers)) + _decode(student, answers) + _decode(teacher, answers),
-        runs * (config.train.keep_checkpoints * 12 * student + 2 * student),
+        command = f"tropd sft {where} --from {setting.sft_from}{on}"
+        yield StagePlan(
+            "SFT", command, 0.0 if needs.on_cpu else sft_hours(needs), 2.0 * 12 * student + 2.0 * student
+        )
+    runs = f" --seeds {job.seeds}{on}"
+    compare = f"tropd compare {where} --objectives"
+    for row, (label, own) in zip(setting.rows, _cells(run, setting).items(), strict=True):
+        mine = row_needs(needs, own)
+        kept = config.train.keep_checkpoints + 1  # one more while a new one is written
+        yield StagePlan(
+            f"{label}: train, evaluate",
+            f"{compare} {shlex.quote(row.objective)}{runs}",
+            0.0 if needs.on_cpu else job.seeds * (training_hours(mine) + _evaluated(mine, "student")),
+            job.seeds * (kept * 12.0 * student + 2.0 * student),
+            None if needs.on_cpu else mine.step().total,
+        )
+    before = 0.0 if needs.on_cpu else _evaluated(needs, "student") + _evaluated(needs, "teacher")
+    yield StagePlan("student before, teacher: evaluate", "(with the first row)", before, 0.0)
+
+
+def _written(needs: Needs, role: str, responses: int, length: int, batch_size: int) -> float:
+    shape = needs.teacher if role == "teacher" else needs.student
+    engine = needs.config.teacher.engine if role == "teacher" else needs.config.student.engine
+    return writing_hours(needs, shape, engine, responses=responses, length=length, batch_size=batch_size)
+
+
+def _evaluated(needs: Needs, role: str) -> float:
+    """GPU-hours of a model's answers to all benchmarks: one greedy, and the sampled ones."""
+    config = needs.config
+    return sum(
+        _written(
+            needs,
+            role,
+            PROBLEMS * (1 + part.samples),
+            part.max_tokens or config.rollout.max_tokens,
+            config.evaluation.batch_size,
+        )
+        for part in config.evaluation_sets.values()
     )
 
 
-def _decode(parameters: float, tokens: float) -> float:
-    return tokens / (DECODE_TOKENS * 1e9 / parameters) / 3600
-
-
-def _passes(flops_per_token: float, tokens: float) -> float:
-    return flops_per_token * tokens / PREFILL_FLOPS / 3600
-
-
-def _checks(job: Job, setting: Setting, run: Run, disk: float) -> Iterator[tuple[bool | None, str]]:
-    free = shutil.disk_usage(job.root).free
-    yield free > disk, f"disk: about {disk / 1e9:,.0f} GB needed, {free / 1e9:,.0f} GB free at {job.root}"
-    yield True, f"names: recipe {setting.recipe!r}, {len(setting.rows)} objectives, all packaged"
-    yield _tokenizers(run, setting)
-    if job.rehearsal:
+def _rows(run: Run, setting: Setting, needs: Needs, machine: Machine) -> Iterator[Check]:
+    try:
+        cells = _cells(run, setting)
+    except TropdError as error:  # the message names the method and the setting
+        yield Check(False, error.message)
         return
-    gpus = torch.cuda.device_count()
-    yield (True, f"{gpus} GPUs") if gpus else (None, "GPUs: none here, so memory and vLLM were not checked")
-    yield _hub(run.config, setting)
+    yield from check_engines(run, cells)
+    yield from check_rows(needs, cells, machine)
 
 
-def _tokenizers(run: Run, setting: Setting) -> tuple[bool | None, str]:
+def _checks(job: Job, setting: Setting, run: Run) -> Iterator[Check]:
+    yield Check(True, f"names: recipe {setting.recipe!r}, {len(setting.rows)} objectives, all packaged")
+    yield _tokenizers(run, setting)
+    if not job.rehearsal:
+        yield _hub(run.config, setting)
+
+
+def _tokenizers(run: Run, setting: Setting) -> Check:
     if run.config.demo.enabled:
-        return True, "tokenizers: student and teacher are made with the same one"
+        return Check(True, "tokenizers: student and teacher are made with the same one")
     models = [setting.sft_from or run.config.student.model, run.config.teacher.model]
     if not all(run.workspace.resolve(model).exists() for model in models):
-        return None, f"tokenizers: not compared, for {' and '.join(models)} are not on this machine"
+        return Check(None, f"tokenizers: not compared, for {' and '.join(models)} are not on this machine")
     try:
         check_tokenizers(role_tokenizer(run, "student"), role_tokenizer(run, "teacher"))
     except TropdError as error:
-        return False, f"tokenizers: {error.message}"
-    return True, "tokenizers: student and teacher have the same"
+        return Check(False, f"tokenizers: {error.message}")
+    return Check(True, "tokenizers: student and teacher have the same")
 
 
-def _hub(config: Config, setting: Setting) -> tuple[bool | None, str]:
+def _hub(config: Config, setting: Setting) -> Check:
     names = f"{setting.sft_from or config.student.model}, {config.teacher.model}, OpenThoughts3, AIME24, AIME25, AMC23"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return None, f"hub: HF_HUB_OFFLINE is set, so it was not asked for {names}"
+        return Check(None, f"hub: HF_HUB_OFFLINE is set, so it was not asked for {names}")
     try:
         socket.create_connection(("huggingface.co", 443), timeout=3).close()
     except OSError:
-        return None, f"hub: no network, so it was not asked for {names}"
-    return True, "hub: huggingface.co answers"
+        return Check(None, f"hub: no network, so it was not asked for {names}")
+    return Check(True, "hub: huggingface.co answers")

@@ -75,6 +75,7 @@ class Job:
     seeds: int
     workers: int
     assignments: tuple[str, ...]
+    gpus: int = 1
 
 
 def open_setting(job: Job, setting: Setting, reporter: Reporter) -> Run:

@@ -17,12 +17,14 @@ import torch
 
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.models.runtime import pick_device
+from tropd.pipeline.problems.encoding import tokens_of
 from tropd.pipeline.run.interrupt import StopRequest, StopRequestedError, stop_on_signal
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.teacher.connect import check_pairs
 from tropd.pipeline.training.distance.along import evaluate_student
 from tropd.pipeline.training.inputs import student_prompts
+from tropd.pipeline.training.preflight.preflight import require_room
 from tropd.pipeline.training.record.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -106,6 +108,8 @@ def train(run: Run, *, force: bool = False) -> Manifest:
             return manifest
         # The others read them only now: the first one has fixed the date of their chat template.
         prompts = student_prompts(run) if prompts is None else prompts
+        if world.leads:
+            require_room(run, world.size, max(map(len, tokens_of(prompts.prompts)), default=0))
         stop = StopRequest()
         session = open_session(run, stack, world, prompts, run.reporter.warning, stop.sleep)
         # Only now: until the first step nothing needs saving, and Ctrl-C ends at once.

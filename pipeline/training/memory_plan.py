@@ -3,26 +3,35 @@
 Exact are parameters (the model is built without storage), gradients, AdamW's moments and the KV cache. Activations are
 an estimate: autograd's memory per token of a decoder layer with fused attention, the inputs of its matrix products
 and of its non-linear functions.
+
+A step has three phases, in which other things are in memory: its peak is the largest of them, and what is there always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.sections.model_settings import ModelConfig
-from tropd.pipeline.models.directories import model_directory
+from tropd.pipeline.models.directories import described_directory
+from tropd.pipeline.models.engines.decoding_any import FIRST_STEPS
 from tropd.pipeline.models.engines.scoring import LOGIT_ELEMENTS
-from tropd.pipeline.models.loading import load_model_config, model_without_weights, num_parameters
+from tropd.pipeline.models.loading import (
+    context_length,
+    load_model_config,
+    model_without_weights,
+    num_parameters,
+)
 from tropd.pipeline.models.output.logprobs import CHUNK_ELEMENTS
 from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import scan_prompts
-from tropd.pipeline.run.opening import role_room, role_tokenizer
+from tropd.pipeline.run.opening import role_tokenizer
 from tropd.pipeline.run.run import Run
+from tropd.storage.errors import ConfigError
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # The share that allocators and kernels take besides.
@@ -33,6 +42,13 @@ LIBRARIES = 0.6e9
 """Main memory of a process that has loaded Python, PyTorch and transformers."""
 CACHE_BYTES = 95
 """Per token of the teacher cache (docs/cache.md)."""
+GPU_BYTES = 80e9
+"""Memory of a GPU whose size is not known."""
+CONTEXT = 0.6e9
+"""Of CUDA, in each process on a GPU."""
+
+Phase = Literal["", "rollout", "score", "train"]
+PHASES: tuple[Phase, ...] = ("rollout", "score", "train")
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,8 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    tied: bool = False
+    """Whether the output layer's weights are those of the embeddings."""
 
     @staticmethod
     def of(config: Any) -> ModelShape:
@@ -63,6 +81,7 @@ class ModelShape:
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab=text.vocab_size,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
 
@@ -73,6 +92,15 @@ class MemoryPart:
     name: str
     bytes: float
     smaller: str
+    phase: Phase = ""
+    """The only phase of a step in which it is there; empty: always."""
+
+
+def peak_bytes(parts: Iterable[MemoryPart]) -> float:
+    """Memory of the phase that takes the most, with all that is there always."""
+    parts = list(parts)
+    phases = [sum(part.bytes for part in parts if part.phase == phase) for phase in PHASES]
+    return sum(part.bytes for part in parts if not part.phase) + max(phases)
 
 
 def memory_parts(
@@ -82,6 +110,7 @@ def memory_parts(
     processes: int,
     *,
     longest_prompt: int = 0,
+    gpu_bytes: float = GPU_BYTES,
 ) -> list[MemoryPart]:
     """Memory of each training process on its device, by purpose.
 
@@ -89,6 +118,7 @@ def memory_parts(
         teacher: None where another device has it (``teacher.url``).
         processes: those that torchrun starts; weights, gradients and moments are shared out.
         longest_prompt: in tokens, where it is known.
+        gpu_bytes: of which vLLM takes its share.
     """
     compute = BYTES[config.student.settled_dtype]
     on_cpu = _on_cpu(config)
@@ -106,21 +136,33 @@ def memory_parts(
     parts = [
         *([MemoryPart("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
         MemoryPart("weights, float32" if not frozen else "adapters", 4 * share, "more processes"),
-        MemoryPart("gradients", 4 * share, "more processes"),
+        MemoryPart("gradients", 4 * share, "more processes", "train"),
         MemoryPart("AdamW's moments", 8 * share, "more processes"),
         MemoryPart(
             "activations of a micro-batch",
             tokens * activation_bytes(student, compute, config.train.gradient_checkpointing),
             "train.micro_batch_tokens, train.gradient_checkpointing = true",
+            "train",
         ),
-        MemoryPart("log-probs: a chunk of logits", 3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab), ""),
-        MemoryPart("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, ""),
         MemoryPart(
-            "KV cache of rollouts",
-            min(config.rollout.batch_size, rows) * longest * kv_bytes_per_token(student, cached),
-            "rollout.batch_size, rollout.max_tokens",
+            "log-probs: a chunk of logits",
+            3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab),
+            "",
+            "train",
         ),
+        MemoryPart("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, "", "train"),
+        *_rollout_parts(config, student, longest_prompt, -(-rows // processes), compute, cached, gpu_bytes),
     ]
+    if config.train.attention == "auto":
+        copied = 2 * student.heads * student.head_dim * compute
+        parts.append(
+            MemoryPart(
+                "attention: masks, repeated keys and values",
+                tokens * (longest * compute + copied),
+                "train.micro_batch_tokens, train.attention",
+                "train",
+            )
+        )
     if on_cpu:
         processes_here = 1 if teacher is None else 2
         parts.append(MemoryPart("programs and libraries", LIBRARIES * processes_here, ""))
@@ -135,12 +177,69 @@ def memory_parts(
         parts.append(MemoryPart("whole student for rollouts", compute * student.parameters, ""))
     if teacher is not None:
         size = BYTES[config.teacher.settled_dtype]
-        parts.append(MemoryPart("teacher", size * teacher.parameters, "teacher.url on another GPU"))
         logits = min(LOGIT_ELEMENTS, scored * teacher.vocab)
-        scoring = 3.0 * 4 * logits + scored * size * 4 * (teacher.hidden + teacher.intermediate)
-        parts.append(MemoryPart("teacher: a scoring pass", scoring, "service.batch_tokens"))
-    total = sum(part.bytes for part in parts)
-    return [*parts, MemoryPart("allocator and kernels (estimate)", OVERHEAD * total, "")]
+        scoring = 3.0 * 4 * logits + scored * (size * 4 * (teacher.hidden + teacher.intermediate) + longest)
+        if config.teacher.scorer == "vllm" and not on_cpu:
+            parts.append(vllm_part("teacher in vLLM", config, gpu_bytes))
+        else:
+            parts.append(MemoryPart("teacher", size * teacher.parameters, "teacher.url on another GPU"))
+            parts.append(MemoryPart("teacher: a scoring pass", scoring, "service.batch_tokens", "score"))
+    shares = sum(part.bytes for part in parts if part.name.endswith("in vLLM"))
+    extra = OVERHEAD * (peak_bytes(parts) - shares)  # vLLM's share has all of it inside
+    return [*parts, MemoryPart("allocator and kernels (estimate)", max(extra, 0.0), "")]
+
+
+def _rollout_parts(
+    config: Config,
+    student: ModelShape,
+    longest_prompt: int,
+    rows: int,
+    compute: int,
+    cached: int,
+    gpu_bytes: float,
+) -> list[MemoryPart]:
+    """Memory of sampling ``rows`` responses in one process."""
+    if config.student.engine == "vllm" and not _on_cpu(config):
+        part = vllm_part("student in vLLM", config, gpu_bytes)
+        # Its engine sleeps while the student trains, unless it samples then.
+        return [part if config.train.max_staleness else replace(part, phase="rollout")]
+    batch = min(config.rollout.batch_size, rows)
+    prefix = 0 if config.objective.schedule.kind == "none" else config.prefix_max_tokens
+    first = longest_prompt + prefix
+    passed = compute * (
+        3 * student.intermediate
+        + (2 * student.heads + 4 * student.kv_heads) * student.head_dim
+        + 6 * student.hidden
+    )
+    return [
+        MemoryPart(
+            "KV cache of rollouts",
+            batch
+            * kv_columns(longest_prompt, config.rollout.max_tokens)
+            * kv_bytes_per_token(student, cached),
+            "rollout.batch_size, rollout.max_tokens",
+            "rollout",
+        ),
+        MemoryPart(
+            "first pass of rollouts: prompts, teacher prefixes",
+            float(batch * first * (passed + first)),
+            "rollout.batch_size, prefixes.max_tokens",
+            "rollout",
+        ),
+    ]
+
+
+def kv_columns(prompt: int, tokens: int) -> int:
+    """Columns of keys and values after so many tokens: a buffer that is full is replaced by one twice as large."""
+    columns = prompt + min(tokens, FIRST_STEPS) + 1
+    while columns < prompt + tokens:
+        columns *= 2
+    return columns
+
+
+def vllm_part(name: str, config: Config, gpu_bytes: float) -> MemoryPart:
+    """The share of a GPU that vLLM takes, whatever the model."""
+    return MemoryPart(name, config.vllm.gpu_memory_utilization * gpu_bytes, "vllm.gpu_memory_utilization")
 
 
 def _on_cpu(config: Config) -> bool:
@@ -186,15 +285,23 @@ def disk_bytes(config: Config, student: ModelShape) -> dict[str, float]:
     }
 
 
-def shapes(run: Run) -> tuple[ModelShape, ModelShape | None]:
-    """Student and, where training would start it here, teacher."""
-    return _shape(run, "student"), None if run.config.teacher.urls else _shape(run, "teacher")
+def shape_of(run: Run, role: str) -> ModelShape:
+    """Of ``student`` or ``teacher``, whose weights are not needed: of a hub model, only small files are fetched.
+
+    Raises:
+        ConfigError, DataError: its configuration cannot be read, or is of another kind.
+    """
+    config = _model_config(run, role)
+    try:
+        return ModelShape.of(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{role}.model: its config.json does not say its sizes ({error})") from error
 
 
-def _shape(run: Run, role: str) -> ModelShape:
+def _model_config(run: Run, role: str) -> Any:
     settings: ModelConfig = getattr(run.config, role)
-    folder = model_directory(run.workspace, settings, role)
-    return ModelShape.of(load_model_config(folder, trust_remote_code=settings.trust_remote_code))
+    folder = described_directory(run.workspace, settings, role)
+    return load_model_config(folder, trust_remote_code=settings.trust_remote_code)
 
 
 def prompt_tokens(run: Run) -> list[Sequence[int]]:
@@ -203,14 +310,13 @@ def prompt_tokens(run: Run) -> list[Sequence[int]]:
     if not path.is_file():
         return []
     prompts, _ = scan_prompts(path, run.config.data)
-    room = min(role_room(run, role) for role in ("student", "teacher"))
-    tokenizer = role_tokenizer(run, "student")
+    roles = ("student",) if run.config.teacher.urls else ("student", "teacher")
     found = encode_prompts(
         prompts[:LOOKED_AT],
-        tokenizer,
+        role_tokenizer(run, "student", described_directory(run.workspace, run.config.student, "student")),
         chat=run.config.data.chat,
         template_args=run.config.student.chat_template_args,
-        max_length=room,
+        max_length=min(context_length(_model_config(run, role)) for role in roles),
         date=run.config.data.template_date,
     )
     return tokens_of(found.prompts)

@@ -28,7 +28,7 @@ from tropd.pipeline.experiments.starting.look import (
 )
 from tropd.pipeline.run.progress import Reporter
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.training.memory_plan import ModelShape, memory_parts
+from tropd.pipeline.training.memory_plan import ModelShape, memory_parts, peak_bytes
 from tropd.pipeline.training.time_plan import (
     Amounts,
     Rates,
@@ -350,7 +350,7 @@ def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> 
             1,
             longest_prompt=lengths.longest,
         )
-        return sum(part.bytes for part in parts)
+        return peak_bytes(parts)
 
     before = total = needed()
     for change in SMALLER:

@@ -22,6 +22,7 @@ from tropd.pipeline.training.memory_plan import (
     kv_bytes_per_token,
     lora_parameters,
     memory_parts,
+    peak_bytes,
 )
 from tropd.pipeline.training.update.lora import add_adapters
 
@@ -114,8 +115,9 @@ def table() -> list[str]:
     lines = []
     for name in SHAPES:
         shape = shape_of(name)
-        totals = [sum(p.bytes for p in memory_parts(paper_config(), shape, None, n)) / 1e9 for n in (1, 8)]
-        kv = 64 * 8096 * kv_bytes_per_token(shape, 2) / 1e9
+        one, eight = (memory_parts(paper_config(), shape, None, n) for n in (1, 8))
+        totals = [peak_bytes(parts) / 1e9 for parts in (one, eight)]
+        (kv,) = (part.bytes / 1e9 for part in eight if part.name == "KV cache of rollouts")
         lines.append(
             f"| {name} | {shape.parameters / 1e9:.2f} | {totals[0]:.0f} | {totals[1]:.0f} | {kv:.0f} |"
         )
@@ -148,11 +150,11 @@ def test_a_cpu_keeps_keys_and_values_in_float32() -> None:
     decoder.start([[1, 2, 3]] * 5, 3, torch.zeros(5))
     shape = ModelShape.of(model.config)
     text = (
-        "[rollout]\nbatch_size = 5\nmax_tokens = 7\n[runtime]\ndevice = 'cpu'\n[student]\ndtype = 'bfloat16'"
+        "[rollout]\nbatch_size = 5\nmax_tokens = 3\n[runtime]\ndevice = 'cpu'\n[student]\ndtype = 'bfloat16'"
     )
     (planned,) = (
         part.bytes
-        for part in memory_parts(parse_config(text).config, shape, None, 1)
+        for part in memory_parts(parse_config(text).config, shape, None, 1, longest_prompt=3)
         if part.name == "KV cache of rollouts"
     )
     assert planned == decoder.cache_bytes
@@ -172,8 +174,9 @@ def test_adapters_take_less_than_all_weights() -> None:
     shape = ModelShape(*(10**9, 28, 2048, 6144, 16, 8, 128, 151_936))
 
     def total(text: str) -> float:
-        config = parse_config(f"[runtime]\ndevice = 'cuda'\n[student]\ndtype = 'bfloat16'\n{text}").config
-        return sum(part.bytes for part in memory_parts(config, shape, None, 1))
+        short = "[runtime]\ndevice = 'cuda'\n[rollout]\nbatch_size = 1\n[student]\ndtype = 'bfloat16'\n"
+        config = parse_config(short + text).config
+        return peak_bytes(memory_parts(config, shape, None, 1))
 
     everything, adapters = total(""), total("lora = { rank = 16 }")
     # 16 bytes per parameter for training all, 2 for frozen bfloat16 weights.

@@ -1,0 +1,108 @@
+"""A row that its teacher cannot serve is found before the first row trains."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from paper_node import NODE, paper_needs
+
+from tropd.pipeline.config.schema import Config
+from tropd.pipeline.experiments.compare import cell_config, compare
+from tropd.pipeline.experiments.row_checks import check_engines, check_rows
+from tropd.pipeline.run.cells import Cell
+from tropd.pipeline.run.run import Run, with_teacher
+from tropd.pipeline.stages.prefixes import generate_prefixes
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.teacher.wire.info import ServiceInfo
+from tropd.storage.errors import ConfigError
+
+INFO = ServiceInfo(
+    model="without entropies",
+    weights="a" * 64,
+    tokenizer="t" * 64,
+    tokenizer_size=24,
+    vocab_size=24,
+    max_length=1000,
+    max_request_tokens=10_000,
+    max_request_bytes=100_000,
+    queue_tokens=10_000,
+    max_topk=24,
+)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A server that says what it gives: no entropies."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/v1/info"
+            body = INFO.model_dump_json().encode() if found else json.dumps({}).encode()
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+        thread.join()
+
+
+def rows(run: Run) -> dict[str, Config]:
+    return {name: cell_config(run, Cell(name, 0)) for name in ("opd", "eopd", "reopold")}
+
+
+def test_a_server_is_asked_for_the_needs_of_every_row(tiny_run: Run, server: str) -> None:
+    run = with_teacher(tiny_run, server)
+    (check,) = [c for c in check_engines(run, rows(run)) if not c.holds]
+    assert check.holds is False
+    assert check.what.startswith("eopd: objective 'eopd' needs the teacher's entropy")
+    fine = check_engines(run, {"opd": cell_config(run, Cell("opd", 0))})
+    assert [c.holds for c in fine] == [True]
+
+
+def test_a_comparison_is_refused_before_it_evaluates_or_trains(tiny_run: Run, server: str) -> None:
+    score_teacher(tiny_run, source_stage=generate_prefixes(tiny_run).stage)
+    with pytest.raises(ConfigError, match="this comparison cannot be made here"):
+        compare(with_teacher(tiny_run, server), ["opd", "eopd"], 1)
+    assert not (tiny_run.workspace.root / "compare").exists()
+
+
+def test_a_server_that_is_away_was_not_checked(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tropd.pipeline.experiments.row_checks.ANSWER_SECONDS", 0.2)
+    run = with_teacher(tiny_run, "http://127.0.0.1:9")
+    assert [c.holds for c in check_engines(run, rows(run))] == [None]
+
+
+def test_an_engine_without_entropies_is_known_without_a_server(tiny_run: Run) -> None:
+    configs = rows(tiny_run)
+    assert [c.holds for c in check_engines(tiny_run, configs)] == [True]
+    teacher = configs["eopd"].teacher.model_copy(update={"scoring_engine": "vllm"})
+    configs["eopd"] = configs["eopd"].model_copy(update={"teacher": teacher})
+    (check,) = check_engines(tiny_run, configs)
+    assert check.holds is False
+    assert check.what.startswith("eopd: the teacher scores in vLLM")
+    assert "teacher.scoring_engine = 'transformers'" in check.what
+
+
+def test_rows_share_a_line_where_the_answer_is_the_same() -> None:
+    engine = ("student.engine=transformers", "rollout.batch_size=64")
+    needs = paper_needs(8, *engine)
+    guided = paper_needs(8, "objective.name=tropd", *engine)
+    found = check_rows(needs, {"OPD": needs.config, "TrOPD": guided.config}, NODE)
+    assert any(c.what.startswith("OPD: train: at most") and c.holds for c in found)
+    assert any(c.what.startswith("TrOPD: train: at most") and c.holds is False for c in found)
+    assert any(c.what.startswith("teacher.timeout_seconds") for c in found)
+    alone = check_rows(needs, {"OPD": needs.config}, replace(NODE, gpus=()))
+    assert all(": train" not in check.what for check in alone)
