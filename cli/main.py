@@ -32,6 +32,8 @@ from tropd.cli.commands import (
 from tropd.cli.render import announce_start, tell
 from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.pipeline.models.memory import memory_error
+from tropd.pipeline.run.processes.child_environment import is_rank
+from tropd.pipeline.run.processes.together import follow_starter
 from tropd.storage.errors import TropdError
 
 app = typer.Typer(
@@ -81,6 +83,7 @@ def main() -> None:
     announce_start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    follow_starter()
     try:
         code = app(standalone_mode=False)  # newer typer turns KeyboardInterrupt into this code by itself
         if code == INTERRUPTED:
@@ -124,10 +127,10 @@ def _refused(error: TropdError) -> int:
 def _leave(code: int) -> NoReturn:
     """End with this exit code.
 
-    Under torchrun, Python's own cleanup runs, but not that of the native libraries: it races with the threads of
+    In a rank, Python's own cleanup runs, but not that of the native libraries: it races with the threads of
     torch.distributed, and now and then a finished run would end with SIGABRT.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_rank():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -44,20 +44,39 @@ ShardsOption = Annotated[
 ExecutorOption = Annotated[
     Literal["local", "ray"], typer.Option(help="Make the shards in this process, or with Ray workers.")
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes, each on a GPU of its own (default: the visible ones).",
+        metavar="N",
+        show_default=False,
+    ),
+]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Ray workers, each with an engine of its own.")]
 
 
-def execution_of(shards: str | None, executor: str, workers: int) -> Execution:
+def execution_of(
+    run: Run, shards: str | None, executor: str = "local", workers: int = 1, gpus: int | None = None
+) -> Execution:
     """Executor of a stage's shards, from the options.
 
     Raises:
         ConfigError: options that exclude each other.
     """
+    from tropd.pipeline.run.processes.gpus import number_of_gpus
     from tropd.pipeline.stages.shards import Execution, Part
     from tropd.storage.errors import ConfigError
 
+    if gpus is not None and (shards is not None or executor == "ray"):
+        raise ConfigError(
+            f"--gpus and {'--executor ray' if shards is None else '--shards'} exclude each other",
+            hint="one of them splits the work",
+        )
+    if shards is None and executor == "ray":
+        return Execution(ray_workers=workers)
     if shards is None:
-        return Execution(ray_workers=workers if executor == "ray" else None)
+        return Execution(gpus=number_of_gpus(gpus, run.config.runtime.device, run.reporter))
     if executor == "ray":
         raise ConfigError("--shards and --executor ray exclude each other", hint="Ray splits the work itself")
     return Execution(part=Part.parse(shards))

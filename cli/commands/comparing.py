@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tropd.cli.options import JsonOption, SetOption, WorkspaceOption, open_workspace
+from tropd.cli.options import GpusOption, JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import print_json, print_table, say
 
 
@@ -24,7 +24,8 @@ def compare(
         ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, on a GPU each.")] = 1,
+    gpus: GpusOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,9 +33,12 @@ def compare(
     from tropd.pipeline.experiments.compare import compare as run_compare
     from tropd.pipeline.report.comparison.comparison import collect_comparison
     from tropd.pipeline.report.comparison.comparison_page import write_comparison
+    from tropd.pipeline.run.processes.gpus import number_of_gpus
 
     run = open_workspace(workspace, settings)
-    cells = run_compare(run, [n.strip() for n in objectives.split(",") if n.strip()], seeds, workers=workers)
+    names = [n.strip() for n in objectives.split(",") if n.strip()]
+    on = number_of_gpus(gpus, run.config.runtime.device, run.reporter)
+    cells = run_compare(run, names, seeds, workers=workers, gpus=on)
     found = collect_comparison(run.workspace, cells)
     page = write_comparison(run.workspace, found)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tropd.cli.commands.planning import say_checks
-from tropd.cli.options import ForceOption, JsonOption, SetOption, WorkspaceOption, open_workspace
+from tropd.cli.options import ForceOption, GpusOption, JsonOption, SetOption, WorkspaceOption, open_workspace
 from tropd.cli.render import make_reporter, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def reproduce(
         bool, typer.Option("--dry-run", help="Show stages, GPU-hours, disk and checks; make nothing.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per row.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use, or to plan for.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, on a GPU each.")] = 1,
+    gpus: GpusOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +61,7 @@ def reproduce(
     from tropd.pipeline.config.paper_tables import load_table
     from tropd.pipeline.experiments.reproduce import Job, to_markdown
     from tropd.pipeline.experiments.reproduce import reproduce as make_table
+    from tropd.pipeline.run.processes.gpus import number_of_gpus
 
     loaded = load_table(table, rehearse=rehearse)
     root.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,10 @@ def reproduce(
         job = replace(job, gpus=gpus or (1 if rehearse else gpus_to_plan()))
         _show_plan(job, as_json)
         return
+    reporter = make_reporter()
+    job = replace(job, gpus=number_of_gpus(gpus, "auto", reporter))
     _refuse_impossible(job)
-    result = make_table(job, make_reporter())
+    result = make_table(job, reporter)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

@@ -13,6 +13,7 @@ import typer
 from tropd.cli.options import (
     ExecutorOption,
     ForceOption,
+    GpusOption,
     JsonOption,
     SetOption,
     ShardsOption,
@@ -46,15 +47,9 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
 
 
-def _stage(
-    function: Callable[..., Manifest],
-    workspace: Path,
-    assignments: list[str] | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def _stage(function: Callable[..., Manifest], run: Run, force: bool, as_json: bool) -> None:
     """Run one stage function and show its summary."""
-    manifest = function(open_workspace(workspace, assignments), force=force)
+    manifest = function(run, force=force)
     if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
         return
     if as_json:
@@ -78,12 +73,17 @@ def _print_summary(stage: str, summary: dict[str, Any]) -> None:
     tell(f"{stage}: {', '.join(parts) or 'done'}")
 
 
-def run(workspace: WorkspaceOption, settings: SetOption = None, skip_bad: SkipBadOption = False) -> None:
+def run(
+    workspace: WorkspaceOption,
+    settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
+    gpus: GpusOption = None,
+) -> None:
     """Run the stages that a run needs, up to the evaluation: finished ones are skipped, interrupted ones resume."""
     from tropd.pipeline.report.data.collect import build_report
     from tropd.storage.workspace import Workspace
 
-    summary = run_all(open_workspace(workspace, with_skip_bad(settings, skip_bad)))
+    summary = run_all(open_workspace(workspace, with_skip_bad(settings, skip_bad)), gpus)
     if "distance" in summary:
         print_table(*_distances(summary["distance"]))
     found = build_report(Workspace.open(workspace))
@@ -100,7 +100,7 @@ def prepare(
     """Demo recipes only: make teacher and student, and write the problems."""
     from tropd.pipeline.experiments.demo.prepare import prepare as run_prepare
 
-    _stage(run_prepare, workspace, settings, force, as_json)
+    _stage(run_prepare, open_workspace(workspace, settings), force, as_json)
 
 
 def generate_prefixes(
@@ -110,15 +110,16 @@ def generate_prefixes(
     shards: ShardsOption = None,
     executor: ExecutorOption = "local",
     workers: WorkersOption = 2,
+    gpus: GpusOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: sample trajectories from the teacher, for students to continue from."""
     from tropd.pipeline.stages.prefixes import generate_prefixes as stage
 
-    execution = execution_of(shards, executor, workers)
-    assignments = with_skip_bad(settings, skip_bad)
-    _stage(partial(stage, execution=execution), workspace, assignments, force, as_json)
+    run = open_workspace(workspace, with_skip_bad(settings, skip_bad))
+    execution = execution_of(run, shards, executor, workers, gpus)
+    _stage(partial(stage, execution=execution), run, force, as_json)
 
 
 def generate_rollouts(
@@ -128,15 +129,16 @@ def generate_rollouts(
     shards: ShardsOption = None,
     executor: ExecutorOption = "local",
     workers: WorkersOption = 2,
+    gpus: GpusOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Sample responses of the initial student to disk, for objectives that train on stored rollouts."""
     from tropd.pipeline.stages.prefixes import generate_rollouts as stage
 
-    execution = execution_of(shards, executor, workers)
-    assignments = with_skip_bad(settings, skip_bad)
-    _stage(partial(stage, execution=execution), workspace, assignments, force, as_json)
+    run = open_workspace(workspace, with_skip_bad(settings, skip_bad))
+    execution = execution_of(run, shards, executor, workers, gpus)
+    _stage(partial(stage, execution=execution), run, force, as_json)
 
 
 def score_teacher(
@@ -149,29 +151,38 @@ def score_teacher(
     shards: ShardsOption = None,
     executor: ExecutorOption = "local",
     workers: WorkersOption = 2,
+    gpus: GpusOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: cache the teacher's top-k log-probs of stored trajectories."""
     from tropd.pipeline.stages.scores import score_teacher as stage
 
-    execution = execution_of(shards, executor, workers)
-    _stage(partial(stage, source_stage=source, execution=execution), workspace, settings, force, as_json)
+    run = open_workspace(workspace, settings)
+    execution = execution_of(run, shards, executor, workers, gpus)
+    _stage(partial(stage, source_stage=source, execution=execution), run, force, as_json)
 
 
 def train(
     workspace: WorkspaceOption,
     settings: SetOption = None,
     skip_bad: SkipBadOption = False,
+    gpus: GpusOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 3: distill the student; starts a local teacher service unless teacher.url is set."""
     from tropd.pipeline.report.watch import training_progress
+    from tropd.pipeline.run.processes.gpus import number_of_gpus
     from tropd.pipeline.training.loop import train as stage
+    from tropd.pipeline.training.on_gpus import show_training_on
     from tropd.storage.workspace import Workspace
 
-    _stage(stage, workspace, with_skip_bad(settings, skip_bad), force, as_json)
+    run = open_workspace(workspace, with_skip_bad(settings, skip_bad))
+    processes = number_of_gpus(gpus, run.config.runtime.device, run.reporter)
+    if processes > 1:
+        raise typer.Exit(show_training_on(run, processes, force=force, as_json=as_json))
+    _stage(stage, run, force, as_json)
     if os.environ.get("RANK", "0") == "0":
         tell_verdicts(training_progress(Workspace.open(workspace)).verdicts)
 
@@ -180,6 +191,9 @@ def evaluate(
     workspace: WorkspaceOption,
     settings: SetOption = None,
     skip_bad: SkipBadOption = False,
+    shards: ShardsOption = None,
+    gpus: GpusOption = None,
+    who: Annotated[str, typer.Option(hidden=True)] = "before,after,teacher",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -188,7 +202,13 @@ def evaluate(
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as stage
     from tropd.storage.workspace import Workspace
 
-    manifest = stage(open_workspace(workspace, with_skip_bad(settings, skip_bad)), force=force)
+    run = open_workspace(workspace, with_skip_bad(settings, skip_bad))
+    execution = execution_of(run, shards, gpus=gpus)
+    whom: Any = who.split(",")
+    manifest = stage(run, whom=whom, force=force, execution=execution)
+    if not manifest.complete:
+        tell(f"evaluate: part {shards} is done; once all are, run {run.command('evaluate')}")
+        return
     tell_verdicts(build_report(Workspace.open(workspace)).verdicts)
     if as_json:
         print_json(manifest.summary)
@@ -344,20 +364,24 @@ def demo(
     report(workspace, as_json=as_json)
 
 
-def run_all(run: Run) -> dict[str, Any]:
+def run_all(run: Run, gpus: int | None = 1) -> dict[str, Any]:
     """Run the stages that a run needs, in order, skipping finished ones; returns the evaluation's summary."""
     from tropd.pipeline.experiments.api import stages_before_training
     from tropd.pipeline.experiments.demo.prepare import prepare as run_prepare
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as run_evaluate
-    from tropd.pipeline.training.loop import train as run_train
+    from tropd.pipeline.training.on_gpus import train_on
 
+    execution = execution_of(run, None, gpus=gpus)
     if run.config.demo.enabled:
         run_prepare(run)
-    stages: list[Callable[[], Manifest]] = [*stages_before_training(run), partial(run_train, run)]
+    stages: list[Callable[[], Manifest]] = [
+        *stages_before_training(run, execution),
+        partial(train_on, run, execution.gpus),
+    ]
     for stage in stages:
         manifest = stage()
         _print_summary(manifest.stage, manifest.summary)
-    summary = run_evaluate(run).summary
+    summary = run_evaluate(run, execution=execution).summary
     for line in _accuracies(summary["accuracy"]):
         tell(line)
     return summary

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # PyTorch is loaded only when a run is made
     import pyarrow as pa
 
     from tropd.pipeline.run.run import Run
+    from tropd.pipeline.stages.shards import Execution
 
 Prompts = str | os.PathLike[str] | Iterable[Given]
 """A file of prompts, or the prompts themselves: texts, conversations (lists of messages), records, a dataset."""
@@ -140,18 +141,20 @@ class Distillation:
             prepare(self.run)
 
 
-def stages_before_training(run: Run) -> list[Callable[[], Manifest]]:
+def stages_before_training(run: Run, execution: Execution | None = None) -> list[Callable[[], Manifest]]:
     """Stages that fill what the run's objective needs before training, in the order to call them. A demo shows all of the
     teacher's."""
     from tropd.pipeline.objectives.needs import needed_data
     from tropd.pipeline.stages.prefixes import generate_prefixes, generate_rollouts
     from tropd.pipeline.stages.scores import score_teacher
+    from tropd.pipeline.stages.shards import HERE
 
+    on = HERE if execution is None else execution
     fill: dict[str, Callable[[], Manifest]] = {
-        "prefixes": partial(generate_prefixes, run),
-        "scores": partial(score_teacher, run),
-        "rollouts": partial(generate_rollouts, run),
-        "rollout-scores": partial(score_teacher, run, source_stage="rollouts"),
+        "prefixes": partial(generate_prefixes, run, execution=on),
+        "scores": partial(score_teacher, run, execution=on),
+        "rollouts": partial(generate_rollouts, run, execution=on),
+        "rollout-scores": partial(score_teacher, run, source_stage="rollouts", execution=on),
     }
     needed = {
         *needed_data(run.config.objective),

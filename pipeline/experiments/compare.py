@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.resolve import dump_config, load_config, parse_config
@@ -24,6 +25,7 @@ from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.row_checks import check_engines
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
+from tropd.pipeline.run.processes.child_environment import become_child, child_environment, device_variables
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import with_template_date
@@ -31,9 +33,10 @@ from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.evaluation.evaluate import evaluate
 from tropd.pipeline.stages.prefixes import generate_rollouts
 from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.stages.shards import Execution
 from tropd.pipeline.teacher.connect import serves_on_one_device
 from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
-from tropd.pipeline.training.loop import train
+from tropd.pipeline.training.on_gpus import train_on
 from tropd.pipeline.training.preflight.checks import refuse
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
@@ -43,11 +46,17 @@ SHARED = (*(stage.name for stage in STAGES if stage.brought), *CACHE_STAGES, "sf
 """The shared part of a comparison's runs: everything that is made before training."""
 
 
-def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1) -> list[Cell]:
+def compare(
+    run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1, gpus: int = 1
+) -> list[Cell]:
     """Train and evaluate every objective with every seed; finished cells are kept.
 
     The stages of the base workspace up to ``scores`` must be complete. Returns the cells, objectives in the order
     given.
+
+    Args:
+        workers: runs at the same time, each on one GPU.
+        gpus: GPUs to use: all of them for one run after the other, or with several workers spread over these.
 
     Raises:
         ConfigError: unknown objective, or a base workspace that lacks what one needs.
@@ -63,13 +72,17 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
     finished(run, "scores")
     refuse(check_engines(run, configs), "this comparison")
     if any(spec.rollouts == "stored" for spec in specs):
-        generate_rollouts(run)
-        score_teacher(run, source_stage="rollouts")
-    _evaluate_reference(run)
+        generate_rollouts(run, execution=Execution(gpus=gpus))
+        score_teacher(run, source_stage="rollouts", execution=Execution(gpus=gpus))
+    _evaluate_reference(run, gpus)
+    whole = gpus if workers == 1 else 1
     with ExitStack() as stack:
         url = None  # of the service that is started here; another is in the cells' configurations
-        if not run.config.teacher.urls and any(
-            teacher_needs(s).token_logprobs and s.rollouts == "student" for s in specs
+        # Several processes of one run start their own.
+        if (
+            whole == 1
+            and not run.config.teacher.urls
+            and any(teacher_needs(s).token_logprobs and s.rollouts == "student" for s in specs)
         ):
             engine = (
                 ('teacher.scoring_engine="transformers"',)
@@ -79,20 +92,27 @@ def compare(run: Run, objectives: Sequence[str], seeds: int, *, workers: int = 1
             command = serve_command(run.workspace.root, (*run.assignments, *engine))
             log = run.workspace.logs / "teacher-service.log"
             url = stack.enter_context(LocalTeacher(command, log, one_device=serves_on_one_device(run))).wait()
-        jobs = [(_cell_workspace(run, cell).root, url) for cell in cells]
+        jobs = [(_cell_workspace(run, cell).root, url, whole) for cell in cells]
         with run.reporter.task("compare", len(jobs), unit="runs") as task:
-            for done in _each(jobs, workers):
+            for done in _each(jobs, workers, gpus):
                 task.advance(1, last=str(done.relative_to(run.workspace.root / FOLDER)))
     return cells
 
 
-def _each(jobs: Sequence[tuple[Path, str | None]], workers: int) -> Iterator[Path]:
-    """Run the jobs, yielding each as it is done; with one worker in this process, so that Ctrl-C saves its state."""
+def _each(jobs: Sequence[tuple[Path, str | None, int]], workers: int, gpus: int) -> Iterator[Path]:
+    """Run the jobs, yielding each as it is done; with one worker in this process, so that Ctrl-C saves its state.
+
+    Several workers have a GPU each, in turn.
+    """
     if workers == 1:
         yield from (_run_cell(*job) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    size = min(workers, len(jobs))
+    devices = context.SimpleQueue()
+    for number in range(size):
+        devices.put(number % gpus)
+    with ProcessPoolExecutor(size, context, _use_one_gpu, (devices,)) as pool:
         futures = [pool.submit(_run_cell, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -102,6 +122,11 @@ def _each(jobs: Sequence[tuple[Path, str | None]], workers: int) -> Iterator[Pat
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _use_one_gpu(devices: Any) -> None:
+    """In a worker that starts: the next GPU is its only one."""
+    become_child(child_environment(one_device=False) | device_variables(devices.get()))
 
 
 def cell_config(run: Run, cell: Cell) -> Config:
@@ -140,20 +165,21 @@ def link_shared(base: Workspace, workspace: Workspace) -> None:
             link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 
-def _run_cell(root: Path, url: str | None) -> Path:
-    """Train and evaluate one cell (in a worker process where there are several)."""
+def _run_cell(root: Path, url: str | None, gpus: int) -> Path:
+    """Train and evaluate one cell (in a worker process where there are several), on so many GPUs."""
     workspace = Workspace.open(root)
     overrides = (f'teacher.url="{url}"',) if url else ()
     resolved = load_config(workspace.config_path, overrides)
     cell = Run(workspace, resolved, SILENT, overrides)
-    train(cell)
-    evaluate(cell, whom=("after",))
+    train_on(cell, gpus)
+    evaluate(cell, whom=("after",), execution=Execution(gpus=gpus))
     return root
 
 
-def _evaluate_reference(run: Run) -> None:
+def _evaluate_reference(run: Run, gpus: int) -> None:
     workspace = Workspace.create(run.workspace.root / FOLDER / REFERENCE)
     link_shared(run.workspace, workspace)
     write_text_atomic(workspace.config_path, dump_config(run.config))
     whom: tuple[Who, ...] = ("before", "teacher")
-    evaluate(replace(run, workspace=workspace), whom=whom)
+    reference = replace(run, workspace=workspace)
+    evaluate(reference, whom=whom, execution=Execution(gpus=gpus))

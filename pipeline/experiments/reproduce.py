@@ -27,6 +27,7 @@ from tropd.pipeline.stages.evaluation.statistics import Estimate, average
 from tropd.pipeline.stages.fetch import fetch_sources
 from tropd.pipeline.stages.prefixes import generate_prefixes
 from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.stages.shards import Execution
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.workspace import Workspace
 
@@ -76,6 +77,7 @@ class Job:
     workers: int
     assignments: tuple[str, ...]
     gpus: int = 1
+    """GPUs of this machine to use, by one run after the other."""
 
 
 def open_setting(job: Job, setting: Setting, reporter: Reporter) -> Run:
@@ -104,12 +106,15 @@ def reproduce(job: Job, reporter: Reporter) -> Result:
         before = run
         if setting.sft_from is not None:
             before = _with(job, run, f'student.model="{setting.sft_from}"')
-        generate_prefixes(before)
-        score_teacher(before)
+        on = Execution(gpus=job.gpus)
+        generate_prefixes(before, execution=on)
+        score_teacher(before, execution=on)
         if setting.sft_from is not None:
-            sft(before, setting.sft_from)
+            sft(before, setting.sft_from, gpus=job.gpus)
             run = _with(job, run, f'student.model="{RESULT}"')
-        cells = compare(run, [row.objective for row in setting.rows], job.seeds, workers=job.workers)
+        cells = compare(
+            run, [row.objective for row in setting.rows], job.seeds, workers=job.workers, gpus=job.gpus
+        )
         blocks.append(_block(run, setting, cells))
     result = Result(title=job.table.title, rehearsal=job.rehearsal, seeds=job.seeds, blocks=blocks)
     write_text_atomic(job.root / f"{job.name}.json", result.model_dump_json(indent=1) + "\n")

@@ -15,7 +15,7 @@ from tropd.pipeline.experiments.compare import link_shared
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import with_template_date
 from tropd.pipeline.run.upstream import finished
-from tropd.pipeline.training.loop import train
+from tropd.pipeline.training.on_gpus import train_on
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.stage.manifest import Manifest
 from tropd.storage.workspace import Workspace
@@ -24,7 +24,7 @@ FOLDER = "sft"
 RESULT = "sft/train/final"
 
 
-def sft(run: Run, base: str, *, force: bool = False) -> Manifest:
+def sft(run: Run, base: str, *, gpus: int = 1, force: bool = False) -> Manifest:
     """Train ``base`` (a model directory or hub name) on the prefixes; returns the training's manifest.
 
     Raises:
@@ -57,4 +57,4 @@ def sft(run: Run, base: str, *, force: bool = False) -> Manifest:
     )
     write_text_atomic(workspace.config_path, dump_config(plain))
     resolved = parse_config(dump_config(plain), where=str(workspace.config_path))
-    return train(replace(run, workspace=workspace, resolved=resolved, assignments=()), force=force)
+    return train_on(replace(run, workspace=workspace, resolved=resolved, assignments=()), gpus, force=force)

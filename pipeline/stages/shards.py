@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tropd.pipeline.run.identity import tell_unrecorded
+from tropd.pipeline.run.processes.gpus import run_parts
+from tropd.pipeline.run.processes.together import tropd_command
 from tropd.pipeline.run.progress import Task
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.shard_work import ShardSpec, Work
@@ -19,6 +21,7 @@ from tropd.storage.stage.fingerprint import Fingerprint
 from tropd.storage.stage.job_parts import gather, made_shards, part_folder, remove_parts
 from tropd.storage.stage.manifest import Manifest, read_manifest
 from tropd.storage.stage.stage import Stage, open_stage, refuse_other_settings
+from tropd.storage.workspace import stage_kind
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Execution:
 
     part: Part | None = None
     ray_workers: int | None = None
+    gpus: int = 1
+    """More than one: that many processes make parts at the same time, each on a GPU of its own."""
 
 
 HERE = Execution()
@@ -95,6 +100,9 @@ def run_stage(
                     _commit(stage, spec, rows)
                     task.advance(spec.size)
             else:
+                if execution.gpus > 1:
+                    _make_on_gpus(run, name, work, stage, missing, execution.gpus, task)
+                    missing = [spec for spec in missing if not _has(stage, spec)]
                 _make_here(run, work, stage, missing, task)
         finish(stage)
         remove_parts(folder)
@@ -139,6 +147,42 @@ def _run_part(
         return run_stage(run, name, fingerprint, lambda: work, finish)
     except StageLockedError:  # another part finished at the same moment, and completes the stage
         return manifest
+
+
+def _make_on_gpus(
+    run: Run, name: str, work: Work, stage: Stage, missing: Sequence[ShardSpec], gpus: int, task: Task
+) -> None:
+    """Make shards in parts, in a process per GPU (or per group of them that an engine needs), and gather them."""
+    each = _devices_of(run, name)
+    parts = min(gpus // each, len(missing))
+    if parts < 2:
+        return
+    stage.shared = True
+    known: set[str] = set()
+
+    def tick() -> None:
+        made = made_shards(stage.folder, stage.manifest.fingerprint)
+        for spec in missing:
+            if spec.outputs[0] not in known and made.issuperset(spec.outputs):
+                known.add(spec.outputs[0])
+                task.advance(spec.size)
+
+    words = stage_kind(name).command.split()
+    command = tropd_command(words[0], run.workspace.root, run.assignments, *words[1:])
+    run.reporter.info(f"{name}: {parts} processes; their logs are in {run.workspace.logs}")
+    run_parts(command, parts, run.workspace.logs, name, devices_each=each, tick=tick)
+    gather(stage, [spec.outputs for spec in work.shards])
+    tick()
+
+
+def _devices_of(run: Run, name: str) -> int:
+    """GPUs of one engine of a stage."""
+    config = run.config
+    scores = stage_kind(name).scores_of is not None
+    engine = (
+        config.teacher.scorer if scores else (config.student if name == "rollouts" else config.teacher).engine
+    )
+    return config.vllm.tensor_parallel_size if engine == "vllm" else 1
 
 
 def _make_here(run: Run, work: Work, stage: Stage, missing: Sequence[ShardSpec], task: Task) -> None:

@@ -61,7 +61,7 @@ def start_teachers(run: Run, stack: ExitStack, log_name: str = "teacher-service"
 
 def serves_on_one_device(run: Run) -> bool:
     """True unless the teacher's engine spreads a model over several GPUs."""
-    return run.config.teacher.engine != "vllm" or run.config.vllm.tensor_parallel_size == 1
+    return run.config.teacher.scorer != "vllm" or run.config.vllm.tensor_parallel_size == 1
 
 
 def connect_teachers(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ from queue import Empty, Queue
 from types import TracebackType
 
 from tropd.pipeline.run.processes.child_environment import child_environment
+from tropd.pipeline.run.processes.together import end_of_log, tropd_command
 from tropd.storage.errors import TropdError
 
 START_SECONDS = 600.0
 STOP_SECONDS = 10.0
-LOG_LINES = 15
 
 
 class LocalTeacher:
@@ -107,10 +106,7 @@ class LocalTeacher:
         raise self._failure(f"the teacher service did not start within {self._start_seconds:.0f} s")
 
     def _failure(self, message: str) -> TropdError:
-        text = (self._log.read_bytes() if self._log.exists() else b"")[self._log_start :].decode(
-            errors="replace"
-        )
-        tail = "\n    ".join(text.splitlines()[-LOG_LINES:])
+        tail = end_of_log(self._log, self._log_start)
         return TropdError(
             f"{message}; the end of {self._log}:\n    {tail}", hint="tropd serve-teacher shows it live"
         )
@@ -132,8 +128,6 @@ class LocalTeacher:
 
 def serve_command(workspace: Path, assignments: Sequence[str], domain: str = "") -> list[str]:
     """The command that serves a run's teacher (with ``domain``, that of the domain)."""
-    command = [sys.executable, "-m", "tropd.cli.main", "serve-teacher", "--workspace", str(workspace)]
-    for assignment in assignments:
-        command += ["--set", assignment]
-    command += ["--domain", domain] if domain else []
-    return [*command, "--port", "0", "--exit-with-parent", "--json"]
+    options = ["--domain", domain] if domain else []
+    options += ["--port", "0", "--exit-with-parent", "--json"]
+    return tropd_command("serve-teacher", workspace, assignments, *options)

@@ -138,7 +138,8 @@ def _check_settings(run: Run, world: World) -> None:
         )
     if world.size > 1 and config.train.region_gradients:
         raise ConfigError(
-            "train.region_gradients needs a single process", hint="set it to false, or run without torchrun"
+            "train.region_gradients needs a single process",
+            hint="set it to false, or train with --gpus 1, without torchrun",
         )
     if config.student.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ answers are exchanged, so that the loss has the same denominator everywhere, how
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tropd.pipeline.run.processes.child_environment import local_rank
 from tropd.pipeline.run.processes.launcher import end_with_launcher
+from tropd.storage.errors import TropdError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,6 +31,7 @@ N = TypeVar("N", int, float)
 
 # A step of rollouts and a checkpoint of an 8B model both fit; a dead process is noticed by torchrun at once.
 TIMEOUT = timedelta(hours=2)
+_LOST = re.compile(r"gloo/transport|NCCL|[Cc]onnection (was )?(closed|reset|refused)")
 
 
 @dataclass(frozen=True)
@@ -110,5 +113,13 @@ def join_world(device: torch.device) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
+    except RuntimeError as error:
+        if _LOST.search(str(error)) is None:
+            raise
+        raise TropdError(
+            f"process {dist.get_rank()} of {size} has lost another one, which has ended or does not answer "
+            f"({str(error).splitlines()[0]})",
+            hint="the other one's message or log has the reason; the same command resumes from the last checkpoint",
+        ) from error
     finally:
         dist.destroy_process_group()

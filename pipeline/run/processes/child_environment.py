@@ -10,7 +10,9 @@ import os
 from collections.abc import Mapping
 
 _OF_RANKS = ("TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_")
-_OF_A_RANK = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
+FOLLOWS = "TROPD_FOLLOWS_STARTER"
+"""Set for a process that ends once the one that started it is gone."""
+_OF_A_RANK = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", FOLLOWS})
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 

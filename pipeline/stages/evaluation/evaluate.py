@@ -9,21 +9,17 @@ Distances are in ``distance-<who>.parquet``, the responses that they were measur
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tropd.pipeline.config.sections.evaluation_settings import EvaluationConfig
 from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Sampler
-from tropd.pipeline.problems.encoding import Encoded, EncodedPrompt
-from tropd.pipeline.problems.grading.grading import RULES, check_expected
+from tropd.pipeline.problems.grading.grading import RULES
 from tropd.pipeline.run.identity import (
     engine_fields,
     fingerprint_of,
@@ -57,34 +53,29 @@ from tropd.pipeline.stages.evaluation.measuring import (
     read_responses,
     write_responses,
 )
-from tropd.pipeline.stages.evaluation.responses import SCHEMA, Response, respond
+from tropd.pipeline.stages.evaluation.pieces import (
+    Problems,
+    drop_pieces,
+    join_pieces,
+    make_on_gpus,
+    make_part,
+    make_piece,
+    part_file,
+    pieces_of,
+)
 from tropd.pipeline.stages.evaluation.statistics import average, pass_at
-from tropd.pipeline.teacher.by_domain import GENERAL, EngineSlot, batched
+from tropd.pipeline.stages.shards import HERE, Execution
+from tropd.pipeline.teacher.by_domain import GENERAL, EngineSlot
 from tropd.pipeline.teacher.connect import local_teacher
-from tropd.storage.disk.atomic import atomic_file
 from tropd.storage.errors import unknown_name
 from tropd.storage.formats.trajectories import Trajectory
 from tropd.storage.stage.fingerprint import Fingerprint, Scalar
+from tropd.storage.stage.job_parts import remove_parts
 from tropd.storage.stage.manifest import Manifest, check_shard
 from tropd.storage.stage.stage import Stage, open_stage
-from tropd.storage.workspace import EVALUATED, Mode, Who
+from tropd.storage.workspace import EVALUATED, Who
 
 STAGE = "eval"
-
-_PIECE = re.compile(r"part-[a-z]+-\d{5}\.parquet$")
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Problems whose responses are sampled and committed together."""
-
-    mode: Mode
-    samples: int
-    problems: Sequence[EncodedPrompt]
-
-
-Problems = Mapping[tuple[str, str], Encoded]
-"""Problems by the name of their set and the role whose tokenizer encodes them."""
 
 
 def read_problems(run: Run, whom: Sequence[Who]) -> Problems:
@@ -130,8 +121,13 @@ def _model_of(who: Who, final: Path) -> tuple[str, Path | None]:
     return ("teacher" if who == "teacher" else "student"), (final if who == "after" else None)
 
 
-def evaluate(run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False) -> Manifest:
+def evaluate(
+    run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False, execution: Execution = HERE
+) -> Manifest:
     """Evaluate the models that have not been evaluated yet and return the finished manifest.
+
+    Parts, and processes with GPUs of their own, make responses only, and the manifest of a part is not complete: all else
+    is measured where the stage is completed.
 
     Raises:
         ConfigError: ``whom`` has a name that is not in ``EVALUATED``.
@@ -148,6 +144,9 @@ def evaluate(run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False) 
     folder = run.workspace.stage(STAGE)
     problems = read_problems(run, whom)
     identity = fingerprint(run, final, whom, problems)
+    if execution.part is not None:
+        open_one = partial(_open, run, final)
+        return make_part(run, STAGE, identity, whom, problems, execution.part, open_one)
     with open_stage(folder, STAGE, identity, force=force, timings=run.timings) as stage:
         measures = run.config.evaluation.distance_prompts > 0 and NUM_PROMPTS not in stage.unrecorded
         stage.unrecorded = [name for name in stage.unrecorded if name not in (NUM_PROMPTS, TEACHER)]
@@ -170,8 +169,9 @@ def evaluate(run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False) 
         if measures and students:
             held_out = held_out_prompts(run, problems["", "student"])
             check_teachers(run, held_out)
+        make_on_gpus(run, stage, whom, problems, execution.gpus)
         for who in (who for who in whom if who != "teacher"):
-            _evaluate_one(run, stage, who, problems, held_out, partial(_open, run, who, final))
+            _evaluate_one(run, stage, who, problems, held_out, partial(_open, run, final, who))
         slot = EngineSlot(
             run,
             "teacher",
@@ -184,9 +184,10 @@ def evaluate(run: Run, *, whom: Sequence[Who] = EVALUATED, force: bool = False) 
             _evaluate_one(run, stage, "teacher", problems, held_out, partial(slot.open, GENERAL))
         slot.close()
         _run_harness(run, stage, whom, final)
-        _drop_pieces(stage)
+        drop_pieces(stage)
         _tell_unanswered(run, folder, whom)
         stage.finish(**summarize(run, folder, whom))
+        remove_parts(folder)
         return stage.manifest
 
 
@@ -201,14 +202,14 @@ def _present(run: Run, whom: Sequence[Who]) -> Sequence[Who]:
     return [who for who in whom if who != "teacher"]
 
 
-def _open(run: Run, who: Who, final: Path) -> tuple[Sampler, Any]:
+def _open(run: Run, final: Path, who: Who) -> tuple[Sampler, Any]:
     return open_engine(run, *_model_of(who, final), batch_size=run.config.evaluation.batch_size)
 
 
 def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
     """Warn of sets where no model's response has an answer: the grader does not fit then."""
     for name, settings in run.config.evaluation_sets.items():
-        answers = [pq.read_table(folder / _part(name, who), columns=["answer"])["answer"] for who in whom]
+        answers = [pq.read_table(folder / part_file(name, who), columns=["answer"])["answer"] for who in whom]
         if any(len(column) for column in answers) and all(c.null_count == len(c) for c in answers):
             rule = " with evaluation.answer_pattern" if settings.grader == "pattern" else ""
             run.reporter.warning(
@@ -216,10 +217,6 @@ def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
                 f"{settings.grader!r} finds{rule}, so 0 % says nothing about them; "
                 "tropd config explain evaluation.grader shows the others"
             )
-
-
-def _part(name: str, who: Who) -> str:
-    return f"{name}/part-{who}.parquet" if name else f"part-{who}.parquet"
 
 
 def _evaluate_one(
@@ -232,41 +229,30 @@ def _evaluate_one(
 ) -> None:
     """Responses of one model to the sets of problems that it lacks, each batch of them committed; a student's to the
     held-out prompts first."""
-    sets, role = run.config.evaluation_sets, "teacher" if who == "teacher" else "student"
-    names = [name for name in sets if not stage.has(_part(name, who))]
+    names = [name for name in run.config.evaluation_sets if not stage.has(part_file(name, who))]
     responds = held_out is not None and who != "teacher" and not stage.has(responses_file(who))
     if not names and not responds:
         return
-    batches = {name: _batches(sets[name], name, problems[name, role]) for name in names}
-    engine, tokenizer = open_model()
+    pieces = {name: pieces_of(run, who, name, problems) for name in names}
+    engine, tokenizer = None, None
+    if responds or any(not stage.has(piece.name) for group in pieces.values() for piece in group):
+        engine, tokenizer = open_model()
     if held_out is not None and responds:
+        assert engine is not None
         write_responses(stage, who, sample_responses(run, engine, tokenizer, held_out, "student"))
     # What a teacher has written in a context of its own is no answer to the bare problem.
     comparable = held_out is not None and not (who == "teacher" and run.config.teacher.context is not None)
     known = _known(stage.folder, who, held_out) if held_out is not None and comparable else {}
-    total = sum(len(b.problems) * b.samples for group in batches.values() for b in group)
-    with run.reporter.task(f"evaluate {who}", total, unit="responses") as task:
-        for name, group in batches.items():
-            part = _part(name, who)
-            pieces = [f"{part.removesuffix('.parquet')}-{number:05d}.parquet" for number in range(len(group))]
-            for piece, batch in zip(pieces, group, strict=True):
-                if not stage.has(piece):
-                    responses = respond(
-                        run,
-                        sets[name],
-                        engine,
-                        tokenizer,
-                        batch.problems,
-                        batch.mode,
-                        batch.samples,
-                        {} if name else known,
-                    )
-                    _write(stage.folder / piece, who, responses)
-                    stage.commit(piece, rows=len(responses))
-                task.advance(len(batch.problems) * batch.samples)
-            tables = [pq.read_table(stage.folder / piece) for piece in pieces] or [SCHEMA.empty_table()]
-            _write_table(stage.folder / part, pa.concat_tables(tables))
-            stage.commit(part, rows=sum(table.num_rows for table in tables))
+    with run.reporter.task(
+        f"evaluate {who}", sum(p.size for g in pieces.values() for p in g), unit="responses"
+    ) as task:
+        for name, group in pieces.items():
+            for piece in group:
+                if not stage.has(piece.name):
+                    assert engine is not None
+                    make_piece(run, stage, who, piece, engine, tokenizer, {} if name else known)
+                task.advance(piece.size)
+            join_pieces(stage, who, name, group)
 
 
 def _known(folder: Path, who: Who, held_out: HeldOut) -> Mapping[str, Trajectory]:
@@ -297,28 +283,6 @@ def _harness_part(name: str, who: Who) -> str:
     return f"{name}/harness-{who}.json"
 
 
-def _drop_pieces(stage: Stage) -> None:
-    """Delete the batches, which are in their parts by now, and the rest that a killed stage has left."""
-    for piece in [name for name in stage.manifest.shards if _PIECE.search(name)]:
-        stage.retire(piece)
-    for path in stage.folder.rglob("*.parquet"):
-        if _PIECE.search(path.name):
-            path.unlink()
-
-
-def _batches(settings: EvaluationConfig, name: str, problems: Encoded) -> list[_Batch]:
-    check_expected(settings.grader, [one.prompt for one in problems.prompts])
-    modes: list[tuple[Mode, int]] = [("sampled", settings.samples)]
-    if not name:
-        modes.insert(0, ("greedy", 1))
-    graded = [one for one in problems.prompts if one.prompt.answer is not None]
-    return [
-        _Batch(mode, samples, some)
-        for mode, samples in modes
-        for some in batched(graded, max(1, settings.batch_size // samples))
-    ]
-
-
 def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
     """Accuracy per model and mode; avg@n and pass@k with their intervals, also of the benchmarks; lm-eval's metrics; and
     distances to the teacher. Where no problem has an answer, accuracy is None, without avg@n."""
@@ -326,7 +290,7 @@ def summarize(run: Run, folder: Path, whom: Sequence[Who]) -> dict[str, Any]:
     sampled: dict[str, dict[str, Any]] = {}
     for name, settings in run.config.evaluation_sets.items():
         for who in whom:
-            marks = read_marks(folder / _part(name, who))
+            marks = read_marks(folder / part_file(name, who))
             if not name:
                 accuracy[who] = {mode: _share(marks.get(mode, {})) for mode in ("greedy", "sampled")}
             if not marks:
@@ -367,12 +331,3 @@ def read_marks(path: Path) -> dict[str, dict[str, list[bool]]]:
 def _share(marks: dict[str, list[bool]]) -> float | None:
     every = [mark for group in marks.values() for mark in group]
     return sum(every) / len(every) if every else None
-
-
-def _write(path: Path, who: Who, responses: Sequence[Response]) -> None:
-    _write_table(path, pa.Table.from_pylist([{"who": who, **vars(r)} for r in responses], schema=SCHEMA))
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

@@ -20,6 +20,7 @@ from tropd.pipeline.run import opening
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.evaluate import evaluate
+from tropd.pipeline.stages.shards import Execution, Part
 from tropd.storage.disk.atomic import content_digest
 from tropd.storage.errors import ConfigError, DataError, FingerprintMismatchError
 from tropd.storage.stage.stage import Stage
@@ -108,6 +109,32 @@ def test_a_killed_evaluation_loses_one_batch_and_ends_the_same(
     evaluate(run, whom=("before",))
     assert len(set(commits)) == len(commits)  # no batch was answered twice
     assert content_digest(run.workspace.stage("eval")) == content_digest(undisturbed.workspace.stage("eval"))
+
+
+def test_parts_make_the_responses_and_the_stage_gathers_them(
+    run: Run, tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = make_run(tmp_path / "undisturbed", tiny_models, extra=EXTRA)
+    (undisturbed.workspace.root / "data" / "boxed.jsonl").write_bytes(
+        (run.workspace.root / "data" / "boxed.jsonl").read_bytes()
+    )
+    whole = evaluate(undisturbed, whom=("before",))
+    parts = [evaluate(run, whom=("before",), execution=Execution(Part(index, 3))) for index in (3, 1, 2)]
+    assert not any(part.complete for part in parts)
+    made = [set(part.shards) for part in parts]
+    assert all(made)
+    assert sum(map(len, made)) == len(set.union(*made))  # each by one of them
+
+    def unwanted(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a piece is made again")
+
+    monkeypatch.setattr("tropd.pipeline.stages.evaluation.evaluate.make_piece", unwanted)
+    gathered = evaluate(run, whom=("before",))
+    assert gathered.complete
+    assert gathered.summary["sampled"] == whole.summary["sampled"]
+    for name in ("part-before.parquet", "boxed/part-before.parquet"):
+        assert rows(run.workspace.stage("eval") / name) == rows(undisturbed.workspace.stage("eval") / name)
+    assert not (run.workspace.root / "eval.parts").exists()
 
 
 def test_wrong_settings_are_refused_before_any_model_is_loaded(
