@@ -151,6 +151,7 @@ COVERED_BY = {
     "tropd.pipeline.training.session": "tests/pipeline/training/test_setup.py",
     "tropd.pipeline.training.signal.ask_teacher": "tests/pipeline/training/update/test_gradients.py",
     "tropd.pipeline.training.signal.from_cache": "tests/pipeline/models/test_padded_vocabulary.py",
+    "tropd.pipeline.training.signal.following_teacher": "tests/pipeline/training/test_told_teachers.py",
     "tropd.pipeline.training.train_stage": "tests/pipeline/training/test_loop.py",
     "tropd.pipeline.training.on_gpus": "tests/e2e/test_gpus.py",
     "tropd.pipeline.training.update.forward": "tests/pipeline/training/update/test_gradients.py",

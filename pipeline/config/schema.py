@@ -111,6 +111,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _length_conflicts(config)
     yield from _teacher_conflicts(config)
     yield from _training_conflicts(config)
+    yield from _follow_conflicts(config)
     yield from _evaluation_conflicts(config)
     yield from _problem_conflicts(config)
 
@@ -189,6 +190,29 @@ def _training_conflicts(config: Config) -> Iterator[str]:
                     f"train.attention = {train.attention!r} excludes {name} = {value!r}: set {name} = {wanted!r}, or "
                     "train.attention = 'auto'"
                 )
+
+
+def _follow_conflicts(config: Config) -> Iterator[str]:
+    """A teacher that follows the student is a copy of it, beside it in one process, and waits for its updates."""
+    teacher, student = config.teacher, config.student
+    if teacher.follow is None:
+        return
+    for name, wrong, remedy in (
+        ("teacher.model", teacher.model != student.model, "set teacher.model = 'student'"),
+        ("teacher.url", bool(teacher.urls), "leave teacher.url out"),
+        ("teacher.by_domain", bool(teacher.by_domain), "leave teacher.by_domain out"),
+        ("teacher.engine", teacher.scorer != "transformers", "set teacher.scoring_engine = 'transformers'"),
+        (
+            "teacher.dtype",
+            teacher.dtype == "bfloat16",
+            "set teacher.dtype = 'float32': small changes round to none",
+        ),
+        ("student.lora", student.lora is not None, "leave student.lora out"),
+        ("train.max_staleness", config.train.max_staleness > 0, "set train.max_staleness = 0"),
+        ("objective.rollouts", config.objective.rollouts != "student", "set objective.rollouts = 'student'"),
+    ):
+        if wrong:
+            yield f"teacher.follow does not go with {name} as it is: {remedy}, or leave teacher.follow out"
 
 
 def _evaluation_conflicts(config: Config) -> Iterator[str]:

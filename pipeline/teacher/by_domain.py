@@ -70,7 +70,8 @@ def with_only(run: Run, name: str) -> Run:
         raise ConfigError(
             f"no teacher of domain {name!r}", hint=f"domains with a teacher of their own: {names}"
         )
-    fields = {field: getattr(found[0], field) for field in TeacherConfig.model_fields if field != "by_domain"}
+    known = type(found[0]).model_fields.keys() & TeacherConfig.model_fields.keys() - {"by_domain"}
+    fields = {field: getattr(found[0], field) for field in known}
     config = run.config.model_copy(update={"teacher": TeacherConfig(**fields)})
     return replace(run, resolved=replace(run.resolved, config=config))
 

@@ -182,6 +182,8 @@ def _update(training: _Training, step: int, prepared: Prepared) -> StepRecord:
         for group in session.optimizer.param_groups:
             group["lr"] = learning_rate
         session.optimizer.step()
+        if session.following is not None:
+            session.following.follow(session.student.model, step + 1)
     return {
         "step": step,
         **step_metrics(inputs, outcome),
@@ -225,7 +227,8 @@ def _save(training: _Training, done: int, inputs: StepInputs) -> None:
     training.journal.sync()
     with training.timeline.span("checkpoint", done):
         rows = training.preparation.rows_ahead(done)
-        training.checkpoints.save(done, session.student.model, session.optimizer, training.sums, rows)
+        also = {} if session.following is None else session.following.tensors()
+        training.checkpoints.save(done, session.student.model, session.optimizer, training.sums, rows, also)
 
 
 def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], list[Row] | None]:
@@ -238,7 +241,8 @@ def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], l
             )
         newest = newest_checkpoint(stage)
     newest = session.world.tell(newest)
-    first, sums = load_checkpoint(newest, session.student.model, session.optimizer)
+    also = {} if session.following is None else session.following.tensors()
+    first, sums = load_checkpoint(newest, session.student.model, session.optimizer, also)
     rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
     if stage is not None:
         prune_checkpoints(stage, session.run.config.train.keep_checkpoints)

@@ -20,6 +20,7 @@ from tropd.pipeline.training.distance.held_out_set import HeldOutSet
 from tropd.pipeline.training.inputs import Inputs
 from tropd.pipeline.training.rollout.rows import Row
 from tropd.pipeline.training.rollout.sampler import Rolling
+from tropd.pipeline.training.signal.following_teacher import FollowingTeacher
 from tropd.pipeline.training.update.micro_batches import RaggedTopk
 from tropd.pipeline.training.update.student import (
     StudentPass,
@@ -43,7 +44,7 @@ class Session:
     rolling: Rolling
     """The engine that rolls out with the student's weights."""
     optimizer: torch.optim.Optimizer
-    scorers: dict[str, TeacherClient]
+    scorers: dict[str, TeacherClient | FollowingTeacher]
     """Clients of the teachers by name (see ``by_domain``); none where all scores are on disk."""
     reference: Engine | None
     problems: Encoded | None
@@ -55,6 +56,12 @@ class Session:
     def needs(self) -> TeacherNeeds:
         """The objective's demands on the teacher."""
         return teacher_needs(self.run.config.objective)
+
+    @property
+    def following(self) -> FollowingTeacher | None:
+        """The teacher that follows the student, if it does."""
+        found = [scorer for scorer in self.scorers.values() if isinstance(scorer, FollowingTeacher)]
+        return found[0] if found else None
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from tropd.pipeline.problems.encoding import Encoded, tokens_of
 from tropd.pipeline.run.opening import LoadedModel, load_role, loading
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import evenly
+from tropd.pipeline.teacher.by_domain import GENERAL
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.connect import connect_teachers, start_teachers
 from tropd.pipeline.teacher.local_service import LocalTeacher
@@ -26,6 +27,7 @@ from tropd.pipeline.training.distance.held_out_set import read_held_out
 from tropd.pipeline.training.inputs import read_inputs
 from tropd.pipeline.training.rollout.sampler import rollout_engine
 from tropd.pipeline.training.session import Session
+from tropd.pipeline.training.signal.following_teacher import FollowingTeacher, open_following_teacher
 from tropd.pipeline.training.update.lora import check_peft
 from tropd.pipeline.training.update.optimizer import make_optimizer
 from tropd.pipeline.training.update.student import (
@@ -73,17 +75,19 @@ def open_session(
     asks = needs.token_logprobs and objective.rollouts != "stored"
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.scorer, config.student.engine)
-    started = start_teachers(run, stack) if asks and at_once and world.leads else {}
+    serves = asks and config.teacher.follow is None
+    started = start_teachers(run, stack) if serves and at_once and world.leads else {}
     with loading(run, "student", folder):
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
     rolling = rollout_engine(run, stack, student, whole_model, folder, precision, world)
     longest = max(len(one.scored_after) for one in inputs.prompts) + config.rollout.max_tokens
-    scorers = {}
-    if asks:
+    following = open_following_teacher(run) if asks else None
+    scorers: dict[str, TeacherClient | FollowingTeacher] = {GENERAL: following} if following else {}
+    if serves:
         if world.leads and not at_once:
             started = start_teachers(run, stack)
-        scorers = _connect(run, stack, world, started, student, longest, on_wait, sleep)
+        scorers |= _connect(run, stack, world, started, student, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
     if config.train.attention != "auto" and passes.packing == "padded":
         raise ConfigError(
@@ -140,6 +144,11 @@ def _check_settings(run: Run, world: World) -> None:
         raise ConfigError(
             "train.region_gradients needs a single process",
             hint="set it to false, or train with --gpus 1, without torchrun",
+        )
+    if config.teacher.follow is not None and (world.size > 1 or config.teacher.settled_dtype != "float32"):
+        raise ConfigError(
+            "teacher.follow currently needs a single process, and a teacher in float32",
+            hint='set teacher.dtype = "float32" and run without torchrun, or leave teacher.follow out',
         )
     if config.student.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(

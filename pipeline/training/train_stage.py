@@ -38,6 +38,8 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     fields = data_fields(run, "prompts") | token_fields(prompts, "data.prompts")
     fields |= model_fields(run, "student") | stop_fields(run, "student") | teacher_fields(run)
     fields |= context_fields(run, prompts.prompts)
+    if config.teacher.follow is not None:
+        fields |= section_fields("teacher.follow", config.teacher.follow)
     fields |= section_fields("objective", config.objective)
     fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
     fields |= engine_fields(run, "student")

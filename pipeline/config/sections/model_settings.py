@@ -16,7 +16,9 @@ from tropd.pipeline.config.sections.value_types import (
     Dtype,
     DtypeChoice,
     EngineName,
+    Number,
     Template,
+    Whole,
 )
 from tropd.pipeline.objectives.spec import Spec
 
@@ -58,7 +60,7 @@ class ModelConfig(Spec):
     """Run Python code that comes with the model. Off: leave it off unless you have read that code."""
     engine: EngineName = "transformers"
     """Engine that samples and scores with it: `transformers`, in this process, or `vllm` (pip install "tropd[vllm]")."""
-    chat_template_args: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    chat_template_args: dict[str, bool | Whole | Number | str] = Field(default_factory=dict)
     """Arguments of its chat template, such as `{ enable_thinking = false }`."""
     chat_template_file: str | None = Field(default=None, min_length=1)
     """A chat template (Jinja) in place of that of its tokenizer. A relative path is inside the workspace."""
@@ -95,6 +97,15 @@ class TeacherContext(Spec):
     """With data.chat = true, the system message, also with fields in braces; the student's if not set."""
     prefixes: bool = False
     """Teacher prefixes are generated with it too; otherwise from the student's prompt."""
+
+
+class FollowSettings(Spec):
+    """A teacher that follows the student while it trains; it scores in the process that trains."""
+
+    every: int = Field(default=1, ge=1, le=MOST)
+    """Steps between two changes of its weights."""
+    decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of its own weights that stays then: 0 takes the student's as they are, 0.999 is a slow moving average."""
 
 
 class ServedTeacher(ModelConfig):
@@ -151,6 +162,8 @@ class TeacherConfig(ServedTeacher):
     is before training."""
     by_domain: tuple[DomainTeacher, ...] = ()
     """Other teachers for prompts of some domains. All must have the student's tokenizer."""
+    follow: FollowSettings | None = None
+    """With model = "student": the teacher's weights follow the student's while it trains; frozen if not set."""
 
     def context_of(self, domain: str) -> TeacherContext | None:
         """The context of the teacher that prompts of a domain have."""

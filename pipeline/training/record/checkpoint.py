@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -64,18 +64,20 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         counters: dict[str, Any],
         rows: Sequence[Row] | None = None,
+        also: Mapping[str, torch.Tensor] = {},
     ) -> None:
         """Copy the state after ``step`` steps; write it, commit it, then delete the oldest.
 
         Args:
             counters: JSON-serializable sums over the run so far.
             rows: those of the next step, where they are rolled out already.
+            also: tensors of others that change with the student, by their names in the checkpoint.
 
         Raises:
             DiskError: the checkpoint before this one could not be written.
         """
         self.wait()
-        tensors = copied(_model_tensors(model) | _optimizer_tensors(model, optimizer))
+        tensors = copied(_model_tensors(model) | _optimizer_tensors(model, optimizer) | dict(also))
         state = json.dumps({"step": step, "counters": counters}, sort_keys=True)
         own = None if rows is None else _row_tensors(rows)
         self._writing = self._pool.submit(self._write, step, tensors, state, own)
@@ -208,9 +210,16 @@ def newest_checkpoint(stage: Stage) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path | None, model: Any, optimizer: torch.optim.Optimizer
+    folder: Path | None,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    also: Mapping[str, torch.Tensor] = {},
 ) -> tuple[int, dict[str, Any]]:
-    """Restore a checkpoint into model and optimizer; returns the steps done and the counters. Without one, step 0."""
+    """Restore a checkpoint in place; returns the steps done and the counters. Without one, step 0.
+
+    Args:
+        also: tensors that were saved as ``also``.
+    """
     if folder is None:
         return 0, {}
     if not (folder / TENSORS).is_dir():
@@ -218,7 +227,7 @@ def load_checkpoint(
             f"{folder} was written by an earlier version of tropd",
             hint="finish the run with that version, or start over with --force (the old output is moved aside)",
         )
-    tensors, parameters = _model_tensors(model), _trained(model)
+    tensors, parameters = _model_tensors(model) | dict(also), _trained(model)
     for key, (shape, dtype) in stored_tensors(folder / TENSORS).items():
         if key.startswith("optimizer."):
             # AdamW makes its state in its first step: until then none exists to fill.

@@ -26,6 +26,8 @@ from tropd.pipeline.teacher.service.batcher import score_requests
 from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse, encode_request
 from tropd.pipeline.training import loop, setup
 from tropd.pipeline.training.inputs import read_inputs, student_prompts
+from tropd.pipeline.training.record.checkpoint import TENSORS
+from tropd.pipeline.training.record.sharded_tensors import load_tensors, stored_tensors
 from tropd.pipeline.training.rollout.rows import Row, RowPlan
 from tropd.pipeline.training.signal.ask_teacher import ask_teacher, draw_regions
 from tropd.storage.errors import ConfigError, DataError, FingerprintMismatchError
@@ -290,3 +292,65 @@ def test_a_method_for_a_told_teacher_says_so_where_none_is_told(
     run = settled(make_run(tmp_path / "run", models), *SELF, *SMALL, "train.steps=1")
     loop.train(replace(run, reporter=Listening()))
     assert any("'opsd' is meant for a teacher that is told more" in message for message in said)
+
+
+FOLLOWING = (*SELF, *SMALL, "train.keep_checkpoints=9")
+
+
+def stored(run: Run, step: int) -> dict[str, torch.Tensor]:
+    folder = run.workspace.stage("train") / "checkpoints" / f"step-{step:06d}" / TENSORS
+    tensors = {
+        name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored_tensors(folder).items()
+    }
+    load_tensors(folder, tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(("every", "decay"), [(1, 0.75), (2, 0.0)])
+def test_a_teacher_follows_the_student_and_a_stopped_run_goes_on_to_the_same_bits(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, every: int, decay: float
+) -> None:
+    settings = (*FOLLOWING, f"teacher.follow={{ every = {every}, decay = {decay} }}")
+    whole, halted = (told(tmp_path / name, models, *settings) for name in ("whole", "halted"))
+    loop.train(whole)
+    expected = dict(load_role(whole, "teacher").model.named_parameters())
+    for step in (1, 2, 3):
+        tensors = stored(whole, step)
+        for name, before in expected.items():
+            after_step = decay * before.detach() + (1 - decay) * tensors[f"model.{name}"]
+            expected[name] = before if step % every else after_step
+            torch.testing.assert_close(tensors[f"teacher.{name}"], expected[name].detach())
+    original = loop.learning_rate_at
+
+    def end(config: Any, number: int) -> float:
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(config, number)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loop, "learning_rate_at", end)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(halted)
+    loop.train(halted)
+    assert losses(halted) == losses(whole)
+    weights = [run.workspace.stage("train") / "final" / "model.safetensors" for run in (whole, halted)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    other = settled(whole, f"teacher.context={TOLD}", *settings, "teacher.follow.every=7")
+    with pytest.raises(FingerprintMismatchError, match=rf"teacher\.follow\.every: {every} → 7"):
+        loop.train(other)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ('teacher.model="elsewhere"', "teacher.model as it is: set teacher.model = 'student'"),
+        ('teacher.dtype="bfloat16"', "small changes round to none"),
+        ("student.lora={}", "leave student.lora out"),
+        ("train.max_staleness=1", "set train.max_staleness = 0"),
+    ],
+)
+def test_what_does_not_go_with_a_teacher_that_follows_is_refused(
+    tmp_path: Path, models: Path, setting: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        told(tmp_path / "run", models, *FOLLOWING, "teacher.follow={}", setting)
