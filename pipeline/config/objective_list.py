@@ -37,6 +37,10 @@ def describe_needs(needs: TeacherNeeds) -> str:
     if needs.topk != "none":
         where = "outliers" if needs.topk == "outliers" else "every student token"
         parts.append(f"top-{needs.k} on {where}")
+    if needs.chosen:
+        parts.append(f"log-probs of the student's top {needs.chosen} on every student token, and their tail")
+    if needs.overlap:
+        parts.append("their overlap with its own")
     if needs.entropy:
         parts.append("entropy")
     if needs.cached_topk:

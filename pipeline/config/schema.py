@@ -160,6 +160,12 @@ def _teacher_conflicts(config: Config) -> Iterator[str]:
             "(teacher.engine scores too, unless teacher.scoring_engine is set): set teacher.scoring_engine = "
             f"'transformers' (in teacher.by_domain too), or another objective.{entropy_part(objective).split()[0]}"
         )
+    if needs.chosen and any(teacher.scorer == "vllm" for teacher in started):
+        yield (
+            "objective.alternatives = 'student' asks the teacher for log-probs of the student's likeliest ids, and vLLM "
+            "reports those of its own (teacher.engine scores too, unless teacher.scoring_engine is set): set "
+            "teacher.scoring_engine = 'transformers' (in teacher.by_domain too), or objective.alternatives = 'teacher'"
+        )
     if started and config.service.max_request_tokens <= config.rollout.max_tokens:
         yield (
             f"service.max_request_tokens ({config.service.max_request_tokens}) is too low for a prompt and a response of "

@@ -25,7 +25,7 @@ The student's is summed over the tail itself, and has no floor."""
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Ragged teacher alternatives of M tokens and the student's log-probs of the same ids."""
+    """Ragged alternatives of M tokens: the teacher's and the student's log-probs of the same ids, whoever chose them."""
 
     teacher_logprobs: Tensor
     """``[A]``."""
@@ -38,6 +38,8 @@ class Alternatives:
     student_tail: Tensor | None = None
     """``[M]`` log of the student's mass outside them, with gradient; -inf where no id is outside. None where no loss of
     the objective has a tail bucket."""
+    holds_drawn: Tensor | None = None
+    """``[M]`` bool: the drawn token is among the ids. None where no loss of the objective asks."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum ``[A]`` values per token to ``[M]``; 0 for a token without alternatives."""
@@ -45,6 +47,18 @@ class Alternatives:
             return values.new_zeros(0) + values.sum()
         total: Tensor = torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)
         return total
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[A]`` the value ``[M]`` of the token that each alternative belongs to."""
+        return torch.repeat_interleave(values, self.counts, output_size=len(self.teacher_logprobs))
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """``[M]`` log of the sum per token of exp of ``[A]`` finite values."""
+        if len(self.counts) == 0:
+            return self.sum(values)
+        largest: Tensor = torch.segment_reduce(values.detach(), "max", lengths=self.counts, unsafe=True)
+        sums = self.sum((values - self.spread(largest)).exp())
+        return torch.where(self.counts > 0, largest + sums.clamp(min=1e-30).log(), torch.zeros_like(sums))
 
 
 def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
@@ -99,14 +113,64 @@ def topk_forward_kl(alternatives: Alternatives, support: Support, entry_clip: fl
     return total
 
 
-def topk_reverse_kl(alternatives: Alternatives) -> Tensor:
-    """``[M]`` KL(π_S‖π_T) of the (k+1)-way distributions over the teacher's alternatives and the rest."""
-    student, tail = alternatives.student_logprobs, student_tail(alternatives)
+def topk_reverse_kl(
+    alternatives: Alternatives, support: Support = "tail", *, stop_gradient: bool = False
+) -> Tensor:
+    """``[M]`` Σ_v π_S(v)·(log π_S(v) - log π_T(v)) over the alternatives, whoever chose them.
+
+    ``tail``: one more bucket with the remaining mass of both sides, KL(π_S‖π_T) of two (k+1)-way distributions.
+    ``truncated``: raw probabilities; no KL. Its gradient Σ ∇π_S·(log-ratio + 1) is biased, since Σ ∇π_S over a part of
+    the vocabulary is not 0; with ``stop_gradient`` on log π_S the + 1 is gone (arXiv 2605.11182).
+    ``renormalized``: both sides divided by their sums over the alternatives (arXiv 2603.25562).
+    """
+    student = alternatives.student_logprobs
     teacher = alternatives.teacher_logprobs.clamp(min=LOGPROB_FLOOR)
+    if support == "renormalized":
+        student = student - alternatives.spread(alternatives.logsumexp(student))
+        teacher = teacher - alternatives.spread(alternatives.logsumexp(teacher))
+    inside = alternatives.sum(student.exp() * ((student.detach() if stop_gradient else student) - teacher))
+    if support != "tail":
+        return inside
+    tail = student_tail(alternatives)
     nothing = torch.isneginf(tail)
     tail = tail.masked_fill(nothing, 0.0)
     outside = tail.exp() * (tail - _floored_tail(alternatives.teacher_tail))
-    return alternatives.sum(student.exp() * (student - teacher)) + outside.masked_fill(nothing, 0.0)
+    return inside + outside.masked_fill(nothing, 0.0)
+
+
+def sample_correction(
+    alternatives: Alternatives, student_logprobs: Tensor, teacher_logprobs: Tensor
+) -> Tensor:
+    """``[M]`` 1[x ∉ ids]·π_S(x)/sg[π_S(x)]·sg[log(π_S(x)/tail_S) - log(π_T(x)/tail_T)] of the drawn tokens x.
+
+    Its expectation over x ~ π_S is the gradient that a tail bucket lacks: added to ``topk_reverse_kl`` with tail, the
+    expected gradient is that of the full KL(π_S‖π_T) (arXiv 2608.14728).
+
+    Args:
+        student_logprobs: ``[M]`` of the drawn tokens, with gradient.
+        teacher_logprobs: ``[M]`` of the same.
+
+    Raises:
+        ValueError: whether x is among the ids was not computed.
+    """
+    if alternatives.holds_drawn is None:
+        raise ValueError("this estimator needs to know whether the drawn token is among the alternatives")
+    own = log_ratio(teacher_logprobs, student_logprobs)
+    tail = student_tail(alternatives).detach()
+    outside = ~alternatives.holds_drawn & ~torch.isneginf(tail)
+    difference = (tail - _floored_tail(alternatives.teacher_tail) + own).neg()
+    kept = torch.where(outside, difference, torch.zeros_like(difference))
+    return kept * (student_logprobs - student_logprobs.detach()).exp()
+
+
+def topk_mixture(alternatives: Alternatives, reverse: float) -> Tensor:
+    """``[M]`` λ·KL(π_S‖π_T) + (1-λ)·KL(π_T‖π_S) of the (k+1)-way distributions, λ = ``reverse``."""
+    parts = []
+    if reverse > 0.0:
+        parts.append(reverse * topk_reverse_kl(alternatives))
+    if reverse < 1.0:
+        parts.append((1.0 - reverse) * topk_forward_kl(alternatives, "tail"))
+    return torch.stack(parts).sum(dim=0)
 
 
 def topk_jensen_shannon(alternatives: Alternatives, beta: float) -> Tensor:

@@ -23,12 +23,21 @@ from tropd.pipeline.objectives.estimators import (
     log_ratio,
     negative_log_likelihood,
     proximal_advantage,
+    sample_correction,
     scaled_advantage,
     topk_forward_kl,
     topk_jensen_shannon,
+    topk_mixture,
     topk_reverse_kl,
 )
-from tropd.pipeline.objectives.objective import K1, TOKEN_RULES, Estimator, FixedAdvantage, Objective
+from tropd.pipeline.objectives.objective import (
+    K1,
+    TOKEN_RULES,
+    Estimator,
+    FixedAdvantage,
+    Objective,
+    TopkReverseKL,
+)
 from tropd.pipeline.objectives.partition import Regions
 from tropd.pipeline.objectives.token_weights import (
     TokenStatistics,
@@ -237,6 +246,8 @@ def _student_losses(
     weights = coefficients[batch.topk_index]
     values = _topk_loss(loss, batch.topk)
     importance = _importance(objective, batch) if objective.partition.rule in TOKEN_RULES else None
+    if isinstance(loss, TopkReverseKL) and loss.sample_corrected:
+        values = values + _sample_correction(objective, batch, batch.topk, batch.topk_index)
     if importance is not None:
         # A divergence over the vocabulary does not depend on the drawn token; that it counts here does.
         values = values * importance[batch.topk_index]
@@ -255,10 +266,20 @@ def _topk_loss(loss: Estimator, alternatives: Alternatives) -> Tensor:
     if loss.estimator == "topk_fkl":
         return topk_forward_kl(alternatives, loss.support, loss.entry_clip)
     if loss.estimator == "topk_rkl":
-        return topk_reverse_kl(alternatives)
+        return topk_reverse_kl(alternatives, loss.support, stop_gradient=loss.stop_gradient)
+    if loss.estimator == "topk_mix":
+        return topk_mixture(alternatives, loss.reverse)
     if loss.estimator == "topk_jsd":
         return topk_jensen_shannon(alternatives, loss.beta)
     raise ValueError(f"{loss.estimator!r} is not a top-k estimator")
+
+
+def _sample_correction(
+    objective: Objective, batch: TokenBatch, alternatives: Alternatives, index: Tensor
+) -> Tensor:
+    found = sample_correction(alternatives, batch.student_logprobs[index], batch.teacher_logprobs[index])
+    weights = None if objective.partition.rule in TOKEN_RULES else _importance(objective, batch)
+    return found if weights is None else found * weights[index]
 
 
 def k1_advantages(loss: K1, batch: TokenBatch) -> Tensor:

@@ -11,13 +11,14 @@ from tropd.pipeline.objectives.objective import (
     FixedAdvantage,
     Objective,
     TopkForwardKL,
+    TopkReverseKL,
     entropy_part,
 )
-
-STUDENT_PASS_WEIGHTS = ("student_entropy_top", "soft_or_top", "overlap_drift", "entropy_product")
-"""Token weights that look at the student's whole distribution at every token."""
-TOPK_WEIGHTS = ("soft_or_top", "overlap_drift")
-"""Token weights that look at the teacher's alternatives of every token."""
+from tropd.pipeline.objectives.token_weight_specs import (
+    DIVERGENCE_WEIGHTS,
+    STUDENT_PASS_WEIGHTS,
+    TOPK_WEIGHTS,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class TeacherNeeds:
     """The teacher's full-vocabulary entropy of each student token."""
     cached_topk: bool
     """Top-k of prefix tokens, from the cache (never from the service)."""
+    chosen: int = 0
+    """Ids per student token that the student chooses, and whose log-probs it is asked for (0: none)."""
+    overlap: bool = False
+    """The share of these that are among as many likeliest ids of its own."""
 
 
 def needed_data(objective: Objective) -> tuple[str, ...]:
@@ -62,12 +67,17 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
         or (rule == "none" and outliers)
     )
     topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
+    # The student chooses before it is known which tokens are outliers.
+    chosen = objective.k if topk != "none" and objective.alternatives == "student" else 0
+    topk = "none" if chosen else topk
     return TeacherNeeds(
         token_logprobs=True,
         topk=topk,
         k=0 if topk == "none" else objective.k,
         entropy=bool(entropy_part(objective)),
         cached_topk=cached_topk,
+        chosen=chosen,
+        overlap=chosen > 0 and any(weight.kind == "overlap_drift" for weight in objective.token_weights),
     )
 
 
@@ -86,21 +96,27 @@ def needs_student_pass(objective: Objective) -> bool:
 
 
 def needs_student_tail(objective: Objective) -> bool:
-    """True if a part of an objective works on the student's mass outside the teacher's alternatives."""
+    """True if a part of an objective works on the student's mass outside the alternatives."""
     losses = (objective.trust.loss, objective.outlier.loss, objective.guidance.loss)
     return any(_has_tail(loss) for loss in losses) or any(
-        weight.kind == "soft_or_top" for weight in objective.token_weights
+        weight.kind in DIVERGENCE_WEIGHTS for weight in objective.token_weights
     )
 
 
 def _has_tail(loss: Estimator) -> bool:
-    if isinstance(loss, TopkForwardKL):
+    if isinstance(loss, TopkForwardKL | TopkReverseKL):
         return loss.support == "tail"
-    return loss.estimator in ("topk_rkl", "topk_jsd") or (isinstance(loss, K1) and loss.baseline == "kl")
+    return loss.estimator in ("topk_mix", "topk_jsd") or (isinstance(loss, K1) and loss.baseline == "kl")
 
 
 def needs_topk(loss: Estimator) -> bool:
-    """True if an estimator works on the teacher's alternatives."""
-    return loss.estimator in ("topk_fkl", "topk_rkl", "topk_jsd") or (
+    """True if an estimator works on alternatives."""
+    return loss.estimator in ("topk_fkl", "topk_rkl", "topk_mix", "topk_jsd") or (
         isinstance(loss, K1) and loss.baseline == "kl"
     )
+
+
+def needs_drawn(objective: Objective) -> bool:
+    """True if a part of an objective asks whether the drawn token is among the alternatives."""
+    losses = (objective.trust.loss, objective.outlier.loss)
+    return any(isinstance(loss, TopkReverseKL) and loss.sample_corrected for loss in losses)

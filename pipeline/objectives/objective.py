@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tropd.pipeline.objectives.spec import MOST_FACTOR, Inert, Spec
+from tropd.pipeline.objectives.token_weight_specs import TOPK_WEIGHTS
 from tropd.pipeline.objectives.token_weight_specs import TokenWeight as TokenWeight
 
 # --------------------------------------------------------------------------------------- partition
@@ -139,9 +140,26 @@ class TopkForwardKL(Spec):
 
 
 class TopkReverseKL(Spec):
-    """Σ over the teacher's top k of π_S·(log π_S - log π_T), with the tail bucket."""
+    """Σ over k alternatives of π_S·(log π_S - log π_T): the teacher's top k, or the student's (`alternatives`)."""
 
     estimator: Literal["topk_rkl"] = "topk_rkl"
+    support: Support = "tail"
+    """`tail`: one more bucket with the rest, a true KL; `truncated`: raw probabilities, not a KL;
+    `renormalized`: both sides rescaled to sum to one over the alternatives."""
+    stop_gradient: bool = False
+    """No gradient through log π_S, so that it is Σ ∇π_S·(log π_S - log π_T), without the bias of a truncated sum
+    (arXiv 2605.11182). Only with `truncated`: elsewhere the gradient is that anyway."""
+    sample_corrected: bool = False
+    """Where the drawn token is none of the alternatives, add its own difference from the tail bucket: the expected
+    gradient is that of the full reverse KL (arXiv 2608.14728). Only with `tail`."""
+
+
+class TopkMixture(Spec):
+    """λ·KL(π_S‖π_T) + (1-λ)·KL(π_T‖π_S) over k alternatives and the tail bucket (arXiv 2605.16826)."""
+
+    estimator: Literal["topk_mix"] = "topk_mix"
+    reverse: float = Field(default=0.5, ge=0.0, le=1.0)
+    """λ: 1 is the reverse KL, 0 the forward KL."""
 
 
 class TopkJSD(Spec):
@@ -153,7 +171,14 @@ class TopkJSD(Spec):
 
 
 Estimator = Annotated[
-    Zero | K1 | FixedAdvantage | NegativeLogLikelihood | TopkForwardKL | TopkReverseKL | TopkJSD,
+    Zero
+    | K1
+    | FixedAdvantage
+    | NegativeLogLikelihood
+    | TopkForwardKL
+    | TopkReverseKL
+    | TopkMixture
+    | TopkJSD,
     Field(discriminator="estimator"),
 ]
 
@@ -176,9 +201,11 @@ class Schedule(Spec):
     kind: Literal["none", "cosine", "constant"] = "none"
     """`cosine`: from `fraction` down to 0 over `steps_share` of the run; `constant`: `fraction` throughout."""
     fraction: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Prefix length at step 0 as a share of rollout.max_tokens (f0)."""
+    """Prefix length at step 0 as a share of rollout.max_tokens (f0), or of the trajectory (see `unit`)."""
     steps_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the training steps over which a cosine schedule reaches 0."""
+    unit: Literal["tokens", "trajectory"] = "tokens"
+    """`tokens`: that share of rollout.max_tokens, as the paper; `trajectory`: that share of each row's own trajectory."""
     length: Literal["max", "uniform"] = "max"
     """Per row: the scheduled length itself, or uniform between 0 and it."""
 
@@ -223,7 +250,10 @@ class Objective(Spec):
     importance: Importance = Importance()
     """Correction for rollouts from another distribution."""
     k: int = Field(default=64, ge=1, le=1024)
-    """Alternatives per token, wherever a part needs the teacher's top k (the vocabulary, if that is smaller)."""
+    """Alternatives per token, wherever a part needs the top k (the vocabulary, if that is smaller)."""
+    alternatives: Literal["teacher", "student"] = "teacher"
+    """Whose top k that is, at the student's tokens. `student`: the sampler's k likeliest ids, whose log-probs the
+    teacher is asked for, at every token. Prefix tokens have the teacher's, from the cache."""
     reduction: Literal["token_mean", "region_mean", "weight_mean", "sequence_mean"] = "token_mean"
     """Denominator: all supervised tokens; per region its own tokens; the sum of weights; or per row, then rows."""
 
@@ -255,6 +285,17 @@ def _conflicts(objective: Objective) -> Iterator[str]:
                 f"{name}.entry_clip is for single ids, and {name}.support = 'tail' adds a bucket of many: set "
                 f"{name}.support = 'truncated' or 'renormalized', or leave {name}.entry_clip out"
             )
+        if isinstance(loss, TopkReverseKL):
+            if loss.stop_gradient and loss.support != "truncated":
+                yield (
+                    f"{name}.stop_gradient = true changes nothing with {name}.support = {loss.support!r}: set "
+                    f"{name}.support = 'truncated', or leave {name}.stop_gradient out"
+                )
+            if loss.sample_corrected and loss.support != "tail":
+                yield (
+                    f"{name}.sample_corrected = true completes the tail bucket, which {name}.support = {loss.support!r} "
+                    f"lacks: set {name}.support = 'tail', or leave {name}.sample_corrected out"
+                )
         if isinstance(loss, K1) and loss.baseline == "kl" and (loss.returns or loss.standardize):
             option = f"{name}.returns" if loss.returns else f"{name}.standardize"
             yield (
@@ -279,6 +320,11 @@ def _rollout_conflicts(objective: Objective) -> Iterator[str]:
         yield (
             f"{wanting} needs the teacher's full-vocabulary entropy, which the cache of stored rollouts does not hold: "
             f"set another {wanting.split()[0]}, or rollouts = 'student'"
+        )
+    if objective.rollouts == "stored" and objective.alternatives == "student":
+        yield (
+            "alternatives = 'student' are chosen by the student as it is, and the cache of stored rollouts has the "
+            "teacher's: set alternatives = 'teacher', or rollouts = 'student'"
         )
     if objective.guides and schedule.kind == "none":
         yield (
@@ -314,6 +360,12 @@ def _without_effect(objective: Objective) -> Iterator[str]:
     if objective.token_weights and not students:
         yield "token_weights are for the student's tokens, and rollouts = 'teacher' has none: leave token_weights out"
     losses = [getattr(objective, name).loss for name in learning if name != "guidance"]
+    looks = any(loss.estimator.startswith("topk") for loss in losses) or any(
+        (isinstance(loss, K1) and loss.baseline == "kl") for loss in losses
+    )
+    looks = looks or any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
+    if objective.alternatives == "student" and not looks:
+        yield "alternatives = 'student' are looked at by no part of this objective: leave alternatives out"
     is_weighed = objective.partition.rule in TOKEN_RULES or any(
         isinstance(loss, K1 | FixedAdvantage) for loss in losses
     )
@@ -322,6 +374,13 @@ def _without_effect(objective: Objective) -> Iterator[str]:
             "importance.clip weighs terms that depend on which tokens were drawn (k1, or a partition.rule that looks at "
             "them), and there are none here: leave importance.clip out"
         )
+
+
+def depends_on_draw(loss: Estimator) -> bool:
+    """True if an estimator looks at the token that was drawn."""
+    if isinstance(loss, TopkReverseKL):
+        return loss.sample_corrected
+    return isinstance(loss, K1 | FixedAdvantage)
 
 
 def _learns(region: Region) -> bool:

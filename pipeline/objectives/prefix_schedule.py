@@ -24,6 +24,15 @@ def scheduled_length(schedule: Schedule, *, step: int, total_steps: int, max_tok
     return round(max_tokens * schedule.fraction * 0.5 * (1.0 + math.cos(math.pi * step / guided)))
 
 
+def row_limit(schedule: Schedule, *, limit: int, max_tokens: int, written: int) -> int:
+    """Longest prefix of a row whose trajectory has ``written`` tokens, in a step whose scheduled length is ``limit``.
+
+    In the unit ``trajectory`` the share of the step, limit/max_tokens, is one of these tokens, rounded down: below 1
+    it always leaves the student something to write.
+    """
+    return limit if schedule.unit == "tokens" else written * limit // max_tokens
+
+
 def prefix_length(schedule: Schedule, *, limit: int, seed: int) -> int:
     """Prefix length of one row: ``limit`` itself, or uniform on 0 … limit from the row's seed."""
     if schedule.length == "max":

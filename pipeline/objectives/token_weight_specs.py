@@ -92,6 +92,14 @@ class EntropyProduct(_Phase):
     """β: weight of the student's doubt."""
 
 
+class TeachabilityTop(_Phase):
+    """The share of tokens with the highest product of divergence and the teacher's mass on the alternatives (TA-OPD)."""
+
+    kind: Literal["teachability_top"] = "teachability_top"
+    fraction: float = Field(default=0.05, gt=0.0, le=1.0)
+    """Share of the student's tokens in the global batch that is kept."""
+
+
 class RowRatio(_Phase):
     """exp(mean of min(log π_S - log π_T, most) over a row's tokens at or above the threshold), over its mean (ReNIO)."""
 
@@ -128,7 +136,21 @@ TokenWeight = Annotated[
     | StudentLogprobBottom
     | TeacherLikelyRows
     | EntropyProduct
+    | TeachabilityTop
     | RowRatio
     | LateTokens,
     Field(discriminator="kind"),
 ]
+
+STUDENT_PASS_WEIGHTS = (
+    "student_entropy_top",
+    "soft_or_top",
+    "overlap_drift",
+    "entropy_product",
+    "teachability_top",
+)
+"""Token weights that look at the student's whole distribution at every token."""
+DIVERGENCE_WEIGHTS = ("soft_or_top", "teachability_top")
+"""Token weights that look at the KL over the alternatives and the tail."""
+TOPK_WEIGHTS = (*DIVERGENCE_WEIGHTS, "overlap_drift")
+"""Token weights that look at the alternatives of every token."""

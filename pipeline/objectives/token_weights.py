@@ -25,7 +25,7 @@ class TokenStatistics:
     student_entropy: Floats64 | None = None
     """Nats, full vocabulary."""
     divergence: Floats64 | None = None
-    """KL(π_S‖π_T) over the teacher's top k and the tail."""
+    """KL(π_S‖π_T) over the alternatives and the tail."""
     overlap: Floats64 | None = None
     """Share of the teacher's top k that is in the student's top k."""
     gain: Floats64 | None = None
@@ -34,6 +34,8 @@ class TokenStatistics:
     """log π_S of the tokens, as the sampler has it."""
     teacher_entropy: Floats64 | None = None
     """Nats, full vocabulary."""
+    teacher_mass: Floats64 | None = None
+    """The teacher's probability of all alternatives together."""
 
     @property
     def teacher_logprobs(self) -> Floats64:
@@ -66,6 +68,11 @@ def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float
         teacher = _needed(statistics.teacher_entropy, "teacher entropy")
         student = _needed(statistics.student_entropy, "student entropy")
         return (1.0 + spec.alpha * (1.0 - _of_max(teacher))) * (1.0 + spec.beta * _of_max(student))
+    if spec.kind == "teachability_top":
+        score = within_quantiles(_needed(statistics.divergence, "divergence")) * within_quantiles(
+            _needed(statistics.teacher_mass, "teacher's mass on the alternatives")
+        )
+        return top_fraction(score, spec.fraction)
     if spec.kind == "row_ratio":
         return row_ratio(spec, statistics.advantages, statistics.rows)
     if spec.kind == "position":
@@ -106,6 +113,12 @@ def row_ratio(spec: RowRatio, advantages: Floats64, rows: Ints) -> Floats64:
     weights = np.exp(mean / spec.temperature)
     first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
     return np.minimum(weights / weights[first].mean(), spec.largest)
+
+
+def within_quantiles(values: Floats64) -> Floats64:
+    """clip((z - Q05)/(Q95 - Q05), 0, 1); 0 where the quantiles are one (TA-OPD, arXiv 2605.26844)."""
+    low, high = np.quantile(values, (0.05, 0.95))
+    return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(values)
 
 
 def soft_or(entropy: Floats64, divergence: Floats64) -> Floats64:

@@ -53,8 +53,16 @@ RECENT = (
     IMPORTANCE_CLIP,
 )
 """Ends of names of fields that fingerprints have not always had."""
-LATER: Mapping[str, Scalar] = {".loss.entry_clip": None}
-"""Ends of names of settings that came with later versions, recorded only where they are not this: as before they were."""
+LATER: Mapping[str, Scalar] = {
+    "topk_fkl.entry_clip": None,
+    "topk_rkl.support": "tail",
+    "topk_rkl.stop_gradient": False,
+    "topk_rkl.sample_corrected": False,
+    "objective.schedule.unit": "tokens",
+    "objective.alternatives": "teacher",
+}
+"""Settings (of an estimator, under its name) that came with later versions, recorded only where they are not this: what
+earlier versions did."""
 OF_MODEL = (".weights", ".tokenizer", ".stop_ids", ".generation_config", ".chat_template")
 """Ends of names of fields that a model's folder decides."""
 
@@ -176,8 +184,11 @@ def section_fields(section: str, spec: Spec, *, also: Collection[str] = ()) -> d
     """Fingerprint fields of a configuration section: those without a mark (see ``FieldMark``), and ``also`` these."""
     marked = field_marks(type(spec))
     fields = flatten(section, {k: v for k, v in to_plain(spec).items() if k in also or k not in marked})
-    return {name: value for name, value in fields.items() if not _as_before(name, value)}
+    return {name: value for name, value in fields.items() if not _as_before(name, fields)}
 
 
-def _as_before(name: str, value: Scalar) -> bool:
-    return any(name.endswith(end) and value == before for end, before in LATER.items())
+def _as_before(name: str, fields: Mapping[str, Scalar]) -> bool:
+    table, _, field = name.rpartition(".")
+    estimator = fields.get(f"{table}.estimator")
+    setting = name if estimator is None else f"{estimator}.{field}"
+    return setting in LATER and fields[name] == LATER[setting]

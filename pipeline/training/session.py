@@ -18,7 +18,8 @@ from tropd.pipeline.teacher.by_domain import teacher_of
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet
 from tropd.pipeline.training.inputs import Inputs
-from tropd.pipeline.training.rollout.rows import Row
+from tropd.pipeline.training.rollout.choosing import choosing
+from tropd.pipeline.training.rollout.rows import ChooseIds, Row
 from tropd.pipeline.training.rollout.sampler import Rolling
 from tropd.pipeline.training.signal.following_teacher import FollowingTeacher
 from tropd.pipeline.training.update.micro_batches import RaggedTopk
@@ -26,6 +27,7 @@ from tropd.pipeline.training.update.student import (
     StudentPass,
 )
 from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,22 @@ class Session:
     def vocab_limit(self) -> int:
         """Number of ids that are tokens of the student: other rows of its output layer do not count."""
         return num_tokens(self.student.tokenizer)
+
+    @property
+    def choose_ids(self) -> ChooseIds | None:
+        """Chooses the ids that the objective asks the teacher about, if it does.
+
+        Raises:
+            ConfigError: the student's engine cannot.
+        """
+        if not self.needs.chosen:
+            return None
+        if self.rolling.choose is None:
+            raise ConfigError(
+                "objective.alternatives = 'student' needs the student's likeliest ids, which this engine does not give",
+                hint='set student.engine = "transformers", or objective.alternatives = "teacher"',
+            )
+        return choosing(self.rolling.choose, self.needs.chosen, self.vocab_limit)
 
     def traffic(self) -> dict[str, int]:
         """Counts of requests to the teacher so far, under the names of the metrics."""

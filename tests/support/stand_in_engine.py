@@ -81,11 +81,14 @@ class StandIn:
     ) -> list[SequenceScores]:
         assert self._weights, "asleep"
         total = sum(float(value.float().sum()) for value in self._weights.values())
-        nothing = np.zeros(0, np.int64), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
-        return [
-            SequenceScores(np.full(len(sequence) - start, total, np.float32), None, *nothing)
-            for sequence, start in zip(sequences, starts, strict=True)
-        ]
+        found = []
+        for sequence, start in zip(sequences, starts, strict=True):
+            n = len(sequence) - start
+            # Its likeliest ids are those after the token itself.
+            ids = np.array(sequence[start:], np.int32)[:, None] + np.arange(k, dtype=np.int32)
+            at = np.arange(n if k else 0), ids[: n if k else 0], np.zeros((n if k else 0, k), np.float32)
+            found.append(SequenceScores(np.full(n, total, np.float32), None, *at))
+        return found
 
     def _first(self) -> int:
         return int(next(iter(self._weights.values())).flatten()[0])

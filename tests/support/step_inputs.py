@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,13 @@ def make_inputs(
     objective: Objective, rows: list[Row], teacher_model: Any, progress: float = 0.1
 ) -> StepInputs:
     scorer = LocalScorer(teacher_model)
+    if teacher_needs(objective).chosen:
+        rows = [
+            replace(row, chosen_ids=np.array(likeliest(row, objective.k), dtype=np.int32))
+            if row.tokens
+            else row
+            for row in rows
+        ]
     teacher = ask_teacher({"": scorer}, rows, objective, teacher_needs(objective), V)
     reference = None
     written = [r for r in rows if r.tokens]
@@ -65,6 +73,11 @@ def make_inputs(
     if teacher_needs(objective).cached_topk:
         guidance = cached_prefixes(scorer.engine, rows, objective.k)
     return StepInputs(rows, teacher, draw_regions(objective, rows, teacher), guidance, reference, progress)
+
+
+def likeliest(row: Row, k: int) -> list[list[int]]:
+    """Ids that a student might have chosen: the token itself and the next ones. Which ones is for the sampler to say."""
+    return [[(token + i) % V for i in range(min(k, V))] for token in row.tokens]
 
 
 def cached_prefixes(engine: TransformersEngine, rows: list[Row], k: int) -> RaggedTopk:

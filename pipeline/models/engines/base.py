@@ -50,6 +50,27 @@ class Generation:
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
 
 
+IdTable = npt.NDArray[np.int32]
+"""``[n, c]`` token ids, c for each of a sequence's n scored tokens."""
+
+
+@dataclass(frozen=True)
+class ChosenScores:
+    """Scores of ids that were given for each of a sequence's n scored tokens, c for each; float32."""
+
+    logprobs: npt.NDArray[np.float32]
+    """``[n, c]`` their log-probs, in the order of the ids."""
+    tail: npt.NDArray[np.float32]
+    """``[n]`` log of the mass outside them, summed over that mass; -inf if none."""
+    overlap: npt.NDArray[np.float32] | None
+    """``[n]`` share of them that are among the c likeliest, if asked for."""
+
+    def part(self, low: int, high: int) -> ChosenScores:
+        """The scores of some consecutive tokens."""
+        overlap = None if self.overlap is None else self.overlap[low:high]
+        return ChosenScores(self.logprobs[low:high], self.tail[low:high], overlap)
+
+
 @dataclass(frozen=True)
 class SequenceScores:
     """Scores of one sequence's n scored tokens: those from its start index to its end.
@@ -67,6 +88,8 @@ class SequenceScores:
     """``[m, k]`` token ids, likeliest first."""
     topk_logprobs: npt.NDArray[np.float32]
     """``[m, k]`` their log-probs, descending."""
+    chosen: ChosenScores | None = None
+    """Of the ids that were given, if any were."""
 
 
 TopkWhere = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32] | None], npt.NDArray[np.bool_]]
@@ -78,6 +101,10 @@ def everywhere(
 ) -> npt.NDArray[np.bool_]:
     """Alternatives for every scored token."""
     return np.ones(len(token_logprobs), dtype=np.bool_)
+
+
+Choose = Callable[[Sequence[Sequence[int]], Sequence[int], int, int], list[IdTable]]
+"""Given sequences, starts, k and a limit of ids: the k likeliest ids ``[n, k]`` below it at every scored token."""
 
 
 class Sampler(Protocol):
@@ -102,6 +129,17 @@ class Sampler(Protocol):
         """
 
 
+def choose_with(engine: Engine) -> Choose:
+    """The likeliest ids, from an engine's scores."""
+
+    def choose(
+        sequences: Sequence[Sequence[int]], starts: Sequence[int], k: int, limit: int
+    ) -> list[IdTable]:
+        return [found.topk_ids for found in engine.score(sequences, starts, k=k, vocab_limit=limit)]
+
+    return choose
+
+
 class Engine(Sampler, Protocol):
     """A model that can sample and score."""
 
@@ -118,12 +156,16 @@ class Engine(Sampler, Protocol):
         entropy: bool = False,
         topk_where: TopkWhere = everywhere,
         vocab_limit: int | None = None,
+        chosen: Sequence[IdTable] | None = None,
+        overlap: bool = False,
     ) -> list[SequenceScores]:
         """Log-probs of ``sequence[start:]`` for each sequence (1 ≤ start ≤ length).
 
         With k > 0, also the k likeliest tokens (at most the vocabulary) at the positions that ``topk_where``
         chooses from the log-probs of the scored tokens; ``vocab_limit`` restricts them to ids below it.
+        With ``chosen``, ids ``[n, c]`` per sequence (no id twice at a token), also ``ChosenScores``.
 
         Raises:
             ValueError: an id outside the vocabulary, a start out of range, or a sequence above ``max_length``.
+            ConfigError: the engine does not give what is asked for.
         """

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tropd.pipeline.models.engines.base import ChosenScores
 from tropd.pipeline.models.output import vocabulary_sums
 from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace
+from tropd.pipeline.models.runtime import to_host
 
 LOGIT_ELEMENTS = 1 << 26
 """Logits held at once: 2^26 float32 numbers, 256 MiB."""
@@ -34,6 +36,26 @@ class HeadScores:
     """``[n, k]`` int64, likeliest first."""
     top_logprobs: Tensor
     """``[n, k]``."""
+    chosen: ChosenHeadScores | None = None
+    """Of the ids that were given, if any were."""
+
+
+@dataclass(frozen=True)
+class ChosenHeadScores:
+    """Scores of given ids, c at each position, float32."""
+
+    logprobs: Tensor
+    """``[n, c]``."""
+    tail: Tensor
+    """``[n]`` log of the mass outside them."""
+    overlap: Tensor | None
+    """``[n]`` share of them that are among the c likeliest."""
+
+    def to_host(self) -> ChosenScores:
+        """In main memory."""
+        overlap = [] if self.overlap is None else [self.overlap]
+        logprobs, tail, *shares = to_host(self.logprobs, self.tail, *overlap)
+        return ChosenScores(logprobs, tail, shares[0] if shares else None)
 
 
 def score_states(
@@ -44,18 +66,26 @@ def score_states(
     k: int,
     entropy: bool,
     limit: int | None,
+    chosen: Tensor | None = None,
+    overlap: bool = False,
 ) -> HeadScores:
     """Scores of targets ``[n]`` that states ``[n, H]`` predict, in inference mode.
 
     Args:
         k: alternatives per position; 0 is none.
         limit: only ids below this are alternatives.
+        chosen: ``[n, c]`` ids to score as well, none twice at a position, from the same logits.
+        overlap: whether it is asked how many of these are among the c likeliest ids below the limit.
     """
     n = len(states)
     # Made first: lasting tensors, allocated among short-lived ones, would keep these from being freed.
     token_logprobs, norms = (states.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(norms) if entropy else None
     top_ids, top_logprobs = targets.new_empty(n, k), norms.new_empty(n, k)
+    given = None
+    if chosen is not None:
+        shares = torch.empty_like(norms) if overlap else None
+        given = ChosenHeadScores(norms.new_empty(chosen.shape), torch.empty_like(norms), shares)
     for rows, logits in _logits(split, states):
         if k:
             torch.topk(logits[:, :limit], k, dim=-1, out=(top_logprobs[rows], top_ids[rows]))
@@ -63,9 +93,27 @@ def score_states(
         token_logprobs[rows] = logprobs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         if entropies is not None:
             entropies[rows] = vocabulary_sums.entropy(logprobs)
+        if given is not None and chosen is not None:
+            _score_chosen_(logprobs, chosen[rows], given, rows, limit)
         del logits, logprobs  # without a workspace, they would stay until the next are made
     top_logprobs.sub_(norms.unsqueeze(-1)).clamp_(max=0.0)
-    return HeadScores(token_logprobs.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs)
+    return HeadScores(token_logprobs.clamp_(max=0.0), norms, entropies, top_ids, top_logprobs, given)
+
+
+def _score_chosen_(
+    logprobs: Tensor, ids: Tensor, found: ChosenHeadScores, rows: slice, limit: int | None
+) -> None:
+    """Write the scores of ids ``[c, ·]`` at these rows; the log-probs ``[c, V]`` are written over.
+
+    The mass outside is summed over itself: 1 - Σp has no digits left below 1e-7.
+    """
+    picked = logprobs.gather(-1, ids)
+    found.logprobs[rows] = picked.clamp(max=0.0)
+    if found.overlap is not None:
+        kth = logprobs[:, :limit].topk(ids.shape[-1], dim=-1).values[:, -1:]
+        found.overlap[rows] = (picked >= kth).float().mean(dim=-1)
+    logprobs.scatter_(-1, ids, -torch.inf)
+    found.tail[rows] = vocabulary_sums.logsumexp(logprobs).clamp_(max=0.0)
 
 
 def topk_of(

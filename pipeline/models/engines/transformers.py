@@ -6,12 +6,13 @@ import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from tropd.pipeline.models.engines import proof
+from tropd.pipeline.models.engines import base, proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.decoding import Decoder, batch_sizes, decode
 from tropd.pipeline.models.engines.decoding_any import ModelDecoder
@@ -31,6 +32,18 @@ from tropd.pipeline.models.runtime import (
     to_host,
 )
 from tropd.storage.arrays import Floats32
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What ``score`` is asked for."""
+
+    k: int
+    entropy: bool
+    topk_where: TopkWhere
+    vocab_limit: int | None
+    chosen: Sequence[base.IdTable] | None
+    overlap: bool
 
 
 class TransformersEngine:
@@ -203,6 +216,8 @@ class TransformersEngine:
         entropy: bool = False,
         topk_where: TopkWhere = everywhere,
         vocab_limit: int | None = None,
+        chosen: Sequence[base.IdTable] | None = None,
+        overlap: bool = False,
     ) -> list[SequenceScores]:
         """See ``Engine.score``. Only the scored positions go through the output layer.
 
@@ -210,10 +225,11 @@ class TransformersEngine:
             ConfigError: at the first call, the model cannot be scored right.
         """
         self._get_ready_to_score(sequences, starts)
+        options = _Options(k, entropy, topk_where, vocab_limit, chosen, overlap)
         results: list[SequenceScores | None] = [None] * len(sequences)
         with self._scoring():
             for batch in batches_of(sequences, self._batch_tokens):
-                scored = self._score_batch(sequences, starts, batch, k, entropy, topk_where, vocab_limit)
+                scored = self._score_batch(sequences, starts, batch, options)
                 for i, scores in zip(batch, scored, strict=True):
                     results[i] = scores
         return [r for r in results if r is not None]
@@ -223,44 +239,54 @@ class TransformersEngine:
         sequences: Sequence[Sequence[int]],
         starts: Sequence[int],
         batch: Sequence[int],
-        k: int,
-        entropy: bool,
-        topk_where: TopkWhere,
-        vocab_limit: int | None,
+        options: _Options,
     ) -> list[SequenceScores]:
         device = self.model.device
         targets, states = self._states([sequences[i] for i in batch], [starts[i] for i in batch])
-        k = min(k, self.vocab_size, self.vocab_size if vocab_limit is None else vocab_limit)
-        at_once = k if topk_where is everywhere else 0
-        found = score_states(self._split, states, targets, k=at_once, entropy=entropy, limit=vocab_limit)
+        vocab_limit = options.vocab_limit
+        k = min(options.k, self.vocab_size, self.vocab_size if vocab_limit is None else vocab_limit)
+        at_once = k if options.topk_where is everywhere else 0
+        given = None if options.chosen is None else np.concatenate([options.chosen[i] for i in batch])
+        found = score_states(
+            self._split,
+            states,
+            targets,
+            k=at_once,
+            entropy=options.entropy,
+            limit=vocab_limit,
+            chosen=None if given is None else to_device(given, device).long(),
+            overlap=options.overlap,
+        )
         counts = [len(sequences[i]) - starts[i] for i in batch]
         bounds = np.concatenate([[0], np.cumsum(counts)])
         measured = [x for x in (found.token_logprobs, found.entropies) if x is not None]
         if at_once or not k:
             measured += [found.top_ids, found.top_logprobs]
         token_logprobs, *others = to_host(*measured)
-        entropy_np = others.pop(0) if entropy else None
-        chosen: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        entropy_np = others.pop(0) if options.entropy else None
+        places: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         for r, i in enumerate(batch):
             low, high = bounds[r], bounds[r + 1]
             if k == 0:
-                chosen.append(np.zeros(0, dtype=np.int64))
+                places.append(np.zeros(0, dtype=np.int64))
                 continue
             part = None if entropy_np is None else entropy_np[low:high]
-            chosen.append(np.flatnonzero(topk_where(i, token_logprobs[low:high], part)))
+            places.append(np.flatnonzero(options.topk_where(i, token_logprobs[low:high], part)))
         if k and not at_once:
             # The output layer runs again, but only for these.
-            picks = to_device(np.concatenate([c + bounds[r] for r, c in enumerate(chosen)]), device)
+            picks = to_device(np.concatenate([p + bounds[r] for r, p in enumerate(places)]), device)
             others = to_host(*topk_of(self._split, states[picks], found.norms[picks], k=k, limit=vocab_limit))
         ids_np, logprobs_np = others[0].astype(np.int32), others[1]
-        first = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
+        first = np.concatenate([[0], np.cumsum([len(p) for p in places])])
+        by_id = None if found.chosen is None else found.chosen.to_host()
         return [
             SequenceScores(
                 token_logprobs=token_logprobs[bounds[r] : bounds[r + 1]],
                 entropy=None if entropy_np is None else entropy_np[bounds[r] : bounds[r + 1]],
-                topk_positions=chosen[r],
+                topk_positions=places[r],
                 topk_ids=ids_np[first[r] : first[r + 1]],
                 topk_logprobs=logprobs_np[first[r] : first[r + 1]],
+                chosen=None if by_id is None else by_id.part(bounds[r], bounds[r + 1]),
             )
             for r in range(len(batch))
         ]

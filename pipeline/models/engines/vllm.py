@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.config.sections.value_types import Dtype
-from tropd.pipeline.models.engines import proof
+from tropd.pipeline.models.engines import base, proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.child import vllm_transfer
 from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
@@ -215,17 +215,24 @@ class VllmEngine:
         entropy: bool = False,
         topk_where: TopkWhere = everywhere,
         vocab_limit: int | None = None,
+        chosen: Sequence[base.IdTable] | None = None,
+        overlap: bool = False,
     ) -> list[SequenceScores]:
         """See ``Engine.score``.
 
         Raises:
-            ConfigError: ``entropy`` is asked for, which vLLM does not give; or, at the first call, decoded and scored
-                log-probs differ.
+            ConfigError: ``entropy`` or scores of ``chosen`` ids are asked for, which vLLM does not give; or, at the first
+                call, decoded and scored log-probs differ.
             TropdError: a log-prob that is none, or too few alternatives below ``vocab_limit``.
         """
-        if entropy:
+        if entropy or chosen is not None:
+            kind = (
+                "the teacher's full-vocabulary entropy"
+                if entropy
+                else "log-probs of ids that a student chose"
+            )
             raise ConfigError(
-                "vLLM does not give the teacher's full-vocabulary entropy, which this objective needs",
+                f"vLLM does not give {kind}, which this objective needs",
                 hint='set teacher.scoring_engine = "transformers"',
             )
         self._check(sequences, starts)
@@ -243,12 +250,12 @@ class VllmEngine:
             for answer, start in zip(self._prompt_logprobs(sequences, 0), starts, strict=True)
         ]
         nowhere = np.zeros(0, dtype=np.int64)
-        chosen = [np.flatnonzero(topk_where(i, p, None)) if k else nowhere for i, p in enumerate(own)]
-        asked = [i for i, positions in enumerate(chosen) if len(positions)]
-        cut = [sequences[i][: starts[i] + int(chosen[i][-1]) + 1] for i in asked]
+        places = [np.flatnonzero(topk_where(i, p, None)) if k else nowhere for i, p in enumerate(own)]
+        asked = [i for i, positions in enumerate(places) if len(positions)]
+        cut = [sequences[i][: starts[i] + int(places[i][-1]) + 1] for i in asked]
         alternatives = dict(zip(asked, self._prompt_logprobs(cut, self._width(k, limit)), strict=True))
         return [
-            answer_scores(alternatives[i], starts[i], chosen[i], k, limit, own[i])
+            answer_scores(alternatives[i], starts[i], places[i], k, limit, own[i])
             if i in alternatives
             else SequenceScores(
                 own[i], None, nowhere, np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)

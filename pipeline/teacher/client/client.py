@@ -11,8 +11,9 @@ import httpx
 import numpy as np
 import tenacity
 
-from tropd.pipeline.objectives.needs import TOPK_WEIGHTS, TeacherNeeds, needs_topk
+from tropd.pipeline.objectives.needs import TeacherNeeds, needs_topk
 from tropd.pipeline.objectives.objective import Objective, entropy_part
+from tropd.pipeline.objectives.token_weight_specs import TOPK_WEIGHTS
 from tropd.pipeline.teacher.client.dialects import Dialect
 from tropd.pipeline.teacher.client.http import Exchange
 from tropd.pipeline.teacher.client.replicas import Replica, Replicas
@@ -115,7 +116,14 @@ class TeacherClient:
                 self._replicas.greet()
             self._replicas.call(lambda exchange, dialect: None)
         infos = self._replicas.infos
-        lowest = ("max_length", "max_request_tokens", "max_request_bytes", "max_topk", "entropy")
+        lowest = (
+            "max_length",
+            "max_request_tokens",
+            "max_request_bytes",
+            "max_topk",
+            "max_chosen",
+            "entropy",
+        )
         return infos[0].model_copy(update={name: min(getattr(i, name) for i in infos) for name in lowest})
 
     def check_compatible(
@@ -179,6 +187,19 @@ class TeacherClient:
                     if info.kind == "vllm"
                     else "use a tropd teacher service, a smaller objective.k, or an objective that needs log-probs only"
                 ),
+            )
+        # Of a small vocabulary all of it is chosen.
+        if info.max_chosen < min(needs.chosen, info.vocab_size):
+            raise ConfigError(
+                f"objective {objective.name!r} asks the teacher for log-probs of the student's top {needs.chosen} "
+                f"(alternatives = 'student'), but the teacher at {self.url} gives "
+                f"{f'those of {info.max_chosen} chosen ids' if info.max_chosen else 'no log-probs of chosen ids'}",
+                hint=(
+                    "a vLLM server reports its own likeliest ids only: use tropd serve-teacher"
+                    if info.kind == "vllm"
+                    else "use tropd serve-teacher of this version on transformers, or a smaller objective.k"
+                )
+                + ", or set objective.alternatives = 'teacher'",
             )
         if needs.entropy and not info.entropy:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from tropd.pipeline.teacher.wire.info import ServiceInfo
@@ -33,6 +34,7 @@ def split_request(
     for number, item in enumerate(request.sequences):
         n = len(item.tokens)
         cost = item.tokens.nbytes + item.student_logprobs.nbytes + ROW_BYTES
+        cost += 0 if item.chosen is None else item.chosen.nbytes
         if n > limits.max_request_tokens or cost + MESSAGE_BYTES > limits.max_request_bytes:
             raise ConfigError(
                 f"sequence {number} has {n} tokens; the teacher at {where} takes {limits.max_request_tokens} "
@@ -46,8 +48,7 @@ def split_request(
             tokens, size, last = 0, MESSAGE_BYTES, share
         parts[-1].append(item)
         tokens, size, seen = tokens + n, size + cost, seen + n
-    fields = (request.partition, request.topk, request.k, request.entropy, request.vocab_limit)
-    return [ScoreRequest(part, *fields) for part in parts]
+    return [replace(request, sequences=part) for part in parts]
 
 
 def side_by_side(

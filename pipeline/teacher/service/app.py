@@ -162,6 +162,7 @@ def create_app(
                 vocab_size=engine.vocab_size,
                 max_length=engine.max_length,
                 max_bytes=settings.max_request_bytes,
+                max_chosen=info.max_chosen,
             )
             tokens = sum(len(item.tokens) for item in asked.sequences)
             access.items, access.tokens = len(asked.sequences), tokens
@@ -186,7 +187,9 @@ def create_app(
         finally:
             access.queue_ms, access.engine_ms = timing.queue_ms, timing.engine_ms
         k = max((item.topk_ids.shape[1] for item in answer.items), default=0)
-        content = encode_response(replace(answer, teacher=info.weights), k=k, entropy=asked.entropy)
+        content = encode_response(
+            replace(answer, teacher=info.weights), k=k, entropy=asked.entropy, chosen=asked.chosen > 0
+        )
         metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
         metrics.topk.inc(sum(len(item.topk_positions) for item in answer.items))
         metrics.bytes_out.inc(len(content))

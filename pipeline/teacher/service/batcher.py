@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -183,7 +184,8 @@ def _stop_clocks(jobs: Sequence[_Job], started: float) -> None:
 
 def _options(job: _Job) -> tuple[object, ...]:
     request = job.request
-    return (request.topk, request.k, request.entropy, request.vocab_limit, request.partition)
+    chosen = (request.chosen, request.overlap)
+    return (request.topk, request.k, request.entropy, request.vocab_limit, request.partition, chosen)
 
 
 def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[ScoreResponse]:
@@ -204,6 +206,8 @@ def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Sco
         masks[index] = outlier_mask(options, items[index], token_logprobs, entropy)
         return masks[index] if options.topk == "outliers" else np.ones(len(token_logprobs), dtype=np.bool_)
 
+    chosen = [item.chosen for item in items if item.chosen is not None]
+    more: dict[str, Any] = {"chosen": chosen, "overlap": options.overlap} if options.chosen else {}
     with within_memory("the teacher's scores of a request", "lower service.batch_tokens"):
         scores = engine.score(
             [item.tokens.tolist() for item in items],
@@ -212,6 +216,7 @@ def score_requests(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Sco
             entropy=options.entropy,
             topk_where=outliers,
             vocab_limit=options.vocab_limit,
+            **more,
         )
     answers = []
     for index, (item, scored) in enumerate(zip(items, scores, strict=True)):
@@ -241,7 +246,8 @@ def outlier_mask(
 
 
 def _check(scored: SequenceScores) -> None:
-    for values in (scored.token_logprobs, scored.topk_logprobs):
+    of_chosen = [] if scored.chosen is None else [scored.chosen.logprobs, scored.chosen.tail]
+    for values in (scored.token_logprobs, scored.topk_logprobs, *of_chosen):
         if not are_logprobs(values):
             raise TeacherOutputError("the teacher gave NaN or positive log-probs")
     if scored.entropy is not None and not np.isfinite(scored.entropy).all():
@@ -258,4 +264,7 @@ def _answer(scored: SequenceScores, outlier: npt.NDArray[np.bool_]) -> ScoredIte
         topk_ids=scored.topk_ids,
         topk_logprobs=topk_logprobs,
         tail=log_tail(topk_logprobs),
+        chosen_logprobs=None if scored.chosen is None else scored.chosen.logprobs,
+        chosen_tail=None if scored.chosen is None else scored.chosen.tail,
+        chosen_overlap=None if scored.chosen is None else scored.chosen.overlap,
     )

@@ -15,6 +15,7 @@ from tropd.pipeline.run.run import Run, as_scorer
 from tropd.pipeline.teacher.service.access_log import open_access_log
 from tropd.pipeline.teacher.service.listen import check_address
 from tropd.pipeline.teacher.service.running import run_service
+from tropd.pipeline.teacher.wire.chosen_ids import MAX_CHOSEN
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 
 ACCESS_LOG = "teacher-access.jsonl"
@@ -42,6 +43,7 @@ def load_service(run: Run) -> tuple[Engine, ServiceInfo]:
         max_request_bytes=settings.max_request_bytes,
         queue_tokens=settings.queue_tokens,
         max_topk=engine.vocab_size if whole_vocabulary else max(run.config.scores.k, run.config.objective.k),
+        max_chosen=min(MAX_CHOSEN, engine.vocab_size) if whole_vocabulary else 0,
         entropy=whole_vocabulary,
     )
     return engine, info

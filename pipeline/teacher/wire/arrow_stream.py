@@ -44,12 +44,12 @@ def write_stream(columns: Sequence[pa.Array], schema: pa.Schema, options: str) -
 
 
 def read_stream(
-    data: bytes, schema: pa.Schema, *, max_bytes: int | None = None
+    data: bytes, *schemas: pa.Schema, max_bytes: int | None = None
 ) -> tuple[pa.RecordBatch, bytes]:
     """The first batch of a stream, and its options (empty without any).
 
     Args:
-        schema: names and types that the columns must have.
+        schemas: names and types that the columns must have, of one of these.
         max_bytes: most bytes that the batch may take in memory; no limit if None.
 
     Raises:
@@ -59,8 +59,9 @@ def read_stream(
     try:
         with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
             found = reader.schema
-            if not found.equals(schema, check_metadata=False):
-                raise ProtocolError(f"the columns are {found.names}, not {schema.names} of the right types")
+            if not any(found.equals(schema, check_metadata=False) for schema in schemas):
+                names = " or ".join(str(schema.names) for schema in schemas)
+                raise ProtocolError(f"the columns are {found.names}, not {names} of the right types")
             size = _decoded_size(data)
             if max_bytes is not None and size > max_bytes:
                 raise ProtocolError(f"{size} bytes when decompressed, at most {max_bytes} are taken")

@@ -36,5 +36,7 @@ class ServiceInfo(BaseModel):
     queue_tokens: int
     max_topk: int = 0
     """Most alternatives per token that it gives; 0 if it gives none."""
+    max_chosen: int = 0
+    """Most ids per token, chosen by the student, whose log-probs it gives; 0 if it does not (older versions, vLLM)."""
     entropy: bool = False
     """Whether it gives the full-vocabulary entropy."""

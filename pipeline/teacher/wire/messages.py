@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tropd.pipeline.objectives.objective import Partition
+from tropd.pipeline.teacher.wire import chosen_ids
 from tropd.pipeline.teacher.wire.arrow_stream import (
     ProtocolError,
     column_arrays,
@@ -66,6 +67,7 @@ _RESPONSE = pa.schema(
         ("tail", _LIST_F32),
     ]
 )
+_CHOSEN_REQUEST, _CHOSEN_RESPONSE = chosen_ids.request_schema(_REQUEST), chosen_ids.response_schema(_RESPONSE)
 # Upper bounds of an answer in memory: offsets of seven lists a row, a mask and four numbers a token, id and log-prob.
 _MESSAGE_BYTES, _ROW_BYTES, _TOKEN_BYTES, _ALTERNATIVE_BYTES = 4096, 28, 17, 8
 
@@ -82,6 +84,8 @@ class ScoreItem:
     """``[n]`` of the scored tokens; the partition rule compares the teacher's with them."""
     seed: int
     """Of the uniform numbers that the sampled partition draws, one per token index (``seeds.uniforms``)."""
+    chosen: npt.NDArray[np.int32] | None = None
+    """``[n, c]`` ids that the student chose at the scored tokens, none twice at a token; None if none are asked about."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class ScoreRequest:
     entropy: bool
     vocab_limit: int
     """Top-k ids are below this: the ids that the student knows."""
+    chosen: int = 0
+    """Ids per token that the student chose, c; 0 if none."""
+    overlap: bool = False
+    """Whether it is asked how many of them are among as many likeliest ids of the teacher."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,12 @@ class ScoredItem:
     """``[m, k]`` descending."""
     tail: Floats32
     """``[m]`` log of the mass outside the alternatives; -inf if none."""
+    chosen_logprobs: Floats32 | None = None
+    """``[n, c]`` of the ids that the student chose, if it did."""
+    chosen_tail: Floats32 | None = None
+    """``[n]`` log of the mass outside these; -inf if none."""
+    chosen_overlap: Floats32 | None = None
+    """``[n]`` share of them that are among the c likeliest, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,11 @@ class _RequestOptions(BaseModel):
     vocab_limit: Annotated[int, Field(ge=1)]
 
 
+class _ChosenRequestOptions(_RequestOptions):
+    chosen: Annotated[int, Field(ge=1, le=chosen_ids.MAX_CHOSEN)]
+    overlap: bool
+
+
 class _ResponseOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -148,14 +167,16 @@ class _ResponseOptions(BaseModel):
 
 def encode_request(request: ScoreRequest) -> bytes:
     """Encode a request as bytes."""
-    options = _RequestOptions(
-        version=PROTOCOL_VERSION,
-        partition=request.partition,
-        topk=request.topk,
-        k=request.k,
-        entropy=request.entropy,
-        vocab_limit=request.vocab_limit,
-    )
+    fields = {
+        "version": version_of(request),
+        "partition": request.partition,
+        "topk": request.topk,
+        "k": request.k,
+        "entropy": request.entropy,
+        "vocab_limit": request.vocab_limit,
+    }
+    more = {"chosen": request.chosen, "overlap": request.overlap} if request.chosen else {}
+    options = (_ChosenRequestOptions if request.chosen else _RequestOptions).model_validate(fields | more)
     items = request.sequences
     columns = [
         list_column([i.tokens for i in items], pa.int32()),
@@ -163,33 +184,58 @@ def encode_request(request: ScoreRequest) -> bytes:
         list_column([i.student_logprobs for i in items], pa.float32()),
         number_column([i.seed for i in items], pa.int64()),
     ]
-    return write_stream(columns, _REQUEST, options.model_dump_json())
+    if not request.chosen:
+        return write_stream(columns, _REQUEST, options.model_dump_json())
+    columns.append(chosen_ids.request_column([i.chosen for i in items]))
+    return write_stream(columns, _CHOSEN_REQUEST, options.model_dump_json())
+
+
+def version_of(request: ScoreRequest) -> int:
+    """The version of the messages that a request and its answer are sent in: the first that has room for it."""
+    return _version(request.chosen > 0)
 
 
 def decode_request(
-    data: bytes, *, vocab_size: int, max_length: int, max_bytes: int | None = None
+    data: bytes,
+    *,
+    vocab_size: int,
+    max_length: int,
+    max_bytes: int | None = None,
+    max_chosen: int = chosen_ids.MAX_CHOSEN,
 ) -> ScoreRequest:
     """Parse and check a request. ``max_bytes`` is the most that it may take when decompressed.
+
+    Args:
+        max_chosen: most ids per token that a student may choose.
 
     Student log-probs are taken as they are, not clamped: client, service and trainer must compare the same numbers.
 
     Raises:
         ProtocolError: not a stream of this protocol, another version, ids outside ``vocab_size``, lengths that do
             not fit or exceed ``max_length``, student log-probs that are NaN, infinite or positive, options that
-            contradict each other.
+            contradict each other, more chosen ids than allowed, or other ones than tokens (see ``chosen_ids``).
     """
-    batch, metadata = read_stream(data, _REQUEST, max_bytes=max_bytes)
-    options = _parse(_RequestOptions, metadata)
+    batch, metadata = read_stream(data, _REQUEST, _CHOSEN_REQUEST, max_bytes=max_bytes)
+    has_chosen = batch.num_columns > len(_REQUEST)
+    options = _parse(_ChosenRequestOptions if has_chosen else _RequestOptions, metadata, _version(has_chosen))
+    count, overlap = (options.chosen, options.overlap) if has_chosen else (0, False)
+    if count > max_chosen:
+        raise ProtocolError(f"option chosen: {count} ids per token, the teacher takes {max_chosen}")
+    vocab_limit = min(options.vocab_limit, vocab_size)
     if options.topk != "none" and options.k == 0:
         raise ProtocolError(f"option topk: {options.topk!r} needs k of at least 1")
     if options.partition.rule == "teacher_entropy" and not options.entropy:
         raise ProtocolError("option entropy: partition rule 'teacher_entropy' needs it")
     tokens, students = column_arrays(batch, "tokens"), column_arrays(batch, "student")
     starts, seeds = column_integers(batch, "start"), column_integers(batch, "seed")
+    chosen = column_arrays(batch, "chosen") if has_chosen else []
     items = []
     for row in range(batch.num_rows):
         item = ScoreItem(tokens[row], starts[row], students[row], seeds[row])
         _check_item(row, item, vocab_size, max_length)
+        if has_chosen:
+            ids = chosen_ids.read_ids(row, chosen[row], len(item.student_logprobs), count, vocab_limit)
+            item = replace(item, chosen=ids)
         items.append(item)
     return ScoreRequest(
         items,
@@ -197,7 +243,9 @@ def decode_request(
         options.topk,
         options.k,
         options.entropy,
-        min(options.vocab_limit, vocab_size),
+        vocab_limit,
+        count,
+        overlap,
     )
 
 
@@ -219,8 +267,12 @@ def _check_item(row: int, item: ScoreItem, vocab_size: int, max_length: int) -> 
         raise ProtocolError("the seed is negative", row)
 
 
-def encode_response(response: ScoreResponse, *, k: int, entropy: bool) -> bytes:
-    """A response as bytes. Columns that were not asked for are empty lists, which cost next to nothing."""
+def encode_response(response: ScoreResponse, *, k: int, entropy: bool, chosen: bool = False) -> bytes:
+    """A response as bytes. Columns that were not asked for are empty lists, which cost next to nothing.
+
+    Args:
+        chosen: whether the request had ids that the student chose.
+    """
     items = response.items
     none = np.zeros(0, dtype=np.float32)
     columns = [
@@ -232,8 +284,14 @@ def encode_response(response: ScoreResponse, *, k: int, entropy: bool) -> bytes:
         list_column([i.topk_logprobs.reshape(-1) for i in items], pa.float32()),
         list_column([i.tail for i in items], pa.float32()),
     ]
-    options = _ResponseOptions(version=PROTOCOL_VERSION, k=k, entropy=entropy, teacher=response.teacher)
-    return write_stream(columns, _RESPONSE, options.model_dump_json())
+    options = _ResponseOptions(version=_version(chosen), k=k, entropy=entropy, teacher=response.teacher)
+    if chosen:
+        columns += chosen_ids.response_columns(
+            [i.chosen_logprobs for i in items],
+            [i.chosen_tail for i in items],
+            [i.chosen_overlap for i in items],
+        )
+    return write_stream(columns, _CHOSEN_RESPONSE if chosen else _RESPONSE, options.model_dump_json())
 
 
 def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
@@ -245,11 +303,15 @@ def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
     """
     rows, tokens = len(request.sequences), sum(len(asked.student_logprobs) for asked in request.sequences)
     most = _MESSAGE_BYTES + rows * _ROW_BYTES + tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * request.k)
-    batch, metadata = read_stream(data, _RESPONSE, max_bytes=most)
-    options = _parse(_ResponseOptions, metadata)
+    has_chosen = request.chosen > 0
+    if has_chosen:
+        most += rows * _ROW_BYTES + tokens * (chosen_ids.TOKEN_BYTES + chosen_ids.ID_BYTES * request.chosen)
+    schema = _CHOSEN_RESPONSE if has_chosen else _RESPONSE
+    batch, metadata = read_stream(data, schema, max_bytes=most)
+    options = _parse(_ResponseOptions, metadata, _version(has_chosen))
     if batch.num_rows != len(request.sequences) or options.entropy != request.entropy:
         raise ProtocolError(f"the answer has {batch.num_rows} sequences for {len(request.sequences)} asked")
-    columns = {name: column_arrays(batch, name) for name in _RESPONSE.names}
+    columns = {name: column_arrays(batch, name) for name in schema.names}
     items = []
     for row, asked in enumerate(request.sequences):
         values = {name: column[row] for name, column in columns.items()}
@@ -265,6 +327,11 @@ def decode_response(data: bytes, request: ScoreRequest) -> ScoreResponse:
             topk_logprobs=values["topk_logprobs"].reshape(m, options.k),
             tail=values["tail"],
         )
+        if has_chosen:
+            found = chosen_ids.read_scores(
+                row, values, len(asked.student_logprobs), request.chosen, overlap=request.overlap
+            )
+            item = replace(item, chosen_logprobs=found[0], chosen_tail=found[1], chosen_overlap=found[2])
         _check_answer(row, item, len(asked.student_logprobs), request.vocab_limit)
         items.append(item)
     return ScoreResponse(items, options.teacher)
@@ -298,13 +365,17 @@ def log_tail(topk_logprobs: Floats32) -> Floats32:
         return np.log(np.maximum(1.0 - mass, 0.0)).astype(np.float32)
 
 
-def _parse(model: type[Any], text: bytes) -> Any:
+def _version(has_chosen: bool) -> int:
+    return chosen_ids.VERSION if has_chosen else PROTOCOL_VERSION
+
+
+def _parse(model: type[Any], text: bytes, speaks: int) -> Any:
     try:
         version = json.loads(text)["version"]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError("the message has no options") from error
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version!r}, this side speaks {PROTOCOL_VERSION}")
+    if version != speaks:
+        raise ProtocolError(f"protocol version {version!r}, messages with these columns are of {speaks}")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tropd.pipeline.training.record.sharded_tensors import copied, load_tensors, save_tensors, stored_tensors
+from tropd.pipeline.training.rollout.choosing import all_chosen_ids
 from tropd.pipeline.training.rollout.rows import Row, RowPlan, mu_logprobs, sampler_logprobs
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.disk.aside import aside_folder, set_aside
@@ -79,7 +80,7 @@ class CheckpointWriter:
         self.wait()
         tensors = copied(_model_tensors(model) | _optimizer_tensors(model, optimizer) | dict(also))
         state = json.dumps({"step": step, "counters": counters}, sort_keys=True)
-        own = None if rows is None else _row_tensors(rows)
+        own = None if rows is None else row_tensors(rows)
         self._writing = self._pool.submit(self._write, step, tensors, state, own)
 
     def _write(
@@ -124,7 +125,7 @@ class CheckpointWriter:
             self.wait()  # the message claims a checkpoint exists, so wait until it does
 
 
-def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+def row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """The student's responses; prompt, prefix and seed follow from the step."""
     tensors = {
         "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
@@ -134,6 +135,8 @@ def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     }
     if any(row.drawn_logprobs is not None for row in rows):
         tensors["drawn"] = torch.from_numpy(mu_logprobs(rows))
+    if any(row.chosen_ids is not None for row in rows):
+        tensors["chosen_ids"] = torch.from_numpy(all_chosen_ids(rows))
     return tensors
 
 
@@ -145,10 +148,19 @@ def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None
         lengths, tokens, logprobs, truncated = (
             stored.get_tensor(name) for name in ("lengths", "tokens", "logprobs", "truncated")
         )
-        drawn = stored.get_tensor("drawn").split(lengths.tolist()) if "drawn" in set(stored.keys()) else None
+        names = set(stored.keys())
+        drawn = stored.get_tensor("drawn").split(lengths.tolist()) if "drawn" in names else None
+        chosen = stored.get_tensor("chosen_ids").split(lengths.tolist()) if "chosen_ids" in names else None
     parts = zip(tokens.split(lengths.tolist()), logprobs.split(lengths.tolist()), truncated, strict=True)
     return [
-        Row(plan, own.tolist(), p.tolist(), bool(cut), None if drawn is None else drawn[i].tolist())
+        Row(
+            plan,
+            own.tolist(),
+            p.tolist(),
+            bool(cut),
+            None if drawn is None else drawn[i].tolist(),
+            None if chosen is None else chosen[i].numpy(),
+        )
         for i, (plan, (own, p, cut)) in enumerate(zip(plans, parts, strict=True))
     ]
 

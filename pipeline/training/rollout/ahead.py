@@ -154,7 +154,13 @@ def step_rows(session: Session, step: int) -> list[Row]:
             rollout=config.rollout,
             seed=config.run.seed,
         )
-    return roll_out(planned_rows(session, step), session.rolling.engine, config.rollout, session.aside)
+    return roll_out(
+        planned_rows(session, step),
+        session.rolling.engine,
+        config.rollout,
+        session.aside,
+        choose=session.choose_ids,
+    )
 
 
 def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:

@@ -5,22 +5,25 @@ Everything is a function of (seed, step), so that a resumed run makes the same r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
-from tropd.pipeline.models.engines.base import Generation, Sampler, Sampling
+from tropd.pipeline.models.engines.base import Generation, IdTable, Sampler, Sampling
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.objectives.objective import Schedule
-from tropd.pipeline.objectives.prefix_schedule import prefix_length
+from tropd.pipeline.objectives.prefix_schedule import prefix_length, row_limit
 from tropd.pipeline.problems.encoding import EncodedPrompt
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.arrays import Floats64
 from tropd.storage.formats.trajectory_store import TrajectoryStore
 from tropd.storage.seeds import derive_seed, uniforms
+
+ChooseIds = Callable[[Sequence[Sequence[int]], Sequence[int]], list[IdTable]]
+"""Given sequences and starts: the ids ``[n, c]`` that the student chooses at the tokens from each start."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Row:
     drawn_logprobs: Sequence[float] | None = None
     """log μ of ``tokens``, of the distribution they were drawn from: at the sampling temperature, renormalized over
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
+    chosen_ids: IdTable | None = None
+    """``[n, c]`` the sampler's likeliest ids at each of ``tokens``, where the objective asks the teacher about them."""
 
     @cached_property
     def sampler_array(self) -> Floats64:
@@ -126,7 +131,7 @@ def plan_rows(
     ``rollout.max_tokens`` leaves room.
 
     Args:
-        limit: scheduled prefix length of this step, in tokens.
+        limit: scheduled prefix length of this step, in tokens of ``rollout.max_tokens`` (see ``row_limit``).
         store: teacher trajectories; None where the objective uses none.
         continued: the student completes the prefixes; otherwise it writes nothing, wherever they end.
     """
@@ -142,7 +147,8 @@ def plan_rows(
                 trajectory = available[pick]
                 written = store.tokens(trajectory)
                 whole = written[: rollout.max_tokens]
-                prefix = whole[: prefix_length(schedule, limit=limit, seed=row_seed)]
+                longest = row_limit(schedule, limit=limit, max_tokens=rollout.max_tokens, written=len(whole))
+                prefix = whole[: prefix_length(schedule, limit=longest, seed=row_seed)]
                 ended = len(whole) == len(written) and not store.truncated(trajectory)
                 more = continued and not ended and len(whole) < rollout.max_tokens
                 complete = len(prefix) == len(whole) > 0 and not more
@@ -168,9 +174,18 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
 
 
 def roll_out(
-    plans: Sequence[RowPlan], engine: Sampler, rollout: RolloutConfig, world: World = ALONE
+    plans: Sequence[RowPlan],
+    engine: Sampler,
+    rollout: RolloutConfig,
+    world: World = ALONE,
+    *,
+    choose: ChooseIds | None = None,
 ) -> list[Row]:
-    """Let the student continue every row that its prefix leaves unfinished."""
+    """Let the student continue every row that its prefix leaves unfinished.
+
+    Args:
+        choose: also choose ids at the new tokens, with the weights that they were sampled with.
+    """
     sampling = sampling_of(rollout)
 
     def generate(share: list[RowPlan]) -> list[Generation]:
@@ -184,15 +199,24 @@ def roll_out(
                 max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
             )
 
-    generations = iter(world.spread([p for p in plans if not p.prefix_complete], generate))
+    def write(share: list[RowPlan]) -> list[tuple[Generation, IdTable | None]]:
+        found = generate(share)
+        if choose is None:
+            return [(one, None) for one in found]
+        contexts = [[*p.prompt_tokens, *p.prefix_tokens] for p in share]
+        sequences = [[*context, *one.tokens] for context, one in zip(contexts, found, strict=True)]
+        return list(zip(found, choose(sequences, [len(context) for context in contexts]), strict=True))
+
+    written = iter(world.spread([p for p in plans if not p.prefix_complete], write))
     rows = []
     for plan in plans:
         if plan.prefix_complete:
             rows.append(Row(plan, [], [], truncated=plan.prefix_truncated))
         else:
-            one = next(generations)
+            one, ids = next(written)
             drawn = None if sampling.plain else one.drawn_logprobs
-            rows.append(Row(plan, one.tokens, one.logprobs, one.finish_reason == "length", drawn))
+            cut = one.finish_reason == "length"
+            rows.append(Row(plan, one.tokens, one.logprobs, cut, drawn, chosen_ids=ids))
     return rows
 
 

@@ -14,7 +14,7 @@ import torch
 from tropd.pipeline.config.sections.model_settings import RuntimeConfig, StudentConfig
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
 from tropd.pipeline.config.sections.value_types import Dtype
-from tropd.pipeline.models.engines.base import Sampler
+from tropd.pipeline.models.engines.base import Choose, Sampler, choose_with
 from tropd.pipeline.models.engines.child.process import Deadline, Deadlines, EngineProcess
 from tropd.pipeline.models.engines.child.vllm_transfer import for_vllm
 from tropd.pipeline.models.engines.transformers import TransformersEngine
@@ -46,6 +46,8 @@ class Rolling:
     """The engine, where it is another than the trainer's and could have other weights."""
     rest: Callable[[], None] = lambda: None
     """Free the engine's memory until the next refresh, where it is idle until then and can."""
+    choose: Choose | None = None
+    """Chooses the likeliest ids with the engine's weights; None where the engine cannot."""
     close: Callable[[], None] = lambda: None
     """End the engine's own process, if it has one."""
 
@@ -74,7 +76,7 @@ def rollout_engine(
             return _process_engine(run, stack, student, whole_model, dtype, autocast, gather)
         loaded = replace(student, model=whole_model)
         engine = loaded.engine(batch_size=run.config.rollout.batch_size, autocast=autocast)
-        return Rolling(engine, whole_model, gather, gather)
+        return Rolling(engine, whole_model, gather, gather, choose=choose_with(engine))
     beside = _vllm_process(run, whole_model, folder, world)
     stack.callback(beside.close)
 
@@ -88,7 +90,7 @@ def rollout_engine(
         if not run.config.train.max_staleness:  # otherwise it samples while the student trains
             beside.rest()
 
-    return Rolling(beside, whole_model, refresh, gather, beside, rest, beside.close)
+    return Rolling(beside, whole_model, refresh, gather, beside, rest, beside.choose, beside.close)
 
 
 def _vllm_process(run: Run, whole_model: Any, folder: Path, world: World) -> EngineProcess:
@@ -146,7 +148,7 @@ def _process_engine(
         gather()
         engine.set_weights(merged_state(whole_model).items())
 
-    return Rolling(engine, whole_model, refresh, gather, close=engine.close)
+    return Rolling(engine, whole_model, refresh, gather, choose=engine.choose, close=engine.close)
 
 
 def _sampling_engine(

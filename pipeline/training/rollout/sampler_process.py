@@ -12,17 +12,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from typing import Any, TypeVar
 
 import torch
 from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation, Sampling
+from tropd.pipeline.models.engines.base import Generation, IdTable, Sampling, choose_with
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.run.processes.child_environment import become_child, child_environment
 from tropd.storage.errors import TropdError
 
 Build = Callable[[], TransformersEngine]
+Told = TypeVar("Told")
 
 
 class SamplingProcess:
@@ -73,15 +75,27 @@ class SamplingProcess:
             TropdError: the process has ended.
         """
         plain = [list(prompt) for prompt in prompts]
-        arguments = (self._version, plain, sampling, list(seeds), list(max_tokens))
+        return self._call(_generate, plain, sampling, list(seeds), list(max_tokens))
+
+    def choose(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], k: int, limit: int
+    ) -> list[IdTable]:
+        """The k likeliest ids below ``limit`` at every token from its sequence's start (see ``Choose``).
+
+        Raises:
+            TropdError: the process has ended.
+        """
+        return self._call(_choose, [list(sequence) for sequence in sequences], list(starts), k, limit)
+
+    def _call(self, function: Callable[..., Told], *arguments: Any) -> Told:
         try:
-            generations: list[Generation] = self._pool.schedule(_generate, args=arguments).result()
+            reply: Told = self._pool.schedule(function, args=(self._version, *arguments)).result()
         except (ProcessExpired, CancelledError, RuntimeError) as error:
             raise TropdError(
                 f"the process that samples for the student has ended ({error})",
                 hint="if the system killed it for memory, set train.max_staleness = 0 or lower rollout.batch_size",
             ) from error
-        return generations
+        return reply
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -117,9 +131,18 @@ def _generate(
     seeds: list[int],
     max_tokens: list[int],
 ) -> list[Generation]:
+    return _current(version).generate(prompts, sampling, seeds=seeds, max_tokens=max_tokens)
+
+
+def _choose(version: int, sequences: list[list[int]], starts: list[int], k: int, limit: int) -> list[IdTable]:
+    return choose_with(_current(version))(sequences, starts, k, limit)
+
+
+def _current(version: int) -> TransformersEngine:
+    """The engine, with the weights of a version."""
     global _loaded
     assert _engine is not None
     if version != _loaded:
         _engine.model.load_state_dict(_weights)
         _loaded = version
-    return _engine.generate(prompts, sampling, seeds=seeds, max_tokens=max_tokens)
+    return _engine

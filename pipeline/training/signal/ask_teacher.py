@@ -43,7 +43,10 @@ class TeacherData:
     entropy: Floats32 | None
     """``[T]`` nats, if the objective needs it."""
     topk: RaggedTopk
-    """Alternatives of those tokens that need them."""
+    """Alternatives of those tokens that need them: the teacher's, or those that the student chose."""
+    overlap: Floats32 | None = None
+    """``[T]`` share of the ids that the student chose that are among as many likeliest ids of the teacher, if the
+    objective needs it."""
 
     @staticmethod
     def nothing(entropy: bool = False) -> TeacherData:
@@ -76,6 +79,7 @@ def ask_teacher(
                 start=len(row.scored_after),
                 student_logprobs=row.sampler_array.astype(np.float32),
                 seed=partition_seed(row),
+                chosen=row.chosen_ids,
             ),
         )
         for row in rows
@@ -90,6 +94,9 @@ def ask_teacher(
             k=needs.k,
             entropy=needs.entropy,
             vocab_limit=vocab_limit,
+            # Of a small vocabulary, all of it is chosen.
+            chosen=0 if sequences[0].chosen is None else sequences[0].chosen.shape[1],
+            overlap=needs.overlap,
         )
         return list(scorers[name].score(request).items)
 
@@ -108,7 +115,11 @@ def ask_teacher(
     if not answers:
         return TeacherData.nothing(needs.entropy)
     first = np.cumsum([0, *(len(a.teacher_logprobs) for a in answers)])
-    topk = RaggedTopk.empty()
+    topk, overlap = RaggedTopk.empty(), None
+    if needs.chosen:
+        topk = _chosen_topk([item for _, item in items], answers)
+        shares = [a.chosen_overlap for a in answers if a.chosen_overlap is not None]
+        overlap = np.concatenate(shares) if needs.overlap else None
     if needs.topk != "none":
         index = np.concatenate([a.topk_positions + f for a, f in zip(answers, first[:-1], strict=True)])
         ids = np.concatenate([a.topk_ids for a in answers]).astype(np.int64)
@@ -120,7 +131,20 @@ def ask_teacher(
             tail=np.concatenate([a.tail for a in answers]),
         )
     entropy = np.concatenate([a.entropy for a in answers if a.entropy is not None]) if needs.entropy else None
-    return TeacherData(np.concatenate([a.teacher_logprobs for a in answers]), entropy, topk)
+    return TeacherData(np.concatenate([a.teacher_logprobs for a in answers]), entropy, topk, overlap)
+
+
+def _chosen_topk(items: Sequence[ScoreItem], answers: Sequence[ScoredItem]) -> RaggedTopk:
+    """The ids that the student chose at every token, with the teacher's log-probs."""
+    ids = np.concatenate([item.chosen for item in items if item.chosen is not None])
+    logprobs = [a.chosen_logprobs for a in answers if a.chosen_logprobs is not None]
+    return RaggedTopk(
+        index=np.arange(len(ids)),
+        counts=np.full(len(ids), ids.shape[1], dtype=np.int64),
+        ids=ids.reshape(-1).astype(np.int64),
+        logprobs=np.concatenate(logprobs).reshape(-1),
+        tail=np.concatenate([a.chosen_tail for a in answers if a.chosen_tail is not None]),
+    )
 
 
 def partition_seed(row: Row) -> int:

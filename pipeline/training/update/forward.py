@@ -8,7 +8,7 @@ Legend: n supervised positions of the micro-batch, of which t are student and g 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Passed:
     prefixes: Tensor
     """``[g]`` likewise."""
     topk: RaggedTopk
-    """The teacher's alternatives of the student tokens."""
+    """Alternatives of the student tokens: the teacher's, or those that the student chose."""
     alternatives: Alternatives
     """The same with the student's log-probs of them."""
     guidance: Alternatives | None
@@ -94,6 +94,15 @@ def pass_through(
         alternatives=alternatives(mine, students, np.flatnonzero(of_students)),
         guidance=None if cached is None else alternatives(cached, prefixes, np.flatnonzero(~of_students)),
     )
+
+
+def with_drawn(passed: Passed, micro_batch: MicroBatch) -> Alternatives:
+    """The alternatives of the student tokens, and whether the token that was drawn is among them."""
+    found, topk = passed.alternatives, passed.topk
+    device = micro_batch.targets.device
+    drawn = micro_batch.targets[passed.students][to_device(topk.index, device)]
+    same = (to_device(topk.ids, device) == found.spread(drawn)).to(found.student_logprobs.dtype)
+    return replace(found, holds_drawn=found.sum(same) > 0)
 
 
 def pass_idly(student: StudentPass, micro_batch: MicroBatch) -> Tensor:

@@ -23,14 +23,15 @@ from tropd.pipeline.objectives.loss import (
     plan_step,
     region_losses,
 )
-from tropd.pipeline.objectives.needs import needs_student_pass, needs_student_tail
+from tropd.pipeline.objectives.needs import needs_drawn, needs_student_pass, needs_student_tail
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.token_weight_specs import DIVERGENCE_WEIGHTS
 from tropd.pipeline.objectives.token_weights import TokenStatistics
 from tropd.pipeline.training.rollout.rows import Row, mu_logprobs, sampler_logprobs
 from tropd.pipeline.training.signal.ask_teacher import TeacherData
 from tropd.pipeline.training.update import dropout
-from tropd.pipeline.training.update.forward import Measured, Passed, pass_idly, pass_through
+from tropd.pipeline.training.update.forward import Measured, Passed, pass_idly, pass_through, with_drawn
 from tropd.pipeline.training.update.micro_batches import Layout, MicroBatch, RaggedTopk, micro_batches
 from tropd.pipeline.training.update.student import StudentPass
 from tropd.pipeline.training.world import ALONE, World
@@ -131,6 +132,8 @@ def backpropagate(
         _seed(inputs, world, number)
         passed = pass_through(student, micro_batch, inputs.teacher.topk, inputs.guidance_topk, tail=tail)
         batch = _token_batch(inputs, plan, micro_batch, passed)
+        if needs_drawn(objective):
+            batch = replace(batch, topk=with_drawn(passed, micro_batch))
         regions = region_losses(objective, batch)
         losses.append(torch.stack([regions[name].detach() for name in REGIONS]))
         if region_gradients:
@@ -146,7 +149,7 @@ def backpropagate(
         supervised_tokens=_supervised(objective, plan),
         student_logprobs=world.merge(found["logprobs"]),
         student_entropy=world.merge(found["entropy"]),
-        overlap=world.merge(found["overlap"]),
+        overlap=_overlap(inputs, world.merge(found["overlap"])),
         student_topk_mass=world.merge(found["mass"]),
         region_gradient_norms={
             name: float(torch.nn.utils.get_total_norm(sums)) for name, sums in region_sums.items()
@@ -253,10 +256,11 @@ def _statistics(
         gain=gain,
         student_logprobs=inputs.sampler_logprobs,
         teacher_entropy=None if inputs.teacher.entropy is None else inputs.teacher.entropy.astype(np.float64),
+        teacher_mass=_teacher_mass(inputs),
     )
     if not needs_student_pass(objective):
         return known
-    diverges = "soft_or_top" in {weight.kind for weight in objective.token_weights}
+    diverges = any(weight.kind in DIVERGENCE_WEIGHTS for weight in objective.token_weights)
     device = next(student.parameters()).device
     measured = Measured(len(advantages))
     with torch.no_grad():
@@ -279,8 +283,24 @@ def _statistics(
         known,
         student_entropy=merged["entropy"],
         divergence=merged["divergence"],
-        overlap=merged["overlap"],
+        overlap=_overlap(inputs, merged["overlap"]),
     )
+
+
+def _teacher_mass(inputs: StepInputs) -> Floats64:
+    """``[T]`` the teacher's probability of all alternatives of a token; 0 without any."""
+    mass = np.zeros(len(inputs.teacher.teacher_logprobs))
+    mass[inputs.teacher.topk.index] = -np.expm1(np.minimum(inputs.teacher.topk.tail.astype(np.float64), 0.0))
+    return mass
+
+
+def _overlap(inputs: StepInputs, among_students: Floats64) -> Floats64:
+    """``[T]`` share of the alternatives on which both sides agree: of the teacher's, those among the student's likeliest;
+    of the student's, as the teacher says (NaN where it was not asked)."""
+    if inputs.teacher.overlap is not None:
+        return inputs.teacher.overlap.astype(np.float64)
+    chosen = any(row.chosen_ids is not None for row in inputs.rows)
+    return np.full(len(among_students), np.nan) if chosen else among_students
 
 
 def _add_region_gradients(

@@ -38,6 +38,24 @@ OBJECTIVES = [
         "token_weights",
         "leave token_weights out",
     ),
+    (
+        "name = 'rkl-topk'\noutlier.loss.stop_gradient = true",
+        "outlier.loss.stop_gradient",
+        "set outlier.loss.support = 'truncated'",
+    ),
+    (
+        "name = 'rkl-topk-sg'\noutlier.loss.sample_corrected = true",
+        "outlier.loss.sample_corrected",
+        "set outlier.loss.support = 'tail'",
+    ),
+    (
+        "name = 'full-fkl'\noutlier.loss = { support = 'tail', entry_clip = 0.1 }",
+        "outlier.loss.entry_clip",
+        "leave outlier.loss.entry_clip out",
+    ),
+    ("name = 'opd'\nalternatives = 'student'", "alternatives", "leave alternatives out"),
+    ("name = 'rkl-topk'\nrollouts = 'stored'", "rollouts", "set alternatives = 'teacher'"),
+    ("name = 'fire-opd'\nrollouts = 'stored'", "rollouts", "rollouts = 'student'"),
     ("name = 'full-fkl'\nimportance.clip = 2", "importance.clip", "leave importance.clip out"),
     ("name = 'sft'\nimportance.clip = 2", "importance.clip", "leave importance.clip out"),
 ]
@@ -69,6 +87,16 @@ CONFIGURATIONS = [
         "objective.name = 'eopd'\n[[teacher.by_domain]]\ndomain = 'a'\nmodel = 'm'\nengine = 'vllm'",
         "teacher.by_domain",
         "another objective.partition.rule",
+    ),
+    (
+        "objective.name = 'rkl-topk'\nteacher.engine = 'vllm'",
+        "teacher.engine",
+        "set teacher.scoring_engine = 'transformers'",
+    ),
+    (
+        "objective.name = 'fire-opd'\nteacher.engine = 'vllm'",
+        "teacher.engine",
+        "another objective.token_weights",
     ),
     (
         "service.max_request_tokens = 8096",

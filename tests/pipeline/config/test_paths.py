@@ -40,7 +40,7 @@ def test_tags_are_those_of_the_unions() -> None:
         "all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy",
     }  # fmt: skip
     assert set(union_members(Estimator)) == {
-        "zero", "k1", "fixed", "nll", "topk_fkl", "topk_rkl", "topk_jsd",
+        "zero", "k1", "fixed", "nll", "topk_fkl", "topk_rkl", "topk_mix", "topk_jsd",
     }  # fmt: skip
     assert "overlap_drift" in union_members(TokenWeight)
     assert not union_members(Schedule)

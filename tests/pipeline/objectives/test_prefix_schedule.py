@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tropd.pipeline.objectives.objective import Schedule
-from tropd.pipeline.objectives.prefix_schedule import prefix_length, scheduled_length
+from tropd.pipeline.objectives.prefix_schedule import prefix_length, row_limit, scheduled_length
 
 
 def length(step: int, **fields: object) -> int:
@@ -44,3 +45,14 @@ def test_uniform_lengths_cover_zero_to_the_limit() -> None:
     assert set(drawn) == {0, 1, 2, 3, 4}
     assert sum(drawn) / 500 == pytest.approx(2.0, abs=0.25)
     assert prefix_length(Schedule(kind="cosine"), limit=4, seed=0) == 4
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 300))
+def test_a_share_of_a_trajectory(limit: int, written: int, max_tokens: int) -> None:
+    limit, written = min(limit, max_tokens), min(written, max_tokens)
+    found = row_limit(
+        Schedule(kind="cosine", unit="trajectory"), limit=limit, max_tokens=max_tokens, written=written
+    )
+    assert found == math.floor(Fraction(limit, max_tokens) * written)
+    assert found < written or limit == max_tokens or written == 0
+    assert row_limit(Schedule(kind="cosine"), limit=limit, max_tokens=max_tokens, written=written) == limit

@@ -33,6 +33,7 @@ TEACHER_ENTROPY = [0.5, 1.0]
 TOP_T = [[0.5, 0.3], [0.6, 0.2]]
 TOP_S = [[0.25, 0.35], [0.1, 0.05]]
 OVERLAP = [1.0, 0.5]
+HOLDS_DRAWN = [True, False]  # the student's token is one of the two, or not
 PREFIX_S = 0.4  # the student's probability of the teacher's prefix token
 CACHED_T, CACHED_S = [0.7, 0.2], [0.4, 0.3]
 
@@ -51,9 +52,18 @@ def with_tail(p: list[float]) -> list[float]:
 TRUNCATED = [kl(t, s) for t, s in zip(TOP_T, TOP_S, strict=True)]
 REVERSE = [kl(with_tail(s), with_tail(t)) for t, s in zip(TOP_T, TOP_S, strict=True)]
 FORWARD = [kl(with_tail(t), with_tail(s)) for t, s in zip(TOP_T, TOP_S, strict=True)]
+TRUNCATED_REVERSE = [kl(s, t) for t, s in zip(TOP_T, TOP_S, strict=True)]
+RENORMALIZED_REVERSE = [
+    kl([x / sum(s) for x in s], [x / sum(t) for x in t]) for t, s in zip(TOP_T, TOP_S, strict=True)
+]
 RENORMALIZED = [kl([x / sum(t) for x in t], s) for t, s in zip(TOP_T, TOP_S, strict=True)]
 NLL = -math.log(PREFIX_S)
 C = math.log(0.1) / 0.9
+
+
+def correction(token: int) -> float:
+    own = S[token] / (1 - sum(TOP_S[token]))
+    return math.log(own) - math.log(T[token] / (1 - sum(TOP_T[token])))
 
 
 def jensen_shannon(token: int) -> float:
@@ -125,7 +135,16 @@ EXPECTED = {
     "exopd": exopd(),
     # Of two tokens one has the highest entropy, the other the highest divergence: both have a soft-or of 1.
     "tip": sum(REVERSE) / 2,
-    "prune-opd": (1.5 * REVERSE[0] + (1 - 0.01 + 0.5) * REVERSE[1]) / 2,
+    "prune-opd-teacher": (1.5 * REVERSE[0] + (1 - 0.01 + 0.5) * REVERSE[1]) / 2,
+    # Where the student chooses, its two ids happen to be those of TOP_S and TOP_T.
+    "prune-opd": (1.5 * TRUNCATED_REVERSE[0] + (1 - 0.01 + 0.5) * TRUNCATED_REVERSE[1]) / 2,
+    "rkl-topk": sum(REVERSE) / 2,
+    "rkl-topk-sg": sum(TRUNCATED_REVERSE) / 2,
+    "rkl-topk-renorm": sum(RENORMALIZED_REVERSE) / 2,
+    "tail-aware": (sum(REVERSE) + correction(1)) / 2,
+    "kl-mixing": sum(0.25 * r + 0.75 * f for r, f in zip(REVERSE, FORWARD, strict=True)) / 2,
+    # The teacher's mass is the same at both tokens, so that neither can be preferred.
+    "ta-opd": (K1[0] + K1[1]) / 2,
     "top-d": top_d(),
     "iw-opd": iw_opd(),
     "gkd": (jensen_shannon(0) + jensen_shannon(1)) / 2,
@@ -164,6 +183,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         overlap=np.array(OVERLAP[:n]),
         student_logprobs=student.astype(np.float64),
         teacher_entropy=np.array(TEACHER_ENTROPY[:n]),
+        teacher_mass=np.array([sum(t) for t in TOP_T[:n]]),
     )
     guided = objective.guidance.loss.estimator != "zero"
     plan = plan_step(
@@ -185,9 +205,15 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
             torch.full((len(teacher_p),), 2),
             tensor([1 - sum(p) for p in teacher_p]).log(),
             tensor([1 - sum(p) for p in student_p]).log().requires_grad_(),
+            torch.tensor(HOLDS_DRAWN[: len(teacher_p)]),
         )
 
-    index = list(range(n)) if needs.topk == "all" else [i for i in range(n) if regions.outlier[i] > 0]
+    has_topk = needs.topk != "none" or needs.chosen > 0
+    index = (
+        list(range(n))
+        if needs.topk == "all" or needs.chosen
+        else [i for i in range(n) if regions.outlier[i] > 0]
+    )
     batch = TokenBatch(
         student_logprobs=tensor(S[:n]).log().requires_grad_(),
         teacher_logprobs=tensor(T[:n]).log(),
@@ -200,10 +226,8 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         guidance_logprobs=tensor([PREFIX_S] if guided else []).log().requires_grad_(),
         trust_advantages=None if plan.trust_advantages is None else tensor(plan.trust_advantages),
         reference_logprobs=tensor(REFERENCE[:n]).log(),
-        topk_index=torch.tensor(index, dtype=torch.long) if needs.topk != "none" else None,
-        topk=ragged([TOP_T[i] for i in index], [TOP_S[i] for i in index])
-        if needs.topk != "none" and index
-        else None,
+        topk_index=torch.tensor(index, dtype=torch.long) if has_topk else None,
+        topk=ragged([TOP_T[i] for i in index], [TOP_S[i] for i in index]) if has_topk and index else None,
         guidance_topk=ragged([CACHED_T], [CACHED_S]) if needs.cached_topk else None,
     )
     losses = region_losses(objective, batch)
@@ -243,6 +267,11 @@ def test_the_second_phase_of_reopold_keeps_high_entropy_tokens_only() -> None:
         ("vopd", {"trust": {"loss": {"baseline": "none"}}}, "opd"),
         ("top-d", {"trust": {"loss": {"proximal": 1.0, "returns": False, "standardize": False}}}, "opd"),
         ("eopd", {"partition": {"threshold": 100.0}}, "opd"),
+        ("kl-mixing", {"outlier": {"loss": {"reverse": 1.0}}}, "rkl-topk"),
+        ("rkl-topk", {"outlier": {"loss": {"support": "truncated"}}}, "rkl-topk-sg"),
+        ("tail-aware", {"outlier": {"loss": {"sample_corrected": False}}}, "rkl-topk"),
+        ("prune-opd", {"token_weights": []}, "rkl-topk-sg"),
+        ("ta-opd", {"token_weights": [{"kind": "teachability_top", "fraction": 1.0}]}, "opd"),
         ("tropd-hard", {"partition": {"rule": "sampled"}}, "tropd"),
         ("opd-clip", {"trust": {"loss": {"floor": -1e9}}}, "opd"),
         ("opd-mask", {"token_weights": [{"kind": "advantage_floor", "floor": -1e9}]}, "opd"),

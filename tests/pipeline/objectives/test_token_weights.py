@@ -16,6 +16,7 @@ from tropd.pipeline.objectives.token_weight_specs import (
     LateTokens,
     RowRatio,
     StudentLogprobBottom,
+    TeachabilityTop,
     TeacherLikelyRows,
 )
 from tropd.pipeline.objectives.token_weights import TokenStatistics, token_weight
@@ -33,6 +34,8 @@ def step(seed: int, lengths: tuple[int, ...] = (3, 1, 5, 4, 2)) -> TokenStatisti
         student_entropy=random.gamma(1.0, size=total),
         student_logprobs=-random.gamma(1.0, size=total),
         teacher_entropy=random.gamma(1.0, size=total),
+        divergence=random.gamma(1.0, size=total),
+        teacher_mass=random.random(size=total),
     )
 
 
@@ -105,9 +108,34 @@ def test_late_tokens_of_a_row_weigh_more(seed: int) -> None:
     assert np.isfinite(steep).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_where_the_teacher_differs_and_can_teach(seed: int) -> None:
+    statistics = step(seed)
+    assert statistics.divergence is not None
+    assert statistics.teacher_mass is not None
+
+    def bounded(values: np.ndarray, z: float) -> float:
+        low, high = np.quantile(values, 0.05), np.quantile(values, 0.95)
+        return min(max((z - low) / (high - low), 0.0), 1.0)
+
+    scores = [
+        bounded(statistics.divergence, d) * bounded(statistics.teacher_mass, m)
+        for d, m in zip(statistics.divergence, statistics.teacher_mass, strict=True)
+    ]
+    weights = token_weight(TeachabilityTop(fraction=0.2), statistics, 0.0)
+    assert set(np.flatnonzero(weights)) == set(np.argsort(scores)[-3:])
+
+
 def test_weights_of_a_step_without_student_tokens() -> None:
     none = TokenStatistics(np.zeros(0, dtype=np.int64), np.zeros(0))
-    for spec in (StudentLogprobBottom(), TeacherLikelyRows(), EntropyProduct(), RowRatio(), LateTokens()):
+    for spec in (
+        StudentLogprobBottom(),
+        TeacherLikelyRows(),
+        EntropyProduct(),
+        RowRatio(),
+        TeachabilityTop(),
+        LateTokens(),
+    ):
         assert len(token_weight(spec, none, 0.0)) == 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Engine, Generation, Sampling
+from tropd.pipeline.models.engines.base import Engine, Generation, IdTable, Sampling
 from tropd.pipeline.models.engines.child.weights import Layout
 from tropd.storage.formats.trajectories import FinishReason
 
@@ -103,6 +103,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class FindLikeliest:
+    """See ``Choose``."""
+
+    sequences: Ragged
+    starts: tuple[int, ...]
+    k: int
+    limit: int
+
+
+@dataclass(frozen=True)
 class Done:
     """It was done."""
 
@@ -146,6 +156,22 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """The likeliest ids ``[n, k]`` at the scored tokens of each sequence, one after another."""
+
+    ids: Ragged
+    k: int
+
+    @classmethod
+    def of(cls, tables: Sequence[IdTable], k: int) -> Likeliest:
+        width = tables[0].shape[1] if tables else k
+        return cls(Ragged.of([table.reshape(-1) for table in tables], np.int32), width)
+
+    def tables(self) -> list[IdTable]:
+        return [row.reshape(-1, self.k) for row in self.ids.rows()]
+
+
+@dataclass(frozen=True)
 class Failed:
     """It raised an error."""
 
@@ -155,5 +181,5 @@ class Failed:
     """A ``ConfigError``."""
 
 
-Question = Start | SetWeights | Rest | Generate | Score
-Answer = Started | Done | Written | Scored | Failed
+Question = Start | SetWeights | Rest | Generate | Score | FindLikeliest
+Answer = Started | Done | Written | Scored | Likeliest | Failed

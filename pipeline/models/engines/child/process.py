@@ -22,14 +22,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation, Sampling
+from tropd.pipeline.models.engines.base import Generation, IdTable, Sampling
 from tropd.pipeline.models.engines.child import serve
 from tropd.pipeline.models.engines.child.messages import (
     Answer,
     Build,
     Done,
     Failed,
+    FindLikeliest,
     Generate,
+    Likeliest,
     Question,
     Ragged,
     Rest,
@@ -183,6 +185,18 @@ class EngineProcess:
         question = Score(Ragged.of(sequences, np.int32), tuple(starts))
         answer = self._ask(question, Scored, self._deadlines.answer, f"scored {len(sequences)} responses")
         return answer.logprobs.rows()
+
+    def choose(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], k: int, limit: int
+    ) -> list[IdTable]:
+        """The k likeliest ids below ``limit`` at each token from the starts (see ``Choose``).
+
+        Raises:
+            TropdError: see ``generate``.
+        """
+        question = FindLikeliest(Ragged.of(sequences, np.int32), tuple(starts), k, limit)
+        done = f"found the likeliest ids of {len(sequences)} responses"
+        return self._ask(question, Likeliest, self._deadlines.answer, done).tables()
 
     def close(self) -> None:
         """End the process, whatever it is doing."""

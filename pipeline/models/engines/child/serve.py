@@ -15,11 +15,14 @@ from multiprocessing.connection import Connection
 import numpy as np
 from torch import Tensor
 
+from tropd.pipeline.models.engines.base import choose_with
 from tropd.pipeline.models.engines.child.messages import (
     Answer,
     Done,
     Failed,
+    FindLikeliest,
     Generate,
+    Likeliest,
     Question,
     Ragged,
     Rest,
@@ -81,6 +84,9 @@ class _Serving:
             case Score(sequences, starts):
                 scores = engine.score([row.tolist() for row in sequences.rows()], starts)
                 return Scored(Ragged.of([one.token_logprobs for one in scores], np.float32))
+            case FindLikeliest(sequences, starts, k, limit):
+                rows = [row.tolist() for row in sequences.rows()]
+                return Likeliest.of(choose_with(engine)(rows, starts, k, limit), k)
 
 
 def _answer(serving: _Serving, question: Question) -> Answer:

@@ -52,14 +52,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
         return TrajectoryStore(folder, stage.manifest)
 
 
-def plans(store: TrajectoryStore, limit: int, continued: bool = True) -> dict[str, RowPlan]:
+def plans(store: TrajectoryStore, limit: int, continued: bool = True, **schedule: Any) -> dict[str, RowPlan]:
     names = list(WRITTEN)
     rollout = RolloutConfig(prompts_per_step=len(names), samples_per_prompt=1, max_tokens=LIMIT)
     rows = plan_rows(
         0,
         prompts=[EncodedPrompt(Prompt(name, "", None), [5, 6]) for name in names],
         store=store,
-        schedule=Schedule(kind="constant"),
+        schedule=Schedule(kind="constant", **schedule),
         limit=limit,
         rollout=rollout,
         seed=0,
@@ -86,6 +86,26 @@ def test_a_trajectory_that_ended_by_its_length_is_continued(store: TrajectorySto
     # There the response is over, but not whole.
     assert {name for name, row in found.items() if row.prefix_truncated} == {"full", "longer"}
     assert not any(row.prefix_complete or row.prefix_truncated for row in plans(store, limit=3).values())
+
+
+def test_in_units_of_the_trajectory_each_row_gives_the_same_share_of_its_own(store: TrajectoryStore) -> None:
+    for limit in range(LIMIT):
+        found = plans(store, limit, unit="trajectory")
+        # "full" and "longer" are as long as a response may be: for them both units are one.
+        exact = {name: min(length, LIMIT) * limit // LIMIT for name, (length, _) in WRITTEN.items()}
+        assert {name: len(row.prefix_tokens) for name, row in found.items()} == exact
+        assert not any(row.prefix_complete for row in found.values())
+    whole = plans(store, LIMIT, unit="trajectory")
+    assert whole == plans(store, LIMIT)  # a share of 1 is everything, and what was cut off is continued
+    assert not whole["cut"].prefix_complete
+
+
+def test_in_units_of_the_trajectory_uniform_lengths_stay_within_the_share(store: TrajectoryStore) -> None:
+    found = [plans(store, 5, unit="trajectory", length="uniform") for _ in range(2)]
+    assert found[0] == found[1]
+    assert all(
+        len(found[0][name].prefix_tokens) <= min(length, LIMIT) // 2 for name, (length, _) in WRITTEN.items()
+    )
 
 
 def test_a_student_that_writes_nothing_continues_nothing(store: TrajectoryStore) -> None:

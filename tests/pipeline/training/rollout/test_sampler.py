@@ -117,7 +117,7 @@ def test_one_that_samples_while_the_student_trains_stays_awake(
     asked: list[str] = []
 
     class Beside(SimpleNamespace):
-        sleeps = False
+        sleeps, choose = False, None
 
         def __init__(self, *_: Any, **options: Any) -> None:
             asked.append(options["deadlines"].update.setting)

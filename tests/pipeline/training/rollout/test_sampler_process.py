@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.base import Sampling, choose_with
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.loading import load_model
 from tropd.pipeline.training.rollout.sampler_process import SamplingProcess
@@ -70,6 +71,9 @@ def test_it_samples_as_this_process_would_and_sees_new_weights(
     second = sampler.generate(PROMPTS, Sampling(), **ASKED)
     assert second == here.generate(PROMPTS, Sampling(), **ASKED) != first
     assert sampler.max_length == 40
+    ids = sampler.choose(PROMPTS, [1, 1, 1], 3, 20)
+    for found, expected in zip(ids, choose_with(here)(PROMPTS, [1, 1, 1], 3, 20), strict=True):
+        assert np.array_equal(found, expected)
 
 
 def test_a_process_that_is_killed_at_work_is_an_error_that_says_so(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from step_inputs import LocalScorer, V, make_inputs, make_rows
+from step_inputs import LocalScorer, V, likeliest, make_inputs, make_rows
 
 from tropd.pipeline.config.recipe_files import load_objective, recipe_names
 from tropd.pipeline.objectives.needs import teacher_needs
@@ -98,6 +98,88 @@ def test_tropd_equals_the_naive_reference(student: Any, teacher_model: Any) -> N
     exact = torch.cat([p.grad.reshape(-1) for p in student.parameters()])
     assert sum(outcome.losses.values()) == pytest.approx(float(loss.detach()), abs=1e-6)
     assert torch.allclose(gradient, exact, atol=1e-6)
+
+
+def naive_reverse_kl(model: Any, teacher_model: Any, rows: list[Row], k: int | None) -> torch.Tensor:
+    """The mean over student tokens of KL(π_S‖π_T), over all ids, or over those chosen and the rest."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        sequence = torch.tensor([row.sequence])
+        logprobs = torch.log_softmax(model(sequence).logits[0], -1)
+        with torch.no_grad():
+            teacher = torch.log_softmax(teacher_model(sequence).logits[0], -1)
+        for i in range(len(row.tokens)):
+            ours, theirs = (p[len(row.context) + i - 1] for p in (logprobs, teacher))
+            if k is not None:
+                ids = likeliest(row, k)[i]
+                rest = [v for v in range(V) if v not in ids]
+                ours = torch.cat([ours[ids], ours[rest].logsumexp(0)[None]])
+                theirs = torch.cat([theirs[ids], theirs[rest].logsumexp(0)[None]])
+            total = total + (ours.exp() * (ours - theirs)).sum()
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("k", [None, 1, 6])
+def test_rkl_topk_equals_the_naive_reference_and_at_k_the_whole_vocabulary_the_exact_reverse_kl(
+    student: Any, teacher_model: Any, k: int | None
+) -> None:
+    objective = load_objective("rkl-topk", {"k": k or V})
+    rows = make_rows(student, prefixes=False)
+    inputs = make_inputs(objective, rows, teacher_model)
+    outcome, gradient = run(student, objective, inputs)
+    student.zero_grad(set_to_none=True)
+    loss = naive_reverse_kl(student, teacher_model, rows, k)
+    loss.backward()
+    exact = torch.cat([p.grad.reshape(-1) for p in student.parameters()])
+    assert sum(outcome.losses.values()) == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert torch.allclose(gradient, exact, atol=1e-6)
+    assert np.isnan(outcome.overlap).all()  # the teacher was not asked
+
+
+def test_the_overlap_of_chosen_ids_is_that_of_the_teacher(student: Any, teacher_model: Any) -> None:
+    objective = load_objective("prune-opd", {"k": 6})
+    rows = make_rows(student, prefixes=False)
+    inputs = make_inputs(objective, rows, teacher_model)
+    outcome, _ = run(student, objective, inputs)
+    found = iter(outcome.overlap)
+    for row in rows:
+        with torch.no_grad():
+            logits = teacher_model(torch.tensor([row.sequence])).logits[0]
+        for i, ids in enumerate(likeliest(row, 6)):
+            best = set(logits[len(row.context) + i - 1].topk(6).indices.tolist())
+            assert next(found) == pytest.approx(len(best & set(ids)) / 6)
+
+
+def test_the_sample_correction_sees_which_drawn_tokens_are_outside(student: Any, teacher_model: Any) -> None:
+    """With the drawn token among the ids it is the plain tail-aware loss; with none of them, another."""
+    rows = make_rows(student, prefixes=False)
+    objective = load_objective("tail-aware", {"k": 4})
+    plain = load_objective("tail-aware", {"k": 4, "outlier": {"loss": {"sample_corrected": False}}})
+    inputs = make_inputs(objective, rows, teacher_model)
+    assert run(student, objective, inputs)[0].losses == run(student, plain, inputs)[0].losses
+    others = [
+        replace(row, chosen_ids=(row.chosen_ids + 1) % V) if row.chosen_ids is not None else row
+        for row in inputs.rows
+    ]
+    teacher = ask_teacher({"": LocalScorer(teacher_model)}, others, objective, teacher_needs(objective), V)
+    inputs = replace(inputs, rows=others, teacher=teacher)
+    corrected, without = run(student, objective, inputs)[0], run(student, plain, inputs)[0]
+    ratio = teacher.teacher_logprobs - inputs.sampler_logprobs
+    student_tail = np.concatenate(
+        [tails_of(student, row, np.asarray(row.chosen_ids)) for row in others if row.tokens]
+    )
+    by_hand = np.mean(student_tail * -1 - ratio + teacher.topk.tail)
+    difference = sum(corrected.losses.values()) - sum(without.losses.values())
+    assert difference == pytest.approx(by_hand, abs=1e-5)
+
+
+def tails_of(model: Any, row: Row, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([row.sequence])).logits[0].double(), -1)
+    places = range(len(row.context) - 1, len(row.sequence) - 1)
+    outside = [[v for v in range(V) if v not in here] for here in ids]
+    return np.array([float(logprobs[p][rest].logsumexp(0)) for p, rest in zip(places, outside, strict=True)])
 
 
 K1_ON_OUTLIERS = {

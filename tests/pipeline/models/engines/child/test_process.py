@@ -69,6 +69,9 @@ def test_it_answers_with_the_weights_it_has(engine: EngineProcess) -> None:
         ]
         scores = engine.token_logprobs([[1, 2, 3], [4, 5]], [1, 1])
         assert [row.tolist() for row in scores] == [[6 * weight + 6] * 2, [6 * weight + 6]]
+        ids = engine.choose([[1, 2, 3], [4, 5], [6]], [1, 1, 1], 2, 50)
+        assert [table.tolist() for table in ids] == [[[2, 3], [3, 4]], [[5, 6]], []]
+        assert ids[2].shape == (0, 2)
     assert engine.generate([], Sampling(), seeds=[], max_tokens=[]) == []
 
 
