@@ -102,7 +102,9 @@ def scan_prompts(
                 raise ValueError(record.problem)
             prompt = _prompt(record.fields, record.number, config, need_answer, check_answer)
             if names := also(prompt.domain):
-                prompt = replace(prompt, fields={name: _context_text(record.fields, name) for name in names})
+                prompt = replace(
+                    prompt, fields={name: needed_text(record.fields, name, CONTEXT) for name in names}
+                )
             if prompt.id in seen:
                 unit = record_unit(path)
                 raise ValueError(f"id {short(prompt.id)} is also on {unit} {seen[prompt.id]}")
@@ -223,10 +225,15 @@ def _nothing(record: Mapping[str, Any], path: str, setting: str) -> ValueError:
     return ValueError(f"no field {path!r}{other} (fields: {field_names(record)}; see {setting})")
 
 
-def _context_text(record: Mapping[str, Any], path: str) -> str:
-    text = field_text(record, path, CONTEXT)
+def needed_text(record: Mapping[str, Any], path: str, setting: str) -> str:
+    """A further field of a record, which may be empty; arguments as of ``prompt_text``.
+
+    Raises:
+        ValueError: it is missing, or not text.
+    """
+    text = field_text(record, path, setting)
     if text is None:
-        raise _nothing(record, path, CONTEXT)
+        raise _nothing(record, path, setting)
     return text
 
 

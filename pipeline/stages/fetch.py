@@ -19,7 +19,14 @@ import pyarrow as pa
 from tropd.pipeline.config.schema import to_plain
 from tropd.pipeline.config.sections.data_settings import DataConfig, Source
 from tropd.pipeline.problems.chat_messages import Message
-from tropd.pipeline.problems.prompts import MAX_SHOWN, Reject, answer_text, list_rejects, prompt_text
+from tropd.pipeline.problems.prompts import (
+    MAX_SHOWN,
+    Reject,
+    answer_text,
+    list_rejects,
+    needed_text,
+    prompt_text,
+)
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError, DataError
@@ -48,7 +55,7 @@ def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -
     for file, parts in files.items():
         target = run.workspace.resolve(file)
         record_path = target.with_name(target.name + RECORD_SUFFIX)
-        wanted = [to_plain(part) for part in parts]
+        wanted = [_plain(part) for part in parts]
         if target.exists() and not force:
             made[file] = _earlier(file, record_path, wanted)
             run.reporter.info(f"fetch: {file} exists")
@@ -59,6 +66,11 @@ def fetch_sources(run: Run, sources: Sequence[Source], *, force: bool = False) -
         write_text_atomic(record_path, json.dumps(made[file], indent=1) + "\n")
         run.reporter.info(f"fetch: {file}: {record['prompts']:,} prompts")
     return made
+
+
+def _plain(source: Source) -> dict[str, Any]:
+    """A source for its record; ``fields``, which records have not always had, where it has some."""
+    return {name: value for name, value in to_plain(source).items() if name != "fields" or value}
 
 
 def _earlier(file: str, record_path: Path, wanted: list[dict[str, Any]]) -> dict[str, Any]:
@@ -99,9 +111,9 @@ def _mixed(
     counts = mixture([len(records) for records in found], [source.weight for source in sources])
     lines = []
     for index, number in interleaved(counts):
-        source, (prompt, answer) = sources[index], found[index][number]
+        source, (prompt, answer, fields) = sources[index], found[index][number]
         name = source.domain or (str(index) if len(sources) > 1 else "")
-        line: dict[str, Any] = {
+        line: dict[str, Any] = fields | {
             data.id_field: f"{name}-{number}" if name else str(number),
             data.prompt_field: prompt,
         }
@@ -157,8 +169,8 @@ def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 def _records(
     run: Run, source: Source, records: Iterable[Record], seen: set[str], rejects: list[Reject]
-) -> Iterator[tuple[Ask, str | None]]:
-    """Prompt and answer of the wanted records; a prompt counts once. Others are added to ``rejects``.
+) -> Iterator[tuple[Ask, str | None, dict[str, str]]]:
+    """Prompt, answer and further fields of the wanted records; a prompt counts once. Others are added to ``rejects``.
 
     Raises:
         DataError: some are bad, and ``data.skip_bad`` is off.
@@ -172,6 +184,10 @@ def _records(
                 continue
             text, messages = prompt_text(record.fields, source.prompt, "prompt", chat=run.config.data.chat)
             answer = None if source.answer is None else answer_text(record.fields, source.answer, "answer")
+            fields = {
+                name: needed_text(record.fields, column, f"fields.{name}")
+                for name, column in source.fields.items()
+            }
         except ValueError as error:
             rejects.append(Reject(record.number, str(error)))
             if len(rejects) == MAX_SHOWN and not run.config.data.skip_bad:
@@ -182,7 +198,7 @@ def _records(
         if key in seen:
             continue
         seen.add(key)
-        yield prompt, answer
+        yield prompt, answer, fields
         taken += 1
         if taken == source.limit:
             break

@@ -39,6 +39,9 @@ class Source(Spec):
     and in the other columns: `conversations.0.value`."""
     answer: str | None = None
     """Column with the answer, if there is one; each record then needs it."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Further fields of the file, each with its column: `{ solution = "solution" }`. Each record needs them; a teacher's
+    context may name them."""
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Only records whose column has one of these values: `{ domain = ["math"] }`."""
     limit: int | None = Field(default=None, ge=1, le=MOST)

@@ -29,6 +29,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
+def test_further_fields_are_carried_and_needed(run: Run, tmp_path: Path) -> None:
+    records = [{"q": f"{n}+1=", "solution": f"{n}, then one more", "hint": n} for n in range(3)]
+    path = write(tmp_path / "q.parquet", records)
+    source = Source(dataset=str(path), prompt="q", fields={"solution": "solution", "note": "hint"})
+    fetch_sources(run, [source])
+    assert lines(run)[1] == {"id": "1", "prompt": "1+1=", "solution": "1, then one more", "note": "1"}
+    fetch_sources(run, [source])  # the record has them
+    missing = source.model_copy(update={"fields": {"note": "nothing"}})
+    with pytest.raises(ConfigError, match="was made of other sources"):
+        fetch_sources(run, [missing])
+    with pytest.raises(DataError, match=r"no field 'nothing' \(fields: hint, q, solution; see fields.note\)"):
+        fetch_sources(run, [missing], force=True)
+
+
 @pytest.fixture
 def run(tmp_path: Path, models: Path) -> Run:
     made = make_run(tmp_path / "run", models)
