@@ -54,9 +54,9 @@ test-thorough: $(STAMP)  ## Interrupt at many more points, damage every file, re
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
 		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/pipeline/test_fuzz.py
 
-# DRY_RUN=1 shows the plan and makes nothing; SEEDS and WORKERS as in tropd reproduce --help.
+# DRY_RUN=1 shows the plan and makes nothing; SEEDS, WORKERS and GPUS as in tropd reproduce --help.
 reproduce-%: $(STAMP)  ## Make a table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
-	$(BIN)/tropd reproduce $* -w runs/$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/tropd reproduce $* -w runs/$* $(if $(DRY_RUN),--dry-run) $(if $(GPUS),--gpus $(GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
 
 rehearse-%: $(STAMP)  ## Run the same stages with two tiny models, on a CPU, in minutes
 	$(BIN)/tropd reproduce $* --rehearse -w runs/rehearse-$* $(if $(DRY_RUN),--dry-run) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))

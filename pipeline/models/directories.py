@@ -30,9 +30,12 @@ def model_directory(workspace: Workspace, config: ModelConfig, role: str) -> Pat
     folder = workspace.resolve(config.model)
     if not folder.exists():
         if not is_hub_name(config.model):
+            made = "tropd prepare makes the demo models"
+            if Path(config.model).parts[:1] == ("sft",):
+                made = f"tropd sft -w {workspace.root} --from MODEL makes it"
             raise ConfigError(
                 f"{role}.model = {config.model!r}: {folder} does not exist",
-                hint="tropd prepare makes the demo models; otherwise give a model directory or a hub name",
+                hint=f"{made}; otherwise give a model directory or a hub name",
             )
         folder = _download(config.model, role)
     if folder.parent == workspace.stage(MADE):

@@ -18,7 +18,8 @@ import torch
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.models.directories import described_directory
-from tropd.pipeline.models.engines.decoding_any import FIRST_STEPS
+from tropd.pipeline.models.engines.decoding import batch_sizes
+from tropd.pipeline.models.engines.decoding_any import FIRST_STEPS, PREFILL_TOKENS
 from tropd.pipeline.models.engines.scoring import LOGIT_ELEMENTS
 from tropd.pipeline.models.loading import (
     context_length,
@@ -203,7 +204,8 @@ def _rollout_parts(
         part = vllm_part("student in vLLM", config, gpu_bytes)
         # Its engine sleeps while the student trains, unless it samples then.
         return [part if config.train.max_staleness else replace(part, phase="rollout")]
-    batch = min(config.rollout.batch_size, rows)
+    device = torch.device("cpu" if _on_cpu(config) else "cuda")
+    batch = max(batch_sizes(rows, config.rollout.batch_size, device))
     prefix = 0 if config.objective.schedule.kind == "none" else config.prefix_max_tokens
     first = longest_prompt + prefix
     passed = compute * (
@@ -222,7 +224,7 @@ def _rollout_parts(
         ),
         MemoryPart(
             "first pass of rollouts: prompts, teacher prefixes",
-            float(batch * first * (passed + first)),
+            float(min(batch * first, max(batch, PREFILL_TOKENS)) * (passed + first)),
             "rollout.batch_size, prefixes.max_tokens",
             "rollout",
         ),

@@ -34,7 +34,6 @@ class GpuRates(BaseModel):
     dense_training: Rate
     dense_forward: Rate
     attention_masked_training: Rate
-    attention_masked_forward: Rate
     attention_causal: Rate
     memory_bandwidth: Rate
     vllm_token: Rate
