@@ -87,7 +87,10 @@ def plan_table(job: Job, machine: Machine | None = None, *, runs_here: bool = Fa
             stages = list(_stages(job, setting, run, needs))
             disk = sum(stage.disk_bytes for stage in stages)
             checks += check_machine(needs, machine, disk=disk, runs_here=runs_here)
-            checks += [*check_teacher_stages(needs, machine), *_rows(run, setting, needs, machine)]
+            checks += [
+                *check_teacher_stages(needs, machine),
+                *_rows(run, setting, _of_a_run(job, needs), machine),
+            ]
         yield SettingPlan(
             title=setting.title,
             stages=stages,
@@ -104,6 +107,7 @@ def _cells(run: Run, setting: Setting) -> dict[str, Config]:
 def _stages(job: Job, setting: Setting, run: Run, needs: Needs) -> Iterator[StagePlan]:
     config, where = run.config, f"-w {shlex.quote(shown_path(run.workspace.root))}"
     on = f" --gpus {job.gpus}" if job.gpus > 1 else ""
+    apart = f" --workers {job.workers}" if job.workers > 1 else ""
     student, length = needs.student.parameters, config.prefix_max_tokens
     prefixes = (config.data.limit or config.demo.train_problems) * config.prefixes.samples_per_prompt
     tokens = prefixes * length
@@ -122,10 +126,10 @@ def _stages(job: Job, setting: Setting, run: Run, needs: Needs) -> Iterator[Stag
         yield StagePlan(
             "SFT", command, 0.0 if needs.on_cpu else sft_hours(needs), 2.0 * 12 * student + 2.0 * student
         )
-    runs = f" --seeds {job.seeds}{on}"
+    runs = f" --seeds {job.seeds}{apart}{on}"
     compare = f"tropd compare {where} --objectives"
     for row, (label, own) in zip(setting.rows, _cells(run, setting).items(), strict=True):
-        mine = row_needs(needs, own)
+        mine = row_needs(_of_a_run(job, needs), own)
         kept = config.train.keep_checkpoints + 1  # one more while a new one is written
         yield StagePlan(
             f"{label}: train, evaluate",
@@ -157,6 +161,11 @@ def _evaluated(needs: Needs, role: str) -> float:
         )
         for part in config.evaluation_sets.values()
     )
+
+
+def _of_a_run(job: Job, needs: Needs) -> Needs:
+    """Several runs at the same time have a GPU each."""
+    return replace(needs, gpus=1) if job.workers > 1 else needs
 
 
 def _rows(run: Run, setting: Setting, needs: Needs, machine: Machine) -> Iterator[Check]:
