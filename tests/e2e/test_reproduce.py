@@ -81,7 +81,7 @@ def test_every_table_names_what_there_is(name: str) -> None:
 def test_a_dry_run_needs_no_gpu_and_no_network(
     tropd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On eight GPUs nothing says no, and what was not looked at is said; vLLM's usual share leaves the teacher no room."""
+    """On eight GPUs nothing says no, and what is not checked is said; vLLM's usual share leaves the teacher no room."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shown = tropd.ok("reproduce", "table3", "-w", tmp_path, "--dry-run", "--gpus", "8").output
     for words in (
