@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -114,6 +115,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     if dtype is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+@functools.cache
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU."""
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -45,6 +45,7 @@ from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.setup import open_session
 from tropd.pipeline.training.train_stage import STAGE, check_finished, open_train_stage
 from tropd.pipeline.training.update.gradients import NonFiniteError, StepInputs, StepOutcome, backpropagate
+from tropd.pipeline.training.update.micro_batches import longest_row
 from tropd.pipeline.training.update.optimizer import learning_rate_at
 from tropd.pipeline.training.update.soundness import check_student, stopped
 from tropd.pipeline.training.update.student import whole
@@ -210,7 +211,7 @@ def _gradient(session: Session, inputs: StepInputs) -> tuple[StepOutcome, float]
         session.parameters,
         session.run.config.training_objective,
         inputs,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.micro_batch(longest_row(inputs.rows)),
         region_gradients=config.region_gradients,
         world=session.world,
     )

@@ -27,7 +27,7 @@ from tropd.pipeline.models.loading import (
     model_without_weights,
     num_parameters,
 )
-from tropd.pipeline.models.output.logprobs import CHUNK_ELEMENTS
+from tropd.pipeline.models.output.logprobs import chunk_elements
 from tropd.pipeline.problems.encoding import encode_prompts, tokens_of
 from tropd.pipeline.problems.prompts import scan_prompts
 from tropd.pipeline.run.opening import role_tokenizer
@@ -119,7 +119,7 @@ def memory_parts(
         teacher: None where another device has it (``teacher.url``).
         processes: those that torchrun starts; weights, gradients and moments are shared out.
         longest_prompt: in tokens, where it is known.
-        gpu_bytes: of which vLLM takes its share.
+        gpu_bytes: of which vLLM takes its share, and chunks of logits theirs.
     """
     compute = BYTES[config.student.settled_dtype]
     on_cpu = _on_cpu(config)
@@ -132,7 +132,7 @@ def memory_parts(
     share = trained / processes
     longest = longest_prompt + config.rollout.max_tokens
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    tokens = min(max(config.train.micro_batch_tokens, longest), rows * longest)
+    tokens = min(max(config.train.micro_batch(longest), longest), rows * longest)
     scored = min(max(config.service.batch_tokens, longest), rows * longest)
     parts = [
         *([MemoryPart("frozen weights", width * frozen / processes, "student.dtype")] if frozen else []),
@@ -147,7 +147,7 @@ def memory_parts(
         ),
         MemoryPart(
             "log-probs: a chunk of logits",
-            3.0 * 4 * min(CHUNK_ELEMENTS, tokens * student.vocab),
+            3.0 * 4 * min(chunk_elements(None if on_cpu else gpu_bytes), tokens * student.vocab),
             "",
             "train",
         ),

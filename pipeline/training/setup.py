@@ -188,4 +188,4 @@ def _reference(run: Run, folder: Path) -> Engine | None:
     if not needs_reference(run.config.objective):
         return None
     model = load_role(run, "student", folder)
-    return model.engine(batch_size=1, batch_tokens=run.config.train.micro_batch_tokens)
+    return model.engine(batch_size=1, batch_tokens=run.config.train.micro_batch(0))

@@ -47,7 +47,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
         fields |= section_fields("student.lora", config.student.lora)
     if config.train.dropout:
         # The dropped activations depend on how a step is cut up.
-        fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch_tokens}
+        fields |= {"train.dropout": True, "train.micro_batch_tokens": config.train.micro_batch(0)}
     if config.rollouts_differ:
         fields[IMPORTANCE_CLIP] = config.train.importance_clip
     fields["run.seed"] = config.run.seed

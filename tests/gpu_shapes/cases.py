@@ -62,7 +62,7 @@ class Place:
         """The waits in this block, from now on, are those of so many units."""
         self.units = units
         self.record.waits.clear()
-        with mock.patch.object(logprobs, "CHUNK_ELEMENTS", CHUNK * V):
+        with mock.patch.object(logprobs, "chunk_elements", return_value=CHUNK * V):
             yield
         self.waits = Counter(self.record.waits)
 
@@ -163,6 +163,7 @@ def _step(
     objective = load_objective(name, {"k": 4})
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = make_optimizer(student, TrainConfig(learning_rate=1e-3))
+    assert optimizer.defaults["fused"] == (place.kind != "cpu")
     layout = Layout(inputs.rows, objective.guides)
     batches = list(micro_batches(layout, BUDGET, torch.device("cpu"), packing=passes.packing))
     times = 2 if needs_student_pass(objective) else 1

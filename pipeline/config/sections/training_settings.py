@@ -9,6 +9,9 @@ from pydantic import Field
 from tropd.pipeline.config.sections.value_types import MOST, MOST_ROWS, MOST_TOKENS, Beta, TokenId
 from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
+LEAST_MICRO_BATCH = 4096
+"""Tokens of a micro-batch, where none are set and rows are short."""
+
 
 class RunConfig(Spec):
     """The run as a whole."""
@@ -68,8 +71,9 @@ class TrainConfig(Spec):
     """c of the weight min(π_θ/μ, c) that corrects for responses sampled from another distribution μ than the student's
     own (older weights, another engine, another temperature or top-p, or bfloat16, in which sampler and trainer round
     differently), where the objective does not set its own."""
-    micro_batch_tokens: Apart[int] = Field(default=4096, ge=1, le=MOST_TOKENS)
-    """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step."""
+    micro_batch_tokens: Apart[int | None] = Field(default=None, ge=1, le=MOST_TOKENS)
+    """Tokens, padding included, per forward and backward pass; gradients are accumulated over a step. If not set: twice
+    the step's longest row, so that little of a pass stays empty, and at least 4,096."""
     gradient_checkpointing: Inert[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Inert[Literal["auto", "flash_attention_2", "flash_attention_3"]] = "auto"
@@ -94,6 +98,10 @@ class TrainConfig(Spec):
     """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
     evaluate_problems: Inert[int] = Field(default=100, ge=1, le=MOST)
     """Problems per such evaluation of accuracy, spread over all. The distance has evaluation.distance_prompts."""
+
+    def micro_batch(self, longest: int) -> int:
+        """Effective ``micro_batch_tokens`` where the longest row has so many tokens."""
+        return self.micro_batch_tokens or max(LEAST_MICRO_BATCH, 2 * longest)
 
     @property
     def warmup(self) -> int:

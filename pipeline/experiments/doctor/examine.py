@@ -42,6 +42,7 @@ from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.rollout.rows import Row, RowPlan, prompts_of_step, roll_out, sampler_logprobs
 from tropd.pipeline.training.rollout.sampler import rollout_engine
 from tropd.pipeline.training.signal.ask_teacher import TeacherData, ask_teacher, draw_regions, partition_draws
+from tropd.pipeline.training.update.micro_batches import longest_row
 from tropd.pipeline.training.update.student import StudentPass, trainable_student
 from tropd.pipeline.training.update.trainer_proof import row_logprobs
 from tropd.pipeline.training.world import ALONE
@@ -151,7 +152,7 @@ def _answer(run: Run, prompts: int, tokens: int) -> _Answers:
     if loaded.compiles:
         compile_layers(model)
     with run.reporter.waiting("the training pass"), evaluation_mode(model), autocast(device, precision):
-        trained = row_logprobs(passes, rows, config.train.micro_batch_tokens)
+        trained = row_logprobs(passes, rows, config.train.micro_batch(longest_row(rows)))
     low = precision or model.dtype
     drawn = sampler_logprobs(rows).astype(np.float32)
     whole = str(model.dtype).removeprefix("torch.")

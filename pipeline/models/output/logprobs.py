@@ -32,10 +32,20 @@ from tropd.pipeline.models.output.output_layer import (
     workspace,
 )
 from tropd.pipeline.models.output.vocabulary_sums import entropy, log_softmax_, logsumexp, row_blocks
-from tropd.pipeline.models.runtime import to_device
+from tropd.pipeline.models.runtime import gpu_bytes, to_device
 
 # Logits of one chunk: 2^25 float32 numbers, 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
+# Most on a GPU: 1 GiB, from 64 GiB of memory on. Each chunk also reads and writes the head's whole gradient.
+CHUNK_ELEMENTS_ON_GPU = 1 << 28
+BYTES_PER_ELEMENT = 256
+
+
+def chunk_elements(gpu_bytes: float | None) -> int:
+    """Logits of one chunk, on a GPU with so much memory; None is a CPU."""
+    if gpu_bytes is None:
+        return CHUNK_ELEMENTS
+    return max(CHUNK_ELEMENTS, min(CHUNK_ELEMENTS_ON_GPU, int(gpu_bytes / BYTES_PER_ELEMENT)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ def token_logprobs(
     """
     if lookups is None:
         lookups = Lookups.none(targets)
-    size = max(1, CHUNK_ELEMENTS // split.vocabulary(states))
+    elements = chunk_elements(gpu_bytes(states.device) if states.device.type == "cuda" else None)
+    size = max(1, elements // split.vocabulary(states))
     if not len(targets):
         empty = states.sum(dim=-1).float()
         return TokenLogprobs(empty, empty, empty.detach(), empty.detach(), empty)

@@ -91,7 +91,7 @@ class Needs:
             everywhere=teacher_everywhere(config),
             scorer=config.teacher.scorer,
             batch_size=config.rollout.batch_size,
-            micro_batch_tokens=config.train.micro_batch_tokens,
+            micro_batch_tokens=config.train.micro_batch(self.prompt + config.rollout.max_tokens),
             masks=config.train.attention == "auto",
             kv_room=max(1e9, share - 2 * self.student.parameters - VLLM_BESIDE),
         )

@@ -244,7 +244,9 @@ def load_checkpoint(
         if key.startswith("optimizer."):
             # AdamW makes its state in its first step: until then none exists to fill.
             name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
-            like = torch.zeros_like(parameters[name]) if shape else torch.zeros((), dtype=dtype)
+            place = parameters[name].device if optimizer.defaults.get("fused") else "cpu"
+            number = torch.zeros((), dtype=dtype, device=place)
+            like = torch.zeros_like(parameters[name]) if shape else number
             optimizer.state[parameters[name]][kind] = tensors[key] = like
     load_tensors(folder / TENSORS, tensors)
     saved = json.loads((folder / STATE).read_text())

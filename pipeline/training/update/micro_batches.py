@@ -115,6 +115,11 @@ class MicroBatch:
     """``[g]`` likewise in G."""
 
 
+def longest_row(rows: Sequence[Row]) -> int:
+    """Tokens of the longest."""
+    return max((len(row.sequence) for row in rows), default=0)
+
+
 def micro_batches(
     layout: Layout,
     budget: int,

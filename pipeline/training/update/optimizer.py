@@ -13,7 +13,7 @@ from tropd.pipeline.config.sections.training_settings import TrainConfig
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the model's trainable parameters, those that are not decayed in a group of their own.
 
-    Its state is found by parameter (see ``checkpoint``), not by group.
+    Its state is found by parameter (see ``checkpoint``), not by group. On GPUs its step is one kernel.
     """
     spared = undecayed(model)
     groups: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = ([], [])
@@ -29,6 +29,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
         ],
         lr=config.learning_rate,
         betas=config.betas,
+        fused=all(parameter.device.type == "cuda" for group in groups for parameter in group),
     )
 
 

@@ -21,7 +21,7 @@ from tropd.pipeline.objectives.estimators import LOGPROB_FLOOR
 from tropd.pipeline.training.rollout.rows import Row, sampler_logprobs
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.update.gradients import StepInputs
-from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
+from tropd.pipeline.training.update.micro_batches import Layout, longest_row, micro_batches
 from tropd.pipeline.training.update.student import whole
 from tropd.storage.bounds import are_logprobs
 from tropd.storage.disk.atomic import write_text_atomic
@@ -66,7 +66,7 @@ def check_student(session: Session, step: int, inputs: StepInputs) -> None:
 
 def _mean_logprob(session: Session, inputs: StepInputs, device: torch.device) -> float:
     """Mean log-prob of the response tokens of a first micro-batch."""
-    budget = session.run.config.train.micro_batch_tokens
+    budget = session.run.config.train.micro_batch(longest_row(inputs.rows))
     layout = Layout(inputs.rows, guided=True)
     batch = next(iter(micro_batches(layout, budget, device, packing=session.passes.packing)))
     with torch.no_grad(), _uncompiled(session), autocast(device, session.precision):

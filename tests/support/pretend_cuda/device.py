@@ -131,6 +131,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = _computed(func, _mapped(_inner, args), _mapped(_inner, kwargs))
     if name == "_local_scalar_dense" or not (any(map(_on_device, named)) if named else here):
         return result
+    if result is None:
+        return None
     result = _mapped(_wrapped, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if aliases and here else result
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tensor_memory import peak_bytes
 
 from tropd.pipeline.models.output import logprobs, vocabulary_sums
-from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
+from tropd.pipeline.models.output.logprobs import Lookups, chunk_elements, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
 from tropd.pipeline.objectives.estimators import Alternatives, topk_forward_kl
 
@@ -263,3 +263,9 @@ def test_no_gradient_is_no_trouble(
     with torch.no_grad():
         result = token_logprobs(SplitModel(None, head, None), states, targets, lookups)
     assert not result.targets.requires_grad
+
+
+def test_chunks_are_as_large_as_a_gpu_has_room_for() -> None:
+    """Small ones read and write the head's gradient too often."""
+    sizes = [chunk_elements(memory) for memory in (None, 4e9, 24e9, 80e9, 180e9)]
+    assert sizes == [2**25, 2**25, 24e9 // 256, 2**28, 2**28]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from step_inputs import LocalScorer, V, likeliest, make_inputs, make_rows
 
 from tropd.pipeline.config.recipe_files import load_objective, recipe_names
+from tropd.pipeline.config.sections.training_settings import TrainConfig
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse, encode_response
@@ -467,3 +468,12 @@ def test_lines_hold_every_row_once_within_the_budget(
         assert packing != "padded" or all(len(line) == 1 for line in lines)
         seen += [i for line in lines for i in line]
     assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_a_micro_batch_holds_two_rows_of_any_length_by_default() -> None:
+    """One line of a budget of 1.9 lines would leave almost half of it empty."""
+    for longest, lines in ((8296, 2), (3000, 2), (500, 8)):
+        budget = TrainConfig().micro_batch(longest)
+        found, left = fill_lines(range(20), [longest] * 20, budget, "lines")
+        assert [len(found), len(found) + len(left)] == [lines, 20]
+    assert TrainConfig(micro_batch_tokens=60).micro_batch(8296) == 60
