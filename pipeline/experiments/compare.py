@@ -86,7 +86,7 @@ def compare(
         ):
             engine = (
                 ('teacher.scoring_engine="transformers"',)
-                if any(teacher_needs(s).entropy for s in specs)
+                if any(teacher_needs(s).beyond_vllm for s in specs)
                 else ()
             )
             command = serve_command(run.workspace.root, (*run.assignments, *engine))
@@ -133,11 +133,11 @@ def cell_config(run: Run, cell: Cell) -> Config:
     """The base configuration with this cell's objective and seed; overrides of the base objective are dropped,
     but for ``k``, which is a budget and not a method.
 
-    A teacher in vLLM does not give entropies, so it scores for an objective that needs them outside of vLLM.
+    A teacher in vLLM does not give all that an objective may need: for one that needs more it scores outside of vLLM.
     """
     objective = load_objective(cell.name, {"k": run.config.objective.k})
     teacher = run.config.teacher
-    if teacher_needs(objective).entropy and not teacher.urls:
+    if teacher_needs(objective).beyond_vllm and not teacher.urls:
         teacher = teacher.model_copy(update={"scoring_engine": "transformers"})
     plain = run.config.model_copy(
         update={

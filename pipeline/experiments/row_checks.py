@@ -56,11 +56,12 @@ def check_engines(run: Run, rows: Mapping[str, Config]) -> list[Check]:
             wrong = [
                 row
                 for row, config in asking.items()
-                if teacher_needs(config.objective).entropy and config.teacher.scorer == "vllm"
+                if teacher_needs(config.objective).beyond_vllm and config.teacher.scorer == "vllm"
             ]
             text = f"{whose} gives what {len(asking)} rows need"
             if wrong:
-                text = f"{', '.join(wrong)}: {whose} scores in vLLM, which gives no entropy; set "
+                text = f"{', '.join(wrong)}: {whose} scores in vLLM, which gives neither entropies nor log-probs "
+                text += "of ids that the student chose; set "
                 text += "teacher.scoring_engine = 'transformers'"
             found.append(Check(not wrong, text))
     return found

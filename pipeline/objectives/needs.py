@@ -40,6 +40,11 @@ class TeacherNeeds:
     overlap: bool = False
     """The share of these that are among as many likeliest ids of its own."""
 
+    @property
+    def beyond_vllm(self) -> bool:
+        """True if a teacher in vLLM does not give them: entropies, and log-probs of ids that the student chose."""
+        return self.entropy or self.chosen > 0
+
 
 def needed_data(objective: Objective) -> tuple[str, ...]:
     """Folders that an objective's data stages fill before training, in the order of the stages.

@@ -244,7 +244,8 @@ def _ask_service(run: Run, answers: _Answers) -> TeacherData:
                 clients,
                 answers.rows,
                 run.config.objective,
-                teacher_needs(run.config.objective),
+                # The student has chosen no ids: its answers were not made for a step of training.
+                replace(teacher_needs(run.config.objective), chosen=0, overlap=False),
                 num_tokens(answers.tokenizer),
                 teacher_of=lambda row: teachers[row.plan.slot],
             )

@@ -100,11 +100,12 @@ class Needs:
         """The rows of a step, all of full length (or of this)."""
         rollout = self.config.rollout
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
+        needs = teacher_needs(self.config.objective)
         return StepWork(
             self.prompt,
             (length or rollout.max_tokens,) * rows,
             own_share(self.config),
-            teacher_needs(self.config.objective).topk != "none",
+            needs.topk != "none" or needs.chosen > 0,
         )
 
     def step(self) -> StepTime:

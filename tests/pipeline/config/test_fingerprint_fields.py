@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from tiny_runs import make_models
 
-from tropd.pipeline.config.recipe_files import recipe_names, recipe_text
+from tropd.pipeline.config.recipe_files import load_objective, recipe_names, recipe_text
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.demo import prepare
 from tropd.pipeline.objectives.spec import FieldMark, Spec, field_marks
 from tropd.pipeline.problems.encoding import Encoded
+from tropd.pipeline.run.identity import section_fields
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages import prefixes, scores
@@ -320,6 +321,23 @@ def changed(run: Run, choose: Callable[[FieldMark | None], bool]) -> tuple[set[s
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
+def test_settings_of_later_versions_are_recorded_where_they_are_used_only() -> None:
+    plain = section_fields("objective", load_objective("tropd"))
+    assert not any(name.endswith((".unit", ".alternatives", ".entry_clip")) for name in plain)
+    assert plain["objective.outlier.loss.support"] == "truncated"  # as it always was
+    changes = {"schedule": {"unit": "trajectory"}, "outlier": {"loss": {"entry_clip": 0.05}}}
+    used = section_fields("objective", load_objective("tropd", changes))
+    assert dict(used.items() - plain.items()) == {
+        "objective.schedule.unit": "trajectory",
+        "objective.outlier.loss.entry_clip": 0.05,
+    }
+    of_student = section_fields("objective", load_objective("rkl-topk-sg"))
+    assert of_student["objective.alternatives"] == "student"
+    assert of_student["objective.outlier.loss.support"] == "truncated"
+    assert of_student["objective.outlier.loss.stop_gradient"] is True
+    assert "objective.outlier.loss.support" not in section_fields("objective", load_objective("tip"))
+
+
 def test_what_is_inert_changes_no_fingerprint(workspace: Workspace, models: Path) -> None:
     run = opened(recipe_text("demo"), workspace, models)
     chosen, differ = changed(run, lambda mark: mark is FieldMark.INERT)

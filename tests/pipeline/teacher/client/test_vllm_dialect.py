@@ -175,6 +175,10 @@ def test_the_limits_are_known_and_refused_before_the_first_rollout(table_engine:
         entropy = load_objective("eopd", {"k": 4})
         with pytest.raises(ConfigError, match=r"partition\.rule = 'teacher_entropy'"):
             client.check_gives(teacher_needs(entropy), entropy)
+        chosen = load_objective("rkl-topk", {"k": 4})
+        with pytest.raises(ConfigError, match=r"the student's top 4.* no log-probs of chosen ids") as beyond:
+            client.check_gives(teacher_needs(chosen), chosen)
+        assert "a vLLM server reports its own likeliest ids only" in str(beyond.value.hint)
         client.check_compatible("any", V, 63)
         with pytest.raises(ConfigError, match=r"takes 63 tokens.* need 64") as short:
             client.check_compatible("any", V, 64)
