@@ -33,7 +33,10 @@ def say_checks(checks: Iterable[Check]) -> None:
 def plan(
     workspace: WorkspaceOption,
     settings: SetOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that train together, one per GPU.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that train together, one per GPU; all visible if not given."),
+    ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(help="GB per GPU, of another machine than this one.", min=0.1)
     ] = None,
@@ -45,11 +48,12 @@ def plan(
     """Estimate training's memory, disk and time from the models' configurations, and check them; exit 2 if something says
     no. With --time, also measure the stages' durations."""
     from tropd.pipeline.training.memory_plan import peak_bytes, prompt_tokens
-    from tropd.pipeline.training.preflight.preflight import plan_run
+    from tropd.pipeline.training.preflight.preflight import plan_run, visible_gpus
     from tropd.pipeline.training.time_plan import estimate, rounded_duration
     from tropd.storage.errors import TropdError
 
     run = open_workspace(workspace, settings)
+    gpus = gpus or visible_gpus(run)
     unread = ""
     try:
         prompts = prompt_tokens(run)

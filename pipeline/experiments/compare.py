@@ -38,6 +38,7 @@ from tropd.pipeline.teacher.connect import serves_on_one_device
 from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
 from tropd.pipeline.training.on_gpus import train_on
 from tropd.pipeline.training.preflight.checks import refuse
+from tropd.pipeline.training.preflight.preflight import require_room
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import CACHE_STAGES, STAGES, Who, Workspace
@@ -70,12 +71,13 @@ def compare(
     specs = [config.objective for config in configs.values()]
     finished(run, "prefixes")
     finished(run, "scores")
+    whole = gpus if workers == 1 else 1
     refuse(check_engines(run, configs), "this comparison")
+    require_room(run, whole, 0)
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run, execution=Execution(gpus=gpus))
         score_teacher(run, source_stage="rollouts", execution=Execution(gpus=gpus))
     _evaluate_reference(run, gpus)
-    whole = gpus if workers == 1 else 1
     with ExitStack() as stack:
         url = None  # of the service that is started here; another is in the cells' configurations
         # Several processes of one run start their own.

@@ -98,6 +98,11 @@ def needs_of(
     return Needs(config, gpus, *found, longest, gpu_bytes=gpu_bytes), checks
 
 
+def visible_gpus(run: Run) -> int:
+    """GPUs that a run would use here; 1 on a CPU."""
+    return 1 if run.config.runtime.device == "cpu" else max(1, torch.cuda.device_count())
+
+
 def gpus_to_plan() -> int:
     """GPUs to plan a table for: those here, or a node's."""
     return torch.cuda.device_count() or NODE_GPUS

@@ -19,6 +19,7 @@ from tropd.pipeline.run.run import Run, with_teacher
 from tropd.pipeline.stages.prefixes import generate_prefixes
 from tropd.pipeline.stages.scores import score_teacher
 from tropd.pipeline.teacher.wire.info import ServiceInfo
+from tropd.pipeline.training.preflight.machine import Machine
 from tropd.storage.errors import ConfigError
 
 INFO = ServiceInfo(
@@ -76,6 +77,17 @@ def test_a_comparison_is_refused_before_it_evaluates_or_trains(tiny_run: Run, se
     score_teacher(tiny_run, source_stage=generate_prefixes(tiny_run).stage)
     with pytest.raises(ConfigError, match="this comparison cannot be made here"):
         compare(with_teacher(tiny_run, server), ["opd", "eopd"], 1)
+    assert not (tiny_run.workspace.root / "compare").exists()
+
+
+def test_a_comparison_that_does_not_fit_is_refused_at_once(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_teacher(tiny_run, source_stage=generate_prefixes(tiny_run).stage)
+    small = Machine(gpus=(), memory=1e9, shared_memory=0.0, disk=1e12)
+    monkeypatch.setattr("tropd.pipeline.training.preflight.preflight.look", lambda *args, **options: small)
+    with pytest.raises(ConfigError, match=r"main memory: at most .* 1\.0 GB there"):
+        compare(tiny_run, ["opd"], 1)
     assert not (tiny_run.workspace.root / "compare").exists()
 
 
