@@ -140,6 +140,7 @@ COVERED_BY = {
     "tropd.pipeline.teacher.service.serve": "tests/pipeline/teacher/test_local_service.py",
     "tropd.pipeline.teacher.service.serve_on_ray": "tests/e2e/test_ray_serve.py",
     "tropd.pipeline.teacher.wire.arrow_stream": "tests/pipeline/teacher/test_wire.py",
+    "tropd.pipeline.teacher.wire.headers": "tests/pipeline/teacher/test_busy_service.py",
     "tropd.pipeline.teacher.wire.info": "tests/pipeline/teacher/service/test_connections.py",
     "tropd.pipeline.training.distance.held_out_set": "tests/pipeline/training/distance/test_along.py",
     "tropd.pipeline.training.inputs": "tests/pipeline/models/test_padded_vocabulary.py",

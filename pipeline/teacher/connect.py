@@ -45,18 +45,31 @@ def teacher_fields(run: Run) -> dict[str, Scalar]:
     return fields_of_all(run, teachers_in_use(run), _fields)
 
 
-def start_teachers(run: Run, stack: ExitStack, log_name: str = "teacher-service") -> dict[str, LocalTeacher]:
-    """Start a service for every teacher without an address; the services are stopped when ``stack`` closes."""
+def start_teachers(
+    run: Run, stack: ExitStack, log_name: str = "teacher-service", *, rank: int = 0
+) -> dict[str, LocalTeacher]:
+    """Start a service for every teacher without an address; the services are stopped when ``stack`` closes.
+
+    Args:
+        rank: of this process among those that train together: only the first one starts those that all ask.
+    """
     started = {}
     for name in teachers_in_use(run):
-        if not with_only(run, name).config.teacher.urls:
+        own = with_only(run, name)
+        if not own.config.teacher.urls and (rank == 0 or _beside_every_process(own)):
             run.reporter.info(f"starting a local teacher service{name and f' for {name}'}")
             command = serve_command(run.workspace.root, run.assignments, name)
-            log = run.workspace.logs / f"{log_name}{name and f'-{name}'}.log"
+            log = (
+                run.workspace.logs / f"{log_name}{name and f'-{name}'}{(rank and f'-rank-{rank}') or ''}.log"
+            )
             started[name] = stack.enter_context(
-                LocalTeacher(command, log, one_device=serves_on_one_device(run))
+                LocalTeacher(command, log, one_device=serves_on_one_device(own))
             )
     return started
+
+
+def _beside_every_process(run: Run) -> bool:
+    return run.config.teacher.placement == "every" and serves_on_one_device(run)
 
 
 def serves_on_one_device(run: Run) -> bool:
@@ -79,13 +92,13 @@ def connect_teachers(
     """A client for every teacher in use, by the teacher's name; see ``connect_teacher``.
 
     Args:
-        started: the services of teachers without an address.
+        started: the services that this process has started.
         known: addresses of such services that another process of the run has started.
     """
     clients = {}
     for name in teachers_in_use(run):
         own = with_only(run, name)
-        if known is not None and not own.config.teacher.urls:
+        if known is not None and name not in started and not own.config.teacher.urls:
             own = with_teacher(own, known[name])
         clients[name] = connect_teacher(
             own,

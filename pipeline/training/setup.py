@@ -76,7 +76,7 @@ def open_session(
     # A teacher loads while the student does; but vLLM measures how much memory is free while it loads.
     at_once = "vllm" not in (config.teacher.scorer, config.student.engine)
     serves = asks and config.teacher.follow is None
-    started = start_teachers(run, stack) if serves and at_once and world.leads else {}
+    started = start_teachers(run, stack, rank=world.rank) if serves and at_once else {}
     with loading(run, "student", folder):
         student = trainable_student(run, folder, device, world)
     whole_model = student.model if world.size == 1 else whole_student(run, folder)
@@ -85,8 +85,8 @@ def open_session(
     following = open_following_teacher(run) if asks else None
     scorers: dict[str, TeacherClient | FollowingTeacher] = {GENERAL: following} if following else {}
     if serves:
-        if world.leads and not at_once:
-            started = start_teachers(run, stack)
+        if not at_once:
+            started = start_teachers(run, stack, rank=world.rank)
         scorers |= _connect(run, stack, world, started, student, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
     if config.train.attention != "auto" and passes.packing == "padded":
@@ -148,7 +148,7 @@ def _check_settings(run: Run, world: World) -> None:
     if config.teacher.follow is not None and (world.size > 1 or config.teacher.settled_dtype != "float32"):
         raise ConfigError(
             "teacher.follow currently needs a single process, and a teacher in float32",
-            hint='set teacher.dtype = "float32" and run without torchrun, or leave teacher.follow out',
+            hint='set teacher.dtype = "float32" and train with --gpus 1, without torchrun; or leave teacher.follow out',
         )
     if config.student.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
@@ -167,7 +167,7 @@ def _connect(
     on_wait: Callable[[str], None],
     sleep: Callable[[float], None],
 ) -> dict[str, TeacherClient]:
-    """A client in every process; the first process knows the addresses of the services it has started."""
+    """A client in every process, of its own service, or of that of the first process, which knows the address."""
     connect = partial(
         connect_teachers,
         run,

@@ -95,3 +95,21 @@ def test_data_stages_and_evaluation_give_the_same_bytes(tropd: Any, finished: Pa
             assert ours["summary"]["accuracy"] == theirs["summary"]["accuracy"]
         assert not (workspace / f"{stage}.parts").exists()
     assert list((workspace / "logs").glob("scores-part-*.log"))
+
+
+def test_each_process_asks_a_teacher_of_its_own_and_the_losses_are_those_of_one(
+    tropd: Any, prepared: Path, finished: Path, copy: Any
+) -> None:
+    workspace = copy(prepared)
+    tropd.ok("train", "-w", workspace, "--gpus", "2")
+    assert {path.name for path in (workspace / "logs").glob("teacher-service*.log")} == {
+        "teacher-service.log",
+        "teacher-service-rank-1.log",
+    }
+    asked = [
+        json.loads(line) for line in (workspace / "logs" / "teacher-access.jsonl").read_text().splitlines()
+    ]
+    scored = [one for one in asked if one["path"] == "/v1/score"]
+    assert len(scored) == 2 * 8  # a share of each step to each
+    for one, other in zip(records(workspace), records(finished), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -114,10 +114,14 @@ class ServedTeacher(ModelConfig):
     url: str | tuple[str, ...] | None = None
     """A scoring service that is already running (`tropd serve-teacher`, or vLLM's `vllm serve`), or a list of several
     with the same teacher; if not set, `tropd train` starts one on a free loopback port."""
+    placement: Literal["every", "first"] = "every"
+    """Processes of a training run that have the service that is started on their GPU: every one its own, or the first
+    process one for all. A teacher that vLLM spreads over several GPUs is started once."""
     token_env: str = "TROPD_TEACHER_TOKEN"
     """Environment variable with the bearer token of that service."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=WEEK)
-    """Seconds that the trainer keeps asking for an answer before it stops, with everything saved."""
+    """Seconds that the trainer keeps asking for an answer before it stops, with everything saved. Time in which a request
+    waits in the service's queue, behind those of others, does not count."""
     scoring_engine: EngineName | None = None
     """Engine that scores with the teacher (the cache, the service, distances); `engine`, which writes its responses, if
     not set. `transformers` gives entropies, and computes alternatives only where they are asked for."""
@@ -240,7 +244,7 @@ class ServiceConfig(Spec):
     batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
     """Tokens, padding included, per forward pass; small requests are scored together up to this."""
     queue_tokens: int = Field(default=1 << 20, ge=1, le=MOST_TOKENS)
-    """Tokens that may wait; beyond this a request is answered 429 with Retry-After."""
+    """Tokens that may wait; beyond this a client that has a request waiting is answered 429 with Retry-After."""
     max_request_tokens: int = Field(default=1 << 18, ge=1, le=MOST_TOKENS)
     """Largest request, in tokens."""
     max_request_bytes: int = Field(default=64 << 20, ge=4096, le=1 << 36)

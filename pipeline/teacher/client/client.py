@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from tropd.pipeline.teacher.client.replicas import Replica, Replicas
 from tropd.pipeline.teacher.client.split import side_by_side, split_request
 from tropd.pipeline.teacher.client.vllm_dialect import SPARE, VllmDialect
 from tropd.pipeline.teacher.service.batcher import outlier_mask
+from tropd.pipeline.teacher.wire.headers import CLIENT_HEADER
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse
 from tropd.storage.errors import ConfigError, TropdError
@@ -34,7 +36,7 @@ class TeacherClient:
     Args:
         url: of the server, or of several.
         token: bearer token, if they want one.
-        timeout_seconds: how long a request is retried before ``score`` gives up.
+        timeout_seconds: how long a request is retried before ``score`` gives up; time in a server's queue does not count.
         on_wait: called once per outage, with the reason why nothing happens.
         sleep: waits between two attempts; may raise to end the wait.
         transport: carries requests; sockets if None.
@@ -71,7 +73,8 @@ class TeacherClient:
                 "the bearer token has characters that no HTTP header takes",
                 hint="use printable ASCII characters only, in the environment of service and trainer",
             )
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {CLIENT_HEADER: uuid.uuid4().hex}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
         for one in urls:
             try:
                 httpx.URL(one)

@@ -50,7 +50,7 @@ class TropdDialect:
 
     def score(self, exchange: Exchange, request: ScoreRequest) -> ScoreResponse:
         """See ``Dialect.score``."""
-        response = exchange.ask("POST", "/v1/score", encode_request(request), CONTENT_TYPE)
+        response = exchange.ask_in_turn("/v1/score", encode_request(request), CONTENT_TYPE)
         try:
             return decode_response(exchange.accepted(response).content, request)
         except ProtocolError as error:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import uuid
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import httpx
 
+from tropd.pipeline.teacher.wire.headers import QUEUED, REQUEST_HEADER, REQUESTS_PATH
 from tropd.storage.errors import ConfigError, TropdError
 
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 5.0
+"""Time between two looks at whether a request still waits for its turn."""
 PASSING = frozenset({408, 429, 502, 503, 504})
 """Statuses of an answer that may be different next time."""
 
@@ -27,7 +33,8 @@ class ServerFaultError(TropdError):
 
 
 class Exchange:
-    """Requests to one server that share a time limit. Counts the bytes of bodies: ``sent`` and ``received``.
+    """Requests to one server that share a time limit. Counts the bytes of bodies: ``sent`` and ``received``; and the
+    seconds in a queue that put the limit off: ``queued``.
 
     Args:
         http: shared by all servers; used with absolute addresses.
@@ -39,6 +46,7 @@ class Exchange:
         self.url = url
         self.sent = 0
         self.received = 0
+        self.queued = 0.0
         self._http = http
         self._deadline = time.monotonic() + seconds
 
@@ -58,13 +66,63 @@ class Exchange:
             TropdError: a body that is not encoded as its header says.
         """
         left = max(self._deadline - time.monotonic(), 1e-3)
+        headers = {"Content-Type": content_type} if content_type else {}
+        limit = httpx.Timeout(left, connect=min(CONNECT_SECONDS, left))
+        return self._send(method, path, content, headers, limit)
+
+    def ask_in_turn(self, path: str, content: bytes, content_type: str) -> httpx.Response:
+        """Post a request for whose turn a service may have to be waited: that time does not count.
+
+        Raises:
+            See ``ask``.
+        """
+        name = uuid.uuid4().hex
+        headers = {"Content-Type": content_type, REQUEST_HEADER: name}
+        left = max(self._deadline - time.monotonic(), 1e-3)
+        limit = httpx.Timeout(left, connect=min(CONNECT_SECONDS, left), read=None)
+        answers: SimpleQueue[httpx.Response | BaseException] = SimpleQueue()
+
+        def send() -> None:
+            try:
+                answers.put(self._send("POST", path, content, headers, limit))
+            except BaseException as error:
+                answers.put(error)
+
+        # A daemon: whoever gives up the wait does not have to wait for the answer first.
+        threading.Thread(target=send, name="teacher-request", daemon=True).start()
+        looked = time.monotonic()
+        while True:
+            try:
+                answer = answers.get(timeout=min(LOOK_SECONDS, max(left / 2, 0.05)))
+            except Empty:
+                queued, now = self._is_queued(name), time.monotonic()
+                if queued:
+                    self._deadline += now - looked
+                    self.queued += now - looked
+                left, looked = self._deadline - now, now
+                if left <= 0.0:
+                    raise TryAgainError(
+                        "no answer in time, and the request no longer waited for its turn"
+                    ) from None
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+    def _is_queued(self, name: str) -> bool:
+        left = max(min(LOOK_SECONDS, self._deadline - time.monotonic()), 1e-3)
+        try:
+            found = self._http.get(f"{self.url}{REQUESTS_PATH}/{name}", timeout=left)
+            return bool(found.status_code == httpx.codes.OK and found.json().get("state") == QUEUED)
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return False
+
+    def _send(
+        self, method: str, path: str, content: bytes | None, headers: dict[str, str], limit: httpx.Timeout
+    ) -> httpx.Response:
         try:
             response = self._http.request(
-                method,
-                f"{self.url}{path}",
-                content=content,
-                headers={"Content-Type": content_type} if content_type else None,
-                timeout=httpx.Timeout(left, connect=min(CONNECT_SECONDS, left)),
+                method, f"{self.url}{path}", content=content, headers=headers or None, timeout=limit
             )
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise ConfigError(f"the teacher's address {self.url!r} is not http: {error}") from error

@@ -58,7 +58,7 @@ class Replicas:
     Args:
         urls: of the servers, without a slash at the end.
         http: the client that makes the requests.
-        timeout_seconds: all attempts at a piece of work together.
+        timeout_seconds: all attempts at a piece of work together, without the time in servers' queues.
         on_wait: called once per outage of a server, and when it is back.
         sleep: waits the given seconds; may raise to end the wait.
     """
@@ -106,20 +106,24 @@ class Replicas:
         started = time.monotonic()
         failed: list[Replica] = []
         faults: set[str] = set()
+        queued = 0.0
 
         def left() -> float:
-            return self._timeout - (time.monotonic() - started)
+            return self._timeout + queued - (time.monotonic() - started)
 
         def attempt() -> Reply:
+            nonlocal queued
             replica = self._pick(tokens, failed, faults)
             untried = [r for r in self.all if r is not replica and r not in failed]
             seconds = max(left() / (1 + len(untried)), min(LAST_ATTEMPT_SECONDS, self._timeout))
             failed.append(replica)
+            exchange = None
             try:
                 # A server that has failed may still be away: the others are not kept waiting for it.
                 probe = min(PROBE_SECONDS, seconds) if replica.failures and untried else seconds
                 dialect = self._known(replica, probe)
-                answer = work(Exchange(self._http, replica.url, seconds), dialect)
+                exchange = Exchange(self._http, replica.url, seconds)
+                answer = work(exchange, dialect)
             except ServerFaultError as error:
                 faults.add(replica.url)
                 if len(faults) == len(self.all):
@@ -131,6 +135,7 @@ class Replicas:
                 self._failed(replica, error)
                 raise
             finally:
+                queued += exchange.queued if exchange is not None else 0.0
                 with self._lock:
                     replica.outstanding -= tokens
             self._answered(replica)
@@ -148,7 +153,7 @@ class Replicas:
         try:
             return tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type(TryAgainError),
-                stop=tenacity.stop_after_delay(self._timeout),
+                stop=lambda state: left() <= 0.0,
                 wait=wait,
                 sleep=self._sleep,
                 reraise=True,

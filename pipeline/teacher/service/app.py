@@ -28,6 +28,13 @@ from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.teacher.service.access_log import Access, AccessLog, Timing
 from tropd.pipeline.teacher.service.batcher import Batcher, QueueFullError, StoppingError, TeacherOutputError
 from tropd.pipeline.teacher.service.self_test import self_test
+from tropd.pipeline.teacher.wire.headers import (
+    CLIENT_HEADER,
+    QUEUED,
+    REQUEST_HEADER,
+    REQUESTS_PATH,
+    WORKING,
+)
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import CONTENT_TYPE, ProtocolError, decode_request, encode_response
 from tropd.storage.errors import MemoryFullError
@@ -39,6 +46,8 @@ PROBES = ("/healthz", "/readyz")
 """Paths without a token, and without a line in the access log."""
 BODY_IDLE_SECONDS = 10.0
 """A body that stops arriving for this long is given up."""
+MOST_NAME = 64
+"""Characters that count of the names that clients give themselves and their requests."""
 STUCK_SECONDS = 1.0
 """Time limit of a batch that outlasts the grace of a stopping service; no client is left to get its answers."""
 
@@ -79,6 +88,7 @@ def create_app(
     )
     metrics = _Metrics(lambda: batcher.waiting_tokens)
     stopping = asyncio.Event()
+    under_way: dict[str, Timing] = {}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -112,7 +122,7 @@ def create_app(
         seconds = time.monotonic() - started
         if request.url.path == "/v1/score":
             metrics.seconds.observe(seconds)
-        if not probe:
+        if not probe and not request.url.path.startswith(REQUESTS_PATH):
             access.status, access.total_ms = response.status_code, seconds * 1000
             access.bytes_out = int(response.headers.get("content-length", 0))
             access_log(access)
@@ -129,6 +139,13 @@ def create_app(
     @app.get("/v1/info")
     async def get_info() -> ServiceInfo:
         return info
+
+    @app.get(f"{REQUESTS_PATH}/{{name}}")
+    async def state(name: str) -> Response:
+        timing = under_way.get(name)
+        if timing is None:
+            return _error(404, "no such request is under way")
+        return JSONResponse({"state": QUEUED if timing.queue_ms is None else WORKING})
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
@@ -171,8 +188,11 @@ def create_app(
         except ProtocolError as error:
             return refused(422, str(error), sequence=error.sequence)
         timing = Timing()
+        name = request.headers.get(REQUEST_HEADER, "")[:MOST_NAME]
         try:
-            scored = asyncio.wrap_future(batcher.submit(asked, timing))
+            client = request.headers.get(CLIENT_HEADER, "")[:MOST_NAME]
+            scored = asyncio.wrap_future(batcher.submit(asked, timing, client))
+            under_way[name] = timing
             answer = await _unless_stopping(scored, stopping, settings.stop_seconds)
         except QueueFullError as error:
             response = refused(429, str(error))
@@ -185,6 +205,8 @@ def create_app(
         except Exception as error:
             return refused(500, f"scoring failed: {type(error).__name__}")
         finally:
+            if under_way.get(name) is timing:
+                del under_way[name]
             access.queue_ms, access.engine_ms = timing.queue_ms, timing.engine_ms
         k = max((item.topk_ids.shape[1] for item in answer.items), default=0)
         content = encode_response(

@@ -1,14 +1,13 @@
 """The queue of the service: waiting requests are scored together, up to a budget of tokens, by one worker thread.
 
-Whole requests are merged, never split: a client that sends one request at a time is always scored on its own, and
-gets bit-identical answers in a repeated run.
+Clients take turns. Whole requests are merged, never split: a client that sends one request at a time is always scored
+on its own, and gets bit-identical answers in a repeated run.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from tropd.pipeline.models.engines.base import Engine, SequenceScores
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.objectives.partition import partition_tokens
 from tropd.pipeline.teacher.service.access_log import Timing
+from tropd.pipeline.teacher.service.fair_queue import FairQueue
 from tropd.pipeline.teacher.wire.messages import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse, log_tail
 from tropd.storage.bounds import are_logprobs
 from tropd.storage.seeds import uniforms
@@ -56,7 +56,7 @@ class Batcher:
 
     Args:
         batch_tokens: requests are merged while their tokens stay within this.
-        queue_tokens: most tokens that may wait.
+        queue_tokens: most tokens that may wait; a client that has none waiting may always send a request.
         on_batch: called with (sequences, tokens, seconds) of every forward batch.
     """
 
@@ -72,8 +72,7 @@ class Batcher:
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
         self._on_batch = on_batch
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._held: _Job | None = None
+        self._jobs: FairQueue[_Job] = FairQueue()
         self._lock = threading.Lock()
         self._waiting = 0
         self._closed = False
@@ -85,8 +84,13 @@ class Batcher:
         """Tokens accepted and not yet scored."""
         return self._waiting
 
-    def submit(self, request: ScoreRequest, timing: Timing | None = None) -> Future[ScoreResponse]:
+    def submit(
+        self, request: ScoreRequest, timing: Timing | None = None, client: str = ""
+    ) -> Future[ScoreResponse]:
         """Queue a request. ``timing`` is filled in before its answer is ready.
+
+        Args:
+            client: whose turn it takes; all without a name share one.
 
         Raises:
             QueueFullError: it does not fit beside the waiting requests. An empty queue takes any request.
@@ -97,19 +101,20 @@ class Batcher:
         with self._lock:
             if self._closed:  # it would never be answered
                 raise StoppingError("the service is stopping")
-            if self._waiting and self._waiting + tokens > self._queue_tokens:
+            first = bool(client) and not self._jobs.has(client)
+            if self._waiting and self._waiting + tokens > self._queue_tokens and not first:
                 raise QueueFullError(
                     f"{self._waiting} tokens are waiting, {tokens} more exceed {self._queue_tokens}"
                 )
             self._waiting += tokens
-            self._jobs.put(job)
+            self._jobs.put(client, job)
         return job.future
 
     def close(self, timeout: float | None = None) -> None:
         """Finish the queue, then stop; leave the worker running if that takes longer than ``timeout`` seconds."""
         with self._lock:
             self._closed = True
-            self._jobs.put(None)
+            self._jobs.close()
         self._thread.join(timeout)
 
     def _work(self) -> None:
@@ -124,22 +129,16 @@ class Batcher:
                     self._waiting -= sum(job.tokens for job in jobs)
 
     def _next_batch(self) -> list[_Job] | None:
-        """The oldest job, and those after it that share its options and fit into the budget."""
-        first, self._held = self._held or self._jobs.get(), None
+        """The job whose turn it is, and those after it that share its options and fit into the budget."""
+        first = self._jobs.take()
         if first is None:
             return None
         batch, tokens = [first], first.tokens
-        while tokens < self._batch_tokens:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if job is None:
-                self._jobs.put(None)  # stop only after this batch
-                break
-            if tokens + job.tokens > self._batch_tokens or _options(job) != _options(first):
-                self._held = job
-                break
+
+        def fits(job: _Job) -> bool:
+            return tokens + job.tokens <= self._batch_tokens and _options(job) == _options(first)
+
+        while tokens < self._batch_tokens and (job := self._jobs.take_if(fits)) is not None:
             batch.append(job)
             tokens += job.tokens
         return batch

@@ -99,7 +99,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[InProcess]:
         opened.append(InProcess(run))
         return {"": opened[-1]}
 
-    monkeypatch.setattr(setup, "start_teachers", lambda *_: {})
+    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
     monkeypatch.setattr(setup, "connect_teachers", connect)
     return opened
 

@@ -45,7 +45,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs whose teacher answers without a service around it."""
-    monkeypatch.setattr(setup, "start_teachers", lambda *_: {})
+    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
     monkeypatch.setattr(setup, "connect_teachers", lambda *_, **__: {"": Counting(teacher_folder)})
 
     def made(name: str, *, every: int = 1, objective: str = "opd") -> Run:

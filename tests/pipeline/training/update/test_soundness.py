@@ -127,7 +127,7 @@ def test_the_teacher_is_not_asked_about_log_probs_that_are_none(
     run = make(tmp_path / "run", tiny_models, "opd", learning_rate=1e-3, checkpoint_every=50)
     spoil(monkeypatch, after=0, value=math.nan)
     teacher = Teacher(tiny_models)
-    monkeypatch.setattr(setup, "start_teachers", lambda *_: {})
+    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
     monkeypatch.setattr(setup, "connect_teachers", lambda *_, **__: {"": teacher})
     with pytest.raises(TropdError, match=r"step 1: the student's log-probs of its own tokens are not finite"):
         train(run)
