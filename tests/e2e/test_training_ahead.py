@@ -93,6 +93,22 @@ def test_sixty_steps_killed_at_random_end_as_if_undisturbed(
 
 
 @pytest.mark.slowest
+def test_ids_that_the_student_chose_are_those_of_before_after_a_kill(
+    tropd: Any, prepared: Path, copy: Any, teacher_url: str
+) -> None:
+    """One step ahead: the weights that chose them are gone when the run goes on, and the ids are in the checkpoint."""
+    options = [*AHEAD, "--set", f"teacher.url={teacher_url}", "--set", "objective.name=rkl-topk"]
+    options += ["--set", "objective.k=5", "--set", "train.checkpoint_every=1"]
+    undisturbed, workspace = copy(prepared, name="undisturbed"), copy(prepared, name="killed")
+    took = tropd.ok("train", "-w", undisturbed, *options).seconds
+    for share in (0.6, 0.75):
+        done = tropd("train", "-w", workspace, *options, after=share * took)
+        assert done.code in (0, -signal.SIGKILL), done.output
+    tropd.ok("train", "-w", workspace, *options)
+    assert result(workspace) == result(undisturbed)
+
+
+@pytest.mark.slowest
 def test_a_stopped_run_keeps_the_rows_that_are_there_already(
     prepared: Path, copy: Any, teacher_url: str
 ) -> None:
