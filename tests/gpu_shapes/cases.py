@@ -7,7 +7,7 @@ import functools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pretend_cuda.device import moved, pretend
 from pretend_cuda.record import Record
+from pretend_cuda.sharding import mesh_of_one
 from step_inputs import V, make_inputs, make_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -32,7 +33,8 @@ from tropd.pipeline.training.update.gradients import StepInputs, backpropagate
 from tropd.pipeline.training.update.lora import add_adapters
 from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
 from tropd.pipeline.training.update.optimizer import make_optimizer
-from tropd.pipeline.training.update.student import StudentPass
+from tropd.pipeline.training.update.student import StudentPass, shard, whole
+from tropd.pipeline.training.world import World
 
 BUDGET = 24
 """Tokens of a micro-batch, and of a scoring pass: there are several of each."""
@@ -182,6 +184,25 @@ def _step(
     }
 
 
+def _sharded(place: Place, name: str) -> Numbers:
+    """The loss and the gradient of a step whose weights FSDP2 shards, over one process."""
+    passes, inputs, objective = StudentPass(place.put(STUDENT)), _inputs(name), load_objective(name, {"k": 4})
+    with mesh_of_one() if place.kind == "pretended" else nullcontext() as mesh:
+        shard(passes, World(0, 1, mesh))
+        parameters = list(passes.parameters())
+        layout = Layout(inputs.rows, objective.guides)
+        batches = list(micro_batches(layout, BUDGET, torch.device("cpu"), packing=passes.packing))
+        with place.counting(len(batches)):
+            outcome = backpropagate(passes, parameters, objective, inputs, micro_batch_tokens=BUDGET)
+        gradients = [whole(p.grad) for p in parameters if p.grad is not None]
+        numbers = torch.cat([gradient.reshape(-1) for gradient in gradients]).cpu()
+    return {
+        "losses": list(outcome.losses.values()),
+        "log-probs": outcome.student_logprobs,
+        "gradient": numbers,
+    }
+
+
 def _sequences() -> tuple[list[list[int]], list[int]]:
     written = [row for row in _rows() if row.tokens]
     return [row.sequence for row in written], [len(row.context) for row in written]
@@ -270,6 +291,7 @@ CASES: dict[str, Case] = {
     "step padded": partial(_step, name="tropd-cached", packing="padded"),
     "step checkpointed": partial(_step, name="tropd", checkpointing=True),
     "step padded vocabulary": partial(_step, name="tropd", model=lambda: PADDED, num_tokens=V),
+    "step sharded": partial(_sharded, name="tropd"),
     "chunks": partial(_chunked, tail=False, dtype=torch.float32, bias=False),
     "chunks tail": partial(_chunked, tail=True, dtype=torch.float32, bias=True),
     "chunks bfloat16": partial(_chunked, tail=True, dtype=HALF, bias=False),

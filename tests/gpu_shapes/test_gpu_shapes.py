@@ -44,6 +44,7 @@ QUICK = (
 SLOW = (
     *(f"step {name}" for name in recipe_names("objectives") if name != "sft" and f"step {name}" not in QUICK),
     "step vopd bfloat16",
+    "step sharded",
     "score",
     "score padded vocabulary",
     "generate",

@@ -282,8 +282,24 @@ def attention(
 
 
 class _Stream:
+    """A stream, or an event in one: of all that they do, the host waits for ``synchronize`` only."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
     def synchronize(self) -> None:
         _record.wait("synchronize")
+
+    def record_event(self, *_: Any) -> _Stream:
+        return _Stream()
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    wait_event = record = wait = wait_stream
 
 
 _CUDA_FUNCTIONS: dict[str, Any] = {
@@ -293,6 +309,10 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "current_device": lambda: 0,
     "device_count": lambda: 1,
     "current_stream": lambda *_: _Stream(),
+    "Stream": _Stream,
+    "Event": _Stream,
+    "stream": _Stream,
+    "set_device": lambda *_: None,
     "synchronize": lambda *_: _record.wait("synchronize"),
     "mem_get_info": lambda *_: (80 << 30, 80 << 30),
 }
