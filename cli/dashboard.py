@@ -85,7 +85,9 @@ class Dashboard:
     def _shown(self) -> list[tuple[str, Callable[[float], str], list[float | None]]]:
         accuracy = column(self.records, "accuracy_sampled")
         k1 = column(self.records, "k1_mean")
-        reward = [None if value is None else -value for value in k1]
+        reward = column(self.records, "reward_mean")
+        if all(value is None for value in reward):  # of on-policy distillation it is the teacher's advantage
+            reward = [None if value is None else -value for value in k1]
         measured = any(value is not None for value in accuracy)
         return [
             ("loss", _number, column(self.records, "loss")),

@@ -178,6 +178,7 @@ class _PlainSteps:
 
     def step(self, record: Mapping[str, Any]) -> None:
         shown = {"loss": "loss", "k1": "k1_mean", "outlier": "region_fraction_outlier"}
+        shown |= {"reward": "reward_mean"} if "reward_mean" in record else {}
         shown |= {"accuracy": "accuracy_sampled"} if "accuracy_sampled" in record else {}
         shown |= {f"{way} KL": f"distance_{way}_kl" for way in ("reverse", "forward")}
         self._task.advance(1, **{name: record.get(metric) for name, metric in shown.items()})

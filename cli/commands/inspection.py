@@ -258,6 +258,6 @@ def objectives_show(name: str, as_json: JsonOption = False) -> None:
     say(objective.name, style="bold", end="")
     say(f"  {objective.title}")
     say(f"source: {objective.source}\nconfidence: {objective.confidence}")
-    say(f"teacher needs: {describe_needs(teacher_needs(objective))}\n")
+    say(f"teacher needs: {describe_needs(objective)}\n")
     say(f"{objective.formula.strip()}\n")
     say(f"# recipe\n{recipe_text(name, 'objectives')}", end="")

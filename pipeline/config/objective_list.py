@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tropd.pipeline.config.recipe_files import load_objective, recipe_names
-from tropd.pipeline.objectives.needs import TeacherNeeds, teacher_needs
+from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.objective import Objective, needs_rewards
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ def list_objectives() -> list[ObjectiveEntry]:
     entries = []
     for name in recipe_names("objectives"):
         objective = load_objective(name)
-        needs = describe_needs(teacher_needs(objective))
+        needs = describe_needs(objective)
         entries.append(ObjectiveEntry(name, objective.title, needs, objective.source, objective.confidence))
     return entries
 
 
-def describe_needs(needs: TeacherNeeds) -> str:
-    """Teacher needs in words."""
+def describe_needs(objective: Objective) -> str:
+    """Its needs of the teacher, and of rewards, in words."""
+    needs = teacher_needs(objective)
     parts = []
     if needs.token_logprobs:
         parts.append("log-prob of each student token")
@@ -45,4 +47,6 @@ def describe_needs(needs: TeacherNeeds) -> str:
         parts.append("entropy")
     if needs.cached_topk:
         parts.append("cached top-k on prefixes")
+    if needs_rewards(objective):
+        parts = [*(parts or ["nothing"]), "and a reward of each response"]
     return "; ".join(parts) or "none while training"

@@ -117,6 +117,11 @@ def unusual(config: Config, origins: Origins) -> list[str]:
         if is_unusual(value):
             shown = list(value) if isinstance(value, tuple) else value
             found.append(f"{path} = {shown} is unusual: {reason} ({origins.of(tuple(path.split('.')))})")
+    if config.objective.reward is not None and config.rollout.samples_per_prompt == 1:
+        found.append(
+            f"rollout.samples_per_prompt = 1 leaves {config.objective.name} nothing to compare a response with, so "
+            f"rewards change nothing: set it to 2 or more ({origins.of(('rollout', 'samples_per_prompt'))})"
+        )
     train = config.train
     if train.warmup < train.warmup_steps:
         found.append(

@@ -16,9 +16,10 @@ from tropd.pipeline.config.sections.model_settings import (
     TeacherConfig,
     VllmConfig,
 )
+from tropd.pipeline.config.sections.reward_settings import RewardConfig
 from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunConfig, SftConfig, TrainConfig
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import Importance, Objective, entropy_part
+from tropd.pipeline.objectives.objective import Importance, Objective, entropy_part, needs_rewards
 from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
 
@@ -36,6 +37,7 @@ class Config(Spec):
     vllm: Apart[VllmConfig] = VllmConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: Objective
+    reward: Apart[RewardConfig] = RewardConfig()
     sft: Apart[SftConfig] = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -110,6 +112,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     """
     yield from _length_conflicts(config)
     yield from _teacher_conflicts(config)
+    yield from _reward_conflicts(config)
     yield from _training_conflicts(config)
     yield from _follow_conflicts(config)
     yield from _evaluation_conflicts(config)
@@ -170,6 +173,38 @@ def _teacher_conflicts(config: Config) -> Iterator[str]:
         yield (
             f"service.max_request_tokens ({config.service.max_request_tokens}) is too low for a prompt and a response of "
             f"rollout.max_tokens ({config.rollout.max_tokens}): raise service.max_request_tokens"
+        )
+
+
+def _reward_conflicts(config: Config) -> Iterator[str]:
+    reward, objective = config.reward, config.objective
+    for name in ("function", "field"):
+        given = getattr(reward, name) is not None
+        if given != (reward.source == name):
+            yield (
+                f"reward.source = {reward.source!r} and reward.{name} do not go together: set reward.source = {name!r}, "
+                f"or leave reward.{name} out"
+                if given
+                else f"reward.source = {name!r} needs reward.{name}: set it, or reward.source = 'grader'"
+            )
+    if reward.file is not None and reward.source != "field":
+        yield (
+            f"reward.file is read with reward.source = 'field' only (it is {reward.source!r}): set reward.source = "
+            "'field', or leave reward.file out"
+        )
+    if not needs_rewards(objective):
+        return
+    if reward.source == "grader" and not config.data.answer_field:
+        yield (
+            f"objective {objective.name!r} needs rewards, and reward.source = 'grader' answers to grade with, but "
+            "data.answer_field is empty: set data.answer_field, or reward.source = 'function'"
+        )
+    if reward.source == "grader" and reward.per == "token":
+        yield "reward.per = 'token' needs reward.source = 'function' or 'field': the grader judges whole responses"
+    if reward.source == "field" and objective.rollouts != "stored":
+        yield (
+            f"reward.source = 'field' needs objective.rollouts = 'stored' (it is {objective.rollouts!r}): responses that "
+            "are sampled while training have no such field; set reward.source = 'function' or 'grader'"
         )
 
 

@@ -35,10 +35,13 @@ from tropd.pipeline.objectives.objective import (
     TOKEN_RULES,
     Estimator,
     FixedAdvantage,
+    NegativeLogLikelihood,
     Objective,
     TopkReverseKL,
+    policy_gradients,
 )
 from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.rewards.advantages import group_advantages, margin_shifts, process_advantages
 from tropd.pipeline.objectives.token_weights import (
     TokenStatistics,
     mean_of_later,
@@ -62,6 +65,8 @@ class StepPlan:
     """``[T]`` final advantages of K1 on trusted tokens, where they depend on more than their own token; None if not."""
     outlier_advantages: Floats64 | None
     """``[T]`` the same of K1 on outliers."""
+    reward_advantages: Floats64 | None = None
+    """``[T]`` added to the advantages of K1 on every student token, where the objective takes rewards."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class TokenBatch:
     trust_advantages: Tensor | None = None
     """``[t]`` from the plan; likewise the next one."""
     outlier_advantages: Tensor | None = None
+    reward_advantages: Tensor | None = None
+    """``[t]`` from the plan."""
     reference_logprobs: Tensor | None = None
     """``[t]`` log π_ref, where the objective scales rewards."""
     topk_index: Tensor | None = None
@@ -145,6 +152,7 @@ def plan_step(
         guidance=guidance * objective.guidance.weight,
         trust_advantages=_planned_advantages(objective.trust.loss, statistics, groups, weight),
         outlier_advantages=_planned_advantages(objective.outlier.loss, statistics, groups, weight),
+        reward_advantages=_reward_advantages(objective, statistics, groups),
     )
 
 
@@ -161,6 +169,11 @@ def _planned_advantages(
         return fixed_advantages(loss, statistics, weight)
     if not isinstance(loss, K1) or not (loss.returns or loss.standardize):
         return None
+    return _final_advantages(loss, statistics, groups)
+
+
+def _final_advantages(loss: K1, statistics: TokenStatistics, groups: Ints) -> Floats64:
+    """``[T]`` after every transform of the specification but the baseline."""
     rewards = statistics.advantages
     if loss.reward_scale != 1.0:
         if statistics.gain is None:
@@ -203,6 +216,25 @@ def check_alternatives(objective: Objective, plan: StepPlan, index: Ints) -> Non
                 raise ValueError(f"{missing} tokens need the teacher's top-k, but have none")
 
 
+def _reward_advantages(objective: Objective, statistics: TokenStatistics, groups: Ints) -> Floats64 | None:
+    """``[T]`` the part of the rewards; None where the objective takes none."""
+    term, rewards = objective.reward, statistics.rewards
+    if term is None or (term.kind == "group" and term.weight == 0):
+        return None
+    if rewards is None:
+        raise ValueError("this objective needs the rewards of the rows")
+    if term.kind == "margin":
+        first = next(iter(policy_gradients(objective).values()))
+        advantages = _final_advantages(first, statistics, groups)
+        return margin_shifts(advantages, statistics.rows, rewards, term.margin)[statistics.rows]
+    if rewards.tokens is not None:
+        return term.weight * process_advantages(
+            rewards.tokens, statistics.rows, groups, standardize=term.standardize
+        )
+    advantages = group_advantages(rewards.rows, rewards.groups, standardize=term.standardize)
+    return term.weight * advantages[statistics.rows]
+
+
 def region_losses(objective: Objective, batch: TokenBatch) -> Mapping[str, Tensor]:
     """The loss of a micro-batch as scalars per region (``trust``, ``outlier``, ``guidance``); the loss is their sum."""
     trust, outlier = objective.trust.loss, objective.outlier.loss
@@ -229,12 +261,11 @@ def _student_losses(
     zero = batch.student_logprobs.sum() * 0.0
     if loss.estimator == "zero":
         return zero
-    if isinstance(loss, K1 | FixedAdvantage):
+    if isinstance(loss, K1 | FixedAdvantage | NegativeLogLikelihood):
         importance = _importance(objective, batch)
+        advantages = _advantages(loss, objective, batch, planned)
         values = k1_policy_gradient(
-            batch.student_logprobs[used],
-            _advantages(loss, batch, planned)[used],
-            None if importance is None else importance[used],
+            batch.student_logprobs[used], advantages[used], None if importance is None else importance[used]
         )
         return (coefficients[used] * values).sum() + zero
     if batch.topk is None or batch.topk_index is None:
@@ -245,7 +276,9 @@ def _student_losses(
         return zero
     weights = coefficients[batch.topk_index]
     values = _topk_loss(loss, batch.topk)
-    importance = _importance(objective, batch) if objective.partition.rule in TOKEN_RULES else None
+    importance = (
+        _importance(objective, batch) if objective.partition.rule in (*TOKEN_RULES, "reward") else None
+    )
     if isinstance(loss, TopkReverseKL) and loss.sample_corrected:
         values = values + _sample_correction(objective, batch, batch.topk, batch.topk_index)
     if importance is not None:
@@ -254,12 +287,27 @@ def _student_losses(
     return (weights * torch.where(weights != 0, values, torch.zeros_like(values))).sum() + zero
 
 
-def _advantages(loss: K1 | FixedAdvantage, batch: TokenBatch, planned: Tensor | None) -> Tensor:
-    if planned is not None:
-        return planned
-    if isinstance(loss, FixedAdvantage):
+def _advantages(
+    loss: K1 | FixedAdvantage | NegativeLogLikelihood,
+    objective: Objective,
+    batch: TokenBatch,
+    planned: Tensor | None,
+) -> Tensor:
+    """``[t]`` advantages of a policy gradient: the estimator's own, and the part of the rewards."""
+    if isinstance(loss, NegativeLogLikelihood):  # of right answers, whose every token counts alike
+        return torch.ones_like(batch.student_logprobs)
+    term, rewards = objective.reward, batch.reward_advantages
+    factor = term.distillation if term is not None and term.kind == "group" else 1.0
+    if isinstance(loss, K1) and factor == 0 and rewards is not None:
+        return rewards  # the teacher may not have been asked
+    if planned is None and isinstance(loss, FixedAdvantage):
         raise ValueError("fixed advantages belong to the step's plan, and the batch has none")
-    return k1_advantages(loss, batch)
+    advantages = k1_advantages(loss, batch) if planned is None and isinstance(loss, K1) else planned
+    assert advantages is not None
+    if not isinstance(loss, K1):
+        return advantages
+    advantages = advantages if factor == 1 else factor * advantages
+    return advantages if rewards is None else advantages + rewards
 
 
 def _topk_loss(loss: Estimator, alternatives: Alternatives) -> Tensor:

@@ -13,6 +13,7 @@ from tropd.pipeline.objectives.objective import (
     TopkForwardKL,
     TopkReverseKL,
     entropy_part,
+    policy_gradients,
 )
 from tropd.pipeline.objectives.token_weight_specs import (
     DIVERGENCE_WEIGHTS,
@@ -69,20 +70,34 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
     everywhere = (
         any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
         or (rule != "none" and needs_topk(objective.trust.loss))
-        or (rule == "none" and outliers)
+        # Which rows are right is known to the trainer alone.
+        or (rule in ("none", "reward") and outliers)
     )
     topk: Literal["none", "outliers", "all"] = "all" if everywhere else ("outliers" if outliers else "none")
     # The student chooses before it is known which tokens are outliers.
     chosen = objective.k if topk != "none" and objective.alternatives == "student" else 0
     topk = "none" if chosen else topk
     return TeacherNeeds(
-        token_logprobs=True,
+        token_logprobs=not rewards_only(objective),
         topk=topk,
         k=0 if topk == "none" else objective.k,
         entropy=bool(entropy_part(objective)),
         cached_topk=cached_topk,
         chosen=chosen,
         overlap=chosen > 0 and any(weight.kind == "overlap_drift" for weight in objective.token_weights),
+    )
+
+
+def rewards_only(objective: Objective) -> bool:
+    """True if nothing in the loss depends on the teacher: rewards are all that is learned from."""
+    term = objective.reward
+    return (
+        term is not None
+        and term.kind == "group"
+        and term.distillation == 0
+        and objective.partition.rule == "all"
+        and bool(policy_gradients(objective))
+        and all(weight.kind == "student_entropy_top" for weight in objective.token_weights)
     )
 
 

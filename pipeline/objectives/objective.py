@@ -11,74 +11,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tropd.pipeline.objectives.spec import MOST_FACTOR, Inert, Spec
+from tropd.pipeline.objectives.partition_specs import TOKEN_RULES as TOKEN_RULES
+from tropd.pipeline.objectives.partition_specs import AllTrusted as AllTrusted
+from tropd.pipeline.objectives.partition_specs import ExpectedPartition as ExpectedPartition
+from tropd.pipeline.objectives.partition_specs import NoneTrusted as NoneTrusted
+from tropd.pipeline.objectives.partition_specs import Partition as Partition
+from tropd.pipeline.objectives.partition_specs import RatioPartition as RatioPartition
+from tropd.pipeline.objectives.partition_specs import RewardPartition as RewardPartition
+from tropd.pipeline.objectives.partition_specs import SampledPartition as SampledPartition
+from tropd.pipeline.objectives.partition_specs import SignPartition as SignPartition
+from tropd.pipeline.objectives.partition_specs import TeacherEntropyPartition as TeacherEntropyPartition
+from tropd.pipeline.objectives.rewards.terms import RewardTerm
+from tropd.pipeline.objectives.spec import MOST_FACTOR, Apart, Inert, Spec
 from tropd.pipeline.objectives.token_weight_specs import TOPK_WEIGHTS
 from tropd.pipeline.objectives.token_weight_specs import TokenWeight as TokenWeight
-
-# --------------------------------------------------------------------------------------- partition
-
-
-class AllTrusted(Spec):
-    """Every student token is trusted; none is an outlier."""
-
-    rule: Literal["all"] = "all"
-
-
-class NoneTrusted(Spec):
-    """Every student token is an outlier: the outlier estimator applies everywhere."""
-
-    rule: Literal["none"] = "none"
-
-
-class SampledPartition(Spec):
-    """Trust with probability min(π_T/π_S, 1), drawn per token from a seeded generator (TrOPD)."""
-
-    rule: Literal["sampled"] = "sampled"
-
-
-class ExpectedPartition(Spec):
-    """Both regions at once, weighted by P_trust and 1 - P_trust: the sampled rule's expectation."""
-
-    rule: Literal["expected"] = "expected"
-
-
-class RatioPartition(Spec):
-    """Trust where min(π_T/π_S, 1) ≥ threshold; at threshold 1 the tokens that the teacher likes at least as much."""
-
-    rule: Literal["ratio"] = "ratio"
-    threshold: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Smallest acceptance ratio that is trusted."""
-
-
-class SignPartition(Spec):
-    """Trust where the teacher likes the token more than the student does: π_T - π_S > margin (AOPD)."""
-
-    rule: Literal["sign"] = "sign"
-    margin: float = Field(default=0.0, ge=-1.0, le=1.0)
-    """τ: 0 is the sign of the advantage, -1 trusts every token (OPD), 1 none."""
-
-
-class TeacherEntropyPartition(Spec):
-    """Every token is trusted; where the teacher's entropy reaches the threshold, the outlier estimator is added."""
-
-    rule: Literal["teacher_entropy"] = "teacher_entropy"
-    threshold: float = Field(default=0.8, ge=0.0, le=MOST_FACTOR)
-    """Full-vocabulary teacher entropy in nats from which a token counts (EOPD: 0.8)."""
-
-
-Partition = Annotated[
-    AllTrusted
-    | NoneTrusted
-    | SampledPartition
-    | ExpectedPartition
-    | RatioPartition
-    | SignPartition
-    | TeacherEntropyPartition,
-    Field(discriminator="rule"),
-]
-
-TOKEN_RULES = ("sampled", "expected", "ratio", "sign")
-"""Partition rules that look at the token that was drawn, not only at where it was drawn."""
 
 # -------------------------------------------------------------------------------------- estimators
 
@@ -247,6 +193,8 @@ class Objective(Spec):
     """Length of the teacher prefix over training."""
     token_weights: tuple[TokenWeight, ...] = ()
     """Weights on student tokens, multiplied."""
+    reward: Apart[RewardTerm | None] = None
+    """The part of a row's reward in the advantages of k1, where the method uses rewards ([reward] says whence)."""
     importance: Importance = Importance()
     """Correction for rollouts from another distribution."""
     k: int = Field(default=64, ge=1, le=1024)
@@ -278,8 +226,11 @@ def _conflicts(objective: Objective) -> Iterator[str]:
             "topk_fkl (from the cache) apply"
         )
     for name, loss in (("trust.loss", objective.trust.loss), ("outlier.loss", objective.outlier.loss)):
-        if loss.estimator == "nll":
-            yield f"{name}.estimator = 'nll' would train the student on its own samples; use k1 or a top-k divergence"
+        if loss.estimator == "nll" and not (name == "trust.loss" and objective.partition.rule == "reward"):
+            yield (
+                f"{name}.estimator = 'nll' would train the student on its own samples; use k1 or a top-k divergence "
+                "(trust.loss may have it with partition.rule = 'reward': on right answers)"
+            )
         if isinstance(loss, TopkForwardKL) and loss.entry_clip is not None and loss.support == "tail":
             yield (
                 f"{name}.entry_clip is for single ids, and {name}.support = 'tail' adds a bucket of many: set "
@@ -302,8 +253,52 @@ def _conflicts(objective: Objective) -> Iterator[str]:
                 f"{name}.baseline = 'kl' belongs to a token's own advantage, and {option} = true changes that: set "
                 f"{option} = false, or {name}.baseline = 'none'"
             )
+    yield from _reward_conflicts(objective)
     yield from _rollout_conflicts(objective)
     yield from _without_effect(objective)
+
+
+def needs_rewards(objective: Objective) -> bool:
+    """True if a part of an objective looks at the rewards of rows."""
+    term = objective.reward
+    return (
+        (term is not None and (term.kind == "margin" or term.weight > 0))
+        or objective.partition.rule == "reward"
+        or any(weight.kind == "dual_perplexity" for weight in objective.token_weights)
+    )
+
+
+def policy_gradients(objective: Objective) -> dict[str, K1]:
+    """K1 of the regions that have tokens, by the path of the setting."""
+    rule = objective.partition.rule
+    losses = {"trust.loss": objective.trust.loss, "outlier.loss": objective.outlier.loss}
+    unused = {"all": "outlier.loss", "none": "trust.loss"}.get(rule)
+    return {name: loss for name, loss in losses.items() if name != unused and isinstance(loss, K1)}
+
+
+def _reward_conflicts(objective: Objective) -> Iterator[str]:
+    if needs_rewards(objective) and objective.rollouts == "teacher":
+        yield (
+            "rollouts = 'teacher' has no response of the student that could have a reward: leave reward out, with "
+            "partition.rule = 'reward' and the token weight dual_perplexity, or set rollouts = 'student'"
+        )
+    term = objective.reward
+    if term is None:
+        return
+    found = policy_gradients(objective)
+    if not found:
+        yield (
+            "reward adds to the advantages of k1, and no region has it: set trust.loss.estimator = 'k1', or leave reward "
+            "out"
+        )
+    if term.kind == "group" and term.weight == 0 and term.distillation == 0:
+        yield "reward.weight = 0 and reward.distillation = 0 leave nothing to learn from: raise one of them"
+    for name, loss in found.items():
+        if term.kind == "margin" and loss.baseline == "kl":
+            yield (
+                f"reward.kind = 'margin' compares advantages before the student is trained, when {name}.baseline = 'kl' "
+                f"is not known yet: set {name}.baseline = 'none'"
+            )
 
 
 def _rollout_conflicts(objective: Objective) -> Iterator[str]:
@@ -366,8 +361,8 @@ def _without_effect(objective: Objective) -> Iterator[str]:
     looks = looks or any(weight.kind in TOPK_WEIGHTS for weight in objective.token_weights)
     if objective.alternatives == "student" and not looks:
         yield "alternatives = 'student' are looked at by no part of this objective: leave alternatives out"
-    is_weighed = objective.partition.rule in TOKEN_RULES or any(
-        isinstance(loss, K1 | FixedAdvantage) for loss in losses
+    is_weighed = objective.partition.rule in (*TOKEN_RULES, "reward") or any(
+        isinstance(loss, K1 | FixedAdvantage | NegativeLogLikelihood) for loss in losses
     )
     if objective.importance.clip is not None and not (losses and is_weighed):
         yield (

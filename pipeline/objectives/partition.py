@@ -39,6 +39,7 @@ def partition_tokens(
     teacher_logprobs: Floats32,
     uniforms: npt.NDArray[np.float64] | None = None,
     teacher_entropy: Floats32 | None = None,
+    correct: npt.NDArray[np.bool_] | None = None,
 ) -> Regions:
     """Apply a partition rule to T sampled tokens.
 
@@ -47,6 +48,7 @@ def partition_tokens(
         teacher_logprobs: ``[T]``, may be -inf.
         uniforms: ``[T]`` in [0, 1), for rule ``sampled``: trust iff u ≤ P_trust.
         teacher_entropy: ``[T]`` nats, for rule ``teacher_entropy``.
+        correct: ``[T]`` whether the token's row is right, for rule ``reward``.
 
     Raises:
         ValueError: the rule needs an input that is not given.
@@ -61,6 +63,10 @@ def partition_tokens(
         if teacher_entropy is None:
             raise ValueError("partition rule 'teacher_entropy' needs the teacher's entropy")
         return Regions(ones, (teacher_entropy >= partition.threshold).astype(np.float32))
+    if partition.rule == "reward":
+        if correct is None:
+            raise ValueError("partition rule 'reward' needs to know which rows are right")
+        return Regions(correct.astype(np.float32), (~correct).astype(np.float32))
     if partition.rule == "sign":
         margin = np.exp(teacher_logprobs.astype(np.float64)) - np.exp(student_logprobs.astype(np.float64))
         trust = (margin > partition.margin).astype(np.float32)

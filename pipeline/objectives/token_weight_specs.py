@@ -127,6 +127,14 @@ class LateTokens(_Phase):
     """s: the smaller, the steeper."""
 
 
+class DualPerplexity(_Phase):
+    """PPL_S^(1/τ) for right rows and PPL_T^(-1/τ) for wrong ones, each with mean 1 over those of a prompt (SCOPE)."""
+
+    kind: Literal["dual_perplexity"] = "dual_perplexity"
+    temperature: float = Field(default=1.0, gt=0.0, le=MOST_FACTOR)
+    """τ: the larger, the more alike are the weights."""
+
+
 TokenWeight = Annotated[
     StudentEntropyTop
     | AdvantageFloorMask
@@ -138,7 +146,8 @@ TokenWeight = Annotated[
     | EntropyProduct
     | TeachabilityTop
     | RowRatio
-    | LateTokens,
+    | LateTokens
+    | DualPerplexity,
     Field(discriminator="kind"),
 ]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tropd.pipeline.objectives.rewards.advantages import StepRewards, dual_perplexity
 from tropd.pipeline.objectives.token_weight_specs import RowRatio, TokenWeight
 from tropd.storage.arrays import Floats64, Ints
 
@@ -36,6 +37,8 @@ class TokenStatistics:
     """Nats, full vocabulary."""
     teacher_mass: Floats64 | None = None
     """The teacher's probability of all alternatives together."""
+    rewards: StepRewards | None = None
+    """Of the step's rows."""
 
     @property
     def teacher_logprobs(self) -> Floats64:
@@ -77,6 +80,14 @@ def token_weight(spec: TokenWeight, statistics: TokenStatistics, progress: float
         return row_ratio(spec, statistics.advantages, statistics.rows)
     if spec.kind == "position":
         return position_weight(statistics.rows, spec.least, spec.middle, spec.width)
+    if spec.kind == "dual_perplexity":
+        if statistics.rewards is None:
+            raise ValueError("this token weight needs the rewards of the rows")
+        student = _needed(statistics.student_logprobs, "student log-prob")
+        weights = dual_perplexity(
+            student, statistics.teacher_logprobs, statistics.rows, statistics.rewards, spec.temperature
+        )
+        return weights[statistics.rows]
     drifted = _needed(statistics.overlap, "overlap") < spec.threshold
     return (
         np.clip(1.0 - spec.drop * running_sum(drifted.astype(np.float64), statistics.rows), 0.0, 1.0)

@@ -69,7 +69,8 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
     if needs.cached_topk:
         cached = _cache(run, "prefixes", tokens)
     if objective.rollouts == "stored":
-        stored = TrajectoryStore(run.workspace.stage("rollouts"), finished(run, "rollouts"))
+        meta = config.reward.source == "field" and config.reward.file is None
+        stored = TrajectoryStore(run.workspace.stage("rollouts"), finished(run, "rollouts"), meta=meta)
         _check_prompts(run, stored, prompts, "generate-rollouts", complete=True)
         check_token_ids(run, stored.largest_id(), tokens, "generate-rollouts")
         cached = _cache(run, "rollouts", tokens)

@@ -18,6 +18,7 @@ from tropd.pipeline.teacher.by_domain import teacher_of
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet
 from tropd.pipeline.training.inputs import Inputs
+from tropd.pipeline.training.reward.judges import Judge
 from tropd.pipeline.training.rollout.choosing import choosing
 from tropd.pipeline.training.rollout.rows import ChooseIds, Row
 from tropd.pipeline.training.rollout.sampler import Rolling
@@ -53,6 +54,8 @@ class Session:
     """Those with an answer that are evaluated along the way, spread over all."""
     held_out: HeldOutSet | None
     """Prompts and responses on which the student is compared with its teacher along the way."""
+    judge: Judge | None = None
+    """Source of rewards, where the objective looks at them."""
 
     @property
     def needs(self) -> TeacherNeeds:

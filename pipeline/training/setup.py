@@ -16,7 +16,7 @@ from tropd.pipeline.models.runtime import DTYPES, configure_runtime
 from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.needs import needs_reference, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded, tokens_of
-from tropd.pipeline.run.opening import LoadedModel, load_role, loading
+from tropd.pipeline.run.opening import LoadedModel, load_role, loading, role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.teacher.by_domain import GENERAL
@@ -25,6 +25,7 @@ from tropd.pipeline.teacher.connect import connect_teachers, start_teachers
 from tropd.pipeline.teacher.local_service import LocalTeacher
 from tropd.pipeline.training.distance.held_out_set import read_held_out
 from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.reward.judges import open_judge
 from tropd.pipeline.training.rollout.sampler import rollout_engine
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.signal.following_teacher import FollowingTeacher, open_following_teacher
@@ -68,6 +69,7 @@ def open_session(
     dtype = config.student.settled_dtype
     precision = None if dtype == "float32" else DTYPES[dtype]
     inputs = read_inputs(run, needs, prompts)  # before anything is loaded or started
+    judge = open_judge(run, stack, inputs, role_tokenizer(run, "student"))
     # Before services take memory: a teacher is loaded here for it.
     held_out = None
     if inputs.problems is not None and config.evaluation.distance_prompts:
@@ -113,6 +115,7 @@ def open_session(
         reference=_reference(run, folder),
         problems=_graded(run, inputs.problems),
         held_out=held_out,
+        judge=judge,
     )
 
 

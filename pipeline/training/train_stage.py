@@ -23,6 +23,7 @@ from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.teacher.connect import teacher_fields
 from tropd.pipeline.teacher.reading import context_fields
 from tropd.pipeline.training.record.final_model import FINAL
+from tropd.pipeline.training.reward.judges import reward_fields
 from tropd.storage.formats.step_log import log_problems
 from tropd.storage.stage.fingerprint import Fingerprint
 from tropd.storage.stage.manifest import check_shard
@@ -41,6 +42,9 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     if config.teacher.follow is not None:
         fields |= section_fields("teacher.follow", config.teacher.follow)
     fields |= section_fields("objective", config.objective)
+    if config.objective.reward is not None:
+        fields |= section_fields("objective.reward", config.objective.reward)
+    fields |= reward_fields(run)
     fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
     fields |= engine_fields(run, "student")
     if config.student.lora is not None:

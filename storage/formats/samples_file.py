@@ -38,8 +38,8 @@ class StudentToken(_Part):
     """Log-prob as reported by the sampling engine."""
     teacher_logprob: float | None
     """None: minus infinity."""
-    p_trust: float
-    """min(π_T/π_S, 1)."""
+    p_trust: float | None
+    """min(π_T/π_S, 1); None: the teacher was not asked."""
     alternatives: list[Alternative] = []
     """The teacher's most likely tokens, where it was asked for them."""
 
@@ -58,6 +58,8 @@ class SampledResponse(_Part):
     """Number of the student's tokens, kept here or not."""
     truncated: bool
     """The student ran into the length limit."""
+    reward: float | None = None
+    """Reward of the response, where the objective looks at rewards."""
 
 
 class StepSample(_Part):

@@ -15,11 +15,14 @@ from tropd.storage.stage.manifest import Manifest, check_shard
 class TrajectoryStore:
     """All trajectories of a stage in memory, as compact Arrow columns, found by prompt.
 
+    Args:
+        meta: read the further fields of trajectories too.
+
     Raises:
         DamagedShardError: a shard does not match its checksum.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, meta: bool = False) -> None:
         tables = []
         columns = [
             "prompt_id",
@@ -28,6 +31,7 @@ class TrajectoryStore:
             "tokens",
             "sampled_logprobs",
             "finish_reason",
+            *(["meta"] if meta else []),
         ]
         self._location: list[tuple[str, int]] = []
         for shard in manifest.shards.values():
@@ -65,6 +69,14 @@ class TrajectoryStore:
 
     def truncated(self, row: int) -> bool:
         return bool(self._table["finish_reason"][row].as_py() == "length")
+
+    def name(self, row: int) -> tuple[str, int]:
+        """Prompt id and sample index."""
+        return self._table["prompt_id"][row].as_py(), self._table["sample_index"][row].as_py()
+
+    def meta(self, row: int) -> dict[str, str]:
+        """Further fields, where they were read."""
+        return dict(self._table["meta"][row].as_py())
 
     def location(self, row: int) -> tuple[str, int]:
         """Shard name and row in the shard."""

@@ -53,12 +53,13 @@ def summarize_samples(samples: Sequence[StepSample]) -> list[SampledStep]:
 
 def _summarize(sample: StepSample) -> SampledStep:
     tokens = [token for response in sample.responses for token in response.tokens]
+    known = [token.p_trust for token in tokens if token.p_trust is not None]
     return SampledStep(
         step=sample.step,
         responses=len(sample.responses),
         guidance_tokens=sum(len(response.guidance) for response in sample.responses),
         student_tokens=len(tokens),
-        p_trust_mean=sum(t.p_trust for t in tokens) / len(tokens) if tokens else None,
+        p_trust_mean=sum(known) / len(known) if known else None,
         outlier_fraction=sum(t.outlier for t in tokens) / len(tokens) if tokens else None,
         tokens_with_alternatives=sum(bool(t.alternatives) for t in tokens),
     )
@@ -73,8 +74,10 @@ def show_samples(samples: Sequence[StepSample]) -> list[ShownStep]:
 
 
 def _step_text(found: SampledStep) -> str:
-    if found.p_trust_mean is None or found.outlier_fraction is None:
+    if found.outlier_fraction is None:
         return "the student has written nothing in this step"
+    if found.p_trust_mean is None:
+        return f"{found.student_tokens:,} of the student’s tokens; the teacher was not asked"
     return (
         f"{found.student_tokens:,} of the student’s tokens: mean P_trust {_percent(found.p_trust_mean)}, "
         f"{_percent(found.outlier_fraction)} outliers"
@@ -102,23 +105,25 @@ def _response_text(response: SampledResponse) -> str:
         parts[-1] += f" (the first {len(response.tokens):,} shown)"
     if response.truncated:
         parts.append("stopped by the length limit")
+    if response.reward is not None:
+        parts.append(f"reward {response.reward:.3g}")
     return ", ".join(parts)
 
 
 def _token(token: StudentToken) -> ShownToken:
-    teacher = 0.0 if token.teacher_logprob is None else exp(min(token.teacher_logprob, 0.0))
-    lines = [
-        _named(token.text),
-        f"region\t{_region(token)}",
-        f"P_trust\t{_percent(token.p_trust)}",
-        f"student\t{_percent(exp(min(token.student_logprob, 0.0)))}",
-        f"teacher\t{_percent(teacher)}",
-    ]
+    lines = [_named(token.text), f"region\t{_region(token)}"]
+    student = f"student\t{_percent(exp(min(token.student_logprob, 0.0)))}"
+    if token.p_trust is None:
+        lines.append(student)
+    else:
+        teacher = 0.0 if token.teacher_logprob is None else exp(min(token.teacher_logprob, 0.0))
+        lines += [f"P_trust\t{_percent(token.p_trust)}", student, f"teacher\t{_percent(teacher)}"]
     if token.alternatives:
         lines.append("The teacher’s most likely")
         lines += [f"{_named(a.text)}\t{_percent(a.probability)}" for a in token.alternatives]
     kind = "outlier" if token.outlier > 0.5 else "trust"
-    return ShownToken(*_shown(token.text), kind, round(100 * token.p_trust, 1), "\n".join(lines))
+    percent = None if token.p_trust is None else round(100 * token.p_trust, 1)
+    return ShownToken(*_shown(token.text), kind, percent, "\n".join(lines))
 
 
 def _guidance(text: str) -> str:

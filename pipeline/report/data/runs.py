@@ -12,6 +12,7 @@ COMPARED = (
     "distance_forward_kl",
     "accuracy_sampled",
     "accuracy_greedy",
+    "reward_mean",
     "loss",
     "grad_norm",
     "k1_mean",

@@ -86,6 +86,18 @@ CURVES: tuple[Curve, ...] = (
         percent=True,
     ),
     Curve(
+        "reward",
+        "Reward",
+        (
+            Line("reward_mean", "mean", BLUE),
+            Line("reward_groups_without_spread", "prompts without spread", GREY),
+        ),
+        "reward, share of prompts",
+        "Mean reward of the student's responses, and the share of prompts whose responses all have the same reward: from "
+        "those a comparison within the prompt learns nothing.",
+        "the mean rises; prompts without spread stay below a half.",
+    ),
+    Curve(
         "regions",
         "Where the supervised tokens fall",
         (

@@ -97,13 +97,14 @@ def _response(
                 outlier=_short(inputs.regions.outlier[first + place]),
                 student_logprob=_short(student[place]),
                 teacher_logprob=_short(teacher[place]) if np.isfinite(teacher[place]) else None,
-                p_trust=_short(probability[place]),
+                p_trust=None if np.isnan(probability[place]) else _short(probability[place]),
                 alternatives=alternatives.get(place, []),
             )
             for place, text in enumerate(texts[len(guidance) :])
         ],
         student_tokens=len(row.tokens),
         truncated=row.truncated,
+        reward=row.reward,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tropd.pipeline.models.engines.base import IdTable
 from tropd.pipeline.training.record.sharded_tensors import copied, load_tensors, save_tensors, stored_tensors
 from tropd.pipeline.training.rollout.choosing import all_chosen_ids
 from tropd.pipeline.training.rollout.rows import Row, RowPlan, mu_logprobs, sampler_logprobs
@@ -137,6 +139,12 @@ def row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         tensors["drawn"] = torch.from_numpy(mu_logprobs(rows))
     if any(row.chosen_ids is not None for row in rows):
         tensors["chosen_ids"] = torch.from_numpy(all_chosen_ids(rows))
+    if any(row.reward is not None for row in rows):
+        rewards = [math.nan if row.reward is None else row.reward for row in rows]
+        tensors["rewards"] = torch.tensor(rewards, dtype=torch.float64)
+    if any(row.token_rewards is not None for row in rows):
+        each = [one for row in rows for one in row.token_rewards or [math.nan] * len(row.tokens)]
+        tensors["token_rewards"] = torch.tensor(each, dtype=torch.float64)
     return tensors
 
 
@@ -145,23 +153,41 @@ def load_rows(folder: Path | None, plans: Sequence[RowPlan]) -> list[Row] | None
     if folder is None or not (folder / ROWS).exists():
         return None
     with safe_open(folder / ROWS, framework="pt") as stored:
-        lengths, tokens, logprobs, truncated = (
-            stored.get_tensor(name) for name in ("lengths", "tokens", "logprobs", "truncated")
+        kept = {name: stored.get_tensor(name) for name in set(stored.keys())}
+    lengths = kept["lengths"].tolist()
+
+    def of_tokens(name: str) -> list[list[Any] | None]:
+        return (
+            [part.tolist() for part in kept[name].split(lengths)] if name in kept else [None] * len(lengths)
         )
-        names = set(stored.keys())
-        drawn = stored.get_tensor("drawn").split(lengths.tolist()) if "drawn" in names else None
-        chosen = stored.get_tensor("chosen_ids").split(lengths.tolist()) if "chosen_ids" in names else None
-    parts = zip(tokens.split(lengths.tolist()), logprobs.split(lengths.tolist()), truncated, strict=True)
+
+    chosen: Sequence[IdTable | None] = [None] * len(lengths)
+    if "chosen_ids" in kept:
+        chosen = [part.numpy() for part in kept["chosen_ids"].split(lengths)]
+    rewards = kept["rewards"].tolist() if "rewards" in kept else [math.nan] * len(lengths)
+    columns = zip(
+        plans,
+        of_tokens("tokens"),
+        of_tokens("logprobs"),
+        kept["truncated"].tolist(),
+        of_tokens("drawn"),
+        chosen,
+        rewards,
+        of_tokens("token_rewards"),
+        strict=True,
+    )
     return [
         Row(
             plan,
-            own.tolist(),
-            p.tolist(),
-            bool(cut),
-            None if drawn is None else drawn[i].tolist(),
-            None if chosen is None else chosen[i].numpy(),
+            tokens or [],
+            logprobs or [],
+            cut,
+            drawn,
+            ids,
+            None if math.isnan(reward) else reward,
+            None if math.isnan(reward) else each,
         )
-        for i, (plan, (own, p, cut)) in enumerate(zip(plans, parts, strict=True))
+        for plan, tokens, logprobs, cut, drawn, ids, reward, each in columns
     ]
 
 

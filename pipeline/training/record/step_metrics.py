@@ -33,7 +33,8 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
     student = inputs.sampler_logprobs.astype(np.float32)
     teacher = inputs.teacher.teacher_logprobs
     # K1 estimates KL(π_S‖π_T) per token: positive where the student is surer of its token than the teacher.
-    k1 = -floored_log_ratio(teacher, student)
+    asked = ~np.isnan(teacher)  # none, where only rewards count
+    k1 = -floored_log_ratio(teacher, student)[asked]
     prefix = int(sum(len(row.plan.prefix_tokens) for row in inputs.rows))
     record: StepRecord = {
         "loss": sum(outcome.losses.values()),
@@ -46,15 +47,16 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
         "k1_mean": _mean(k1),
         "k1_min": float(k1.min()) if len(k1) else None,
         "k1_max": float(k1.max()) if len(k1) else None,
-        **_k1_of("trust", k1, inputs.regions.trust),
-        **_k1_of("outlier", k1, inputs.regions.outlier),
+        **_k1_of("trust", k1, inputs.regions.trust[asked]),
+        **_k1_of("outlier", k1, inputs.regions.outlier[asked]),
         "student_entropy": _mean(outcome.student_entropy),
         "teacher_entropy": None if inputs.teacher.entropy is None else _mean(inputs.teacher.entropy),
         "topk_overlap": _mean(outcome.overlap[~np.isnan(outcome.overlap)]),
         "topk_student_mass": _mean(outcome.student_topk_mass[~np.isnan(outcome.student_topk_mass)]),
         "topk_teacher_mass": _mean(-np.expm1(np.minimum(inputs.teacher.topk.tail.astype(np.float64), 0.0))),
-        **_acceptance(student, teacher),
+        **_acceptance(student[asked], teacher[asked]),
         **_importance(inputs, outcome),
+        **_rewards(inputs),
     }
     record |= {f"grad_norm_{name}": norm for name, norm in outcome.region_gradient_norms.items()}
     return record
@@ -119,6 +121,21 @@ def _importance(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
         "importance_mean": float(ratio.mean()),
         "importance_max": float(ratio.max()),
         "sampler_logprob_difference_max": float(np.abs(difference).max()),
+    }
+
+
+def _rewards(inputs: StepInputs) -> StepRecord:
+    """Mean reward, the share of right rows, and the share of prompts whose rows all have the same reward."""
+    if inputs.rewards is None:
+        return {}
+    known = ~np.isnan(inputs.rewards.rows)
+    rewards, groups = inputs.rewards.rows[known], inputs.rewards.groups[known]
+    spreads = [np.ptp(rewards[groups == group]) for group in np.unique(groups)]
+    return {
+        "reward_mean": _mean(rewards),
+        "reward_correct_fraction": _mean(inputs.rewards.correct[known]),
+        "reward_groups_without_spread": _mean(np.equal(spreads, 0.0)) if spreads else None,
+        "rows_without_reward": inputs.rows_without_reward,
     }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tropd.pipeline.objectives.prefix_schedule import scheduled_length
 from tropd.pipeline.run.interrupt import StopRequest
 from tropd.pipeline.training.record.trace import Timeline
+from tropd.pipeline.training.reward.rewards import rows_to_train_on, step_rewards, with_rewards
 from tropd.pipeline.training.rollout.rows import Row, RowPlan, plan_rows, roll_out, stored_rows
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.signal.ask_teacher import TeacherData, ask_teacher, draw_regions
@@ -94,7 +95,11 @@ class Preparation:
             rows = step_rows(self._session, step)
             self._session.rolling.rest()
         check_rollouts(self._session, step, rows)
-        return rows
+        if (judge := self._session.judge) is None:
+            return rows
+        with self._timeline.span("reward", step):
+            session, config = self._session, self._session.run.config.reward
+            return with_rewards(judge, step, rows, config, session.inputs.prompts, session.aside)
 
     def _prepare(self, step: int, rows: list[Row]) -> Prepared:
         with self._timeline.span("score", step):
@@ -167,16 +172,21 @@ def _ask(session: Session, step: int, rows: list[Row]) -> Prepared:
     config = session.run.config
     objective = config.training_objective
     traffic_before, retries_before = session.traffic(), session.retries()
+    planned = len(rows)
+    rows = rows if session.judge is None else rows_to_train_on(rows)
+    rewards = None if session.judge is None else step_rewards(rows, config.reward.correct_from)
     teacher = _teacher_data(session, rows)
     traffic = session.aside.total({k: v - traffic_before[k] for k, v in session.traffic().items()})
     inputs = StepInputs(
         rows=rows,
         teacher=teacher,
-        regions=draw_regions(objective, rows, teacher),
+        regions=draw_regions(objective, rows, teacher, rewards),
         guidance_topk=session.guidance_topk(rows),
         reference_logprobs=session.reference_logprobs(rows),
         progress=step / config.train.steps,
         dropout_seed=derive_seed(config.run.seed, "dropout", step) if config.train.dropout else None,
+        rewards=rewards,
+        rows_without_reward=planned - len(rows),
     )
     retries = [now - before for now, before in zip(session.retries(), retries_before, strict=True)]
     return Prepared(inputs, prefix_limit(session, step), traffic, retries)
@@ -186,7 +196,7 @@ def _teacher_data(session: Session, rows: list[Row]) -> TeacherData:
     if session.inputs.stored is not None and session.inputs.cached is not None:
         return session.inputs.cached.responses(rows, session.inputs.stored, session.run.config.objective.k)
     if not session.scorers:
-        return TeacherData.nothing()
+        return TeacherData.unasked(sum(len(row.tokens) for row in rows))
     return ask_teacher(
         session.scorers,
         rows,

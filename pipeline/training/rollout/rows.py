@@ -61,6 +61,10 @@ class Row:
     the nucleus. None where the sampling was plain, and ``sampler_logprobs`` are these."""
     chosen_ids: IdTable | None = None
     """``[n, c]`` the sampler's likeliest ids at each of ``tokens``, where the objective asks the teacher about them."""
+    reward: float | None = None
+    """Reward of the response; None: it has none, or none was asked for."""
+    token_rewards: Sequence[float] | None = None
+    """Rewards of single ``tokens``, NaN where one has none; None: rewards are for whole rows."""
 
     @cached_property
     def sampler_array(self) -> Floats64:

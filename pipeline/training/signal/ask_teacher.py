@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.objectives.needs import TeacherNeeds
-from tropd.pipeline.objectives.objective import Objective
+from tropd.pipeline.objectives.objective import AllTrusted, Objective
 from tropd.pipeline.objectives.partition import Regions, partition_tokens
+from tropd.pipeline.objectives.rewards.advantages import StepRewards
 from tropd.pipeline.teacher.by_domain import GENERAL
 from tropd.pipeline.teacher.wire.messages import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse
 from tropd.pipeline.training.rollout.rows import Row, sampler_logprobs
@@ -39,7 +40,7 @@ class TeacherData:
     """The teacher's view of T student tokens."""
 
     teacher_logprobs: Floats32
-    """``[T]``."""
+    """``[T]``; NaN where the objective asks the teacher for nothing."""
     entropy: Floats32 | None
     """``[T]`` nats, if the objective needs it."""
     topk: RaggedTopk
@@ -53,6 +54,11 @@ class TeacherData:
         """Of a step without student tokens."""
         none = np.zeros(0, dtype=np.float32)
         return TeacherData(none, none if entropy else None, RaggedTopk.empty())
+
+    @staticmethod
+    def unasked(count: int) -> TeacherData:
+        """Of a step whose ``count`` student tokens the teacher does not see: NaN, which no loss may use."""
+        return TeacherData(np.full(count, np.nan, dtype=np.float32), None, RaggedTopk.empty())
 
 
 def ask_teacher(
@@ -86,10 +92,13 @@ def ask_teacher(
         if row.tokens
     ]
 
+    # Which rows are right is known here alone; what the service needs for it, it gives everywhere (see needs).
+    partition = AllTrusted() if objective.partition.rule == "reward" else objective.partition
+
     def ask_one(name: str, sequences: list[ScoreItem]) -> list[ScoredItem]:
         request = ScoreRequest(
             sequences=sequences,
-            partition=objective.partition,
+            partition=partition,
             topk=needs.topk,
             k=needs.k,
             entropy=needs.entropy,
@@ -152,14 +161,18 @@ def partition_seed(row: Row) -> int:
     return derive_seed(row.plan.seed, "partition")
 
 
-def draw_regions(objective: Objective, rows: Sequence[Row], teacher: TeacherData) -> Regions:
+def draw_regions(
+    objective: Objective, rows: Sequence[Row], teacher: TeacherData, rewards: StepRewards | None = None
+) -> Regions:
     """Partition the step's student tokens, with the same draws as the service."""
+    lengths = [len(row.tokens) for row in rows]
     return partition_tokens(
         objective.partition,
         student_logprobs=sampler_logprobs(rows).astype(np.float32),
         teacher_logprobs=teacher.teacher_logprobs,
         uniforms=partition_draws(rows),
         teacher_entropy=teacher.entropy,
+        correct=None if rewards is None else np.repeat(rewards.correct, lengths),
     )
 
 

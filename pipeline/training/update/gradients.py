@@ -26,6 +26,7 @@ from tropd.pipeline.objectives.loss import (
 from tropd.pipeline.objectives.needs import needs_drawn, needs_student_pass, needs_student_tail
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.rewards.advantages import StepRewards
 from tropd.pipeline.objectives.token_weight_specs import DIVERGENCE_WEIGHTS
 from tropd.pipeline.objectives.token_weights import TokenStatistics
 from tropd.pipeline.training.rollout.rows import Row, mu_logprobs, sampler_logprobs
@@ -59,6 +60,10 @@ class StepInputs:
     """Share of the training steps done."""
     dropout_seed: int | None = None
     """Root seed of dropout, where the student trains with it."""
+    rewards: StepRewards | None = None
+    """Where the objective looks at rewards."""
+    rows_without_reward: int = 0
+    """Rows of the step that were left out, because they have none."""
 
     @cached_property
     def sampler_logprobs(self) -> Floats64:
@@ -217,6 +222,7 @@ def _token_batch(inputs: StepInputs, plan: StepPlan, micro_batch: MicroBatch, pa
         guidance_logprobs=output.targets[passed.prefixes],
         trust_advantages=optional(plan.trust_advantages),
         outlier_advantages=optional(plan.outlier_advantages),
+        reward_advantages=optional(plan.reward_advantages),
         reference_logprobs=optional(inputs.reference_logprobs),
         topk_index=to_device(passed.topk.index, device),
         topk=passed.alternatives,
@@ -255,6 +261,7 @@ def _statistics(
         advantages=advantages,
         gain=gain,
         student_logprobs=inputs.sampler_logprobs,
+        rewards=inputs.rewards,
         teacher_entropy=None if inputs.teacher.entropy is None else inputs.teacher.entropy.astype(np.float64),
         teacher_mass=_teacher_mass(inputs),
     )

@@ -148,7 +148,7 @@ RECORDED = {
 }
 """Recipe (and ``ODD``, in which little is as usual) → stage → digest of its fields, in their order."""
 MARKED = {
-    "config": (("runtime", "service"), ("run", "teacher", "student", "vllm", "sft")),
+    "config": (("runtime", "service"), ("run", "teacher", "student", "vllm", "reward", "sft")),
     "data": (
         ("skip_bad",),
         (
@@ -165,7 +165,8 @@ MARKED = {
     "prefixes": (("batch_size",), ()),
     "scores": (("batch_tokens",), ()),
     "rollout": (("batch_size",), ("stop_ids",)),
-    "objective": (("title", "source", "confidence", "formula", "own_context"), ()),
+    "objective": (("title", "source", "confidence", "formula", "own_context"), ("reward",)),
+    "reward": (("seconds", "workers", "batch_rows"), ()),
     "train": (
         (
             "gradient_checkpointing",

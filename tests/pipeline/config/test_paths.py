@@ -37,7 +37,7 @@ def test_tags_are_those_of_the_unions() -> None:
         tags = {get_args(member.model_fields[name].annotation)[0]: member for member in members}
         assert union_members(Union[tuple(members)]) == tags  # noqa: UP007
     assert set(union_members(Partition)) == {
-        "all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy",
+        "all", "none", "sampled", "expected", "ratio", "sign", "teacher_entropy", "reward",
     }  # fmt: skip
     assert set(union_members(Estimator)) == {
         "zero", "k1", "fixed", "nll", "topk_fkl", "topk_rkl", "topk_mix", "topk_jsd",

@@ -19,6 +19,7 @@ from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_s
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import partition_tokens
+from tropd.pipeline.objectives.rewards.advantages import StepRewards
 from tropd.pipeline.objectives.token_weights import TokenStatistics
 from tropd.storage.errors import ConfigError
 
@@ -156,6 +157,12 @@ EXPECTED = {
     / 2,
     "sft": NLL,
     "offline-opd": (K1[0] + K1[1]) / 2,
+    # One row, and it is wrong: nothing to compare it with (test_rewards.py has several).
+    "grpo": 0.0,
+    "dgrpo": (K1[0] + K1[1]) / 2,
+    "opd-reward": (K1[0] + K1[1]) / 2,
+    "uni-opd": (K1[0] + K1[1]) / 2,
+    "scope": (K1[0] + K1[1]) / 2,
 }
 
 
@@ -174,6 +181,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         teacher_logprobs=teacher,
         uniforms=np.array(U[:n]),
         teacher_entropy=np.array(TEACHER_ENTROPY[:n], dtype=np.float32),
+        correct=np.zeros(n, dtype=np.bool_),
     )
     statistics = TokenStatistics(
         rows=np.zeros(n, dtype=np.int64),
@@ -184,6 +192,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         student_logprobs=student.astype(np.float64),
         teacher_entropy=np.array(TEACHER_ENTROPY[:n]),
         teacher_mass=np.array([sum(t) for t in TOP_T[:n]]),
+        rewards=StepRewards(np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.bool_)),
     )
     guided = objective.guidance.loss.estimator != "zero"
     plan = plan_step(
@@ -225,6 +234,7 @@ def loss_of(objective: Objective, *, progress: float = 0.1, student_tokens: int 
         guidance=tensor(plan.guidance),
         guidance_logprobs=tensor([PREFIX_S] if guided else []).log().requires_grad_(),
         trust_advantages=None if plan.trust_advantages is None else tensor(plan.trust_advantages),
+        reward_advantages=None if plan.reward_advantages is None else tensor(plan.reward_advantages),
         reference_logprobs=tensor(REFERENCE[:n]).log(),
         topk_index=torch.tensor(index, dtype=torch.long) if has_topk else None,
         topk=ragged([TOP_T[i] for i in index], [TOP_S[i] for i in index]) if has_topk and index else None,

@@ -1,0 +1,1 @@
+"""Rewards in an objective: how they enter, and the formulas."""
