@@ -192,11 +192,14 @@ def _deadlines(needs: Needs) -> Iterator[Check]:
     teacher = needs.config.teacher
     if needs.asks:
         predicted, given = needs.longest_answer(), teacher.timeout_seconds
-        text = f"teacher.timeout_seconds = {given:.0f}: an answer is predicted within {predicted:.0f} s"
+        text = f"teacher.timeout_seconds = {given:.0f}: the largest request is predicted to take {predicted:.0f} s"
         if given >= MARGIN * predicted:
             yield Check(True, text)
         else:
-            yield Check(False, f"{text}; set it to {MARGIN * predicted:.0f} or more, or serve from more GPUs")
+            yield Check(
+                False,
+                f"{text}; set it to {MARGIN * predicted:.0f} or more, or lower service.max_request_tokens",
+            )
     if needs.config.student.engine == "vllm":
         predicted, given = needs.step().rollout, needs.config.vllm.answer_seconds
         text = f"vllm.answer_seconds = {given:.0f}: the responses of a step are predicted within {predicted:.0f} s"

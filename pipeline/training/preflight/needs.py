@@ -22,7 +22,13 @@ from tropd.pipeline.training.memory_plan import (
     vllm_part,
 )
 from tropd.pipeline.training.preflight.rates import GpuRates, load_rates
-from tropd.pipeline.training.preflight.step_time import Layout, StepTime, StepWork, predict
+from tropd.pipeline.training.preflight.step_time import (
+    Layout,
+    StepTime,
+    StepWork,
+    predict,
+    score_seconds,
+)
 
 PROMPT = 200
 """Tokens of a prompt where the prompts are not known."""
@@ -187,20 +193,17 @@ class Needs:
         return needed + (FOR_NCCL if self.here > 1 and not self.on_cpu else 0.0)
 
     def longest_answer(self) -> float:
-        """Seconds until the teacher has answered a request: its work, and that of all before it in the queue."""
-        step = self.step()
-        if teacher_everywhere(self.config) and not self.config.teacher.urls:
-            return step.teacher
-        clients = self.gpus / max(1, len(self.config.teacher.urls))
-        if clients <= 1:
-            tokens = self.work().tokens
-            return step.teacher * min(1.0, self.config.service.max_request_tokens / tokens)
-        return step.teacher
+        """Seconds of work on the largest request to the teacher; time in a queue is not counted by its client either."""
+        work = self.work()
+        whole = score_seconds(self.layout, work, self.teacher, self.rates)
+        request = min(self.config.service.max_request_tokens, work.tokens / self.gpus)
+        return whole * request / work.tokens
 
 
 def teacher_everywhere(config: Config) -> bool:
     """Whether each process has the teacher on its own GPU."""
-    return str(getattr(config.teacher, "placement", "first")) == "every"
+    spread = config.teacher.scorer == "vllm" and config.vllm.tensor_parallel_size > 1
+    return config.teacher.placement == "every" and not spread
 
 
 def own_share(config: Config) -> float:

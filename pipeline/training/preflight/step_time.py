@@ -63,7 +63,7 @@ class Layout:
     scorer: EngineName = "transformers"
     batch_size: int = 64
     """Rows that transformers decodes together."""
-    micro_batch_tokens: int = 16_384
+    micro_batch_tokens: int = 16_592
     masks: bool = True
     """Training passes have dense attention masks; passes that score have none."""
     kv_room: float = 40e9
