@@ -107,6 +107,7 @@ class Dashboard:
             ("length", _lengths(self.records[-1])),
             ("held-out", _held_out(self.records)),
             ("memory", _memory(self.records[-1])),
+            ("speed", _speed(self.records)),
         ):
             if words:
                 grid.add_row(name, words)
@@ -166,7 +167,28 @@ def _step_time(records: Sequence[Mapping[str, Any]]) -> str:
     prepared = math.fsum(value or 0.0 for _, value in parts[:2])
     if waited is not None and waited < 0.9 * prepared:  # they overlap with training
         shares.append(f"waiting {waited / total:.0%}")
+    exchanges = [
+        seconds for seconds in records[-1].get("exchange_seconds") or () if isinstance(seconds, int | float)
+    ]
+    if exchanges:  # of several processes: their GPUs idle meanwhile
+        shares.append(f"idle {math.fsum(exchanges) / len(exchanges) / total:.0%}")
     return f"{total:.3g} s: {', '.join(shares)}" if shares else f"{total:.3g} s"
+
+
+def _speed(records: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens per second of each part of the step."""
+    parts = {
+        "rollout": ("time_rollout", "tokens_on_policy"),
+        "score": ("time_score", "teacher_tokens_scored"),
+        "train": ("time_train", "tokens_on_policy", "tokens_guidance"),
+    }
+    words = []
+    for part, (time, *names) in parts.items():
+        seconds = recent_mean(records, time)
+        tokens = math.fsum(recent_mean(records, name) or 0.0 for name in names)
+        if seconds and tokens:
+            words.append(f"{part} {tokens / seconds:,.0f}")
+    return f"{', '.join(words)} tokens/s" if words else ""
 
 
 def _teacher(records: Sequence[Mapping[str, Any]]) -> str:

@@ -129,7 +129,8 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
     first, sums, rows = _resume(session, stage)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(session, stage, first))
-        timeline = stack.enter_context(Timeline(journal.trace))
+        collects = config.trace and not world.leads
+        timeline = stack.enter_context(Timeline(journal.trace, rank=world.rank, collects=collects))
         checkpoints = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
         preparation = stack.enter_context(open_preparation(session, timeline, stop))
         training = _Training(session, journal, timeline, checkpoints, preparation, sums)
@@ -149,6 +150,11 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
                     _save(training, step, inputs)
                 raise _interrupted(run, step, "while waiting for the teacher") from None
             record |= {f"time_{name}": seconds for name, seconds in timeline.take(step).items()}
+            if world.size > 1:
+                told = world.gather((world.take_waits(), timeline.take_events()))
+                record["exchange_seconds"] = [seconds for seconds, _ in told]
+                for _, events in told:
+                    timeline.add(events)
             sums.update({name: record[name] for name in SUMMED})
             done = step + 1
             if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):

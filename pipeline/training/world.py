@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -43,6 +44,8 @@ class World:
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
     """Process group of the messages; the default group if not set."""
+    waits: list[float] = field(default_factory=list, compare=False)
+    """Seconds of the exchanges since ``take_waits``: of waiting for the others, mostly."""
 
     @property
     def leads(self) -> bool:
@@ -52,15 +55,23 @@ class World:
         """The same processes for another thread, whose messages must not meet those of this one."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT), waits=[])
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank. Values are pickled, between processes of this run only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
+        started = time.perf_counter()
         dist.all_gather_object(values, value, group=self.group)
+        self.waits.append(time.perf_counter() - started)
         return values
+
+    def take_waits(self) -> float:
+        """Seconds that this process has waited in exchanges since the last call."""
+        seconds = sum(self.waits)
+        self.waits.clear()
+        return seconds
 
     def tell(self, value: T) -> T:
         """Process 0's value."""

@@ -44,7 +44,7 @@ def shown(dashboard: Dashboard, width: int = 120) -> str:
 
 def test_a_wide_terminal_has_curves_and_facts_side_by_side() -> None:
     text = shown(Dashboard("demo · tropd · seed 0", [record(n) for n in range(10)], 40))
-    title, progress, loss, k1, outliers, reward = text.splitlines()
+    title, progress, loss, k1, outliers, reward, speed = text.splitlines()
     assert title == "demo · tropd · seed 0"
     assert progress.split("  ")[-3:] == ["10/40 steps", "0:00:15 left", "2,000 tokens/s"]
     name, value, curve, *facts = loss.split()
@@ -55,6 +55,7 @@ def test_a_wide_terminal_has_curves_and_facts_side_by_side() -> None:
     assert outliers.endswith("length  20.0 tokens, 5.0 of them from the teacher")
     assert reward.startswith("reward      -0.5")
     assert reward.endswith("memory  512\u00a0MB")
+    assert speed.split() == ["speed", "rollout", "5,000,", "score", "10,000,", "train", "5,000", "tokens/s"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 96, 200])
@@ -67,6 +68,11 @@ def test_every_line_fits(width: int) -> None:
 def test_overlapping_parts_say_how_long_training_waits() -> None:
     ahead = [record(n, time_wait=0.05, time_total=0.3) for n in range(3)]
     assert "rollout 67%, score 33%, train 67%, waiting 17%" in shown(Dashboard("x", ahead, 9))
+
+
+def test_several_processes_say_how_long_their_gpus_idle() -> None:
+    several = [record(n, exchange_seconds=[0.05, 0.15]) for n in range(3)]
+    assert "rollout 40%, score 20%, train 40%, idle 20%" in shown(Dashboard("x", several, 9))
 
 
 def test_accuracy_takes_the_place_of_the_reward_where_it_is_measured() -> None:

@@ -101,7 +101,7 @@ def test_each_process_asks_a_teacher_of_its_own_and_the_losses_are_those_of_one(
     tropd: Any, prepared: Path, finished: Path, copy: Any
 ) -> None:
     workspace = copy(prepared)
-    tropd.ok("train", "-w", workspace, "--gpus", "2")
+    tropd.ok("train", "-w", workspace, "--gpus", "2", "--set", "train.trace=true")
     assert {path.name for path in (workspace / "logs").glob("teacher-service*.log")} == {
         "teacher-service.log",
         "teacher-service-rank-1.log",
@@ -113,3 +113,6 @@ def test_each_process_asks_a_teacher_of_its_own_and_the_losses_are_those_of_one(
     assert len(scored) == 2 * 8  # a share of each step to each
     for one, other in zip(records(workspace), records(finished), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert len(one["exchange_seconds"]) == 2
+    trace = json.loads((workspace / "train" / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    assert len({event["pid"] for event in trace if event["name"] == "train"}) == 2

@@ -93,7 +93,7 @@ class TrainConfig(Spec):
     wandb_project: Inert[str | None] = Field(default=None, min_length=1)
     """Log metrics to this project of Weights & Biases too (pip install "tropd[wandb]")."""
     trace: Inert[bool] = False
-    """Write train/trace.json: a timeline of each thread, for ui.perfetto.dev."""
+    """Write train/trace.json: a timeline of each thread of every process, for ui.perfetto.dev."""
     evaluate_every: Inert[int] = Field(default=0, ge=0, le=MOST)
     """Steps between evaluations during training, of accuracy and of the distance to the teacher; 0 is never."""
     evaluate_problems: Inert[int] = Field(default=100, ge=1, le=MOST)

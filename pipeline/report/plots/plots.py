@@ -16,7 +16,14 @@ from tropd.pipeline.report.plots.run_plots import draw_runs
 from tropd.storage.workspace import Mode
 
 WHO_COLORS = {"before": GREY, "after": BLUE, "teacher": PURPLE}
-_EXPECTED_ELSEWHERE = {"step", "time_total", "time_optimizer", "time_sync", "time_checkpoint"}
+_EXPECTED_ELSEWHERE = {
+    "step",
+    "time_total",
+    "time_optimizer",
+    "time_sync",
+    "time_checkpoint",
+    "exchange_seconds",
+}
 # Numbers of prompts and problems, which do not change.
 _EXPECTED_ELSEWHERE |= {"distance_prompts", "accuracy_problems"}
 

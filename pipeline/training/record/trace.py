@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,16 @@ class Timeline:
 
     Args:
         trace: the file to append spans to; None for none.
+        rank: of this process among those that train.
+        collects: keep spans for another process, which has the file (see ``take_events``).
     """
 
-    def __init__(self, trace: Path | None) -> None:
+    def __init__(self, trace: Path | None, *, rank: int = 0, collects: bool = False) -> None:
         self._lock = threading.Lock()
         self._seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._threads: dict[int, int] = {}
+        self._rank = rank
+        self._collected: list[str] | None = [] if collects else None
         self._stream = None
         if trace is not None:
             # The rest of a last line that a kill cut short would spoil all that comes after it.
@@ -55,10 +59,24 @@ class Timeline:
         with self._lock:
             return dict(self._seconds.pop(step, {}))
 
+    def take_events(self) -> list[str]:
+        """Lines of the trace that this process has collected since the last call."""
+        with self._lock:
+            lines, self._collected = self._collected or [], None if self._collected is None else []
+            return lines
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Write the lines that another process has collected."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.writelines(lines)
+
     def _write(self, name: str, step: int, wall: float, seconds: float) -> None:
-        if self._stream is None:
+        if self._stream is None and self._collected is None:
             return
         identity = threading.get_ident()
+        if not self._threads and (self._rank or self._collected is not None):
+            self._event(name="process_name", ph="M", tid=0, args={"name": f"process {self._rank}"})
         if identity not in self._threads:
             self._threads[identity] = len(self._threads)
             label = {"name": threading.current_thread().name}
@@ -73,8 +91,11 @@ class Timeline:
         )
 
     def _event(self, **fields: object) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps({**fields, "pid": os.getpid()}) + ",\n")
+        line = json.dumps({**fields, "pid": os.getpid()}) + ",\n"
+        if self._stream is not None:
+            self._stream.write(line)
+        elif self._collected is not None:
+            self._collected.append(line)
 
     def __enter__(self) -> Timeline:
         return self

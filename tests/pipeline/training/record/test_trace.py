@@ -78,3 +78,25 @@ def test_a_torn_line_of_a_killed_run_is_not_continued(tmp_path: Path) -> None:
     with Timeline(path) as timeline, timeline.span("train", 1):
         pass
     assert [e["args"].get("step") for e in events(path) if e["ph"] == "X"] == [1]
+
+
+def test_spans_of_other_processes_are_in_the_trace_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with Timeline(None, rank=1, collects=True) as other:
+        with other.span("rollout", 0):
+            pass
+        lines = other.take_events()
+        assert other.take_events() == []
+    with Timeline(path) as timeline:
+        with timeline.span("rollout", 0):
+            pass
+        timeline.add(lines)
+    assert [e["ph"] for e in events(path)].count("X") == 2
+    assert {"process 1"} == {e["args"]["name"] for e in events(path) if e["name"] == "process_name"}
+
+
+def test_nothing_is_collected_where_no_trace_is_wanted() -> None:
+    with Timeline(None, rank=1) as timeline:
+        with timeline.span("train", 0):
+            pass
+        assert timeline.take_events() == []
