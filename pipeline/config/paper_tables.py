@@ -15,6 +15,18 @@ REHEARSAL = "rehearsal"
 TINY = {"parameters": 200_000, "layers": 3, "hidden": 64, "intermediate": 192, "vocab": 64}
 
 
+ELSEWHERE = {
+    "GPQA-Diamond": "lm-eval, gpqa_diamond_cot_zeroshot (its dataset is gated on the hub)",
+    "MMLU-Redux": "lm-eval, mmlu_redux_generative",
+    "IFBench": "lighteval, ifbench_test, or IFBench's own package",
+    "LiveCodeBench-v6": "lighteval's lcb tasks, or LiveCodeBench's own package; it runs code that the model wrote",
+}
+"""Benchmarks of the paper that tropd does not have itself, with the harness that has them. The first two are measured
+where evaluation.harness has a task of that name."""
+AVERAGE = "average"
+"""The paper's mean over the benchmarks of a table."""
+
+
 class TableRow(Spec):
     """One method."""
 
@@ -68,6 +80,16 @@ class Setting(Spec):
     """The model from which SFT on the teacher's trajectories makes the student, if it is made here."""
     rows: tuple[TableRow, ...]
     """The methods."""
+    paper_before: dict[str, float] = Field(default_factory=dict)
+    """The paper's accuracies of the student before training, where known."""
+    paper_teacher: dict[str, float] = Field(default_factory=dict)
+    """Those of the teacher."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Benchmarks of the paper beyond those of the recipe, in its order, and its average."""
+        given = {name for row in (self.paper_before, *(row.paper for row in self.rows)) for name in row}
+        return [name for name in (*ELSEWHERE, AVERAGE) if name in given]
 
 
 class PaperTable(Spec):
@@ -115,6 +137,8 @@ def load_table(name: str, *, rehearse: bool) -> PaperTable:
                 "teacher_sizes": setting.teacher_sizes.model_copy(update=TINY),
                 "sft_from": "models/student" if setting.sft_from else None,
                 "rows": tuple(row.model_copy(update={"paper": {}}) for row in setting.rows),
+                "paper_before": {},
+                "paper_teacher": {},
             }
         )
         for setting in table.settings

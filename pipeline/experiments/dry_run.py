@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tropd.pipeline.config.paper_tables import Setting
+from tropd.pipeline.config.paper_tables import ELSEWHERE, Setting
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.compare import cell_config
 from tropd.pipeline.experiments.reproduce import Job, open_setting
@@ -183,6 +183,10 @@ def _checks(job: Job, setting: Setting, run: Run) -> Iterator[Check]:
     yield _tokenizers(run, setting)
     if not job.rehearsal:
         yield _hub(run.config, setting)
+    have = {task.name for task in run.config.evaluation.harness}
+    for name in setting.columns:
+        if name in ELSEWHERE and name not in have:
+            yield Check(None, f"{name}: not measured, the paper's number stands alone; {ELSEWHERE[name]}")
 
 
 def _tokenizers(run: Run, setting: Setting) -> Check:

@@ -6,13 +6,15 @@ ROOT/<table>.json, .md      the numbers, the paper's beside ours
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from tropd.pipeline.config.paper_tables import PaperTable, Setting
+from tropd.pipeline.config.paper_tables import AVERAGE, ELSEWHERE, PaperTable, Setting
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.resolve import load_config
 from tropd.pipeline.experiments.compare import compare
@@ -46,6 +48,8 @@ class ResultRow(BaseModel):
 
     label: str
     values: dict[str, MeasuredNumber]
+    paper_only: dict[str, float] = {}
+    """The paper's numbers of benchmarks that were not measured here."""
 
 
 class ResultBlock(BaseModel):
@@ -53,6 +57,7 @@ class ResultBlock(BaseModel):
 
     title: str
     benchmarks: list[str]
+    """Columns: those of the recipe, then others of the paper."""
     rows: list[ResultRow]
 
 
@@ -129,11 +134,12 @@ def _with(job: Job, run: Run, assignment: str) -> Run:
 
 def _block(run: Run, setting: Setting, cells: Sequence[Cell]) -> ResultBlock:
     root = run.workspace.root
-    benchmarks = [b.name for b in run.config.evaluation.benchmarks]
+    measured = [b.name for b in run.config.evaluation.benchmarks]
+    benchmarks = [*measured, *(name for name in setting.columns if name not in measured)]
     reference = [root / FOLDER / REFERENCE]
     rows = [
-        _row("student before", reference, "before", benchmarks, {}),
-        _row("teacher", reference, "teacher", benchmarks, {}),
+        _row("student before", reference, "before", benchmarks, setting.paper_before),
+        _row("teacher", reference, "teacher", benchmarks, setting.paper_teacher),
     ]
     for row in setting.rows:
         folders = [cell.folder(root) for cell in cells if cell.objective == row.objective]
@@ -146,11 +152,32 @@ def _row(
 ) -> ResultRow:
     values = {}
     for benchmark in benchmarks:
-        found = _pooled([folder / "eval" / benchmark / f"part-{who}.parquet" for folder in folders])
+        parts = [folder / "eval" / benchmark / f"part-{who}.parquet" for folder in folders]
+        harness = [part.with_name(f"harness-{who}.json") for part in parts]
+        if benchmark not in (*ELSEWHERE, AVERAGE):
+            found = _pooled(parts)
+        elif all(part.is_file() for part in harness):
+            found = _of_harness(harness)
+        else:
+            continue
         values[benchmark] = MeasuredNumber(
             value=100 * found.value, low=100 * found.low, high=100 * found.high, paper=paper.get(benchmark)
         )
-    return ResultRow(label=label, values=values)
+    others = {name: paper[name] for name in benchmarks if name in paper and name not in values}
+    return ResultRow(label=label, values=values, paper_only=others)
+
+
+def _of_harness(paths: Sequence[Path]) -> Estimate:
+    """Mean over seeds of the harness's own metric: the one that takes the answer wherever it stands, or the first."""
+    values, errors = [], []
+    for path in paths:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        chosen = next((metric for metric in metrics if "flexible" in metric["name"]), metrics[0])
+        values.append(float(chosen["value"]))
+        errors.append(float(chosen["stderr"] or 0.0))
+    mean = math.fsum(values) / len(values)
+    half = 1.96 * math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def _pooled(paths: Sequence[Path]) -> Estimate:
@@ -173,7 +200,11 @@ def to_markdown(result: Result) -> str:
         for row in block.rows:
             cells = []
             for benchmark in block.benchmarks:
-                cell = row.values[benchmark]
+                cell = row.values.get(benchmark)
+                if cell is None:
+                    alone = row.paper_only.get(benchmark)
+                    cells.append("–" if alone is None else f"– (paper {alone:.2f})")
+                    continue
                 paper = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
                 cells.append(f"{cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]{paper}")
             lines.append(f"| {row.label} | " + " | ".join(cells) + " |")

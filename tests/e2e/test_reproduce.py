@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tropd.pipeline.config.paper_tables import load_table, table_names
+from tropd.pipeline.config.paper_tables import AVERAGE, ELSEWHERE, load_table, table_names
 from tropd.pipeline.config.recipe_files import load_objective, recipe_text
 from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.experiments.reproduce import MeasuredNumber, Result, ResultBlock, ResultRow, to_markdown
 
 KILLS = 3 if os.environ.get("TROPD_THOROUGH") else 1
 TINY = {
@@ -75,7 +76,39 @@ def test_every_table_names_what_there_is(name: str) -> None:
         assert [b.samples for b in config.evaluation.benchmarks] == [32, 32, 32]
         for row in setting.rows:
             load_objective(row.objective, {})
-            assert set(row.paper) <= {b.name for b in config.evaluation.benchmarks}
+            assert set(row.paper) <= {b.name for b in config.evaluation.benchmarks} | {*ELSEWHERE, AVERAGE}
+
+
+def test_the_tables_have_the_numbers_of_all_columns() -> None:
+    """The mean of the paper's columns is the average that it gives."""
+    checked = 0
+    for name in table_names():
+        for setting in load_table(name, rehearse=False).settings:
+            for label, paper in [
+                ("before", setting.paper_before),
+                *((r.label, r.paper) for r in setting.rows),
+            ]:
+                given = {column: value for column, value in paper.items() if column != AVERAGE}
+                if paper:
+                    assert sum(given.values()) / len(given) == pytest.approx(paper[AVERAGE], abs=0.02), label
+                    checked += 1
+    assert checked >= 30
+
+
+def test_what_a_harness_measured_stands_beside_the_paper() -> None:
+    block = ResultBlock(
+        title="models",
+        benchmarks=["AIME24", "GPQA-Diamond", "IFBench"],
+        rows=[
+            ResultRow(
+                label="OPD",
+                values={"AIME24": MeasuredNumber(value=30.0, low=20.0, high=40.0, paper=35.83)},
+                paper_only={"GPQA-Diamond": 28.03},
+            )
+        ],
+    )
+    text = to_markdown(Result(title="table", rehearsal=False, seeds=1, blocks=[block]))
+    assert "| OPD | 30.0 [20.0, 40.0] (paper 35.83) | – (paper 28.03) | – |" in text
 
 
 def test_a_dry_run_needs_no_gpu_and_no_network(
