@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_runs import make_run
 
 from tropd.pipeline.config.paper_tables import load_table, table_names
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.resolve import parse_config
+from tropd.pipeline.experiments import compare as compare_module
 from tropd.pipeline.experiments.compare import cell_config
 from tropd.pipeline.run.cells import Cell
 from tropd.pipeline.run.progress import SILENT
@@ -24,3 +31,25 @@ def test_no_cell_of_a_table_is_refused(name: str, tmp_path: Path) -> None:
         for row in setting.rows:
             config = cell_config(run, Cell(row.objective, 0))
             assert (config.teacher.engine, config.teacher.scorer) == ("vllm", "transformers")
+
+
+def test_a_run_of_a_comparison_has_all_gpus(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", tiny_models)
+    used: list[tuple[str, int]] = []
+
+    def no_service(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("each process starts a teacher of its own")
+
+    stubs: dict[str, Any] = {
+        "finished": lambda *_: None,
+        "check_engines": lambda *_: [],
+        "LocalTeacher": no_service,
+        "train_on": lambda cell, gpus: used.append((cell.workspace.root.parent.name, gpus)),
+        "evaluate": lambda cell, whom, execution: used.append((whom[0], execution.gpus)),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(compare_module, name, stub)
+    compare_module.compare(run, ["opd", "sft"], 1, gpus=8)
+    assert used == [("before", 8), ("opd", 8), ("after", 8), ("sft", 8), ("after", 8)]
