@@ -81,7 +81,7 @@ def plan_table(job: Job, machine: Machine | None = None, *, runs_here: bool = Fa
             ModelShape(**setting.student_sizes.model_dump()),
             ModelShape(**setting.teacher_sizes.model_dump()),
         )
-        needs, checks = needs_of(run, job.gpus, sizes=None if job.rehearsal else sizes, machine=machine)
+        needs, checks = needs_of(run, job.gpus, sizes=sizes, machine=machine)
         stages = []
         if needs is not None:
             stages = list(_stages(job, setting, run, needs))
