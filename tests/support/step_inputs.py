@@ -10,9 +10,10 @@ import numpy as np
 
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import needs_reference, teacher_needs
-from tropd.pipeline.objectives.objective import Objective
+from tropd.pipeline.objectives.objective import Objective, needs_rewards
 from tropd.pipeline.teacher.service.batcher import score_requests
 from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse
+from tropd.pipeline.training.reward.rewards import step_rewards
 from tropd.pipeline.training.rollout.rows import Row, RowPlan
 from tropd.pipeline.training.signal.ask_teacher import ask_teacher, draw_regions
 from tropd.pipeline.training.update.gradients import StepInputs
@@ -72,7 +73,12 @@ def make_inputs(
     guidance = None
     if teacher_needs(objective).cached_topk:
         guidance = cached_prefixes(scorer.engine, rows, objective.k)
-    return StepInputs(rows, teacher, draw_regions(objective, rows, teacher), guidance, reference, progress)
+    rewards = None
+    if needs_rewards(objective):  # of a row, whatever the order
+        rows = [replace(row, reward=float(row.plan.seed % 3 == 0)) for row in rows]
+        rewards = step_rewards(rows, 1.0)
+    regions = draw_regions(objective, rows, teacher, rewards)
+    return StepInputs(rows, teacher, regions, guidance, reference, progress, rewards=rewards)
 
 
 def likeliest(row: Row, k: int) -> list[list[int]]:
