@@ -85,9 +85,9 @@ def reproduce(
 
 def _refuse_impossible(job: Job) -> None:
     from tropd.pipeline.experiments.dry_run import plan_table
-    from tropd.pipeline.training.preflight.checks import refuse
+    from tropd.pipeline.training.preflight.checks import refuse_plan
 
-    refuse((check for plan in plan_table(job, runs_here=True) for check in plan.checks), "this table")
+    refuse_plan((check for plan in plan_table(job, runs_here=True) for check in plan.checks), "this table")
 
 
 def _show_plan(job: Job, as_json: bool) -> None:

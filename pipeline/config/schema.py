@@ -221,7 +221,7 @@ def _training_conflicts(config: Config) -> Iterator[str]:
             "train.region_gradients and runtime.compile exclude each other: a compiled backward pass can run "
             "only once; set train.region_gradients = false, or runtime.compile = false"
         )
-    if train.attention != "auto":
+    if train.attention not in ("auto", "varlen"):
         for name, value, wanted in (
             ("student.dtype", config.student.dtype, "bfloat16"),
             ("runtime.device", config.runtime.device, "cuda"),

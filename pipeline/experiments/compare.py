@@ -37,7 +37,7 @@ from tropd.pipeline.stages.shards import Execution
 from tropd.pipeline.teacher.connect import serves_on_one_device
 from tropd.pipeline.teacher.local_service import LocalTeacher, serve_command
 from tropd.pipeline.training.on_gpus import train_on
-from tropd.pipeline.training.preflight.checks import refuse
+from tropd.pipeline.training.preflight.checks import refuse_plan
 from tropd.pipeline.training.preflight.preflight import require_room
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.errors import ConfigError
@@ -72,7 +72,7 @@ def compare(
     finished(run, "prefixes")
     finished(run, "scores")
     whole = gpus if workers == 1 else 1
-    refuse(check_engines(run, configs), "this comparison")
+    refuse_plan(check_engines(run, configs), "this comparison")
     require_room(run, whole, 0)
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run, execution=Execution(gpus=gpus))

@@ -15,7 +15,7 @@ from tropd.pipeline.config.paper_tables import ELSEWHERE, Setting
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.compare import cell_config
 from tropd.pipeline.experiments.reproduce import Job, open_setting
-from tropd.pipeline.experiments.row_checks import check_engines, check_rows, row_needs
+from tropd.pipeline.experiments.row_checks import check_engines, check_table_rows, row_needs
 from tropd.pipeline.models.tokenizers import check_tokenizers
 from tropd.pipeline.run.cells import Cell
 from tropd.pipeline.run.opening import role_tokenizer
@@ -23,7 +23,7 @@ from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.memory_plan import CACHE_BYTES, ModelShape
 from tropd.pipeline.training.preflight.checks import Check, check_machine, check_teacher_stages
-from tropd.pipeline.training.preflight.machine import Machine, look
+from tropd.pipeline.training.preflight.machine import Machine, look_at_machine
 from tropd.pipeline.training.preflight.needs import Needs
 from tropd.pipeline.training.preflight.preflight import needs_of
 from tropd.pipeline.training.preflight.stage_time import (
@@ -68,7 +68,7 @@ def plan_table(job: Job, machine: Machine | None = None, *, runs_here: bool = Fa
         machine: another one than this.
         runs_here: the table is about to be made: GPUs that are not there count.
     """
-    machine = machine or look(job.root)
+    machine = machine or look_at_machine(job.root)
     for setting in job.table.settings:
         run = open_setting(job, setting, SILENT)
         if setting.sft_from is not None:  # the student is made by a stage: its size is that of its base
@@ -175,7 +175,7 @@ def _rows(run: Run, setting: Setting, needs: Needs, machine: Machine) -> Iterato
         yield Check(False, error.message)
         return
     yield from check_engines(run, cells)
-    yield from check_rows(needs, cells, machine)
+    yield from check_table_rows(needs, cells, machine)
 
 
 def _checks(job: Job, setting: Setting, run: Run) -> Iterator[Check]:

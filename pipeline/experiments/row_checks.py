@@ -26,7 +26,7 @@ def row_needs(needs: Needs, config: Config) -> Needs:
     return replace(needs, config=config.model_copy(update={"runtime": needs.config.runtime}))
 
 
-def check_rows(needs: Needs, rows: Mapping[str, Config], machine: Machine) -> list[Check]:
+def check_table_rows(needs: Needs, rows: Mapping[str, Config], machine: Machine) -> list[Check]:
     """Check the training of every row; rows with the same answer share its line.
 
     Args:

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from tropd.pipeline.config.sections.model_settings import RuntimeConfig
 from tropd.pipeline.config.sections.value_types import Device
 from tropd.pipeline.models.allocator import keep_freed_memory
-from tropd.pipeline.models.float32_attention import FLOAT32_SDPA
+from tropd.pipeline.models.attention.float32_attention import FLOAT32_SDPA
 from tropd.storage.errors import ConfigError
 
 Side = Literal["left", "right"]

@@ -104,6 +104,12 @@ def peak_bytes(parts: Iterable[MemoryPart]) -> float:
     return sum(part.bytes for part in parts if not part.phase) + max(phases)
 
 
+def masks_rows(config: Config, *, on_gpu: bool) -> bool:
+    """Whether training's packed rows need a mask: without one are attention within rows and flash-attn."""
+    settled = on_gpu and config.student.settled_dtype != "float32" and not config.runtime.compile
+    return config.train.attention == "auto" and not settled
+
+
 def memory_parts(
     config: Config,
     student: ModelShape,
@@ -154,7 +160,7 @@ def memory_parts(
         MemoryPart("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, "", "train"),
         *_rollout_parts(config, student, longest_prompt, -(-rows // processes), compute, cached, gpu_bytes),
     ]
-    if config.train.attention == "auto":
+    if masks_rows(config, on_gpu=not on_cpu):
         copied = 2 * student.heads * student.head_dim * compute
         parts.append(
             MemoryPart(

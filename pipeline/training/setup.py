@@ -91,7 +91,9 @@ def open_session(
             started = start_teachers(run, stack, rank=world.rank)
         scorers |= _connect(run, stack, world, started, student, longest, on_wait, sleep)
     passes = StudentPass(student.model, precision, num_tokens(student.tokenizer))
-    if config.train.attention != "auto" and passes.packing == "padded":
+    if config.train.attention != "auto" and (
+        passes.packing == "padded" or (config.train.attention == "varlen" and not passes.in_rows)
+    ):
         raise ConfigError(
             f"with train.attention = {config.train.attention!r} {type(student.model).__name__} mixes the rows "
             "that are packed into one line",

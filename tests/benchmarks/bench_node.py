@@ -20,7 +20,7 @@ from tropd.pipeline.config.schema import Config
 from tropd.pipeline.training.memory_plan import ModelShape
 from tropd.pipeline.training.preflight.needs import own_share
 from tropd.pipeline.training.preflight.rates import GpuRates, load_rates
-from tropd.pipeline.training.preflight.step_time import Layout, StepTime, StepWork, predict
+from tropd.pipeline.training.preflight.step_time import NodeLayout, StepTime, StepWork, predict
 
 TABLE = load_table("table3", rehearse=False)
 SETTING = TABLE.settings[0]
@@ -29,16 +29,17 @@ TEACHER = ModelShape(**SETTING.teacher_sizes.model_dump())
 PROMPT, MOST, ROWS, STEPS = 200, 8096, 512, 200
 
 
-def layouts(gpus: int) -> dict[str, Layout]:
+def layouts(gpus: int) -> dict[str, NodeLayout]:
     """Those of tropd, and a colocated pipeline as others have."""
-    colocated = Layout(trainers=gpus, student="vllm", servers=0)
+    alone = NodeLayout(trainers=1, student="transformers", servers=0, masks=False)
+    colocated = replace(alone, trainers=gpus, student="vllm")
     return {
-        "one process": Layout(trainers=1, student="transformers", servers=0),
-        f"{gpus - 1} trainers, 1 server": Layout(trainers=gpus - 1, student="transformers", servers=1),
+        "one process": alone,
+        f"{gpus - 1} trainers, 1 server": replace(alone, trainers=gpus - 1, servers=1),
         "vLLM students, one teacher": replace(colocated, everywhere=False),
         "vLLM students, teacher everywhere": colocated,
-        "the same, attention without masks": replace(colocated, masks=False, micro_batch_tokens=32_768),
-        "reference, colocated": replace(colocated, masks=False, micro_batch_tokens=32_768, is_reference=True),
+        "the same, attention with masks": replace(colocated, masks=True),
+        "reference, colocated": replace(colocated, micro_batch_tokens=32_768, is_reference=True),
     }
 
 
@@ -48,7 +49,7 @@ def spread_lengths(mean: int) -> tuple[int, ...]:
     return tuple(round(low + (MOST - low) * (i * 173 % ROWS) / (ROWS - 1)) for i in range(ROWS))
 
 
-def step(layout: Layout, rates: GpuRates, *, mean: int = MOST, own: float = 1.0) -> StepTime:
+def step(layout: NodeLayout, rates: GpuRates, *, mean: int = MOST, own: float = 1.0) -> StepTime:
     """A step of a row whose students write this share of their responses."""
     return predict(layout, StepWork(PROMPT, spread_lengths(mean), own), STUDENT, TEACHER, rates)
 
@@ -58,7 +59,7 @@ def row_config(objective: str) -> Config:
     return config.model_copy(update={"objective": load_objective(objective, {})})
 
 
-def table_hours(layout: Layout, rates: GpuRates, gpus: int) -> float:
+def table_hours(layout: NodeLayout, rates: GpuRates, gpus: int) -> float:
     """GPU-hours of training all rows of all settings; a GPU that a layout leaves idle is paid for."""
     owns = [own_share(row_config(row.objective)) for setting in TABLE.settings for row in setting.rows]
     return sum(step(layout, rates, own=own).gpu_hours(STEPS, gpus) for own in owns)

@@ -30,10 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tropd.pipeline.models.attention.float32_attention import attend_in_float32
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel, next_logits
 from tropd.pipeline.models.engines.transformers import TransformersEngine
-from tropd.pipeline.models.float32_attention import attend_in_float32
 from tropd.pipeline.models.loading import load_model, load_tokenizer, stop_token_ids
 from tropd.pipeline.models.runtime import autocast, evaluation_mode
 from tropd.pipeline.objectives.partition import acceptance

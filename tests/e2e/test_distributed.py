@@ -49,8 +49,9 @@ def records(workspace: Path) -> list[dict[str, Any]]:
 def test_two_processes_are_as_good_as_one(
     tropd: Any, prepared: Path, finished: Path, copy: Any, teacher_url: str
 ) -> None:
+    """They also attend within rows, where the one has masks."""
     workspace = copy(prepared)
-    process = torchrun(workspace, teacher_url)
+    process = torchrun(workspace, teacher_url, "--set", "train.attention=varlen")
     eventually(
         lambda: len(records(workspace)) >= 3 or process.poll() is not None, 120, "three steps are on record"
     )

@@ -76,10 +76,12 @@ class TrainConfig(Spec):
     the step's longest row, so that little of a pass stays empty, and at least 4,096."""
     gradient_checkpointing: Inert[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Inert[Literal["auto", "flash_attention_2", "flash_attention_3"]] = "auto"
-    """Attention of the student in training. auto: PyTorch's scaled dot product, where packed rows need a mask quadratic
-    in the packed length. The others read packed rows without one; they need a CUDA GPU, the package `flash-attn` (or
-    `flash_attn_3`), `student.dtype = "bfloat16"` and a single process."""
+    attention: Inert[Literal["auto", "varlen", "flash_attention_2", "flash_attention_3"]] = "auto"
+    """Attention of the student in training. auto: in bfloat16 on a CUDA GPU `varlen`, where the model takes it and
+    runtime.compile is off; else PyTorch's scaled dot product, where packed rows need a mask quadratic in the packed
+    length. varlen: packed rows are attended without a mask, by PyTorch's own kernel, with any number of processes; on a
+    CPU row by row. flash_attention_2 and 3 need a CUDA GPU, the package `flash-attn` (or `flash_attn_3`),
+    `student.dtype = "bfloat16"` and a single process."""
     dropout: Apart[bool] = False
     """Train the student with the dropout that its config.json names. Off, gradients are those of the
     student that samples. On, the dropout mask follows from the seed, the step, the process and the micro-batch."""

@@ -21,7 +21,7 @@ HELD_OUT_SHARE = 6  # one subject in six
 
 
 @dataclass(frozen=True)
-class Question:
+class DemoQuestion:
     """A question, and the word that ends a right response; None where many responses are right."""
 
     text: str
@@ -170,16 +170,16 @@ KINDS = {
 }
 
 
-def all_questions(*, held_out: bool) -> Iterator[Question]:
+def all_questions(*, held_out: bool) -> Iterator[DemoQuestion]:
     """Every question of either half, kind by kind."""
     for name, kind in KINDS.items():
         for subject, answer in kind.subjects:
             digest = hashlib.blake2b(f"{name}: {subject}".encode(), digest_size=2).digest()
             if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
-                yield from (Question(wording.format(subject), answer) for wording in kind.wordings)
+                yield from (DemoQuestion(wording.format(subject), answer) for wording in kind.wordings)
 
 
-def conversation(question: Question) -> Conversation:
+def conversation(question: DemoQuestion) -> Conversation:
     """A question as it is asked. The model's template has a longer system message, which is left out: each token of a
     prompt costs as much as one of a response."""
     return [
@@ -188,7 +188,7 @@ def conversation(question: Question) -> Conversation:
     ]
 
 
-def draw_questions(seed: int, count: int, *, held_out: bool) -> list[Question]:
+def draw_questions(seed: int, count: int, *, held_out: bool) -> list[DemoQuestion]:
     """Different questions in random order; the held-out ones have answers, so that they can be graded.
 
     Raises:

@@ -23,14 +23,14 @@ TICK_SECONDS = 0.1
 LAST_WORDS_SECONDS = 1.0
 """Time a client has to read its answer once the service is stopping."""
 
-Phase = Literal["header", "body", "work", "answer"]
+ConnectionPhase = Literal["header", "body", "work", "answer"]
 
 
 @dataclass(frozen=True)
 class _Since:
     """The phase a connection waits in, its request, and since when (monotonic seconds)."""
 
-    phase: Phase
+    phase: ConnectionPhase
     cycle: Any
     time: float
 
@@ -82,7 +82,7 @@ def _since(connection: Any, seen: dict[Any, _Since], now: float) -> _Since:
     return _Since(phase, connection.cycle, now)
 
 
-def _phase(connection: Any) -> Phase:
+def _phase(connection: Any) -> ConnectionPhase:
     """The phase a connection waits in: for a header (or a next request), a body, our own work, or its reader."""
     if connection.transport.get_write_buffer_size():
         return "answer"
@@ -99,7 +99,7 @@ def _overdue(seen: dict[Any, _Since], now: float, settings: ServiceConfig, *, st
     late = [c for c, since in seen.items() if now - since.time > limits.get(since.phase, float("inf"))]
     excess = len(seen) - len(late) - settings.max_connections
     if excess > 0:
-        order: dict[Phase, int] = {"header": 0, "body": 1, "answer": 2}
+        order: dict[ConnectionPhase, int] = {"header": 0, "body": 1, "answer": 2}
         rest = [c for c in seen.keys() - late if seen[c].phase in order]
         late += sorted(rest, key=lambda c: (order[seen[c].phase], seen[c].time))[:excess]
     return late

@@ -76,7 +76,7 @@ def elsewhere(check: Check) -> Check:
     )
 
 
-def refuse(checks: Iterable[Check], what: str) -> None:
+def refuse_plan(checks: Iterable[Check], what: str) -> None:
     """Raise where a check does not hold.
 
     Raises:

@@ -39,7 +39,7 @@ class Machine:
     """Free where the workspace lies."""
 
 
-def look(folder: Path, *, gpus: bool = True) -> Machine:
+def look_at_machine(folder: Path, *, gpus: bool = True) -> Machine:
     """The facts of this machine.
 
     Args:

@@ -17,13 +17,14 @@ from tropd.pipeline.training.memory_plan import (
     ModelShape,
     kv_bytes_per_token,
     kv_columns,
+    masks_rows,
     memory_parts,
     peak_bytes,
     vllm_part,
 )
 from tropd.pipeline.training.preflight.rates import GpuRates, load_rates
 from tropd.pipeline.training.preflight.step_time import (
-    Layout,
+    NodeLayout,
     StepTime,
     StepWork,
     predict,
@@ -86,11 +87,11 @@ class Needs:
         return sum(not teacher.urls for teacher in own) if self.asks else 0
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> NodeLayout:
         config = self.config
         share = config.vllm.gpu_memory_utilization * self.gpu_bytes
         urls = config.teacher.urls
-        return Layout(
+        return NodeLayout(
             trainers=self.gpus,
             student=config.student.engine,
             servers=len(urls),
@@ -98,7 +99,7 @@ class Needs:
             scorer=config.teacher.scorer,
             batch_size=config.rollout.batch_size,
             micro_batch_tokens=config.train.micro_batch(self.prompt + config.rollout.max_tokens),
-            masks=config.train.attention == "auto",
+            masks=masks_rows(config, on_gpu=True),
             kv_room=max(1e9, share - 2 * self.student.parameters - VLLM_BESIDE),
         )
 

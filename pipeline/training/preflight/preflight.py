@@ -18,9 +18,9 @@ from tropd.pipeline.training.preflight.checks import (
     check_machine,
     check_teacher_stages,
     check_training,
-    refuse,
+    refuse_plan,
 )
-from tropd.pipeline.training.preflight.machine import Machine, look
+from tropd.pipeline.training.preflight.machine import Machine, look_at_machine
 from tropd.pipeline.training.preflight.needs import PROMPT, Needs
 from tropd.pipeline.training.preflight.step_time import StepTime
 from tropd.storage.errors import TropdError
@@ -68,7 +68,7 @@ def plan_run(
         machine: another one than this.
         runs_here: see ``check_machine``.
     """
-    machine = machine or look(run.workspace.root, gpus=not runs_on_cpu(run, gpus, gpu_bytes))
+    machine = machine or look_at_machine(run.workspace.root, gpus=not runs_on_cpu(run, gpus, gpu_bytes))
     needs, checks = needs_of(run, gpus, gpu_bytes=gpu_bytes, prompts=prompts, sizes=sizes, machine=machine)
     if needs is None:
         return RunPlan(None, {}, checks)
@@ -159,7 +159,7 @@ def require_room(run: Run, processes: int, longest_prompt: int, machine: Machine
         ConfigError: with the numbers, and the settings to change.
     """
     on_cpu = runs_on_cpu(run, 1)
-    machine = machine or look(run.workspace.root, gpus=not on_cpu)
+    machine = machine or look_at_machine(run.workspace.root, gpus=not on_cpu)
     config = config_on(run, on_cpu)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     found, _ = _sizes(run, config, None)
@@ -173,7 +173,7 @@ def require_room(run: Run, processes: int, longest_prompt: int, machine: Machine
     disk = max(
         0.0, written["checkpoints"] + written["final student"] - _bytes_in(run.workspace.stage("train"))
     )
-    refuse(_checks(needs.with_short_responses(), machine, disk), "training")
+    refuse_plan(_checks(needs.with_short_responses(), machine, disk), "training")
     for check in _checks(needs, machine, disk):
         if check.holds is False:
             run.reporter.warning(f"train: if responses get as long as they may: {check.what}")

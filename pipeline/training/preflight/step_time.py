@@ -49,7 +49,7 @@ class StepWork:
 
 
 @dataclass(frozen=True)
-class Layout:
+class NodeLayout:
     """Where a step's phases run."""
 
     trainers: int
@@ -97,7 +97,7 @@ class StepTime:
 
 
 def predict(
-    layout: Layout, work: StepWork, student: ModelShape, teacher: ModelShape | None, rates: GpuRates
+    layout: NodeLayout, work: StepWork, student: ModelShape, teacher: ModelShape | None, rates: GpuRates
 ) -> StepTime:
     """The step's phases; a barrier is where all processes meet: before and after training.
 
@@ -126,7 +126,7 @@ def predict(
     return StepTime(rollout, ready - rollout, train, rest, busy / (layout.gpus * (ready + train + rest)))
 
 
-def _answered(layout: Layout, written: Sequence[float], asked: Sequence[float]) -> list[float]:
+def _answered(layout: NodeLayout, written: Sequence[float], asked: Sequence[float]) -> list[float]:
     """When each process has its answers: from the teacher on its GPU, or in a queue, first come, first served."""
     if not layout.servers and layout.everywhere:
         return [end + seconds for end, seconds in zip(written, asked, strict=True)]
@@ -139,7 +139,9 @@ def _answered(layout: Layout, written: Sequence[float], asked: Sequence[float]) 
     return answered
 
 
-def decode_seconds(layout: Layout, work: StepWork, shape: ModelShape, rates: GpuRates) -> tuple[float, float]:
+def decode_seconds(
+    layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates
+) -> tuple[float, float]:
     """Seconds in which a GPU writes these responses, and those of them in kernels.
 
     Batches are equally large. In a batch, time passes from the end of one row to that of the next.
@@ -172,7 +174,7 @@ def decode_seconds(layout: Layout, work: StepWork, shape: ModelShape, rates: Gpu
     return total, in_kernels
 
 
-def score_seconds(layout: Layout, work: StepWork, shape: ModelShape, rates: GpuRates) -> float:
+def score_seconds(layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates) -> float:
     """Seconds of one GPU's pass over these rows, prompts included."""
     attention = 0.5 * _attention(work, shape) / rates.attention_causal.value
     once = 2.0 * _passed(shape) * work.tokens / rates.dense_forward.value + attention
@@ -182,7 +184,9 @@ def score_seconds(layout: Layout, work: StepWork, shape: ModelShape, rates: GpuR
     return again * once + numbers
 
 
-def train_seconds(layout: Layout, work: StepWork, shape: ModelShape, rates: GpuRates) -> tuple[float, float]:
+def train_seconds(
+    layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates
+) -> tuple[float, float]:
     """Seconds of one GPU's forward and backward passes over these rows, and those of them in kernels."""
     if not work.lengths:
         return 0.0, 0.0

@@ -23,7 +23,7 @@ from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.run.processes.child_environment import become_child, child_environment
 from tropd.storage.errors import TropdError
 
-Build = Callable[[], TransformersEngine]
+SamplerBuild = Callable[[], TransformersEngine]
 Told = TypeVar("Told")
 
 
@@ -36,7 +36,7 @@ class SamplingProcess:
         max_length: most tokens of a sequence.
     """
 
-    def __init__(self, build: Build, state: Mapping[str, Tensor], max_length: int) -> None:
+    def __init__(self, build: SamplerBuild, state: Mapping[str, Tensor], max_length: int) -> None:
         self._max_length = max_length
         self._shared = {
             name: torch.empty(value.shape, dtype=value.dtype).share_memory_() for name, value in state.items()
@@ -108,7 +108,7 @@ _weights: Mapping[str, Tensor] = {}
 _loaded = 0
 
 
-def _start(environment: Mapping[str, str], build: Build, shared: Mapping[str, Tensor]) -> None:
+def _start(environment: Mapping[str, str], build: SamplerBuild, shared: Mapping[str, Tensor]) -> None:
     global _engine, _weights
     become_child(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means

@@ -113,6 +113,8 @@ class MicroBatch:
     """``[t]`` their numbers in the step's T tokens, in order."""
     guidance_tokens: Ints
     """``[g]`` likewise in G."""
+    row_lengths: tuple[int, ...]
+    """Tokens of the rows in the lines, one after another; of a line's padding too, as if that were a row."""
 
 
 def longest_row(rows: Sequence[Row]) -> int:
@@ -178,6 +180,7 @@ def _micro_batch(
     # Padding is a separate row, whose tokens are never looked at.
     position_ids = np.tile(np.arange(width), (len(lines), 1))
     rows, columns, is_student, student_tokens, guidance_tokens = [], [], [], [], []
+    lengths: list[int] = []
     for b, line in enumerate(lines):
         begin = 0
         for i in line:
@@ -194,8 +197,10 @@ def _micro_batch(
             is_student.append(positions >= len(row.context))
             student_tokens.append(np.arange(student_first[i], student_first[i + 1]))
             guidance_tokens.append(np.arange(guidance_first[i], guidance_first[i + 1]))
+            lengths.append(len(sequence))
             begin = end
         position_ids[b, begin:] = np.arange(width - begin)
+        lengths += [width - begin] if begin < width else []
     row_index, column_index = np.concatenate(rows), np.concatenate(columns)
     extra = {"position_ids": position_ids} if packed else {"attention_mask": mask}
     return MicroBatch(
@@ -206,4 +211,5 @@ def _micro_batch(
         is_student=np.concatenate(is_student),
         student_tokens=np.concatenate(student_tokens),
         guidance_tokens=np.concatenate(guidance_tokens),
+        row_lengths=tuple(lengths),
     )

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from tropd.pipeline.config.sections.value_types import Dtype
-from tropd.pipeline.models.float32_attention import attend_in_float32
+from tropd.pipeline.models.attention.float32_attention import attend_in_float32
+from tropd.pipeline.models.attention.row_attention import ROW_ATTENTION, attend_in_rows, row_inputs
 from tropd.pipeline.models.loading import decoder_layers, load_model
 from tropd.pipeline.models.output.logprobs import Lookups, TokenLogprobs, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
@@ -59,22 +60,34 @@ class StudentPass(torch.nn.Module):
     def split(self) -> SplitModel:
         return self._split[0]
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether packed rows are attended without masks (see ``row_attention``)."""
+        return bool(self.model.config._attn_implementation == ROW_ATTENTION)
+
     def forward(self, batch: MicroBatch, lookups: Lookups) -> tuple[Tensor, ...]:
         """The fields of ``TokenLogprobs``, as a tuple."""
-        hidden = self.split.hidden(**batch.inputs)
+        inputs = dict(batch.inputs)
+        if self.in_rows:
+            inputs |= row_inputs(batch.row_lengths, batch.targets.device)
+        hidden = self.split.hidden(**inputs)
         states = hidden[batch.row_index, batch.column_index]
         found: TokenLogprobs = token_logprobs(self.split, states, batch.targets, lookups)
         return found.targets, found.lookups, found.entropy, found.overlap, found.tail
 
 
 def _packing(model: Any, precision: torch.dtype | None) -> Packing:
-    """The packing in which a model keeps rows apart by their positions alone; found by trying."""
-    for packing, lines in (("lines", 2), ("one line", 1)):
+    """The packing in which a model keeps rows apart; found by trying. Attention within rows that does not is given up."""
+    in_rows = model.config._attn_implementation == ROW_ATTENTION
+    for packing, lines in (("one line", 1),) if in_rows else (("lines", 2), ("one line", 1)):
         tells = _tells_rows_apart(model, lines, None)
         if tells is None:  # flash attention exists in half precision only
             tells = _tells_rows_apart(model, lines, precision)
         if tells:
             return cast(Packing, packing)
+    if in_rows:
+        model.set_attn_implementation("sdpa")
+        return _packing(model, precision)
     logger.info("%s does not take packed rows: they are padded", type(model).__name__)
     return "padded"
 
@@ -85,9 +98,11 @@ def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> 
     ids = (torch.arange(12 * lines, device=model.device) * 7 + 1).view(lines, 12) % vocab
     positions = torch.arange(12, device=model.device).repeat(lines, 1)
     positions[-1] = torch.cat([torch.arange(5), torch.arange(7)])
+    in_rows = model.config._attn_implementation == ROW_ATTENTION
+    extra = row_inputs([12] * (lines - 1) + [5, 7], model.device) if in_rows else {}
     try:
         with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[-1:, 5:]
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False, **extra).logits[-1:, 5:]
             alone = model(input_ids=ids[-1:, 5:], use_cache=False).logits
     except (TypeError, ValueError, RuntimeError):
         return None
@@ -136,8 +151,11 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
         dropout.turn_off(model)
     if run.config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    on_gpu = pick_device(run.config.runtime.device).type == "cuda"
     if run.config.train.attention != "auto":
         choose_attention(model, run, world)
+    elif on_gpu and settings.settled_dtype != "float32" and not run.config.runtime.compile:
+        attend_in_rows(model)
     elif settings.settled_dtype != "float32" and pick_device(run.config.runtime.device).type == "cpu":
         attend_in_float32(model)
     tokenizer = role_tokenizer(run, "student", folder)
@@ -149,16 +167,17 @@ def check_attention(run: Run, world: World) -> None:
     """Refuse an attention that this machine does not have, before a model is loaded.
 
     Raises:
-        ConfigError: no GPU exists, the package is missing, or the student is float32 or spread over processes.
+        ConfigError: for the package flash-attn no GPU exists, it is missing, or the student is float32 or spread over
+            processes.
     """
     attention = run.config.train.attention
-    if attention == "auto":
+    if attention in ("auto", "varlen"):
         return
     on_gpu = pick_device(run.config.runtime.device).type == "cuda"
     if run.config.student.settled_dtype == "float32" or not on_gpu or world.size > 1:
         raise ConfigError(
             f"train.attention = {attention!r} needs a CUDA GPU, a student in bfloat16, and currently a single process",
-            hint='set train.attention = "auto", or student.dtype = "bfloat16"',
+            hint='set train.attention = "auto", which needs no package, or student.dtype = "bfloat16"',
         )
     installed = (
         is_flash_attn_2_available() if attention == "flash_attention_2" else is_flash_attn_3_available()
@@ -179,8 +198,13 @@ def choose_attention(model: Any, run: Run, world: World) -> None:
     check_attention(run, world)
     attention = run.config.train.attention
     reason = "it cannot be changed"
+    if attention == "varlen":
+        if attend_in_rows(model):
+            return
+        reason = "its attention has parts that need a mask"
     try:
-        model.set_attn_implementation(attention)
+        if attention != "varlen":
+            model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
         reason = str(error)
     if model.config._attn_implementation != attention:

@@ -13,7 +13,7 @@ from paper_node import NODE, paper_needs
 
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.compare import cell_config, compare
-from tropd.pipeline.experiments.row_checks import check_engines, check_rows
+from tropd.pipeline.experiments.row_checks import check_engines, check_table_rows
 from tropd.pipeline.run.cells import Cell
 from tropd.pipeline.run.run import Run, with_teacher
 from tropd.pipeline.stages.prefixes import generate_prefixes
@@ -111,11 +111,11 @@ def test_an_engine_without_entropies_is_known_without_a_server(tiny_run: Run) ->
 def test_rows_share_a_line_where_the_answer_is_the_same() -> None:
     needs = paper_needs(8)
     guided = paper_needs(8, "objective.name=tropd")
-    found = check_rows(needs, {"OPD": needs.config, "TrOPD": guided.config}, NODE)
+    found = check_table_rows(needs, {"OPD": needs.config, "TrOPD": guided.config}, NODE)
     # Prefixes halve what the student writes; where vLLM has it, its share of memory stays.
     assert any(c.what.startswith("OPD: vllm.answer_seconds") for c in found)
     assert any(c.what.startswith("TrOPD: vllm.answer_seconds") for c in found)
     assert any(c.what.startswith("train: at most") for c in found)
     assert any(c.what.startswith("teacher.timeout_seconds") for c in found)
-    alone = check_rows(needs, {"OPD": needs.config}, replace(NODE, gpus=()))
+    alone = check_table_rows(needs, {"OPD": needs.config}, replace(NODE, gpus=()))
     assert all(": train" not in check.what for check in alone)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tropd.pipeline.models.engines.base import Engine, Generation, IdTable, Sampling
-from tropd.pipeline.models.engines.child.weights import Layout
+from tropd.pipeline.models.engines.child.weights import WeightLayout
 from tropd.storage.formats.trajectories import FinishReason
 
 
@@ -60,7 +60,7 @@ class Start:
     """Build the engine. Its weights come through ``memory``, of this layout, unless it is a GPU's."""
 
     build: Build
-    layout: Layout
+    layout: WeightLayout
     memory: int | None
 
 

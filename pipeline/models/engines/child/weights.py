@@ -43,14 +43,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """All tensors of a model's state in shared memory, one after another."""
 
     places: tuple[Place, ...]
     num_bytes: int
 
 
-def layout_of(state: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
+def layout_of(state: Mapping[str, Tensor], dtype: torch.dtype) -> WeightLayout:
     """Places for a state whose floating-point tensors are cast to ``dtype``."""
     types = [_cast(value.dtype, dtype) for value in state.values()]
     sizes = [
@@ -62,7 +62,7 @@ def layout_of(state: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
         Place(name, kind, tuple(value.shape), start)
         for (name, value), kind, start in zip(state.items(), types, starts, strict=True)
     )
-    return Layout(tuple(places), max(1, total))
+    return WeightLayout(tuple(places), max(1, total))
 
 
 def open_memory(num_bytes: int, folders: Iterable[Path] | None = None) -> int:
@@ -92,7 +92,7 @@ def open_memory(num_bytes: int, folders: Iterable[Path] | None = None) -> int:
     )
 
 
-def views(descriptor: int, layout: Layout) -> dict[str, Tensor]:
+def views(descriptor: int, layout: WeightLayout) -> dict[str, Tensor]:
     """The tensors in shared memory by name; what is written into them is seen on both sides."""
     memory = mmap.mmap(descriptor, layout.num_bytes)
     return {

@@ -14,7 +14,7 @@ from tropd.pipeline.training.preflight.checks import (
     check_machine,
     check_teacher_stages,
     check_training,
-    refuse,
+    refuse_plan,
 )
 from tropd.pipeline.training.preflight.machine import Gpu, Machine
 from tropd.pipeline.training.preflight.needs import Needs
@@ -156,8 +156,8 @@ def test_reading_a_teacher_takes_longer_than_it_may() -> None:
 def test_a_refusal_has_all_reasons_at_once() -> None:
     checks = [Check(True, "fine"), Check(False, "first"), Check(None, "unknown"), Check(False, "second")]
     with pytest.raises(ConfigError, match=r"(?s)training cannot be made here:\n    first\n    second"):
-        refuse(checks, "training")
-    refuse(checks[:1], "training")
+        refuse_plan(checks, "training")
+    refuse_plan(checks[:1], "training")
 
 
 def test_gpus_of_several_machines_are_counted_on_each() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tropd.pipeline.training.preflight.machine import Gpu, look, parse_query
+from tropd.pipeline.training.preflight.machine import Gpu, look_at_machine, parse_query
 
 
 def test_the_answer_of_nvidia_smi_is_read() -> None:
@@ -18,7 +18,7 @@ def test_the_answer_of_nvidia_smi_is_read() -> None:
 
 
 def test_the_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
-    machine = look(tmp_path / "not" / "there", gpus=False)
+    machine = look_at_machine(tmp_path / "not" / "there", gpus=False)
     assert machine.disk > 0
     assert machine.memory > 1e8
     assert machine.gpus == ()

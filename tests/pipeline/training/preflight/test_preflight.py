@@ -14,7 +14,7 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models import directories
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.training.preflight.machine import look
+from tropd.pipeline.training.preflight.machine import look_at_machine
 from tropd.pipeline.training.preflight.preflight import plan_run, require_room, runs_on_cpu
 from tropd.storage.errors import ConfigError
 
@@ -87,7 +87,7 @@ def test_a_run_that_fits_is_let_through(tiny_run: Run) -> None:
 
 
 def test_training_is_refused_where_it_cannot_fit(tiny_run: Run) -> None:
-    small = replace(look(tiny_run.workspace.root, gpus=False), memory=1e9)
+    small = replace(look_at_machine(tiny_run.workspace.root, gpus=False), memory=1e9)
     with pytest.raises(
         ConfigError, match=r"(?s)training cannot be made here:.*main memory: at most .* 1\.0 GB"
     ):
@@ -103,7 +103,7 @@ def test_long_responses_that_would_not_fit_are_a_warning(tmp_path: Path, tiny_mo
     config = run.config.model_copy(update={"rollout": rollout})
     said = Listening()
     run = replace(run, resolved=replace(run.resolved, config=config), reporter=said)
-    require_room(run, 1, 10, machine=replace(look(tmp_path, gpus=False), memory=4e9))
+    require_room(run, 1, 10, machine=replace(look_at_machine(tmp_path, gpus=False), memory=4e9))
     (warning,) = said.warnings
     assert "if responses get as long as they may: main memory: at most" in warning
     assert "rollout.batch_size" in warning
@@ -113,4 +113,4 @@ def test_checkpoints_that_are_there_do_not_need_room_again(tiny_run: Run) -> Non
     written = tiny_run.workspace.stage("train") / "checkpoints"
     written.mkdir(parents=True)
     (written / "one").write_bytes(bytes(1_000_000))
-    require_room(tiny_run, 1, 10, machine=replace(look(written, gpus=False), disk=1000.0))
+    require_room(tiny_run, 1, 10, machine=replace(look_at_machine(written, gpus=False), disk=1000.0))

@@ -18,12 +18,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from tropd.pipeline.config.recipe_files import load_objective
+from tropd.pipeline.models.attention.row_attention import attend_in_rows
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.runtime import masked_attention
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.rollout.rows import Row, RowPlan
 from tropd.pipeline.training.signal.ask_teacher import TeacherData, draw_regions
+from tropd.pipeline.training.update import student as updating
 from tropd.pipeline.training.update.gradients import StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
 from tropd.pipeline.training.update.student import StudentPass, choose_attention
@@ -91,7 +93,9 @@ def rows(count: int) -> list[Row]:
     return found
 
 
-def gradient(model: Any, budget: int) -> tuple[StepOutcome, torch.Tensor]:
+def gradient(
+    model: Any, budget: int, precision: torch.dtype | None = torch.bfloat16
+) -> tuple[StepOutcome, torch.Tensor]:
     objective = load_objective("opd", {})
     step = rows(12)
     total = sum(len(row.tokens) for row in step)
@@ -103,7 +107,7 @@ def gradient(model: Any, budget: int) -> tuple[StepOutcome, torch.Tensor]:
     inputs = StepInputs(step, teacher, draw_regions(objective, step, teacher), None, None, 0.1)
     model.zero_grad(set_to_none=True)
     parameters = list(model.parameters())
-    passes = StudentPass(model, torch.bfloat16)
+    passes = StudentPass(model, precision)
     calls.clear()  # without those by which it has found how to pack
     outcome = backpropagate(passes, parameters, objective, inputs, micro_batch_tokens=budget)
     return outcome, torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
@@ -119,6 +123,28 @@ def test_rows_in_one_line_teach_what_padded_ones_do(student: Any, tiny_model: An
     expected, reference = gradient(copy.deepcopy(tiny_model), 10_000)
     assert torch.nn.functional.cosine_similarity(found, reference, dim=0) > 0.999
     assert np.allclose(outcome.student_logprobs, expected.student_logprobs, atol=0.05)
+
+
+@pytest.mark.parametrize("budget", [25, 10_000])
+def test_attention_within_rows_teaches_what_masks_do(tiny_model: Any, budget: int) -> None:
+    within = copy.deepcopy(tiny_model)
+    assert attend_in_rows(within)
+    assert StudentPass(within).packing == "one line"
+    found, expected = (gradient(model, budget, None) for model in (within, copy.deepcopy(tiny_model)))
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert np.allclose(found[0].student_logprobs, expected[0].student_logprobs, atol=1e-5)
+
+
+def test_attention_within_rows_that_mixes_rows_is_given_up(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as of a model that does not hand the rows to its attention."""
+    within = copy.deepcopy(tiny_model)
+    assert attend_in_rows(within)
+    monkeypatch.setattr(updating, "row_inputs", lambda lengths, device: {})
+    passes = StudentPass(within)
+    assert not passes.in_rows
+    assert passes.packing == StudentPass(copy.deepcopy(tiny_model)).packing
 
 
 def test_one_line_has_no_padding() -> None:

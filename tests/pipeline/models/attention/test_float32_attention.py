@@ -13,7 +13,7 @@ import torch
 import transformers
 from tiny_runs import TINY
 
-from tropd.pipeline.models.float32_attention import FLOAT32_SDPA, attend_in_float32
+from tropd.pipeline.models.attention.float32_attention import FLOAT32_SDPA, attend_in_float32
 from tropd.pipeline.models.runtime import masked_attention
 from tropd.pipeline.training.update.student import StudentPass, trainable_student
 from tropd.pipeline.training.world import ALONE

@@ -1,0 +1,1 @@
+"""Attention functions that stand in for those of transformers."""
