@@ -30,7 +30,15 @@ SOURCES = [p.read_text() for top in ("cli", "pipeline", "storage") for p in (ROO
 # Options of other programs that the docs start.
 FOREIGN = {"--max-logprobs", "--max-model-len", "--signal"} | {"--seconds", "--no-kills", "--into"}
 # Written with a dot, but no settings: ids that manifests record, and attributes of a run in Python.
-NOT_SETTINGS = {"student.stop_ids", "teacher.stop_ids", "run.run", "run.metrics", "run.student_path"}
+NOT_SETTINGS = {
+    "reward.function_source",
+    "reward.log",
+    "student.stop_ids",
+    "teacher.stop_ids",
+    "run.run",
+    "run.metrics",
+    "run.student_path",
+}
 # A key of the wire's schema.
 NOT_MODULES = {"tropd.options"}
 EXTENSIONS = ("md", "py", "json", "jsonl", "toml", "zarr", "ipynb", "parquet", "load_from_disk")
@@ -189,7 +197,13 @@ def test_settings_in_examples_exist(page: Path) -> None:
                     yield from leaves(each, f"{prefix}{key}.")
             yield prefix + key
 
-    OPEN = {"data.sources.where", "evaluation.harness.generation"}  # any key
+    OPEN = {  # any key
+        "data.sources.fields",
+        "data.sources.where",
+        "evaluation.harness.generation",
+        "student.chat_template_args",
+        "teacher.chat_template_args",
+    }
     for block in re.findall(r"(?:^    .*\n)+", page.read_text(), re.MULTILINE):
         try:
             table = tomllib.loads(re.sub(r"^    ", "", block, flags=re.MULTILINE))

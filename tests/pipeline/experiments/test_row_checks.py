@@ -85,7 +85,9 @@ def test_a_comparison_that_does_not_fit_is_refused_at_once(
 ) -> None:
     score_teacher(tiny_run, source_stage=generate_prefixes(tiny_run).stage)
     small = Machine(gpus=(), memory=1e9, shared_memory=0.0, disk=1e12)
-    monkeypatch.setattr("tropd.pipeline.training.preflight.preflight.look_at_machine", lambda *args, **options: small)
+    monkeypatch.setattr(
+        "tropd.pipeline.training.preflight.preflight.look_at_machine", lambda *args, **options: small
+    )
     with pytest.raises(ConfigError, match=r"main memory: at most .* 1\.0 GB there"):
         compare(tiny_run, ["opd"], 1)
     assert not (tiny_run.workspace.root / "compare").exists()
