@@ -180,8 +180,12 @@ def prompt_text(
         ValueError: it is missing, or something else.
     """
     value = value_at(record, path)
-    if value is None and path == PROMPT and is_messages(record.get(MESSAGES)):
+    if value is None and path == PROMPT and record.get(MESSAGES) is not None:
         path, value = MESSAGES, record[MESSAGES]
+        if not is_messages(value):
+            raise ValueError(
+                f"field {path!r} is not a list of messages, each an object with a role and content"
+            )
     if is_messages(value):
         if not chat:
             example = f"{path}.{last_user_turn(value)}.content"

@@ -35,7 +35,9 @@ def in_context(prompt: Prompt, context: TeacherContext) -> Prompt:
         return replace(prompt, text=prompt.text.join(around))
     messages = with_question(tuple(prompt.turns), lambda text: text.join(around))
     if context.system is not None:
-        system = {"role": "system", "content": _filled(context.system, prompt.fields)}
+        question = next(turn["content"] for turn in reversed(prompt.turns) if turn["role"] == "user")
+        told = _filled(context.system, {**prompt.fields, PROMPT: question})
+        system = {"role": "system", "content": told}
         messages = (system, *(message for message in messages if message["role"] != "system"))
     return replace(prompt, text=as_text(messages), messages=messages)
 

@@ -100,6 +100,11 @@ def _rewarded(row: Row, value: Judgment, where: str, reward: RewardConfig) -> Ro
                 f"{where}: {len(value)} rewards for {len(row.tokens)} tokens",
                 hint='with reward.per = "token" a row has one reward (or null) for each of its token_ids',
             )
+        if any(isinstance(one, list) for one in value):
+            raise TropdError(
+                f"{where}: the reward of a token is a list, where a number or null is due",
+                hint="return one list of numbers for each row",
+            )
         each = [math.nan if one is None or not math.isfinite(one) else float(one) for one in value]
         known = [one for one in each if not math.isnan(one)]
         if known:

@@ -70,7 +70,10 @@ def number_or_numbers(value: Any, field: str, where: str) -> Value | Missing:
     if value is None:
         return Missing(f"{where} has nothing in field {field!r}")
     if all(one is None or (isinstance(one, int | float) and not isinstance(one, bool)) for one in items):
-        return value
+        try:
+            return [one if one is None else float(one) for one in items] if value is items else float(value)
+        except OverflowError:
+            return Missing(f"{where} has a number in field {field!r} that is too large for a float")
     return Missing(f"{where} has {str(value)[:80]!r} in field {field!r}, not a number")
 
 

@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, float):
         return value
     with contextlib.suppress(AttributeError):
         return float(value.__float__())

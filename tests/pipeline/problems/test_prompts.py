@@ -165,13 +165,20 @@ def test_records_have_a_prompt_or_messages_in_every_kind_of_file(tmp_path: Path)
 
 
 def test_a_record_without_a_prompt_and_one_with_an_unknown_role_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", '{"question": "x"}', '{"messages": [{"role": "bot", "content": "x"}]}')
+    path = write(
+        tmp_path / "p.jsonl",
+        '{"question": "x"}',
+        '{"messages": [{"role": "bot", "content": "x"}]}',
+        '{"messages": [{"content": "x"}]}',
+        '{"messages": []}',
+    )
     with pytest.raises(DataError) as caught:
         read_prompts(path, DataConfig(chat=True))
     assert "line 1: no field 'prompt' or 'messages' (fields: question; see data.prompt_field)" in str(
         caught.value
     )
     assert "line 2: field 'messages' has the unknown role 'bot' in message 0" in str(caught.value)
+    assert "lines 3, 4: field 'messages' is not a list of messages" in str(caught.value)
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_a_conversation_has_the_template_around_its_last_question_and_another_sy
     assert list(told.turns) == [SYSTEM, USER, REPLY, {"role": "user", "content": "And {x}? (4)"}]
     told = in_context(prompt, TeacherContext(template="{prompt}", system="It is {answer}."))
     assert list(told.turns) == [{"role": "system", "content": "It is 4."}, USER, REPLY, LAST]
+    told = in_context(prompt, TeacherContext(template="{prompt}", system="{prompt} {answer}."))
+    assert told.turns[0]["content"] == "And {x}? 4."
     alone = in_context(
         Prompt("p", "1+1?", None, fields={"answer": "2"}),
         TeacherContext(template="{prompt}", system="{answer}"),

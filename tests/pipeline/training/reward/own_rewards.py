@@ -56,6 +56,10 @@ def one_number(rows: Rows) -> Any:
     return 1.0
 
 
+def too_large(rows: Rows) -> list[int]:
+    return [10**400] * len(rows)
+
+
 def words(rows: Rows) -> Any:
     return ["good"] * len(rows)
 

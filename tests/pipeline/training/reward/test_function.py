@@ -46,6 +46,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         ("leaves", "its process has ended"),
         ("too_few", "it returned 2 rewards for 3 rows"),
         ("one_number", "it returned a float, not a list of rewards"),
+        ("too_large", r"OverflowError: .*too large"),
         ("words", r"it returned a str \('good'\), where a number or None is due"),
     ],
 )

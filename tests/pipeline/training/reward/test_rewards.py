@@ -70,6 +70,11 @@ REFUSED: list[tuple[dict[int, Sequence[Any]], dict[str, Any], str]] = [
     ({0: [1, [1.0, 1.0]], 1: [1, 1]}, {}, "the reward is a list of 2, where reward.per = 'row'"),
     ({0: [1, 1], 1: [1, 1]}, {"per": "token"}, "the reward is 1, where reward.per = 'token' needs a list"),
     ({0: [[1.0], [1.0, 1.0]], 1: []}, {"per": "token"}, "'first', response 1 of 2: 1 rewards for 2 tokens"),
+    (
+        {0: [[[1.0], [1.0]], [1, 1]], 1: []},
+        {"per": "token"},
+        "'first', response 1 of 2: the reward of a token is a",
+    ),
     ({0: [[None, None], [1, 1]], 1: []}, {"per": "token"}, "none of its tokens has a reward"),
 ]
 

@@ -20,6 +20,10 @@ from tropd.storage.errors import DataError
         ("null", Missing("its stored rollout has nothing in field 'score'")),
         ("good", Missing("its stored rollout has 'good' in field 'score', not a number")),
         ('["a"]', Missing("its stored rollout has \"['a']\" in field 'score', not a number")),
+        (
+            "1" + "0" * 400,
+            Missing("its stored rollout has a number in field 'score' that is too large for a float"),
+        ),
         ("true", Missing("its stored rollout has 'True' in field 'score', not a number")),
     ],
 )
