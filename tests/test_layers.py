@@ -162,7 +162,6 @@ COVERED_BY = {
     "tropd.pipeline.training.on_gpus": "tests/e2e/test_gpus.py",
     "tropd.pipeline.training.update.forward": "tests/pipeline/training/update/test_gradients.py",
     "tropd.pipeline.training.update.micro_batches": "tests/pipeline/training/update/test_gradients.py",
-    "tropd.pipeline.training.update.student": "tests/pipeline/training/update/test_flash_attention.py",
     "tropd.pipeline.training.world": "tests/e2e/test_distributed.py",
     "tropd.storage.disk.aside": "tests/storage/stage/test_stage.py",
     "tropd.storage.formats.samples_file": "tests/pipeline/training/record/test_acceptance_samples.py",

@@ -34,6 +34,9 @@ from tropd.pipeline.run.opening import role_tokenizer
 from tropd.pipeline.run.run import Run
 from tropd.storage.errors import ConfigError
 
+GATHERED = "weights and gradients, gathered for a step"
+ROOM = 0.8
+"""Of a device's memory: a step gathers weights and reduces gradients once where it takes no more with them."""
 BYTES = {"float32": 4, "bfloat16": 2}
 # The share that allocators and kernels take besides.
 OVERHEAD = 0.1
@@ -125,7 +128,7 @@ def memory_parts(
         teacher: None where another device has it (``teacher.url``).
         processes: those that torchrun starts; weights, gradients and moments are shared out.
         longest_prompt: in tokens, where it is known.
-        gpu_bytes: of which vLLM takes its share, and chunks of logits theirs.
+        gpu_bytes: of which vLLM takes its share, and chunks of logits theirs; on a CPU a process's part of main memory.
     """
     compute = BYTES[config.student.settled_dtype]
     on_cpu = _on_cpu(config)
@@ -191,6 +194,10 @@ def memory_parts(
         else:
             parts.append(MemoryPart("teacher", size * teacher.parameters, "teacher.url on another GPU"))
             parts.append(MemoryPart("teacher: a scoring pass", scoring, "service.batch_tokens", "score"))
+    gathered = MemoryPart(GATHERED, float(compute * student.parameters + 4 * trained), "", "train")
+    training = sum(part.bytes for part in [*parts, gathered] if part.phase in ("", "train"))
+    if processes > 1 and (1 + OVERHEAD) * training <= ROOM * gpu_bytes:
+        parts.append(gathered)
     shares = sum(part.bytes for part in parts if part.name.endswith("in vLLM"))
     extra = OVERHEAD * (peak_bytes(parts) - shares)  # vLLM's share has all of it inside
     return [*parts, MemoryPart("allocator and kernels (estimate)", max(extra, 0.0), "")]

@@ -25,6 +25,7 @@ from tropd.pipeline.teacher.connect import connect_teachers, start_teachers
 from tropd.pipeline.teacher.local_service import LocalTeacher
 from tropd.pipeline.training.distance.held_out_set import read_held_out
 from tropd.pipeline.training.inputs import read_inputs
+from tropd.pipeline.training.preflight.preflight import gathers_once
 from tropd.pipeline.training.reward.judges import open_judge
 from tropd.pipeline.training.rollout.sampler import rollout_engine
 from tropd.pipeline.training.session import Session
@@ -103,7 +104,11 @@ def open_session(
         prove_pass(passes, tokens_of(inputs.prompts), precision)
     if student.compiles:
         compile_layers(student.model)
-    shard(passes, world)
+    # Everywhere or nowhere: otherwise the processes would wait for each other.
+    roomy = world.size > 1 and all(
+        world.gather(gathers_once(run, world.size, longest - config.rollout.max_tokens))
+    )
+    shard(passes, world, gathers_once=roomy)
     return Session(
         run=run,
         world=world,

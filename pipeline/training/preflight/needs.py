@@ -11,6 +11,7 @@ from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.prefix_schedule import scheduled_length
 from tropd.pipeline.training.memory_plan import (
     BYTES,
+    GATHERED,
     GPU_BYTES,
     LIBRARIES,
     MemoryPart,
@@ -54,6 +55,7 @@ class Needs:
     machines: int = 1
     """Over which the processes are spread evenly."""
     gpu_bytes: float = GPU_BYTES
+    """Memory of each GPU; on a CPU a process's part of main memory."""
     rates: GpuRates = field(default_factory=load_rates)
 
     @property
@@ -145,6 +147,11 @@ class Needs:
             name, fix = "teachers of domains, if as large", "teacher.by_domain: url on another GPU"
             parts.append(MemoryPart(name, (self.teachers - 1) * size, fix))
         return parts
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether every process has room to gather weights and reduce gradients once in a step."""
+        return all(any(part.name == GATHERED for part in parts) for parts in self.training().values())
 
     def prefixes(self) -> list[MemoryPart]:
         """Parts of a GPU's memory while the teacher writes."""

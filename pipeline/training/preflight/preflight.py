@@ -93,7 +93,7 @@ def needs_of(
     found, checks = _sizes(run, config, sizes)
     if found is None:
         return None, checks
-    gpu_bytes = gpu_bytes or min((gpu.total for gpu in machine.gpus), default=GPU_BYTES)
+    gpu_bytes = gpu_bytes or _device_bytes(config, machine, gpus)
     longest = max(map(len, prompts), default=PROMPT)
     return Needs(config, gpus, *found, longest, gpu_bytes=gpu_bytes), checks
 
@@ -158,18 +158,11 @@ def require_room(run: Run, processes: int, longest_prompt: int, machine: Machine
     Raises:
         ConfigError: with the numbers, and the settings to change.
     """
-    on_cpu = runs_on_cpu(run, 1)
-    machine = machine or look_at_machine(run.workspace.root, gpus=not on_cpu)
-    config = config_on(run, on_cpu)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    found, _ = _sizes(run, config, None)
-    if found is None:
+    machine = machine or look_at_machine(run.workspace.root, gpus=not runs_on_cpu(run, 1))
+    needs = _needs_here(run, processes, longest_prompt, machine)
+    if needs is None:
         return
-    gpu_bytes = min((gpu.total for gpu in machine.gpus), default=GPU_BYTES)
-    needs = Needs(
-        config, processes, *found, longest_prompt, machines=max(1, processes // here), gpu_bytes=gpu_bytes
-    )
-    written = disk_bytes(config, needs.student)
+    written = disk_bytes(needs.config, needs.student)
     disk = max(
         0.0, written["checkpoints"] + written["final student"] - _bytes_in(run.workspace.stage("train"))
     )
@@ -177,6 +170,37 @@ def require_room(run: Run, processes: int, longest_prompt: int, machine: Machine
     for check in _checks(needs, machine, disk):
         if check.holds is False:
             run.reporter.warning(f"train: if responses get as long as they may: {check.what}")
+
+
+def gathers_once(run: Run, processes: int, longest_prompt: int) -> bool:
+    """Whether this machine has room for whole weights and gradients in a step; from sizes alone, so a resumed run
+    decides the same. False where they are not known.
+
+    Args:
+        processes, longest_prompt: see ``require_room``.
+    """
+    machine = look_at_machine(run.workspace.root, gpus=not runs_on_cpu(run, 1))
+    needs = _needs_here(run, processes, longest_prompt, machine)
+    return needs is not None and needs.gathers_once
+
+
+def _needs_here(run: Run, processes: int, longest_prompt: int, machine: Machine) -> Needs | None:
+    """The needs of training on this machine and others like it; None where the models' sizes are not known."""
+    config = config_on(run, runs_on_cpu(run, 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    found, _ = _sizes(run, config, None)
+    if found is None:
+        return None
+    gpu_bytes = _device_bytes(config, machine, here)
+    return Needs(
+        config, processes, *found, longest_prompt, machines=max(1, processes // here), gpu_bytes=gpu_bytes
+    )
+
+
+def _device_bytes(config: Config, machine: Machine, processes: int) -> float:
+    if config.runtime.device == "cpu":
+        return machine.memory / processes
+    return min((gpu.total for gpu in machine.gpus), default=GPU_BYTES)
 
 
 def _checks(needs: Needs, machine: Machine, disk: float) -> list[Check]:

@@ -34,7 +34,7 @@ from tropd.pipeline.training.signal.ask_teacher import TeacherData
 from tropd.pipeline.training.update import dropout
 from tropd.pipeline.training.update.forward import Measured, Passed, pass_idly, pass_through, with_drawn
 from tropd.pipeline.training.update.micro_batches import Layout, MicroBatch, RaggedTopk, micro_batches
-from tropd.pipeline.training.update.student import StudentPass
+from tropd.pipeline.training.update.student import StudentPass, gathered_step
 from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.arrays import Floats64
 
@@ -120,34 +120,37 @@ def backpropagate(
     batches = list(micro_batches(layout, micro_batch_tokens, device, share, packing=student.packing))
     rounds = max(world.gather(len(batches)))
     tail = needs_student_tail(objective)
-    statistics = _statistics(student, objective, inputs, layout, batches, rounds, world)
-    plan = plan_step(
-        objective,
-        inputs.regions,
-        statistics,
-        groups=layout.groups,
-        guidance_rows=layout.guidance_rows,
-        progress=inputs.progress,
-    )
-    check_alternatives(objective, plan, inputs.teacher.topk.index)
     measured = Measured(len(inputs.teacher.teacher_logprobs))
     losses: list[Tensor] = []
     region_sums: dict[str, list[Tensor]] = {}
-    for number, micro_batch in enumerate(batches):
-        _seed(inputs, world, number)
-        passed = pass_through(student, micro_batch, inputs.teacher.topk, inputs.guidance_topk, tail=tail)
-        batch = _token_batch(inputs, plan, micro_batch, passed)
-        if needs_drawn(objective):
-            batch = replace(batch, topk=with_drawn(passed, micro_batch))
-        regions = region_losses(objective, batch)
-        losses.append(torch.stack([regions[name].detach() for name in REGIONS]))
-        if region_gradients:
-            _add_region_gradients(regions, parameters, region_sums)
-        # FSDP averages over processes; the loss is normalized over all of them, so its parts add up.
-        (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
-        _measure(measured, passed)
-    for _ in range(len(batches), rounds):
-        pass_idly(student, _shortest(layout, device)).backward()
+    with gathered_step(student, rounds) as begin_round:
+        statistics = _statistics(student, objective, inputs, layout, batches, rounds, world)
+        plan = plan_step(
+            objective,
+            inputs.regions,
+            statistics,
+            groups=layout.groups,
+            guidance_rows=layout.guidance_rows,
+            progress=inputs.progress,
+        )
+        check_alternatives(objective, plan, inputs.teacher.topk.index)
+        for number, micro_batch in enumerate(batches):
+            begin_round(number)
+            _seed(inputs, world, number)
+            passed = pass_through(student, micro_batch, inputs.teacher.topk, inputs.guidance_topk, tail=tail)
+            batch = _token_batch(inputs, plan, micro_batch, passed)
+            if needs_drawn(objective):
+                batch = replace(batch, topk=with_drawn(passed, micro_batch))
+            regions = region_losses(objective, batch)
+            losses.append(torch.stack([regions[name].detach() for name in REGIONS]))
+            if region_gradients:
+                _add_region_gradients(regions, parameters, region_sums)
+            # FSDP averages over processes; the loss is normalized over all of them, so its parts add up.
+            (world.size * sum(regions.values(), start=torch.zeros((), device=device))).backward()
+            _measure(measured, passed)
+        for number in range(len(batches), rounds):
+            begin_round(number)
+            pass_idly(student, _shortest(layout, device)).backward()
     found = measured.fetch()
     return StepOutcome(
         losses=world.total(_finite_sums(losses)),

@@ -2,18 +2,21 @@
 
 With one process the model is used as it is. With several, FSDP2 (``fully_shard``) shards weights, gradients and
 optimizer state; each decoder layer is a unit, gathered when it is needed, and everything else (embeddings, last
-norm, head) is the unit of this module.
+norm, head) is the unit of this module. Where there is room, a step gathers weights and reduces gradients once, not
+in every micro-batch.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -55,6 +58,8 @@ class StudentPass(torch.nn.Module):
         ]  # in a list: its parts are the model's, not modules of their own
         self.precision = precision
         self.packing = _packing(model, precision)
+        self.gathers_once = False
+        """Whether a step gathers sharded weights and reduces their gradients once (see ``gathered_step``)."""
 
     @property
     def split(self) -> SplitModel:
@@ -110,14 +115,51 @@ def _tells_rows_apart(model: Any, lines: int, precision: torch.dtype | None) -> 
     return torch.allclose(packed.float(), alone.float(), rtol=tolerance, atol=tolerance)
 
 
-def shard(student: StudentPass, world: World) -> None:
-    """Spread the weights over all processes, in float32; matrix products in the student's precision."""
+def shard(student: StudentPass, world: World, *, gathers_once: bool = False) -> None:
+    """Spread the weights over all processes, in float32; matrix products in the student's precision.
+
+    Args:
+        gathers_once: in a step, for which whole weights and float32 gradients have to fit beside all else.
+    """
     if world.mesh is None:
         return
+    student.gathers_once = gathers_once
     policy = MixedPrecisionPolicy(param_dtype=student.precision, reduce_dtype=torch.float32)
     for module in decoder_layers(student.model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
     fully_shard(student, mesh=world.mesh, mp_policy=policy)
+
+
+@contextmanager
+def gathered_step(student: StudentPass, rounds: int) -> Iterator[Callable[[int], None]]:
+    """Hold the passes of one step, with ``rounds`` backward passes in every process.
+
+    A student that gathers once keeps its weights whole inside, and adds up gradients without the other processes, in
+    float32 whatever the passes' precision (FSDP keeps sums in ``reduce_dtype``); the last round's are reduced.
+
+    Yields:
+        Called with its number, from 0, before each round.
+    """
+    if not (student.gathers_once and isinstance(student, FSDPModule)):
+        yield lambda number: None
+        return
+    units = [module for module in student.modules() if isinstance(module, FSDPModule)]
+
+    def begin(number: int) -> None:
+        last = number == rounds - 1
+        student.set_requires_gradient_sync(last)
+        student.set_reshard_after_backward(last)
+
+    student.set_reshard_after_forward(False)
+    try:
+        yield begin
+    finally:
+        begin(rounds - 1)
+        # As FSDP begins: all but the outermost unit, which the backward pass needs first.
+        student.set_reshard_after_forward(True)
+        student.set_reshard_after_forward(False, recurse=False)
+        for unit in units:  # they are, unless the step was cut short
+            unit.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel
 from tropd.pipeline.models.loading import num_parameters
 from tropd.pipeline.training.memory_plan import (
+    GATHERED,
+    MemoryPart,
     ModelShape,
     activation_bytes,
     disk_bytes,
@@ -142,6 +144,19 @@ def test_known_sizes_and_what_more_processes_save() -> None:
     with_teacher = {p.name: p.bytes for p in memory_parts(here, shape, shape, 1)}
     assert with_teacher["teacher"] == 2 * shape.parameters
     assert disk_bytes(config, shape)["checkpoints"] == 12 * shape.parameters * 3
+
+
+def gathered(name: str, processes: int, gpu_bytes: float = 80e9) -> list[MemoryPart]:
+    parts = memory_parts(paper_config(), shape_of(name), None, processes, gpu_bytes=gpu_bytes)
+    return [part for part in parts if part.name == GATHERED]
+
+
+def test_weights_and_gradients_are_gathered_for_a_step_where_there_is_room() -> None:
+    (part,) = gathered("Qwen3-1.7B", 8)
+    assert (part.bytes, part.phase) == ((2 + 4) * shape_of("Qwen3-1.7B").parameters, "train")
+    assert not gathered("Qwen3-1.7B", 1)
+    assert not gathered("Qwen3-8B", 8)
+    assert not gathered("Qwen3-1.7B", 8, gpu_bytes=24e9)
 
 
 def test_a_cpu_keeps_keys_and_values_in_float32() -> None:

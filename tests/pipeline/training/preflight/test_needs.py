@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from paper_node import paper_needs
 
-from tropd.pipeline.training.memory_plan import peak_bytes
+from tropd.pipeline.training.memory_plan import GATHERED, peak_bytes
 from tropd.pipeline.training.preflight.needs import own_share
 
 
@@ -30,6 +30,16 @@ def test_the_phases_of_a_step_do_not_add_up() -> None:
     assert peak_bytes(parts) < sum(part.bytes for part in parts)
     always = sum(part.bytes for part in parts if not part.phase)
     assert peak_bytes(parts) > always
+
+
+def test_a_step_gathers_once_where_every_process_has_room() -> None:
+    assert paper_needs(8).gathers_once
+    assert not paper_needs(1).gathers_once
+    # vLLM's share stays where the student writes while it trains.
+    assert not paper_needs(8, "student.engine=vllm", "train.max_staleness=1").gathers_once
+    placed = paper_needs(8, "student.engine=transformers", "teacher.placement=first", gpu_bytes=44e9)
+    assert sum(any(p.name == GATHERED for p in parts) for parts in placed.training().values()) == 1
+    assert not placed.gathers_once
 
 
 def test_a_student_in_vllm_takes_its_share_while_it_writes() -> None:

@@ -14,8 +14,9 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models import directories
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
+from tropd.pipeline.training.preflight import preflight
 from tropd.pipeline.training.preflight.machine import look_at_machine
-from tropd.pipeline.training.preflight.preflight import plan_run, require_room, runs_on_cpu
+from tropd.pipeline.training.preflight.preflight import gathers_once, plan_run, require_room, runs_on_cpu
 from tropd.storage.errors import ConfigError
 
 ON_THE_HUB = (
@@ -107,6 +108,18 @@ def test_long_responses_that_would_not_fit_are_a_warning(tmp_path: Path, tiny_mo
     (warning,) = said.warnings
     assert "if responses get as long as they may: main memory: at most" in warning
     assert "rollout.batch_size" in warning
+
+
+def test_processes_on_a_cpu_share_its_memory(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = look_at_machine(tiny_run.workspace.root, gpus=False)
+
+    def gathers(memory: float) -> bool:
+        machine = replace(here, memory=memory)
+        monkeypatch.setattr(preflight, "look_at_machine", lambda *_, **__: machine)
+        return gathers_once(tiny_run, 2, 10)
+
+    assert gathers(16e9)
+    assert not gathers(1e9)
 
 
 def test_checkpoints_that_are_there_do_not_need_room_again(tiny_run: Run) -> None:
