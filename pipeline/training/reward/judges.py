@@ -20,7 +20,7 @@ from tropd.pipeline.training.reward.function import (
     function_folders,
     module_file,
 )
-from tropd.pipeline.training.reward.stored import stored_rewards
+from tropd.pipeline.training.reward.stored import check_stored, stored_rewards
 from tropd.pipeline.training.rollout.rows import Row
 from tropd.storage.disk.atomic import content_digest
 from tropd.storage.errors import DataError
@@ -78,6 +78,8 @@ def open_judge(run: Run, stack: ExitStack, inputs: Inputs, tokenizer: Any) -> Ju
         assert config.reward.field is not None
         file = None if config.reward.file is None else run.workspace.resolve(config.reward.file)
         reward_of = stored_rewards(inputs.stored, config.reward.field, file)
+        if config.reward.missing == "refuse":
+            check_stored(inputs.stored, reward_of)
         return lambda groups: [[reward_of(row.plan.trajectory or 0) for row in group] for group in groups]
     if config.reward.source == "grader":
         check_answers(run, [one.prompt for one in inputs.prompts])

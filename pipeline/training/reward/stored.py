@@ -32,6 +32,23 @@ def stored_rewards(store: TrajectoryStore, field: str, file: Path | None) -> Cal
     )
 
 
+def check_stored(store: TrajectoryStore, reward_of: Callable[[int], Value | Missing]) -> None:
+    """Refuse stored rollouts that have no reward, before any is trained on.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    values = {row: reward_of(row) for row in range(len(store))}
+    without = [(row, value.reason) for row, value in values.items() if isinstance(value, Missing)]
+    if without:
+        (prompt, sample), reason = store.name(without[0][0]), without[0][1]
+        raise DataError(
+            f"{len(without)} of {len(store)} stored rollouts have no reward; the first is sample {sample} of prompt "
+            f"{prompt!r}: {reason}",
+            hint='add the rewards, or leave these rows out of each step with reward.missing = "drop"',
+        )
+
+
 def read_rewards(file: Path, field: str) -> dict[Name, Value | Missing]:
     """The rewards in a file of records with ``prompt_id``, ``sample_index`` and ``field``.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tropd.pipeline.training.reward.function import Missing
-from tropd.pipeline.training.reward.stored import read_rewards, reward_of_text
+from tropd.pipeline.training.reward.stored import check_stored, read_rewards, reward_of_text
 from tropd.storage.errors import DataError
 
 
@@ -71,3 +72,22 @@ def test_records_that_name_no_rollout_are_refused(tmp_path: Path, line: str, mes
 def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_rewards(tmp_path / "absent.jsonl", "score")
+
+
+class Rollouts:
+    """Three stored rollouts by name."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, row: int) -> tuple[str, int]:
+        return "a", row
+
+
+def test_rollouts_without_a_reward_are_refused_before_training() -> None:
+    store: Any = Rollouts()
+    check_stored(store, lambda row: 1.0)
+    with pytest.raises(
+        DataError, match="2 of 3 stored rollouts have no reward; the first is sample 1 of prompt 'a': why"
+    ):
+        check_stored(store, lambda row: Missing("why") if row else 1.0)
