@@ -123,7 +123,7 @@ def test_prompts_without_answers_are_refused_before_anything_is_loaded(
     records[1].pop("answer")
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     refused = tropd("train", "-w", workspace, *FOUR, "--set", "prefixes.keep=all")
-    assert refused.code == 2
+    assert refused.code == 1
     assert f"prompt {records[1]['id']!r} (line 2 of " in refused.output
     assert 'reward.missing = "drop"' in refused.output
 
@@ -149,5 +149,5 @@ def test_rewards_of_stored_rollouts(tropd: Any, prepared: Path, copy: Any) -> No
     assert all(record["reward_mean"] == 0.375 for record in metrics(workspace))
     (workspace / "rewards.jsonl").write_text("".join(lines[:-1]))
     changed = tropd("train", "-w", workspace, *options)
-    assert changed.code == 2
+    assert changed.code == 1
     assert "reward.file" in changed.output
