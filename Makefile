@@ -69,7 +69,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --editable . pytest pytest-timeout
 	touch $@
 
-test-vllm: $(STAMP) $(VLLM)/.installed  ## Test against a real vLLM on the CPU, in .venv-vllm (minutes)
+test-vllm: $(STAMP) $(VLLM)/.installed  ## Test against a real vLLM on the CPU, in .venv-vllm (minutes; TROPD_THOROUGH=1: all kills)
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
 
 bench: $(STAMP)  ## Measure rollouts beside generate(), as ratios

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -19,51 +18,32 @@ from tropd.storage.catalog import run_query
 from tropd.storage.workspace import Workspace
 
 TROPD = Path(sys.executable).with_name("tropd")
-BOTH = ("--set", "teacher.engine=vllm", "--set", "student.engine=vllm")
-
-
-def run(stage: str, workspace: Path, *options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [TROPD, stage, "-w", workspace, *options, "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.mark.timeout(900)
-def test_a_run_on_vllm_is_as_good_as_one_on_transformers(tmp_path: Path) -> None:
-    plain, fast = tmp_path / "transformers", tmp_path / "vllm"
-    subprocess.run([TROPD, "init", plain, "--recipe", "demo"], check=True)
-    run("prepare", plain)
-    shutil.copytree(plain, fast)
-    kept = [
-        run("generate-prefixes", workspace, *options)["kept_fraction"]
-        for workspace, options in ((plain, ()), (fast, BOTH))
-    ]
-    assert abs(kept[0] - kept[1]) < 0.01
-    # Other prefixes teach other things (which few prompts have none decides the first steps): both learn from the same.
-    shutil.rmtree(fast / "prefixes")
-    shutil.copytree(plain / "prefixes", fast / "prefixes")
-    accuracy = {}
-    for workspace, options in ((plain, ()), (fast, BOTH)):
-        run("score-teacher", workspace, *options)
-        run("train", workspace, *options)
-        accuracy[workspace] = run("evaluate", workspace, *options)["accuracy"]
-    assert accuracy[plain]["after"]["sampled"] > accuracy[plain]["before"]["sampled"] + 0.3
+def test_a_run_on_vllm_is_as_good_as_one_on_transformers(demo: Any, alone: Any, stage: Any) -> None:
+    # Other prefixes teach other things (which few prompts have none decides the first steps): all learn from the same.
+    again = demo.copy("prefixes-again")
+    shutil.rmtree(again / "prefixes")
+    kept = stage("generate-prefixes", again, "--set", "teacher.engine=vllm")["kept_fraction"]
+    assert abs(kept - demo.kept) < 0.01
+    plain = demo.copy("transformers")
+    for name in ("score-teacher", "train"):
+        stage(name, plain)
+    accuracy = stage("evaluate", plain)["accuracy"]
+    assert accuracy["after"]["sampled"] > accuracy["before"]["sampled"] + 0.3
     for mode in ("greedy", "sampled"):
         for who in ("teacher", "after"):
-            difference = accuracy[fast][who][mode] - accuracy[plain][who][mode]
+            difference = alone.accuracy[who][mode] - accuracy[who][mode]
             # 2 points were seen; on another processor rounding sends both trainings other ways.
-            assert abs(difference) <= 0.05, (who, mode, accuracy)
-    worst = run_query(Workspace.open(fast), "SELECT max(sampler_logprob_difference_max) FROM metrics").rows[
-        0
-    ][0]
+            assert abs(difference) <= 0.05, (who, mode, accuracy, alone.accuracy)
+    query = "SELECT max(sampler_logprob_difference_max) FROM metrics"
+    worst = run_query(Workspace.open(alone.workspace), query).rows[0][0]
     assert worst < 1e-4  # engine and trainer have the same weights in every step
 
 
 @pytest.mark.timeout(600)
-def test_both_engines_fill_the_cache_alike(tmp_path: Path) -> None:
+def test_both_engines_fill_the_cache_alike(tmp_path: Path, stage: Any) -> None:
     plain, fast = tmp_path / "transformers", tmp_path / "vllm"
     subprocess.run([TROPD, "init", plain, "--recipe", "demo"], check=True)
     small = (
@@ -74,12 +54,12 @@ def test_both_engines_fill_the_cache_alike(tmp_path: Path) -> None:
         "--set",
         "demo.train_problems=80",
     )
-    run("prepare", plain, *small)
+    stage("prepare", plain, *small)
     few = (*small, "--set", "data.limit=60", "--set", "prefixes.keep=all")
-    run("generate-prefixes", plain, *few)
+    stage("generate-prefixes", plain, *few)
     shutil.copytree(plain, fast)
-    run("score-teacher", plain, *few)
-    run("score-teacher", fast, *few, "--set", "teacher.engine=vllm")
+    stage("score-teacher", plain, *few)
+    stage("score-teacher", fast, *few, "--set", "teacher.engine=vllm")
     for path in sorted((plain / "scores").glob("*.zarr")):
         one, other = read_topk(path), read_topk(fast / "scores" / path.name)
         np.testing.assert_allclose(one.teacher_logprobs, other.teacher_logprobs, atol=1e-4)
@@ -97,17 +77,17 @@ def test_both_engines_fill_the_cache_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_rollouts_ahead_are_made_with_weights_one_update_old(tmp_path: Path) -> None:
+def test_rollouts_ahead_are_made_with_weights_one_update_old(tmp_path: Path, stage: Any) -> None:
     workspace = tmp_path / "run"
     subprocess.run([TROPD, "init", workspace, "--recipe", "demo"], check=True)
     small = [f"demo.{role}_steps=60" for role in ("teacher", "student")]
     small += ["demo.train_problems=80", "objective.name=opd", "train.evaluate_every=0"]
     options = [part for assignment in small for part in ("--set", assignment)]
-    run("prepare", workspace, *options)
+    stage("prepare", workspace, *options)
     # Every step but the last asks the engine for its log-probs of some rows: they are the trainer's, or it stops.
     ahead = ("student.engine=vllm", "train.max_staleness=1", "train.steps=8", "train.learning_rate=1e-3")
     ahead += ("train.warmup_steps=0", "vllm.check_every=1", "vllm.max_mean_difference=1e-4")
-    run("train", workspace, *options, *(part for assignment in ahead for part in ("--set", assignment)))
+    stage("train", workspace, *options, *(part for assignment in ahead for part in ("--set", assignment)))
     rows = run_query(
         Workspace.open(workspace),
         "SELECT importance_max FROM metrics WHERE step > 0 ORDER BY step",
