@@ -166,6 +166,7 @@ COVERED_BY = {
     "tropd.storage.disk.aside": "tests/storage/stage/test_stage.py",
     "tropd.storage.formats.samples_file": "tests/pipeline/training/record/test_acceptance_samples.py",
     "tropd.storage.formats.trajectory_store": "tests/pipeline/training/rollout/test_rows.py",
+    "tropd.storage.disk.log_tail": "tests/pipeline/run/processes/test_together.py",
     "tropd.storage.arrays": "tests/pipeline/objectives/test_recipes.py",
     "tropd.storage.stage.job_parts": "tests/pipeline/stages/test_shards.py",
     "tropd.storage.verify.checks": "tests/storage/verify/test_verify.py",

@@ -32,7 +32,6 @@ from tropd.pipeline.objectives.estimators import (
 )
 from tropd.pipeline.objectives.objective import (
     K1,
-    TOKEN_RULES,
     Estimator,
     FixedAdvantage,
     NegativeLogLikelihood,
@@ -41,6 +40,7 @@ from tropd.pipeline.objectives.objective import (
     policy_gradients,
 )
 from tropd.pipeline.objectives.partition import Regions
+from tropd.pipeline.objectives.partition_specs import TOKEN_RULES
 from tropd.pipeline.objectives.rewards.advantages import group_advantages, margin_shifts, process_advantages
 from tropd.pipeline.objectives.token_weights import (
     TokenStatistics,

@@ -11,20 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tropd.pipeline.objectives.partition_specs import TOKEN_RULES as TOKEN_RULES
-from tropd.pipeline.objectives.partition_specs import AllTrusted as AllTrusted
-from tropd.pipeline.objectives.partition_specs import ExpectedPartition as ExpectedPartition
-from tropd.pipeline.objectives.partition_specs import NoneTrusted as NoneTrusted
-from tropd.pipeline.objectives.partition_specs import Partition as Partition
-from tropd.pipeline.objectives.partition_specs import RatioPartition as RatioPartition
-from tropd.pipeline.objectives.partition_specs import RewardPartition as RewardPartition
-from tropd.pipeline.objectives.partition_specs import SampledPartition as SampledPartition
-from tropd.pipeline.objectives.partition_specs import SignPartition as SignPartition
-from tropd.pipeline.objectives.partition_specs import TeacherEntropyPartition as TeacherEntropyPartition
+from tropd.pipeline.objectives.partition_specs import TOKEN_RULES, AllTrusted, Partition
 from tropd.pipeline.objectives.rewards.terms import RewardTerm
 from tropd.pipeline.objectives.spec import MOST_FACTOR, Apart, Inert, Spec
-from tropd.pipeline.objectives.token_weight_specs import TOPK_WEIGHTS
-from tropd.pipeline.objectives.token_weight_specs import TokenWeight as TokenWeight
+from tropd.pipeline.objectives.token_weight_specs import TOPK_WEIGHTS, TokenWeight
 
 # -------------------------------------------------------------------------------------- estimators
 

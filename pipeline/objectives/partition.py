@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tropd.pipeline.objectives.objective import Partition
+from tropd.pipeline.objectives.partition_specs import Partition
 from tropd.storage.arrays import Floats32
 
 

@@ -13,7 +13,8 @@ from queue import Empty, Queue
 from types import TracebackType
 
 from tropd.pipeline.run.processes.child_environment import child_environment
-from tropd.pipeline.run.processes.together import end_of_log, tropd_command
+from tropd.pipeline.run.processes.together import tropd_command
+from tropd.storage.disk.log_tail import end_of_log
 from tropd.storage.errors import TropdError
 
 START_SECONDS = 600.0

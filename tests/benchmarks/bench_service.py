@@ -49,7 +49,7 @@ from tropd.pipeline.config.sections.model_settings import ServiceConfig, VllmCon
 from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.loading import load_model
-from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.objectives.partition_specs import AllTrusted, SampledPartition
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.client.vllm_dialect import SPARE
 from tropd.pipeline.teacher.service.listen import listen

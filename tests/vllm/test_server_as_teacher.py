@@ -20,7 +20,7 @@ from tropd.pipeline.experiments.demo.tiny_models import TEACHER, make_model
 from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import NoneTrusted, RatioPartition, SampledPartition
+from tropd.pipeline.objectives.partition_specs import NoneTrusted, RatioPartition, SampledPartition
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest
 from tropd.storage.errors import ConfigError

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from tropd.pipeline.models.engines.proof import TOLERANCES
-from tropd.pipeline.objectives.objective import TOKEN_RULES, Objective
+from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import acceptance, partition_tokens
+from tropd.pipeline.objectives.partition_specs import TOKEN_RULES
 from tropd.storage.arrays import Floats32
 
 MEAN_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}

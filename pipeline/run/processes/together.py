@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tropd.pipeline.run.interrupt import StopRequest, stop_on_signal
 from tropd.pipeline.run.processes.child_environment import FOLLOWS
+from tropd.storage.disk.log_tail import end_of_log
 from tropd.storage.errors import InterruptedStageError, TropdError
 
 POLL_SECONDS = 0.05
@@ -30,7 +31,6 @@ GRACE_SECONDS = 15.0
 """Time to end by themselves for those that are no longer needed."""
 ORPHAN_SECONDS = 1800.0
 """Time to save its state and end for a process whose starter is gone."""
-LOG_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,6 @@ def follow_starter() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="follow-starter", daemon=True).start()
-
-
-def end_of_log(log: Path, start: int) -> str:
-    """The last lines that were written to a log after its first ``start`` bytes, indented."""
-    text = (log.read_bytes() if log.exists() else b"")[start:].decode(errors="replace")
-    return "\n    ".join(text.splitlines()[-LOG_LINES:])
 
 
 @contextlib.contextmanager

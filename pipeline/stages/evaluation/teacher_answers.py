@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.models.engines.base import Engine
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.stages.evaluation.distance import DenseTopk
 from tropd.pipeline.stages.evaluation.held_out import sequences_of
 from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest, ScoreResponse

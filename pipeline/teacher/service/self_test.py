@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tropd.pipeline.models.engines.base import Engine
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.teacher.service.batcher import TeacherOutputError, score_requests
 from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tropd.pipeline.objectives.objective import Partition
+from tropd.pipeline.objectives.partition_specs import Partition
 from tropd.pipeline.teacher.wire import chosen_ids
 from tropd.pipeline.teacher.wire.arrow_stream import (
     ProtocolError,

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd.pipeline.objectives.needs import TeacherNeeds
-from tropd.pipeline.objectives.objective import AllTrusted, Objective
+from tropd.pipeline.objectives.objective import Objective
 from tropd.pipeline.objectives.partition import Regions, partition_tokens
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.objectives.rewards.advantages import StepRewards
 from tropd.pipeline.teacher.by_domain import GENERAL
 from tropd.pipeline.teacher.wire.messages import ScoredItem, ScoreItem, ScoreRequest, ScoreResponse

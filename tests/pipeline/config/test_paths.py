@@ -13,7 +13,9 @@ from tropd.pipeline.config.paths import fields_at, union_members
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.tables import KINDS
-from tropd.pipeline.objectives.objective import Estimator, Partition, Schedule, TokenWeight
+from tropd.pipeline.objectives.objective import Estimator, Schedule
+from tropd.pipeline.objectives.partition_specs import Partition
+from tropd.pipeline.objectives.token_weight_specs import TokenWeight
 from tropd.storage.errors import ConfigError
 
 

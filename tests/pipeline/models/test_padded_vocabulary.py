@@ -24,7 +24,7 @@ from tropd.pipeline.models.output import logprobs
 from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel
 from tropd.pipeline.models.tokenizers import num_tokens
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.run import opening
 from tropd.pipeline.run.opening import load_role, role_num_tokens
 from tropd.pipeline.stages.prefixes import generate_prefixes

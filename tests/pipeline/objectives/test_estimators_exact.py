@@ -25,8 +25,9 @@ from tropd.pipeline.objectives.estimators import (
     topk_jensen_shannon,
     topk_reverse_kl,
 )
-from tropd.pipeline.objectives.objective import ExpectedPartition, SampledPartition, Support
+from tropd.pipeline.objectives.objective import Support
 from tropd.pipeline.objectives.partition import acceptance, partition_tokens
+from tropd.pipeline.objectives.partition_specs import ExpectedPartition, SampledPartition
 from tropd.storage.seeds import uniforms
 
 EXACT = 1e-10

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
-from tropd.pipeline.objectives.objective import SampledPartition
+from tropd.pipeline.objectives.partition_specs import SampledPartition
 from tropd.pipeline.teacher.service.app import create_app
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import (

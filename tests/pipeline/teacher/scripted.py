@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 
-from tropd.pipeline.objectives.objective import NoneTrusted
+from tropd.pipeline.objectives.partition_specs import NoneTrusted
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import (
     ScoredItem,

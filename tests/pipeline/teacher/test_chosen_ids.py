@@ -14,7 +14,7 @@ from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service.app import create_app
 from tropd.pipeline.teacher.wire.messages import CONTENT_TYPE, ScoreItem, ScoreRequest, encode_request

@@ -15,7 +15,12 @@ from running import service_info
 
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.models.engines.base import SequenceScores
-from tropd.pipeline.objectives.objective import AllTrusted, Partition, RatioPartition, TeacherEntropyPartition
+from tropd.pipeline.objectives.partition_specs import (
+    AllTrusted,
+    Partition,
+    RatioPartition,
+    TeacherEntropyPartition,
+)
 from tropd.pipeline.teacher.service.app import create_app
 from tropd.pipeline.teacher.service.batcher import Batcher, StoppingError, outlier_mask
 from tropd.pipeline.teacher.service.listen import listen

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from waiting import eventually
 
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.teacher.wire.messages import (
     CONTENT_TYPE,
     ScoreItem,

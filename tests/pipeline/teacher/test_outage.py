@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tenacity
 
-from tropd.pipeline.objectives.objective import AllTrusted
+from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service.app import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import ScoreItem, ScoreRequest

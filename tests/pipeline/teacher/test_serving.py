@@ -20,7 +20,7 @@ from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.models.engines.base import SequenceScores
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.objectives.partition_specs import AllTrusted, SampledPartition
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service.app import ServiceInfo, create_app
 from tropd.pipeline.teacher.service.batcher import Batcher, QueueFullError, TeacherOutputError

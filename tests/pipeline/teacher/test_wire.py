@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tropd.pipeline.objectives.objective import RatioPartition, SampledPartition
+from tropd.pipeline.objectives.partition_specs import RatioPartition, SampledPartition
 from tropd.pipeline.teacher.wire.arrow_stream import column_arrays, list_column, number_column
 from tropd.pipeline.teacher.wire.messages import (
     ProtocolError,
@@ -265,7 +265,7 @@ def test_neither_side_imports_pandas() -> None:
     code = """
 import sys
 import numpy as np
-from tropd.pipeline.objectives.objective import SampledPartition
+from tropd.pipeline.objectives.partition_specs import SampledPartition
 from tropd.pipeline.teacher.wire.messages import *
 ones = np.full(2, -1.0, dtype=np.float32)
 asked = ScoreRequest([ScoreItem(np.array([1, 2, 3], dtype=np.int32), 1, ones, 0)], SampledPartition(), "all", 1, False, 9)

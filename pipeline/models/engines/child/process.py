@@ -43,10 +43,10 @@ from tropd.pipeline.models.engines.child.messages import (
     Written,
 )
 from tropd.pipeline.models.engines.child.weights import handles, layout_of, open_memory, views
+from tropd.storage.disk.log_tail import end_of_log
 from tropd.storage.errors import ConfigError, TropdError
 
 STOP_SECONDS = 10.0
-LOG_LINES = 15
 
 Expected = TypeVar("Expected", bound=Answer)
 
@@ -249,5 +249,4 @@ class EngineProcess:
         )
 
     def _said(self) -> str:
-        lines = self._log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
-        return "; the end of " + "\n    ".join([f"{self._log}:", *lines[-LOG_LINES:]])
+        return f"; the end of {self._log}:\n    {end_of_log(self._log, self._log_start)}"

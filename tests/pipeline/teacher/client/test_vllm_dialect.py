@@ -15,7 +15,12 @@ from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.experiments.demo.tokenizer import make_tokenizer
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.objectives.objective import AllTrusted, NoneTrusted, RatioPartition, SampledPartition
+from tropd.pipeline.objectives.partition_specs import (
+    AllTrusted,
+    NoneTrusted,
+    RatioPartition,
+    SampledPartition,
+)
 from tropd.pipeline.teacher.client import vllm_dialect, vllm_json
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service.app import create_app

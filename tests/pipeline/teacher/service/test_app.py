@@ -22,7 +22,7 @@ from waiting import eventually
 
 from tropd.pipeline.config.sections.model_settings import ServiceConfig
 from tropd.pipeline.models.engines.transformers import TransformersEngine
-from tropd.pipeline.objectives.objective import NoneTrusted, RatioPartition, SampledPartition
+from tropd.pipeline.objectives.partition_specs import NoneTrusted, RatioPartition, SampledPartition
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service import app as service_module
 from tropd.pipeline.teacher.service.app import create_app

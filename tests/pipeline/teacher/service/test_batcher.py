@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tropd.pipeline.objectives.objective import (
+from tropd.pipeline.objectives.partition_specs import (
     AllTrusted,
     ExpectedPartition,
     NoneTrusted,

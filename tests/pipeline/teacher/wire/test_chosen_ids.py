@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.objectives.partition_specs import AllTrusted, SampledPartition
 from tropd.pipeline.teacher.wire.arrow_stream import list_column, number_column, write_stream
 from tropd.pipeline.teacher.wire.messages import (
     ProtocolError,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tropd.pipeline.objectives.objective import AllTrusted, SampledPartition
+from tropd.pipeline.objectives.partition_specs import AllTrusted, SampledPartition
 from tropd.pipeline.teacher.wire import arrow_stream
 from tropd.pipeline.teacher.wire.messages import (
     ProtocolError,
