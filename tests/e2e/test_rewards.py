@@ -96,7 +96,7 @@ def test_a_killed_run_with_a_function_ends_with_the_same_bits(
     # A changed function is another reward, wherever it changed.
     (killed / "own.py").write_text(FUNCTION.replace("% 7 / 7", "% 5 / 5"))
     refused = tropd("train", "-w", killed, *options)
-    assert refused.code == 2
+    assert refused.code == 1
     assert "reward.function_source" in refused.output
 
 

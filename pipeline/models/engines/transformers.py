@@ -316,9 +316,7 @@ class TransformersEngine:
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = _right_pad(sequences, max(map(len, sequences)), self.model.device)
-        # Padding lies behind every token, which looks back only: without a mask a GPU has fast kernels, and the bits of a
-        # CPU stay those of its caches.
-        hidden = self._split.hidden(input_ids=ids, attention_mask=None if ids.is_cuda else mask)
+        hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
         spans = [(row, start, len(sequences[row])) for row, start in enumerate(starts)]
         # The hidden state at position t predicts token t + 1.
         targets = torch.cat([ids[row, start:end] for row, start, end in spans])

@@ -45,8 +45,11 @@ def faults(*arguments: str, **environment: str) -> int:
 @pytest.mark.slowest
 def test_later_steps_get_what_earlier_ones_freed() -> None:
     by_default = faults("leave")
-    if by_default < PAGES / 10:
-        pytest.skip("the system hands out huge pages: there is nothing to save")
+    if (
+        by_default < PAGES / 10
+    ):  # the system hands out huge pages: there is nothing to save, and nothing is lost
+        assert faults("keep") < PAGES / 10
+        return
     assert faults("keep") < by_default / 4
     # Who sets it has it their way.
     assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > by_default / 2

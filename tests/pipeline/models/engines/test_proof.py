@@ -117,7 +117,7 @@ def test_rounding_is_no_reason_to_refuse() -> None:
 
 def test_an_engine_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    for name in ("check_decoding", "check_scores"):
+    for name in ("check_decoding", "require_equal_scores"):
         original = getattr(proof, name)
 
         def noted(*arguments: Any, name: str = name, original: Any = original) -> None:
@@ -129,7 +129,7 @@ def test_an_engine_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         engine.generate(PROMPTS, Sampling(), seeds=[0, 1, 2], max_tokens=[3] * 3)
         engine.score(PROMPTS, [1, 1, 1])
-    assert seen == ["check_decoding", "check_decoding", "check_scores"]
+    assert seen == ["check_decoding", "check_decoding", "require_equal_scores"]
 
 
 def test_what_is_sampled_does_not_depend_on_the_proof() -> None:
