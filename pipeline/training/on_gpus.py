@@ -7,6 +7,7 @@ from tropd.pipeline.run.processes.together import tropd_command
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.training.loop import train
+from tropd.pipeline.training.setup import check_processes
 from tropd.pipeline.training.train_stage import STAGE
 from tropd.storage.stage.manifest import Manifest
 
@@ -15,10 +16,12 @@ def train_on(run: Run, gpus: int, *, force: bool = False) -> Manifest:
     """``train`` here where one GPU is given, else in a process per GPU, whose output is in the logs of the workspace.
 
     Raises:
+        ConfigError: see ``check_processes``.
         InterruptedStageError, TropdError: see ``train`` and ``run_together``.
     """
     if gpus == 1:
         return train(run, force=force)
+    check_processes(run.config, gpus)
     command = tropd_command(STAGE, run.workspace.root, run.assignments, *(["--force"] if force else []))
     logs = run.workspace.logs
     with run.reporter.waiting(f"training in {gpus} processes; {logs / 'train-rank-0.log'} has the progress"):
@@ -30,8 +33,10 @@ def show_training_on(run: Run, gpus: int, *, force: bool = False, as_json: bool 
     """The same for the command line, with the first process at the terminal; returns its exit code.
 
     Raises:
+        ConfigError: see ``check_processes``.
         TropdError: another process has failed.
     """
+    check_processes(run.config, gpus)
     options = [*(["--force"] if force else []), *(["--json"] if as_json else [])]
     command = tropd_command(STAGE, run.workspace.root, run.assignments, *options)
     return run_ranks(command, gpus, run.workspace.logs, STAGE, shown=True)

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from tropd.pipeline.config.schema import Config
 from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Engine
 from tropd.pipeline.models.engines.lean.compiled import compile_layers
@@ -134,6 +135,32 @@ def _graded(run: Run, problems: Encoded | None) -> Encoded | None:
     return replace(problems, prompts=[graded[i] for i in some])
 
 
+def check_processes(config: Config, count: int) -> None:
+    """Refuse settings that so many training processes cannot satisfy.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if count == 1:
+        return
+    if config.student.engine == "vllm" and config.vllm.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size}, but with several processes each has the "
+            "student's engine on its own GPU",
+            hint="set vllm.tensor_parallel_size = 1; a teacher that is spread over GPUs is served by tropd serve-teacher "
+            "(teacher.url)",
+        )
+    for name, wanted, remedy in (
+        ("train.region_gradients", config.train.region_gradients, "set it to false"),
+        ("teacher.follow", config.teacher.follow is not None, "leave it out"),
+    ):
+        if wanted:
+            raise ConfigError(
+                f"{name} needs a single process, and this run would train in {count}",
+                hint=f"{remedy}, or train with --gpus 1, without torchrun",
+            )
+
+
 def _check_settings(run: Run, world: World) -> None:
     """Refuse settings that this machine, or its processes, cannot satisfy, before anything is loaded.
 
@@ -143,22 +170,11 @@ def _check_settings(run: Run, world: World) -> None:
     config = run.config
     check_peft(config.student.lora)
     check_attention(run, world)
-    if world.size > 1 and config.student.engine == "vllm" and config.vllm.tensor_parallel_size > 1:
+    check_processes(config, world.size)
+    if config.teacher.follow is not None and config.teacher.settled_dtype != "float32":
         raise ConfigError(
-            f"vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size}, but with several processes each has the "
-            "student's engine on its own GPU",
-            hint="set vllm.tensor_parallel_size = 1; a teacher that is spread over GPUs is served by tropd serve-teacher "
-            "(teacher.url)",
-        )
-    if world.size > 1 and config.train.region_gradients:
-        raise ConfigError(
-            "train.region_gradients needs a single process",
-            hint="set it to false, or train with --gpus 1, without torchrun",
-        )
-    if config.teacher.follow is not None and (world.size > 1 or config.teacher.settled_dtype != "float32"):
-        raise ConfigError(
-            "teacher.follow currently needs a single process, and a teacher in float32",
-            hint='set teacher.dtype = "float32" and train with --gpus 1, without torchrun; or leave teacher.follow out',
+            "teacher.follow currently needs a teacher in float32",
+            hint='set teacher.dtype = "float32", or leave teacher.follow out',
         )
     if config.student.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(

@@ -147,8 +147,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "no-student-token": Rule(
             "warning",
             "in {no_student:.0%} or more of the planned steps no response has a token of the student's",
-            '`objective.schedule.unit = "trajectory"`, `objective.schedule.length = "uniform"`, a smaller '
-            "`objective.schedule.fraction`, or more `train.steps`.",
+            'Whichever of these is not set yet: `objective.schedule.unit = "trajectory"`, `objective.schedule.length = '
+            '"uniform"`, a smaller `objective.schedule.fraction`, more `train.steps`.',
         ),
         "distance-grew": Rule(
             "warning",

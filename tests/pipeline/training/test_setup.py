@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from tropd.pipeline.config.resolve import parse_config
-from tropd.pipeline.training import setup
+from tropd.pipeline.training import on_gpus, setup
+from tropd.pipeline.training.on_gpus import show_training_on, train_on
 from tropd.pipeline.training.setup import open_session
 from tropd.pipeline.training.update import lora
 from tropd.pipeline.training.world import World
@@ -48,3 +49,13 @@ def test_settings_that_need_another_machine_are_refused_first(
         open_session(run, stack, World(size=processes), nothing, nothing, nothing)
     assert message in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("start", [train_on, show_training_on])
+def test_several_processes_are_refused_before_any_starts(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpus, "run_ranks", lambda *_, **__: pytest.fail("started"))
+    run = cast(Any, SimpleNamespace(config=parse_config("train.region_gradients = true").config))
+    with pytest.raises(
+        ConfigError, match=r"train\.region_gradients needs a single process, and this run would"
+    ):
+        start(run, 2)
