@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli.terminal import shown
+from tropd.pipeline.report.data.phases import EXCHANGES, PHASE_TOKENS, by_process, idle_shares
 from tropd.pipeline.report.page.formats import human_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 VERDICT_STYLES = {"problem": "bold red", "warning": "yellow"}
 RECENT = 20
 WIDE = 96
+SHOWN_QUEUE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -167,28 +169,24 @@ def _step_time(records: Sequence[Mapping[str, Any]]) -> str:
     prepared = math.fsum(value or 0.0 for _, value in parts[:2])
     if waited is not None and waited < 0.9 * prepared:  # they overlap with training
         shares.append(f"waiting {waited / total:.0%}")
-    exchanges = [
-        seconds for seconds in records[-1].get("exchange_seconds") or () if isinstance(seconds, int | float)
-    ]
-    if exchanges:  # of several processes: their GPUs idle meanwhile
-        shares.append(f"idle {math.fsum(exchanges) / len(exchanges) / total:.0%}")
+    idle = idle_shares(
+        [by_process(r.get(EXCHANGES)) | {"time_total": r.get("time_total", 0.0)} for r in records[-RECENT:]]
+    )
+    if idle:  # of several processes: their GPUs wait for the slowest one
+        shares.append(f"idle {min(idle):.0%} to {max(idle):.0%}")
     return f"{total:.3g} s: {', '.join(shares)}" if shares else f"{total:.3g} s"
 
 
 def _speed(records: Sequence[Mapping[str, Any]]) -> str:
     """Tokens per second of each part of the step."""
-    parts = {
-        "rollout": ("time_rollout", "tokens_on_policy"),
-        "score": ("time_score", "teacher_tokens_scored"),
-        "train": ("time_train", "tokens_on_policy", "tokens_guidance"),
-    }
     words = []
-    for part, (time, *names) in parts.items():
-        seconds = recent_mean(records, time)
+    for part, names in PHASE_TOKENS.items():
+        seconds = recent_mean(records, f"time_{part}")
         tokens = math.fsum(recent_mean(records, name) or 0.0 for name in names)
         if seconds and tokens:
             words.append(f"{part} {tokens / seconds:,.0f}")
-    return f"{', '.join(words)} tokens/s" if words else ""
+    mfu = recent_mean(records, "mfu_train")
+    return (f"{', '.join(words)} tokens/s" if words else "") + ("" if mfu is None else f", MFU {mfu:.0%}")
 
 
 def _teacher(records: Sequence[Mapping[str, Any]]) -> str:
@@ -199,7 +197,10 @@ def _teacher(records: Sequence[Mapping[str, Any]]) -> str:
     received = math.fsum(value or 0.0 for value in column(records, "teacher_bytes_received"))
     words = [f"{scored:,.0f} tokens", f"{ranked / scored:.0%} with alternatives", human_bytes(received)]
     retries = sum(sum(r.get("teacher_retries") or ()) for r in records)
-    return ", ".join([*words, *([f"{retries} retries"] if retries else [])])
+    words += [f"{retries} retries"] if retries else []
+    queued = recent_mean(records, "time_queue")
+    words += [f"queue {queued:.3g} s a step"] if queued and queued >= SHOWN_QUEUE_SECONDS else []
+    return ", ".join(words)
 
 
 def _lengths(record: Mapping[str, Any]) -> str:
@@ -230,4 +231,7 @@ def _memory(record: Mapping[str, Any]) -> str:
         "" if main is None else human_bytes(main),
         "" if gpu is None else f"{human_bytes(gpu)} of the GPU",
     ]
+    for name in PHASE_TOKENS:
+        (peak,) = column([record], f"memory_peak_{name}")
+        parts.append("" if peak is None else f"{name} {human_bytes(peak)}")
     return ", ".join(part for part in parts if part)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("data", "models", "prefixes", "rollouts", "rollout-scores", "scores", "train", "eval")
-UNSTEADY = ("time_", "memory_", "checksum")
+UNSTEADY = ("time_", "memory_", "mfu_", "exchange_seconds", "checksum")
 """Beginnings of names of metrics that differ between equal runs."""
 
 

@@ -24,6 +24,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.teacher.connect import check_pairs
 from tropd.pipeline.training.distance.along import evaluate_student
 from tropd.pipeline.training.inputs import student_prompts
+from tropd.pipeline.training.memory_plan import PHASES
 from tropd.pipeline.training.preflight.preflight import require_room
 from tropd.pipeline.training.record.checkpoint import (
     CheckpointWriter,
@@ -35,7 +36,13 @@ from tropd.pipeline.training.record.checkpoint import (
 )
 from tropd.pipeline.training.record.final_model import export_student
 from tropd.pipeline.training.record.journal import Journal, open_journal
-from tropd.pipeline.training.record.step_metrics import memory_metrics, step_metrics
+from tropd.pipeline.training.record.phase_memory import (
+    PhaseMemory,
+    memory_metrics,
+    of_the_fullest,
+    peak_reader,
+)
+from tropd.pipeline.training.record.step_metrics import step_metrics
 from tropd.pipeline.training.record.trace import Timeline
 from tropd.pipeline.training.record.wandb_log import check_wandb
 from tropd.pipeline.training.rollout.ahead import Preparation, Prepared, open_preparation, planned_rows
@@ -130,12 +137,17 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(session, stage, first))
         collects = config.trace and not world.leads
-        timeline = stack.enter_context(Timeline(journal.trace, rank=world.rank, collects=collects))
+        # Phases that overlap have no peaks of their own.
+        memory = PhaseMemory(peak_reader(session.student.model.device), () if session.ahead else PHASES)
+        timeline = stack.enter_context(
+            Timeline(journal.trace, rank=world.rank, collects=collects, memory=memory)
+        )
         checkpoints = stack.enter_context(CheckpointWriter(stage, config.keep_checkpoints, world))
         preparation = stack.enter_context(open_preparation(session, timeline, stop))
         training = _Training(session, journal, timeline, checkpoints, preparation, sums)
         if rows is not None:
             preparation.begin(first, rows)
+        peak = session.training_peak()
         inputs = None
         for step in range(first, config.steps):
             try:
@@ -150,10 +162,15 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
                     _save(training, step, inputs)
                 raise _interrupted(run, step, "while waiting for the teacher") from None
             record |= {f"time_{name}": seconds for name, seconds in timeline.take(step).items()}
+            taken = memory_metrics(session.student.model.device, memory)
+            told = world.gather((world.take_waits(), timeline.take_events(), taken))
+            record |= of_the_fullest([taken for _, _, taken in told])
+            if peak is not None:
+                lengths = [len(row.sequence) for row in inputs.rows]
+                record["mfu_train"] = peak.mfu(lengths, record["time_train"])
             if world.size > 1:
-                told = world.gather((world.take_waits(), timeline.take_events()))
-                record["exchange_seconds"] = [seconds for seconds, _ in told]
-                for _, events in told:
+                record["exchange_seconds"] = [seconds for seconds, _, _ in told]
+                for _, events, _ in told:
                     timeline.add(events)
             sums.update({name: record[name] for name in SUMMED})
             done = step + 1
@@ -199,7 +216,6 @@ def _update(training: _Training, step: int, prepared: Prepared) -> StepRecord:
         "prefix_length_scheduled": prepared.prefix_limit,
         "grad_norm": norm,
         "learning_rate": learning_rate,
-        **memory_metrics(session.student.model.device),
     }
 
 

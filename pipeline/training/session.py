@@ -18,6 +18,8 @@ from tropd.pipeline.teacher.by_domain import teacher_of
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet
 from tropd.pipeline.training.inputs import Inputs
+from tropd.pipeline.training.memory_plan import ModelShape
+from tropd.pipeline.training.preflight.mfu import TrainingPeak, training_peak
 from tropd.pipeline.training.reward.judges import Judge
 from tropd.pipeline.training.rollout.choosing import choosing
 from tropd.pipeline.training.rollout.rows import ChooseIds, Row
@@ -103,14 +105,28 @@ class Session:
             )
         return choosing(self.rolling.choose, self.needs.chosen, self.vocab_limit)
 
-    def traffic(self) -> dict[str, int]:
-        """Counts of requests to the teacher so far, under the names of the metrics."""
+    def training_peak(self) -> TrainingPeak | None:
+        """What the GPUs that train could do at most; None where that is not known, or not which weights a token uses."""
+        model = self.student.model
+        if model.device.type != "cuda" or any("expert" in name for name, _ in model.named_modules()):
+            return None
+        return training_peak(
+            torch.cuda.get_device_name(model.device),
+            self.world.size,
+            self.precision or model.dtype,
+            ModelShape.of(model.config),
+            adapters=self.run.config.student.lora is not None,
+        )
+
+    def traffic(self) -> dict[str, float]:
+        """Counts of requests to the teacher so far, and their seconds in its queue, under the names of the metrics."""
         clients = self.scorers.values()
         return {
             "teacher_tokens_scored": sum(client.tokens_scored for client in clients),
             "teacher_topk_tokens": sum(client.topk_tokens for client in clients),
             "teacher_bytes_sent": sum(client.bytes_sent for client in clients),
             "teacher_bytes_received": sum(client.bytes_received for client in clients),
+            "time_queue": sum(client.queue_seconds for client in clients),
         }
 
     def teacher_of(self, row: Row) -> str:

@@ -72,7 +72,25 @@ def test_overlapping_parts_say_how_long_training_waits() -> None:
 
 def test_several_processes_say_how_long_their_gpus_idle() -> None:
     several = [record(n, exchange_seconds=[0.05, 0.15]) for n in range(3)]
-    assert "rollout 40%, score 20%, train 40%, idle 20%" in shown(Dashboard("x", several, 9))
+    assert "rollout 40%, score 20%, train 40%, idle 10% to 30%" in shown(Dashboard("x", several, 9))
+
+
+def test_where_the_time_and_the_memory_went_is_said_as_far_as_it_is_known() -> None:
+    known = {
+        "memory_peak_rollout": 1e9,
+        "memory_peak_score": None,
+        "memory_peak_train": 3e9,
+        "mfu_train": 0.41,
+        "time_queue": 1.5,
+    }
+    text = shown(Dashboard("x", [record(n, **known) for n in range(3)], 9), 200).replace("\u00a0", " ")
+    assert "memory  512 MB, rollout 1 GB, train 3 GB" in text
+    assert "train 5,000 tokens/s, MFU 41%" in text
+    assert "6 retries" not in text
+    assert "3 retries, queue 1.5 s a step" in text
+    unknown = shown(Dashboard("x", [record(0, time_queue=0.0)], 9))
+    assert "MFU" not in unknown
+    assert "queue" not in unknown
 
 
 def test_accuracy_takes_the_place_of_the_reward_where_it_is_measured() -> None:

@@ -26,6 +26,7 @@ class LocalScorer:
     """The teacher without a service around it."""
 
     tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
+    queue_seconds = 0.0
 
     def __init__(self, model: Any) -> None:
         self.engine = TransformersEngine(model, [1])

@@ -28,7 +28,7 @@ SAMPLE = [(1, "rank", 1), (3, "engine", 0)]
 ALL = [(step, part, step % 2) for step, part in enumerate((*PARTS, *PARTS[::-1], "rank", "engine"))]
 KILLS = ALL if os.environ.get("TROPD_THOROUGH") else SAMPLE
 # Of a record: times, memory, how often the service was asked again, and the checksum over all that.
-OF_THIS_MACHINE = ("time_", "memory_", "teacher_retries", "exchange_seconds", "checksum")
+OF_THIS_MACHINE = ("time_", "memory_", "mfu_", "teacher_retries", "exchange_seconds", "checksum")
 
 
 @pytest.mark.thorough

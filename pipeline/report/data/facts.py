@@ -165,6 +165,18 @@ class RegionFraction(ReportPart):
     guidance: float | None = None
 
 
+class TrainingPhase(ReportPart):
+    """A phase of all steps; phases of a run that prepares the next step while one trains overlap."""
+
+    name: str
+    seconds: float
+    tokens_per_second: float | None
+    peak_bytes: float | None
+    """Most memory in it, of the process that needs the most: of its GPU, or on a CPU resident."""
+    mfu: float | None
+    """Operations that training needs, as a share of the GPUs' peak."""
+
+
 class Training(ReportPart):
     """Sums over the run, and the recorded curves."""
 
@@ -179,6 +191,11 @@ class Training(ReportPart):
     region_fraction: RegionFraction = RegionFraction()
     seconds: dict[str, float] = {}
     """rollout, score, train, other: where the time of the stage went."""
+    phases: list[TrainingPhase] = []
+    idle_shares: list[float] = []
+    """Of each of several processes the share of the steps' time in which it waited for the others, its GPU idle."""
+    queue_seconds: float | None = None
+    """Seconds that the requests waited in the teacher's queue, added up."""
     series: dict[str, list[float | None]] = {}
     """One column per metric, aligned with the column ``step``."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd.pipeline.report.data.facts import RegionFraction, Training
+from tropd.pipeline.report.data.phases import EXCHANGES, by_process, idle_shares, summarize_phases
 from tropd.storage.formats.step_log import read_log, spans
 
 MetricsRow = dict[str, float]
@@ -45,6 +46,8 @@ def read_metrics(path: Path, trained: int = 0) -> tuple[list[MetricsRow], list[s
         for name, value in entry.items():
             if name == "teacher_retries":
                 value = total_of_servers(value)
+            if name == EXCHANGES:
+                row |= by_process(value)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if math.isfinite(value):
@@ -88,6 +91,9 @@ def summarize_training(
             guidance=_token_weighted(steps, "region_fraction_guidance"),
         ),
         seconds=_seconds(steps, stage_seconds),
+        phases=summarize_phases(steps),
+        idle_shares=idle_shares(steps),
+        queue_seconds=_total(steps, "time_queue"),
         series={name: [row.get(name) for row in rows] for name in ["step", *names]},
     )
 

@@ -100,6 +100,8 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         figures=_key_figures(report),
         plots=groups,
         times=_times(report),
+        phases=report.training.phases if report.training else [],
+        phase_names=_STEP_PARTS,
         cache=_cache_rows(report),
         config=_config_rows(report),
         runs=_run_rows(report),

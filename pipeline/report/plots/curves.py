@@ -319,6 +319,31 @@ CURVES: tuple[Curve, ...] = (
         group="more",
     ),
     Curve(
+        "memory_phases",
+        "Peak memory of each phase",
+        (
+            Line("memory_peak_rollout", "rollout", BLUE, smooth=False),
+            Line("memory_peak_score", "scoring", PURPLE, smooth=False),
+            Line("memory_peak_train", "forward and backward", ORANGE, smooth=False),
+        ),
+        "bytes",
+        "The most that a process had in each phase of the step: of its GPU, or on a CPU of main memory.",
+        "flat after the longest response has been seen; the largest is the phase to make smaller.",
+        from_zero=True,
+        group="time",
+    ),
+    Curve(
+        "mfu",
+        "Model FLOPs utilization",
+        (Line("mfu_train", "forward and backward", ORANGE),),
+        "share of the GPUs' peak",
+        "Operations that forward and backward need, nothing counted twice, per second, of those that the GPUs could do.",
+        "steady.",
+        percent=True,
+        from_zero=True,
+        group="time",
+    ),
+    Curve(
         "memory",
         "Memory",
         (

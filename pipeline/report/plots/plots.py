@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tropd.pipeline.report.data.facts import Evaluation, Report, Training
+from tropd.pipeline.report.data.phases import EXCHANGES
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.report.plots.curves import CURVES, Curve, Line
 from tropd.pipeline.report.plots.drawing import BLUE, GREY, PURPLE, Numbers, Plot
@@ -22,7 +23,7 @@ _EXPECTED_ELSEWHERE = {
     "time_optimizer",
     "time_sync",
     "time_checkpoint",
-    "exchange_seconds",
+    "time_queue",
 }
 # Numbers of prompts and problems, which do not change.
 _EXPECTED_ELSEWHERE |= {"distance_prompts", "accuracy_problems"}
@@ -48,6 +49,7 @@ def _unknown(training: Training) -> list[Curve]:
     return [
         Curve(f"metric-{number}", name, (Line(name, name),), "", "", "", group="more")
         for number, name in enumerate(sorted(training.series.keys() - described))
+        if not name.startswith(EXCHANGES)
     ]
 
 

@@ -45,6 +45,7 @@ class TeacherClient:
         ConfigError: ``url`` is no URL, or ``token`` cannot be sent.
 
     Counts answered work: ``requests``, ``seconds`` of waiting for their answers (outages included),
+    ``queue_seconds`` of them in the servers' queues as far as they tell,
     ``tokens_scored``, ``topk_tokens``, ``bytes_sent``, ``bytes_received``; and ``retries``.
     """
 
@@ -67,6 +68,7 @@ class TeacherClient:
         self.bytes_received = 0
         self.requests = 0
         self.seconds = 0.0
+        self.queue_seconds = 0.0
         self._lock = threading.Lock()
         if token and not (token.isascii() and token.isprintable()):
             raise ConfigError(
@@ -241,6 +243,7 @@ class TeacherClient:
         with self._lock:
             self.requests += 1
             self.seconds += time.monotonic() - started
+            self.queue_seconds += exchange.queued_told
             self.bytes_sent += exchange.sent
             self.bytes_received += exchange.received
             self.tokens_scored += sum(len(item.teacher_logprobs) for item in answer.items)

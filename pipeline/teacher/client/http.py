@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
-from tropd.pipeline.teacher.wire.headers import QUEUED, REQUEST_HEADER, REQUESTS_PATH
+from tropd.pipeline.teacher.wire.headers import QUEUE_HEADER, QUEUED, REQUEST_HEADER, REQUESTS_PATH
 from tropd.storage.errors import ConfigError, TropdError
 
 CONNECT_SECONDS = 10.0
@@ -34,7 +35,7 @@ class ServerFaultError(TropdError):
 
 class Exchange:
     """Requests to one server that share a time limit. Counts the bytes of bodies: ``sent`` and ``received``; and the
-    seconds in a queue that put the limit off: ``queued``.
+    seconds in a queue that put the limit off: ``queued``; and those that the answer tells: ``queued_told``.
 
     Args:
         http: shared by all servers; used with absolute addresses.
@@ -47,6 +48,7 @@ class Exchange:
         self.sent = 0
         self.received = 0
         self.queued = 0.0
+        self.queued_told = 0.0
         self._http = http
         self._deadline = time.monotonic() + seconds
 
@@ -107,6 +109,8 @@ class Exchange:
                 continue
             if isinstance(answer, BaseException):
                 raise answer
+            told = _number(answer, QUEUE_HEADER) / 1000
+            self.queued_told += told if 0 <= told < math.inf else 0.0
             return answer
 
     def _is_queued(self, name: str) -> bool:
@@ -131,7 +135,7 @@ class Exchange:
         except httpx.RequestError as error:
             raise TropdError(f"the teacher at {self.url} gave an unusable answer: {error}") from error
         if response.status_code in PASSING:
-            raise TryAgainError(reason(response), _retry_after(response))
+            raise TryAgainError(reason(response), _number(response, "Retry-After"))
         if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
             raise ServerFaultError(
                 f"the teacher at {self.url} refused with 500: {reason(response)}",
@@ -164,8 +168,10 @@ def reason(response: httpx.Response) -> str:
         return response.text[:200] or response.reason_phrase
 
 
-def _retry_after(response: httpx.Response) -> float:
+def _number(response: httpx.Response, header: str) -> float:
+    """A header's value; 0 without it, or if it is no number."""
     try:
-        return float(response.headers.get("Retry-After", 0))
+        value = float(response.headers.get(header, 0))
     except ValueError:
         return 0.0
+    return 0.0 if math.isnan(value) else value

@@ -30,6 +30,7 @@ from tropd.pipeline.teacher.service.batcher import Batcher, QueueFullError, Stop
 from tropd.pipeline.teacher.service.self_test import self_test
 from tropd.pipeline.teacher.wire.headers import (
     CLIENT_HEADER,
+    QUEUE_HEADER,
     QUEUED,
     REQUEST_HEADER,
     REQUESTS_PATH,
@@ -215,7 +216,8 @@ def create_app(
         metrics.tokens.inc(sum(len(item.teacher_logprobs) for item in answer.items))
         metrics.topk.inc(sum(len(item.topk_positions) for item in answer.items))
         metrics.bytes_out.inc(len(content))
-        return Response(content, media_type=CONTENT_TYPE)
+        queued = {QUEUE_HEADER: f"{timing.queue_ms or 0.0:.3f}"}
+        return Response(content, media_type=CONTENT_TYPE, headers=queued)
 
     return app
 

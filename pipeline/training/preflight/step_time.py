@@ -199,6 +199,16 @@ def train_seconds(
     return dense + attention + waits, dense + attention
 
 
+def model_operations(lengths: Sequence[int], shape: ModelShape, *, adapters: bool) -> float:
+    """Operations that forward and backward pass over rows of these lengths need, nothing done twice.
+
+    The backward pass takes twice the forward pass; once in matrix products whose weights have no gradient.
+    """
+    work = StepWork(prompt=0, lengths=tuple(lengths))
+    dense = 2.0 * _passed(shape) * work.tokens
+    return (2.0 if adapters else 3.0) * dense + 3.0 * 0.5 * _attention(work, shape)
+
+
 def _passed(shape: ModelShape) -> int:
     """Parameters that a pass multiplies with: layers and output layer, not the embeddings (which it looks up)."""
     table = shape.vocab * shape.hidden

@@ -11,8 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 
@@ -59,15 +57,6 @@ def step_metrics(inputs: StepInputs, outcome: StepOutcome) -> StepRecord:
         **_rewards(inputs),
     }
     record |= {f"grad_norm_{name}": norm for name, norm in outcome.region_gradient_norms.items()}
-    return record
-
-
-def memory_metrics(device: torch.device) -> StepRecord:
-    """Main memory of this process now, and the most that was taken of its GPU since the last step, in bytes."""
-    record: StepRecord = {"memory_rss": psutil.Process().memory_info().rss}
-    if device.type == "cuda":
-        record["memory_gpu_peak"] = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
     return record
 
 

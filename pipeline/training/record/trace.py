@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from tropd.pipeline.training.record.phase_memory import PhaseMemory
+
 FILE_NAME = "trace.json"
+_PIDS = 2**22
+"""No system has a process with a larger number."""
 
 
 class Timeline:
@@ -25,9 +29,18 @@ class Timeline:
         trace: the file to append spans to; None for none.
         rank: of this process among those that train.
         collects: keep spans for another process, which has the file (see ``take_events``).
+        memory: told when a span begins and ends.
     """
 
-    def __init__(self, trace: Path | None, *, rank: int = 0, collects: bool = False) -> None:
+    def __init__(
+        self,
+        trace: Path | None,
+        *,
+        rank: int = 0,
+        collects: bool = False,
+        memory: PhaseMemory | None = None,
+    ) -> None:
+        self._memory = memory
         self._lock = threading.Lock()
         self._seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._threads: dict[int, int] = {}
@@ -45,11 +58,15 @@ class Timeline:
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:
         """Count the block's time as ``name`` of ``step``."""
+        if self._memory is not None:
+            self._memory.begin(name)
         wall, started = time.time(), time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - started
+            if self._memory is not None:
+                self._memory.end(name)
             with self._lock:
                 self._seconds[step][name] += seconds
                 self._write(name, step, wall, seconds)
@@ -91,7 +108,8 @@ class Timeline:
         )
 
     def _event(self, **fields: object) -> None:
-        line = json.dumps({**fields, "pid": os.getpid()}) + ",\n"
+        # Processes of several machines may have the same number.
+        line = json.dumps({**fields, "pid": os.getpid() + self._rank * _PIDS}) + ",\n"
         if self._stream is not None:
             self._stream.write(line)
         elif self._collected is not None:

@@ -31,8 +31,8 @@ class Prepared:
     inputs: StepInputs
     prefix_limit: int
     """Scheduled length of the teacher prefix, in tokens."""
-    traffic: dict[str, int]
-    """Counts of requests to the teacher for this step, under the names of the metrics."""
+    traffic: dict[str, float]
+    """Counts and seconds of requests to the teacher for this step, under the names of the metrics."""
     retries: list[int]
     """Failed attempts per teacher server."""
 

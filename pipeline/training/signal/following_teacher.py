@@ -37,6 +37,7 @@ class FollowingTeacher:
         self._engine = loaded.engine(batch_size=1, batch_tokens=batch_tokens)
         self._settings = settings
         self.tokens_scored = self.topk_tokens = self.bytes_sent = self.bytes_received = 0
+        self.queue_seconds = 0.0
 
     def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score with the weights of now."""

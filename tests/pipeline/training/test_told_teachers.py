@@ -77,6 +77,7 @@ class InProcess:
     """A client whose teacher is here."""
 
     tokens_scored = topk_tokens = bytes_sent = bytes_received = retries = 0
+    queue_seconds = 0.0
     replicas: tuple[()] = ()
     url = "here"
 

@@ -30,6 +30,8 @@ def test_a_finished_run(finished: Workspace) -> None:
         "Teacher cache",
         "67,527",
         "Where the time went",
+        "Phases of the training steps",
+        "its GPU idle: 6.5 %, 16.1 %.",
         "expected 6",
     ):
         assert words in text

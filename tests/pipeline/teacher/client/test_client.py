@@ -18,6 +18,7 @@ from tropd.pipeline.teacher.client import client as client_module
 from tropd.pipeline.teacher.client import dialects, http, replicas
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.service.app import ServiceInfo
+from tropd.pipeline.teacher.wire.headers import QUEUE_HEADER
 from tropd.pipeline.teacher.wire.messages import ScoredItem
 from tropd.storage.errors import ConfigError, TropdError
 
@@ -297,3 +298,22 @@ def test_a_sequence_above_the_limit_of_tokens_sends_nothing() -> None:
         assert not service.bodies
         assert [len(i.teacher_logprobs) for i in client.score(request(8, 4, 4, 8)).items] == [7, 3, 3, 7]
         assert len(service.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"), [("1500", 1.5), (None, 0.0), ("soon", 0.0), ("nan", 0.0), ("inf", 0.0)]
+)
+def test_time_in_the_queue_is_counted_as_far_as_the_service_tells_it(
+    told: str | None, seconds: float
+) -> None:
+    scripted = ScriptedService()
+
+    def service(asked: httpx.Request) -> httpx.Response:
+        response = scripted(asked)
+        if told is not None:
+            response.headers[QUEUE_HEADER] = told
+        return response
+
+    with TeacherClient("http://teacher", transport=httpx.MockTransport(service)) as client:
+        client.score(request(4))
+        assert client.queue_seconds == seconds

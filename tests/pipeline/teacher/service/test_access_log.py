@@ -63,6 +63,7 @@ def test_every_request_leaves_a_line_that_says_what_became_of_it(table_engine: A
     assert good["bytes_in"] == len(encode_request(asked))
     assert good["bytes_out"] == client.bytes_received
     assert 0 <= good["queue_ms"] <= good["total_ms"]
+    assert client.queue_seconds == pytest.approx(good["queue_ms"] / 1000, abs=1e-3)
     assert 0 <= good["engine_ms"] <= good["total_ms"]
     assert "error" not in good
     assert told[2]["error"].startswith("not an Arrow stream")

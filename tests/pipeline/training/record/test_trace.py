@@ -100,3 +100,13 @@ def test_nothing_is_collected_where_no_trace_is_wanted() -> None:
         with timeline.span("train", 0):
             pass
         assert timeline.take_events() == []
+
+
+def test_processes_of_two_machines_with_the_same_number_are_two(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with Timeline(path) as first, Timeline(None, rank=1, collects=True) as second:
+        for timeline in (first, second):
+            with timeline.span("train", 0):
+                pass
+        first.add(second.take_events())
+    assert len({event["pid"] for event in events(path)}) == 2

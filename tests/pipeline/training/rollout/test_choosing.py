@@ -77,6 +77,7 @@ class Asked:
     """A teacher in this process, which keeps what it was asked."""
 
     tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
+    queue_seconds = 0.0
 
     def __init__(self, model: Any) -> None:
         self.engine = TransformersEngine(model, [1])

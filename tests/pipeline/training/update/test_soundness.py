@@ -33,6 +33,7 @@ class Teacher:
 
     replicas: tuple[Any, ...] = ()
     tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
+    queue_seconds = 0.0
 
     def __init__(self, models: Path) -> None:
         model = load_model(models, dtype="float32", device=torch.device("cpu"))
