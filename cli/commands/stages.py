@@ -168,21 +168,25 @@ def train(
     settings: SetOption = None,
     skip_bad: SkipBadOption = False,
     gpus: GpusOption = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Run the processes here, or on a Ray cluster.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Processes on Ray, each on a GPU of its own.")] = 2,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 3: distill the student; starts a local teacher service unless teacher.url is set."""
     from tropd.pipeline.report.watch import training_progress
-    from tropd.pipeline.run.processes.gpus import number_of_gpus
     from tropd.pipeline.training.loop import train as stage
-    from tropd.pipeline.training.on_gpus import show_training_on
+    from tropd.pipeline.training.on_gpus import show_training_on, train_with_ray
     from tropd.storage.workspace import Workspace
 
     run = open_workspace(workspace, with_skip_bad(settings, skip_bad))
-    processes = number_of_gpus(gpus, run.config.runtime.device, run.reporter)
-    if processes > 1:
-        raise typer.Exit(show_training_on(run, processes, force=force, as_json=as_json))
-    _stage(stage, run, force, as_json)
+    execution = execution_of(run, None, executor, workers, gpus)
+    if execution.gpus > 1:
+        raise typer.Exit(show_training_on(run, execution.gpus, force=force, as_json=as_json))
+    on_ray = partial(train_with_ray, processes=workers)
+    _stage(on_ray if execution.ray_workers else stage, run, force, as_json)
     if os.environ.get("RANK", "0") == "0":
         tell_verdicts(training_progress(Workspace.open(workspace)).verdicts)
 

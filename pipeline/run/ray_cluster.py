@@ -8,6 +8,23 @@ from typing import Any
 
 from tropd.pipeline.config.sections.value_types import Device
 from tropd.pipeline.models.runtime import pick_device
+from tropd.storage.errors import ConfigError
+
+
+def import_ray() -> Any:
+    """The library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise ConfigError(
+            "--executor ray needs Ray, which is not installed", hint='pip install "tropd[ray]"'
+        ) from None
+    return ray
 
 
 @contextmanager

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tropd.pipeline.run.progress import SILENT
-from tropd.pipeline.run.ray_cluster import ray_cluster, worker_resources
+from tropd.pipeline.run.ray_cluster import import_ray, ray_cluster, worker_resources
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.shard_work import Maker, Opener, ShardSpec, Work
-from tropd.storage.errors import ConfigError, TropdError
+from tropd.storage.errors import TropdError
 
 RETRIES = 3
 
@@ -43,7 +42,7 @@ def make_with_ray(
         ConfigError: Ray is not installed.
         TropdError: a worker died again and again, or raised this itself.
     """
-    ray = _import_ray()
+    ray = import_ray()
     from ray.util import ActorPool
 
     resources = worker_resources(run.config.runtime.device)
@@ -64,14 +63,3 @@ def make_with_ray(
             f"a worker died {RETRIES + 1} times: {error}",
             hint="see Ray's logs for the reason (often memory); what was finished is kept",
         ) from error
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise ConfigError(
-            "--executor ray needs Ray, which is not installed", hint='pip install "tropd[ray]"'
-        ) from None
-    return ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tropd.pipeline.run.processes.gpus import run_ranks
+from tropd.pipeline.run.processes.ranks_on_ray import run_ranks_on_ray
 from tropd.pipeline.run.processes.together import tropd_command
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.upstream import finished
@@ -26,6 +27,24 @@ def train_on(run: Run, gpus: int, *, force: bool = False) -> Manifest:
     logs = run.workspace.logs
     with run.reporter.waiting(f"training in {gpus} processes; {logs / 'train-rank-0.log'} has the progress"):
         run_ranks(command, gpus, logs, STAGE, shown=False)
+    return finished(run, STAGE)
+
+
+def train_with_ray(run: Run, processes: int, *, force: bool = False) -> Manifest:
+    """The same in processes on a Ray cluster, one per GPU.
+
+    Raises:
+        ConfigError: see ``check_processes`` and ``run_ranks_on_ray``.
+        InterruptedStageError, TropdError: see ``train`` and ``run_together``.
+    """
+    check_processes(run.config, processes)
+    options = ["--force"] if force else []
+    command = tropd_command(STAGE, run.workspace.root.absolute(), run.assignments, *options)
+    logs = run.workspace.logs.absolute()
+    with run.reporter.waiting(
+        f"training in {processes} processes on Ray; {logs}/train-rank-0.log has the progress"
+    ):
+        run_ranks_on_ray(command, processes, logs, STAGE, run.config.runtime.device)
     return finished(run, STAGE)
 
 

@@ -30,7 +30,7 @@ NOT_RUN = {
     r"^reproduce ": "days on GPUs; tests/e2e/test_reproduce.py has its dry run and its rehearsal",
     r"^compare\b": "minutes; tests/e2e/test_pipeline.py and the tutorial below run it",
     r"^demo ": "minutes; tests/e2e/test_pipeline.py runs it",
-    r"--executor ray": "needs workers of Ray; tests/pipeline/stages/test_shards.py has them",
+    r"--executor ray": "needs a cluster of Ray; tests/pipeline/stages/test_shards.py and tests/e2e/test_gpus.py have one",
     r"^serve-teacher": "runs until it is stopped; tests/e2e/test_teacher_servers.py",
     r"teacher\.url=": "needs the server that it names; tests/e2e/test_teacher_servers.py",
     r"^fetch": "needs the reader's sources; tests/pipeline/stages/test_fetch.py",

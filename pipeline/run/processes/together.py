@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from tropd.pipeline.run.interrupt import StopRequest, stop_on_signal
 from tropd.pipeline.run.processes.child_environment import FOLLOWS
@@ -44,11 +45,29 @@ class Child:
     """The file that its output is appended to; None: it talks to this process's terminal."""
 
 
+class Process(Protocol):
+    """A process under way, here or elsewhere; its methods are those of ``subprocess.Popen``."""
+
+    returncode: int | Any
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass
-class _Running:
+class Running:
+    """A child that has been started."""
+
     child: Child
-    process: subprocess.Popen[bytes]
+    process: Process
     log_start: int
+    """Bytes that its log had before."""
+
+
+Start = Callable[[Child], AbstractContextManager[Running]]
+"""Starts a child; at the end of the block it no longer runs."""
 
 
 def tropd_command(name: str, workspace: Path, assignments: Sequence[str], *options: str) -> list[str]:
@@ -58,7 +77,12 @@ def tropd_command(name: str, workspace: Path, assignments: Sequence[str], *optio
 
 
 def run_together(
-    name: str, children: Sequence[Child], hint: str, *, tick: Callable[[], None] = lambda: None
+    name: str,
+    children: Sequence[Child],
+    hint: str,
+    *,
+    tick: Callable[[], None] = lambda: None,
+    start: Start | None = None,
 ) -> int:
     """Run processes until all have ended; if one fails, the others are ended.
 
@@ -69,6 +93,7 @@ def run_together(
         name: of the work, for messages.
         hint: the remedy, if one fails.
         tick: called now and then meanwhile.
+        start: starts them elsewhere than on this machine.
 
     Returns 0, or the exit code of the one that talks to the terminal, if it has failed and said so there.
 
@@ -79,7 +104,7 @@ def run_together(
     stop = StopRequest()
     with ExitStack() as stack:
         stack.enter_context(stop_on_signal(stop))
-        running = [stack.enter_context(_started(child)) for child in children]
+        running = [stack.enter_context((start or _started)(child)) for child in children]
         asked, ticked = False, time.monotonic()
         while None in [one.process.poll() for one in running]:
             if stop and not asked:
@@ -100,7 +125,7 @@ def run_together(
         if not asked:
             first = _culprit(first, running)
         _end(running)
-        code = first.process.returncode
+        code = int(first.process.returncode)
         talker = next((one for one in running if one.child.log is None), None)
         if asked:
             if talker is not None and talker.process.returncode:
@@ -109,7 +134,7 @@ def run_together(
                 f"{name}: stopped; finished work is kept", hint="run the same command again to resume"
             )
         if first is talker and code > 0:
-            return int(code)
+            return code
         raise TropdError(
             f"{name}: {first.child.name} of {len(children)} {_how(code)}{_end_of(first)}", hint=hint
         )
@@ -135,7 +160,7 @@ def follow_starter() -> None:
 
 
 @contextlib.contextmanager
-def _started(child: Child) -> Iterator[_Running]:
+def _started(child: Child) -> Iterator[Running]:
     """The process; it is killed at the end of the block if it still runs."""
     start = 0
     with ExitStack() as stack:
@@ -154,7 +179,7 @@ def _started(child: Child) -> Iterator[_Running]:
             start_new_session=True,
         )
     try:
-        yield _Running(child, process, start)
+        yield Running(child, process, start)
     finally:
         if process.poll() is None:
             process.kill()
@@ -163,7 +188,7 @@ def _started(child: Child) -> Iterator[_Running]:
             process.stdin.close()
 
 
-def _culprit(first: _Running, running: Sequence[_Running]) -> _Running:
+def _culprit(first: Running, running: Sequence[Running]) -> Running:
     """The process to blame: of several that refuse the same settings, the one whose refusal was seen."""
     deadline = time.monotonic() + SETTLE_SECONDS
     talker = next((one for one in running if one.child.log is None), None)
@@ -173,7 +198,7 @@ def _culprit(first: _Running, running: Sequence[_Running]) -> _Running:
     return talker if same and talker is not None else first
 
 
-def _end(running: Sequence[_Running]) -> None:
+def _end(running: Sequence[Running]) -> None:
     alive = [one for one in running if one.process.poll() is None]
     for one in alive:
         one.process.terminate()
@@ -196,7 +221,7 @@ def _how(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def _end_of(one: _Running) -> str:
+def _end_of(one: Running) -> str:
     if one.child.log is None:
         return ""
     return f"; the end of {one.child.log}:\n    {end_of_log(one.child.log, one.log_start)}"
