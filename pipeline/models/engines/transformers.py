@@ -197,7 +197,8 @@ class TransformersEngine:
         return nullcontext()
 
     def _lean_model(self) -> LeanModel:
-        return LeanModel(self.model, self._autocast, self._split.limit)
+        weights = LeanModel(self.model, self._autocast, self._split.limit)
+        return weights if self._compiles else weights.pack()
 
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:

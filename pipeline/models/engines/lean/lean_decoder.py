@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from tropd.pipeline.models.engines.decoding_any import (
     prefill_parts,
 )
 from tropd.pipeline.models.engines.draw import sample_tokens
+from tropd.pipeline.models.engines.lean.packed import linear, packed
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,14 @@ class LeanModel:
         weights = [self.embedding, self.head, *(w for layer in self.layers for w in vars(layer).values())]
         kinds = [w if w is None else (w.shape, w.stride(), w.dtype) for w in weights]
         return str((self.heads, self.kv_heads, self.head_dim, self.eps, kinds))
+
+    def pack(self) -> Self:
+        """Have large matrices ordered for products with few rows (see ``packed``); not for compiled code."""
+        self.head = packed(self.head)
+        for place, layer in enumerate(self.layers):
+            matrices = {name: packed(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")}
+            self.layers[place] = replace(layer, **matrices)
+        return self
 
     def angles(self, length: int) -> Tensor:
         """Cosines and sines ``[length, 2, D]`` of the rotary positions; sines with the sign that ``_rotated`` wants."""
@@ -273,7 +282,7 @@ def next_logits(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Float32, from a product in the precision of the weights."""
-    return functional.linear(x.to(weight.dtype), weight, bias).float()
+    return linear(x.to(weight.dtype), weight, bias).float()
 
 
 def _normed(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -354,7 +363,7 @@ def is_lean(model: Any) -> bool:
     try:
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
-            decoder = LeanDecoder(LeanModel(model), 6, Sampling(), given)
+            decoder = LeanDecoder(LeanModel(model).pack(), 6, Sampling(), given)
             draws = torch.zeros(2)
             decoder.start([ids[0, 2:4].tolist(), ids[1, :4].tolist()], 2, draws)
             for _ in range(2):
