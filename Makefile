@@ -52,7 +52,7 @@ test-all: $(STAMP) $(ALL_TESTS) browser  ## Run all tests, none left out or skip
 test-thorough: $(STAMP)  ## Interrupt at many more points, damage every file, read random input (40 minutes)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
-		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/pipeline/test_fuzz.py
+		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/e2e/test_gpus.py tests/pipeline/test_fuzz.py
 
 # DRY_RUN=1 shows the plan and makes nothing; SEEDS, WORKERS and GPUS as in tropd reproduce --help.
 reproduce-%: $(STAMP)  ## Make a table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks

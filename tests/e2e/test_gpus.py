@@ -49,7 +49,10 @@ def all_ended(family: list[psutil.Process]) -> bool:
     return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
 
 
-@pytest.mark.parametrize(("victim", "on_ray"), [("1", False), ("launcher", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("victim", "on_ray"),
+    [("1", False), ("launcher", False), pytest.param("1", True, marks=pytest.mark.thorough)],
+)
 def test_a_killed_process_ends_all_and_the_same_command_resumes(
     victim: str, on_ray: bool, prepared: Path, finished: Path, copy: Any, teacher_url: str
 ) -> None:
