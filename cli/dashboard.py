@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli.terminal import shown
-from tropd.pipeline.report.data.phases import EXCHANGES, PHASE_TOKENS, by_process, idle_shares
+from tropd.pipeline.report.data.phases import AT_WORK, EXCHANGES, PHASE_TOKENS, by_process, idle_shares
 from tropd.pipeline.report.page.formats import human_bytes
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _speed(records: Sequence[Mapping[str, Any]]) -> str:
     """Tokens per second of each part of the step."""
     words = []
     for part, names in PHASE_TOKENS.items():
-        seconds = recent_mean(records, f"time_{part}")
+        seconds = recent_mean(records, AT_WORK.get(part, "")) or recent_mean(records, f"time_{part}")
         tokens = math.fsum(recent_mean(records, name) or 0.0 for name in names)
         if seconds and tokens:
             words.append(f"{part} {tokens / seconds:,.0f}")

@@ -152,7 +152,6 @@ COVERED_BY = {
     "tropd.pipeline.training.preflight.stage_time": "tests/pipeline/training/preflight/test_step_time.py",
     "tropd.pipeline.training.record.final_model": "tests/e2e/test_pipeline.py",
     "tropd.pipeline.training.record.journal": "tests/pipeline/training/distance/test_along.py",
-    "tropd.pipeline.training.rollout.ahead": "tests/e2e/test_training_ahead.py",
     "tropd.pipeline.training.rollout.engine_check": "tests/e2e/test_pipeline.py",
     "tropd.pipeline.training.session": "tests/pipeline/training/test_setup.py",
     "tropd.pipeline.training.signal.ask_teacher": "tests/pipeline/training/update/test_gradients.py",

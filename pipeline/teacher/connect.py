@@ -225,6 +225,7 @@ def _client(
         timeout_seconds=teacher.timeout_seconds,
         on_wait=on_wait,
         sleep=sleep,
+        alone=True,
     )
 
 

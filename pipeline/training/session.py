@@ -14,7 +14,7 @@ from tropd.pipeline.objectives.needs import TeacherNeeds, teacher_needs
 from tropd.pipeline.problems.encoding import Encoded
 from tropd.pipeline.run.opening import LoadedModel
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.teacher.by_domain import teacher_of
+from tropd.pipeline.teacher.by_domain import teacher_of, with_only
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet
 from tropd.pipeline.training.inputs import Inputs
@@ -22,7 +22,7 @@ from tropd.pipeline.training.memory_plan import ModelShape
 from tropd.pipeline.training.preflight.mfu import TrainingPeak, training_peak
 from tropd.pipeline.training.reward.judges import Judge
 from tropd.pipeline.training.rollout.choosing import choosing
-from tropd.pipeline.training.rollout.rows import ChooseIds, Row
+from tropd.pipeline.training.rollout.rows import ChooseIds, Row, RowPlan
 from tropd.pipeline.training.rollout.sampler import Rolling
 from tropd.pipeline.training.signal.following_teacher import FollowingTeacher
 from tropd.pipeline.training.update.micro_batches import RaggedTopk
@@ -129,9 +129,21 @@ class Session:
             "time_queue": sum(client.queue_seconds for client in clients),
         }
 
+    @property
+    def asks_as_finished(self) -> bool:
+        """True if the teacher is asked about rows while others are still written: it is elsewhere, so that this takes no
+        time from the student, and all that a question needs is known of a row when it is finished."""
+        asked = [with_only(self.run, name).config.teacher for name in self.scorers]
+        elsewhere = bool(asked) and all(teacher.urls for teacher in asked)
+        return elsewhere and self.inputs.stored is None and not self.needs.chosen
+
     def teacher_of(self, row: Row) -> str:
         """Name of the teacher of a row."""
-        return teacher_of(self.run, self.inputs.prompts[row.plan.prompt_index].prompt.domain)
+        return self.teacher_of_plan(row.plan)
+
+    def teacher_of_plan(self, plan: RowPlan) -> str:
+        """The same before it is written."""
+        return teacher_of(self.run, self.inputs.prompts[plan.prompt_index].prompt.domain)
 
     def retries(self) -> list[int]:
         """Failed attempts so far per server, in the order of ``teacher.url``."""

@@ -81,12 +81,16 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items of this process."""
+        return list(items[self.rank :: self.size])
+
     def spread(self, items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
         """``work`` over all items, each item done by one process; every process gets all results, in order."""
         if self.size == 1:
             return work(list(items))
         results: list[Any] = [None] * len(items)
-        for rank, share in enumerate(self.gather(work(list(items[self.rank :: self.size])))):
+        for rank, share in enumerate(self.gather(work(self.share(items)))):
             results[rank :: self.size] = share
         return results
 

@@ -74,6 +74,7 @@ def test_sixty_steps_killed_at_random_end_as_if_undisturbed(
 ) -> None:
     options = ["--set", f"teacher.url={teacher_url}", "--set", f"train.max_staleness={staleness}"]
     options += ["--set", "train.steps=60", "--set", "train.checkpoint_every=3"]
+    options += ["--set", "service.batch_tokens=200"]  # several requests a step, while rows are written
     undisturbed, workspace = copy(prepared, name="undisturbed"), copy(prepared, name="killed")
     took = tropd.ok("train", "-w", undisturbed, *options).seconds
     expected = result(undisturbed)

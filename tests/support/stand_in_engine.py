@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
+from tropd.pipeline.models.engines.base import (
+    Finished,
+    Generation,
+    Sampling,
+    SequenceScores,
+    TopkWhere,
+    everywhere,
+)
 from tropd.storage.errors import ConfigError, TropdError
 
-HANGS, REFUSES, FAILS, ENDS, TELLS_ENVIRONMENT = 90, 91, 92, 93, 94
-"""First weight with which an update hangs; first tokens of a prompt with which an answer is an error, or ends it all."""
+HANGS, REFUSES, FAILS, ENDS, TELLS_ENVIRONMENT, WAITS = 90, 91, 92, 93, 94, 95
+"""First weight with which an update hangs; first tokens of a prompt with which an answer is an error, ends it all, …"""
 
 
 class StandIn:
@@ -47,6 +54,7 @@ class StandIn:
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Generation]:
         first = prompts[0][0] if prompts else 0
         if first == REFUSES:
@@ -58,7 +66,7 @@ class StandIn:
         if first == TELLS_ENVIRONMENT:
             return [Generation([int("RANK" in os.environ)], [-1.0], "length")]
         assert self._weights, "asleep"
-        return [
+        written = [
             Generation([len(p), self._first(), self._naps], [-0.1, -seed / 7, -limit], "stop", drawn)
             for p, seed, limit, drawn in zip(
                 prompts,
@@ -68,6 +76,12 @@ class StandIn:
                 strict=True,
             )
         ]
+        if finished is not None:
+            for number in reversed(range(len(written))):
+                finished(number, written[number])
+            if first == WAITS:
+                time.sleep(600)
+        return written
 
     def score(
         self,

@@ -135,6 +135,20 @@ def test_samples_depend_on_their_seed_and_report_raw_logprobs(
         assert 1 not in generation.tokens[:-1]
 
 
+def test_rows_are_told_of_while_others_are_written(engine: VllmEngine, sequences: list[list[int]]) -> None:
+    prompts = [s[:3] for s in sequences]
+    options: dict[str, Any] = {"seeds": list(range(len(prompts))), "max_tokens": [20, 2, 30, 1, 20, 5]}
+    expected = engine.generate(prompts, Sampling(), **options)
+    told: list[tuple[int, Any]] = []
+    found = engine.generate(
+        prompts, Sampling(), **options, finished=lambda number, one: told.append((number, one))
+    )
+    assert found == expected
+    assert sorted(told, key=lambda one: one[0]) == list(enumerate(expected))
+    lengths = [len(generation.tokens) for _, generation in told]
+    assert lengths == sorted(lengths)  # all begin together, so shorter ones end first
+
+
 def test_sequences_of_full_length(engine: VllmEngine) -> None:
     longest = engine.max_length
     assert longest == LONGEST - 1

@@ -242,7 +242,8 @@ class ServiceConfig(Spec):
     port: int = Field(default=0, ge=0, le=65535)
     """Port; 0 takes a free one."""
     batch_tokens: int = Field(default=16384, ge=1, le=MOST_TOKENS)
-    """Tokens, padding included, per forward pass; small requests are scored together up to this."""
+    """Tokens, padding included, per forward pass; small requests of clients that do not train are scored together up to
+    this. A run that trains with `teacher.url` asks about so many rows at once as fit into it at full length."""
     queue_tokens: int = Field(default=1 << 20, ge=1, le=MOST_TOKENS)
     """Tokens that may wait; beyond this a client that has a request waiting is answered 429 with Retry-After."""
     max_request_tokens: int = Field(default=1 << 18, ge=1, le=MOST_TOKENS)

@@ -50,6 +50,15 @@ class Generation:
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
 
 
+Finished = Callable[[int, Generation], None]
+"""Told of a prompt's number and its continuation as soon as that is complete. It returns at once and raises nothing."""
+
+
+def of_batch(finished: Finished | None, numbers: Sequence[int]) -> Finished | None:
+    """For a batch of prompts with these numbers: told of places in the batch."""
+    return None if finished is None else lambda place, generation: finished(numbers[place], generation)
+
+
 IdTable = npt.NDArray[np.int32]
 """``[n, c]`` token ids, c for each of a sequence's n scored tokens."""
 
@@ -121,11 +130,16 @@ class Sampler(Protocol):
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Generation]:
         """Continue each prompt by at most its ``max_tokens`` (≥ 1) tokens.
 
         A continuation depends on its own prompt and seed, not on the other rows. It holds tokens only: no ids that the
         tokenizer does not have.
+
+        Args:
+            finished: told of continuations while others are still written, in any order, each at most once. An engine may
+                leave out any of them.
         """
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation
+from tropd.pipeline.models.engines.base import Finished, Generation
 from tropd.pipeline.models.runtime import to_device, to_host
 from tropd.storage.arrays import Floats32, Ints
 from tropd.storage.seeds import uniforms
@@ -61,10 +61,14 @@ def decode(
     limits: Sequence[int],
     stop_ids: Sequence[int],
     device: torch.device,
+    finished: Finished | None = None,
 ) -> list[Generation]:
     """Continue each prompt until a stop token or its limit (≥ 1).
 
     The tokens that a row draws depend on its seed and the number of its tokens only.
+
+    Args:
+        finished: told of every row at the end of the segment in which it is done.
     """
     shape = (len(prompts), max(limits))
     draws = uniforms(np.asarray(seeds)[:, None], np.arange(shape[1])[None, :])
@@ -75,6 +79,7 @@ def decode(
         np.array(limits, dtype=np.int64),
     )
     rows = np.arange(len(prompts))
+    untold = set(range(len(prompts)))
     steps: Iterator[Callable[[Tensor], ChosenTokens]] = itertools.chain(
         [functools.partial(decoder.start, prompts, shape[1])], itertools.repeat(decoder.step)
     )
@@ -88,6 +93,10 @@ def decode(
             1 if device.type == "cpu" else STEPS_ON_GPU,
         )
         going = drawn.add(rows, step, segment_choice, stop_ids)
+        if finished is not None:
+            for row in sorted(untold.difference(rows[going].tolist())):
+                finished(row, drawn.generation(row))
+                untold.remove(row)
         if not len(going):
             return drawn.generations()
         step += len(segment_choice[0])
@@ -130,18 +139,14 @@ class _Drawn:
         return np.flatnonzero(self.ends[rows] > end)
 
     def generations(self) -> list[Generation]:
-        return [
-            Generation(t[:n], p[:n], "stop" if row in self.stopped else "length", d[:n])
-            for row, (t, p, d, n) in enumerate(
-                zip(
-                    self.tokens.tolist(),
-                    self.logprobs.tolist(),
-                    self.drawn_logprobs.tolist(),
-                    self.ends.tolist(),
-                    strict=True,
-                )
-            )
-        ]
+        return [self.generation(row) for row in range(len(self.ends))]
+
+    def generation(self, row: int) -> Generation:
+        tokens, logprobs, drawn = (
+            values[row, : self.ends[row]].tolist()
+            for values in (self.tokens, self.logprobs, self.drawn_logprobs)
+        )
+        return Generation(tokens, logprobs, "stop" if row in self.stopped else "length", drawn)
 
 
 def few_moved(going: Ints) -> Ints:

@@ -144,6 +144,7 @@ class TransformersEngine:
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: base.Finished | None = None,
     ) -> list[Generation]:
         """See ``Engine.generate``. Rows are sorted by length, so that little is padded.
 
@@ -154,7 +155,7 @@ class TransformersEngine:
         if prompts and not self._has_generated:
             self._prove_decoding(prompts, sampling)
             self._has_generated = True
-        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids)
+        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids, finished)
 
     def _continue(
         self,
@@ -163,9 +164,9 @@ class TransformersEngine:
         seeds: Sequence[int],
         max_tokens: Sequence[int],
         stop_ids: Sequence[int],
+        finished: base.Finished | None = None,
     ) -> list[Generation]:
-        longest_row = self.max_length
-        limits = [min(m, longest_row - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
+        limits = [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
         if len(order) > 1 and self._batch_size > 1:
             self.prepare(sampling)
@@ -176,14 +177,14 @@ class TransformersEngine:
             left = iter(order)
             for size in batch_sizes(len(order), self._batch_size, self.model.device):
                 rows = list(itertools.islice(left, size))
-                longest = max(len(prompts[i]) + limits[i] for i in rows)
                 generations = decode(
-                    self._decoder(weights, longest, sampling),
+                    self._decoder(weights, max(len(prompts[i]) + limits[i] for i in rows), sampling),
                     [prompts[i] for i in rows],
                     seeds=[seeds[i] for i in rows],
                     limits=[limits[i] for i in rows],
                     stop_ids=stop_ids,
                     device=self.model.device,
+                    finished=base.of_batch(finished, rows),
                 )
                 for i, generation in zip(rows, generations, strict=True):
                     results[i] = generation

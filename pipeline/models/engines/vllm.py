@@ -29,11 +29,10 @@ from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.engines import base, proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.child import vllm_transfer
-from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
+from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, outputs_of, written
 from tropd.pipeline.models.runtime import DTYPES
 from tropd.storage.arrays import Floats32
 from tropd.storage.errors import ConfigError
-from tropd.storage.formats.trajectories import FinishReason
 
 # Alternatives beyond k that are asked for where fewer ids are wanted than the engine has, since others may be among them.
 SPARE = 8
@@ -121,7 +120,6 @@ class VllmEngine:
                 f"vLLM's implementation of the model in {folder} cannot be limited to ids that are tokens",
                 hint='set engine = "transformers"',
             )
-
         if in_training and self._parallel == 1:
             self._call(self._llm.init_weight_transfer_engine, {"init_info": {}})
 
@@ -145,18 +143,19 @@ class VllmEngine:
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: base.Finished | None = None,
     ) -> list[Generation]:
         """See ``Engine.generate``. vLLM forms the batches; each request has its own seed.
 
         It reports one kind of log-probs. A student in training needs two where its sampling is not plain: then its
-        responses are scored as well. Elsewhere those at temperature 1 are the only ones.
+        responses are scored as well, and ``finished`` hears nothing. Elsewhere those at temperature 1 are the only ones.
 
         Raises:
             ConfigError: at the first call, decoded and scored log-probs differ.
         """
         self._check(prompts, [1] * len(prompts))
         self._prove(prompts)
-        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids)
+        return self._continue(prompts, sampling, seeds, max_tokens, self._stop_ids, finished)
 
     def _continue(
         self,
@@ -165,6 +164,7 @@ class VllmEngine:
         seeds: Sequence[int],
         max_tokens: Sequence[int],
         stop_ids: Sequence[int],
+        finished: base.Finished | None = None,
     ) -> list[Generation]:
         limits = [min(m, self._max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         room = [i for i, limit in enumerate(limits) if limit > 0]
@@ -182,15 +182,13 @@ class VllmEngine:
             )
             for i in room
         ]
+        scored_later = self._in_training and not sampling.plain
         results = [Generation([], [], "length") for _ in prompts]
-        outputs = self._run([prompts[i] for i in room], parameters)
+        told = None if scored_later else base.of_batch(finished, room)
+        outputs = self._run([prompts[i] for i in room], parameters, told)
         for i, output in zip(room, outputs, strict=True):
-            answer = output.outputs[0]
-            # Each position lists the sampled token first.
-            logprobs = np.asarray(answer.logprobs.logprobs, dtype=np.float32)[answer.logprobs.start_indices]
-            reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-            results[i] = Generation(list(answer.token_ids), checked_logprobs(logprobs).tolist(), reason)
-        return self._with_drawn(prompts, results) if self._in_training and not sampling.plain else results
+            results[i] = written(output)
+        return self._with_drawn(prompts, results) if scored_later else results
 
     def _with_drawn(
         self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]
@@ -337,12 +335,13 @@ class VllmEngine:
             for output in self._run(sequences, [parameters] * len(sequences))
         ]
 
-    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+    def _run(
+        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], told: base.Finished | None = None
+    ) -> list[Any]:
         if not prompts:
             return []
         inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
-        outputs: list[Any] = self._call(self._llm.generate, inputs, list(parameters), use_tqdm=False)
-        return outputs
+        return list(self._call(outputs_of, self._llm, inputs, list(parameters), told))
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return self._thread.submit(function, *arguments, **options).result()

@@ -1,15 +1,17 @@
-"""vLLM's flat lists of log-probs as checked arrays; values that are not log-probs are refused."""
+"""vLLM's outputs, and its flat lists of log-probs as checked arrays; values that are not log-probs are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tropd.pipeline.models.engines.base import SequenceScores
+from tropd.pipeline.models.engines.base import Finished, Generation, SequenceScores
 from tropd.storage.bounds import are_logprobs
 from tropd.storage.errors import TropdError
+from tropd.storage.formats.trajectories import FinishReason
 
 
 class PromptLogprobs:
@@ -58,3 +60,39 @@ def checked_logprobs(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
             "try another version of vLLM. Nothing was written for this batch",
         )
     return np.minimum(logprobs, np.float32(0.0))
+
+
+def outputs_of(
+    llm: Any, inputs: Sequence[Any], parameters: Sequence[Any], finished: Finished | None
+) -> list[Any]:
+    """``LLM.generate``; with ``finished`` its two parts, ``enqueue`` (where vLLM has it) and steps until all is done.
+
+    Raises:
+        TropdError: as ``written``.
+    """
+    if finished is None or not hasattr(llm, "enqueue"):
+        return list(llm.generate(inputs, parameters, use_tqdm=False))
+    names = llm.enqueue(inputs, parameters, use_tqdm=False)
+    # A name is a number, to which vLLM may have appended random characters; outputs have the number.
+    places = {name.split("-")[0]: place for place, name in enumerate(names)}
+    outputs: list[Any] = [None] * len(names)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                place = places[output.request_id]
+                outputs[place] = output
+                finished(place, written(output))
+    return outputs
+
+
+def written(output: Any) -> Generation:
+    """The continuation in a finished output.
+
+    Raises:
+        TropdError: as ``checked_logprobs``.
+    """
+    answer = output.outputs[0]
+    # Each position lists the sampled token first.
+    logprobs = np.asarray(answer.logprobs.logprobs, dtype=np.float32)[answer.logprobs.start_indices]
+    reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+    return Generation(list(answer.token_ids), checked_logprobs(logprobs).tolist(), reason)

@@ -15,6 +15,9 @@ PHASE_TOKENS = {
 }
 """Metrics that count the tokens of a phase, by the name that it has in ``time_…`` and ``memory_peak_…``."""
 
+AT_WORK = {"score": "time_ask"}
+"""The metric of a phase's seconds of work, where it is also done beside others and ``time_…`` is the wait for its end."""
+
 EXCHANGES = "exchange_seconds"
 """The metric of the processes' waits, a list."""
 
@@ -27,13 +30,14 @@ def summarize_phases(rows: Sequence[Mapping[str, float]]) -> list[TrainingPhase]
         seconds = math.fsum(row[f"time_{name}"] for row in timed)
         if not seconds:
             continue
+        work = math.fsum(row.get(AT_WORK.get(name, ""), row[f"time_{name}"]) for row in timed)
         counted = any(count in row for row in timed for count in counts)
         tokens = math.fsum(row.get(count, 0.0) for row in timed for count in counts)
         phases.append(
             TrainingPhase(
                 name=name,
                 seconds=seconds,
-                tokens_per_second=tokens / seconds if counted else None,
+                tokens_per_second=tokens / work if counted and work else None,
                 peak_bytes=max((row[p] for row in rows if (p := f"memory_peak_{name}") in row), default=None),
                 mfu=_mfu(timed) if name == "train" else None,
             )

@@ -21,7 +21,7 @@ from tropd.pipeline.teacher.client.replicas import Replica, Replicas
 from tropd.pipeline.teacher.client.split import side_by_side, split_request
 from tropd.pipeline.teacher.client.vllm_dialect import SPARE, VllmDialect
 from tropd.pipeline.teacher.service.batcher import outlier_mask
-from tropd.pipeline.teacher.wire.headers import CLIENT_HEADER
+from tropd.pipeline.teacher.wire.headers import ALONE_HEADER, CLIENT_HEADER
 from tropd.pipeline.teacher.wire.info import ServiceInfo
 from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse
 from tropd.storage.errors import ConfigError, TropdError
@@ -31,7 +31,7 @@ class TeacherClient:
     """Talks to one server or to several that have the same teacher. Use as a context manager.
 
     A step is cut into parts by the number of servers, not by which of them are up, and as many parts are under way
-    at once: with one server one at a time, so that its answers do not depend on how it batches.
+    at once: with one server one at a time.
 
     Args:
         url: of the server, or of several.
@@ -40,6 +40,7 @@ class TeacherClient:
         on_wait: called once per outage, with the reason why nothing happens.
         sleep: waits between two attempts; may raise to end the wait.
         transport: carries requests; sockets if None.
+        alone: have requests scored by themselves, so that answers do not depend on what else arrives (see ``batcher``).
 
     Raises:
         ConfigError: ``url`` is no URL, or ``token`` cannot be sent.
@@ -58,6 +59,7 @@ class TeacherClient:
         on_wait: Callable[[str], None] = lambda message: None,
         sleep: Callable[[float], None] = tenacity.nap.sleep,
         transport: httpx.BaseTransport | None = None,
+        alone: bool = False,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
         urls = list(dict.fromkeys(one.rstrip("/") for one in urls))
@@ -76,6 +78,7 @@ class TeacherClient:
                 hint="use printable ASCII characters only, in the environment of service and trainer",
             )
         headers = {CLIENT_HEADER: uuid.uuid4().hex}
+        headers |= {ALONE_HEADER: "1"} if alone else {}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
         for one in urls:
             try:
@@ -225,6 +228,17 @@ class TeacherClient:
         else:
             answers = side_by_side(self._score_part, parts, len(self.replicas))
         return ScoreResponse([item for answer in answers for item in answer.items])
+
+    def score_some(self, request: ScoreRequest) -> ScoreResponse:
+        """Have some of a step's sequences scored, in one request if the limits allow it, by any server.
+
+        So many threads may do so at once as there are servers: then each server has one request at a time.
+
+        Raises:
+            TropdError: as ``score``.
+        """
+        parts = split_request(request, self.info(), servers=1, where=self.url)
+        return ScoreResponse([item for part in parts for item in self._score_part(part).items])
 
     def _score_part(self, part: ScoreRequest) -> ScoreResponse:
         started = time.monotonic()

@@ -29,6 +29,7 @@ from tropd.pipeline.teacher.service.access_log import Access, AccessLog, Timing
 from tropd.pipeline.teacher.service.batcher import Batcher, QueueFullError, StoppingError, TeacherOutputError
 from tropd.pipeline.teacher.service.self_test import self_test
 from tropd.pipeline.teacher.wire.headers import (
+    ALONE_HEADER,
     CLIENT_HEADER,
     QUEUE_HEADER,
     QUEUED,
@@ -192,7 +193,8 @@ def create_app(
         name = request.headers.get(REQUEST_HEADER, "")[:MOST_NAME]
         try:
             client = request.headers.get(CLIENT_HEADER, "")[:MOST_NAME]
-            scored = asyncio.wrap_future(batcher.submit(asked, timing, client))
+            alone = ALONE_HEADER in request.headers
+            scored = asyncio.wrap_future(batcher.submit(asked, timing, client, alone))
             under_way[name] = timing
             answer = await _unless_stopping(scored, stopping, settings.stop_seconds)
         except QueueFullError as error:

@@ -1,7 +1,7 @@
 """The queue of the service: waiting requests are scored together, up to a budget of tokens, by one worker thread.
 
-Clients take turns. Whole requests are merged, never split: a client that sends one request at a time is always scored
-on its own, and gets bit-identical answers in a repeated run.
+Clients take turns. Whole requests are merged, never split, and none that asks to be alone: what is in a batch changes the
+rounding of its scores, so only a client that is never merged gets bit-identical answers in a repeated run.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class _Job:
     request: ScoreRequest
     tokens: int
     timing: Timing
+    alone: bool = False
     future: Future[ScoreResponse] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -85,19 +86,20 @@ class Batcher:
         return self._waiting
 
     def submit(
-        self, request: ScoreRequest, timing: Timing | None = None, client: str = ""
+        self, request: ScoreRequest, timing: Timing | None = None, client: str = "", alone: bool = False
     ) -> Future[ScoreResponse]:
         """Queue a request. ``timing`` is filled in before its answer is ready.
 
         Args:
             client: whose turn it takes; all without a name share one.
+            alone: it is not merged with others.
 
         Raises:
             QueueFullError: it does not fit beside the waiting requests. An empty queue takes any request.
             StoppingError: after ``close``.
         """
         tokens = sum(len(item.tokens) for item in request.sequences)
-        job = _Job(request, tokens, timing or Timing())
+        job = _Job(request, tokens, timing or Timing(), alone)
         with self._lock:
             if self._closed:  # it would never be answered
                 raise StoppingError("the service is stopping")
@@ -129,14 +131,16 @@ class Batcher:
                     self._waiting -= sum(job.tokens for job in jobs)
 
     def _next_batch(self) -> list[_Job] | None:
-        """The job whose turn it is, and those after it that share its options and fit into the budget."""
+        """The job whose turn it is, and, unless it is alone, those after it that share its options and fit the budget."""
         first = self._jobs.take()
         if first is None:
             return None
         batch, tokens = [first], first.tokens
 
         def fits(job: _Job) -> bool:
-            return tokens + job.tokens <= self._batch_tokens and _options(job) == _options(first)
+            if first.alone or job.alone or tokens + job.tokens > self._batch_tokens:
+                return False
+            return _options(job) == _options(first)
 
         while tokens < self._batch_tokens and (job := self._jobs.take_if(fits)) is not None:
             batch.append(job)

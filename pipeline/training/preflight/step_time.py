@@ -68,6 +68,8 @@ class NodeLayout:
     """Training passes have dense attention masks; passes that score have none."""
     kv_room: float = 40e9
     """Bytes of a GPU for keys and values in vLLM."""
+    asks_early: bool = True
+    """Servers are asked about rows as they end, not when all of a process have ended."""
     is_reference: bool = False
     """Another pipeline than tropd, whose steps have another rest."""
 
@@ -106,16 +108,16 @@ def predict(
     """
     shares = [work.share(part, layout.trainers) for part in range(layout.trainers)]
     busy = 0.0
-    written = []
+    ends = []
     for share in shares:
-        seconds, in_kernels = decode_seconds(layout, share, student, rates)
-        written.append(seconds)
+        rows, in_kernels = row_ends(layout, share, student, rates)
+        ends.append(rows)
         busy += in_kernels
+    written = [max(rows, default=0.0) for rows in ends]
     answered = list(written)
     if teacher is not None:
-        asked = [score_seconds(layout, share, teacher, rates) for share in shares]
-        busy += sum(asked)
-        answered = _answered(layout, written, asked)
+        busy += sum(score_seconds(layout, share, teacher, rates) for share in shares)
+        answered = _answered(layout, shares, ends, teacher, rates)
     trained = []
     for share in shares:
         seconds, in_kernels = train_seconds(layout, share, student, rates)
@@ -126,29 +128,51 @@ def predict(
     return StepTime(rollout, ready - rollout, train, rest, busy / (layout.gpus * (ready + train + rest)))
 
 
-def _answered(layout: NodeLayout, written: Sequence[float], asked: Sequence[float]) -> list[float]:
+def _answered(
+    layout: NodeLayout,
+    shares: Sequence[StepWork],
+    ends: Sequence[Sequence[float]],
+    teacher: ModelShape,
+    rates: GpuRates,
+) -> list[float]:
     """When each process has its answers: from the teacher on its GPU, or in a queue, first come, first served."""
+    jobs = []
+    for process, (share, rows) in enumerate(zip(shares, ends, strict=True)):
+        if layout.servers and layout.asks_early:
+            parts = [(end, share.share(i, len(rows))) for i, end in enumerate(rows)]
+        else:
+            parts = [(max(rows, default=0.0), share)]
+        jobs += [(end, process, score_seconds(layout, part, teacher, rates)) for end, part in parts]
     if not layout.servers and layout.everywhere:
-        return [end + seconds for end, seconds in zip(written, asked, strict=True)]
+        return [end + seconds for end, _, seconds in jobs]
     free = [0.0] * max(1, layout.servers)
-    answered = [0.0] * len(written)
-    for number in sorted(range(len(written)), key=lambda i: written[i]):
-        begin = max(heapq.heappop(free), written[number])
-        answered[number] = begin + asked[number]
-        heapq.heappush(free, answered[number])
+    answered = [0.0] * len(shares)
+    for end, process, seconds in sorted(jobs):
+        done = max(heapq.heappop(free), end) + seconds
+        answered[process] = max(answered[process], done)
+        heapq.heappush(free, done)
     return answered
 
 
 def decode_seconds(
     layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates
 ) -> tuple[float, float]:
-    """Seconds in which a GPU writes these responses, and those of them in kernels.
+    """Seconds in which a GPU writes these responses, and those of them in kernels."""
+    ends, in_kernels = row_ends(layout, work, shape, rates)
+    return max(ends, default=0.0), in_kernels
+
+
+def row_ends(
+    layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates
+) -> tuple[list[float], float]:
+    """When a GPU that begins now has written each response, and its seconds in kernels until all are written.
 
     Batches are equally large. In a batch, time passes from the end of one row to that of the next.
     """
-    own = sorted((work.own * length for length in work.lengths), reverse=True)
-    if not own:
-        return 0.0, 0.0
+    ends = [0.0] * len(work.lengths)
+    if not ends:
+        return ends, 0.0
+    order = sorted(range(len(ends)), key=lambda row: work.lengths[row], reverse=True)
     kv, bandwidth = kv_bytes_per_token(shape, LOW), rates.memory_bandwidth.value
     before = work.prompt + (1 - work.own) * max(work.lengths)
     if layout.student == "vllm":
@@ -158,20 +182,21 @@ def decode_seconds(
         most = layout.batch_size
         overhead, copies, read = rates.transformers_token.value, rates.transformers_copies.value, 0.0
     # transformers on a GPU takes up to a quarter more rows where that saves a batch.
-    batches = ceil(len(own) / (most if layout.student == "vllm" else 1.25 * most))
+    batches = ceil(len(ends) / (most if layout.student == "vllm" else 1.25 * most))
     total = in_kernels = 0.0
     for number in range(batches):
-        lengths = own[number::batches]
+        rows = order[number::batches]
         position = 0.0
-        for active in range(len(lengths), 0, -1):
-            end = lengths[active - 1]
+        for active in range(len(rows), 0, -1):
+            end = work.own * work.lengths[rows[active - 1]]
             if end > position:
                 context = before + (position + end) / 2
                 moved = (read + copies * active * kv * context) / bandwidth
                 total += (end - position) * (overhead + moved)
                 in_kernels += (end - position) * moved
                 position = end
-    return total, in_kernels
+            ends[rows[active - 1]] = total
+    return ends, in_kernels
 
 
 def score_seconds(layout: NodeLayout, work: StepWork, shape: ModelShape, rates: GpuRates) -> float:

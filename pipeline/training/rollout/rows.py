@@ -102,6 +102,10 @@ def sampler_logprobs(rows: Sequence[Row]) -> Floats64:
     return np.concatenate([np.zeros(0), *(row.sampler_array for row in rows)])
 
 
+RowFinished = Callable[[Row], None]
+"""Told of a row of a step. It returns at once and raises nothing."""
+
+
 def mu_logprobs(rows: Sequence[Row]) -> Floats64:
     """``[T]`` log μ likewise: of the distribution that the tokens were drawn from."""
     return np.concatenate([np.zeros(0), *(row.mu_array for row in rows)])
@@ -184,13 +188,28 @@ def roll_out(
     world: World = ALONE,
     *,
     choose: ChooseIds | None = None,
+    finished: RowFinished | None = None,
 ) -> list[Row]:
     """Let the student continue every row that its prefix leaves unfinished.
 
     Args:
         choose: also choose ids at the new tokens, with the weights that they were sampled with.
+        finished: told of every row that this process continues, once: of a row that the engine tells of while others are
+            still written, and of the rest at the end. Not with ``choose``: its ids come when all is written.
     """
     sampling = sampling_of(rollout)
+    continued = to_continue(plans)
+    own = world.share(continued)
+    told: set[int] = set()
+
+    def row_of(plan: RowPlan, one: Generation, ids: IdTable | None = None) -> Row:
+        drawn = None if sampling.plain else one.drawn_logprobs
+        return Row(plan, one.tokens, one.logprobs, one.finish_reason == "length", drawn, chosen_ids=ids)
+
+    def tell(place: int, one: Generation) -> None:
+        if finished is not None and place not in told:
+            told.add(place)
+            finished(row_of(own[place], one))
 
     def generate(share: list[RowPlan]) -> list[Generation]:
         with within_memory(
@@ -201,27 +220,31 @@ def roll_out(
                 sampling,
                 seeds=[p.seed for p in share],
                 max_tokens=[rollout.max_tokens - len(p.prefix_tokens) for p in share],
+                finished=None if finished is None else tell,
             )
 
     def write(share: list[RowPlan]) -> list[tuple[Generation, IdTable | None]]:
         found = generate(share)
+        for place, one in enumerate(found):
+            tell(place, one)
         if choose is None:
             return [(one, None) for one in found]
         contexts = [[*p.prompt_tokens, *p.prefix_tokens] for p in share]
         sequences = [[*context, *one.tokens] for context, one in zip(contexts, found, strict=True)]
         return list(zip(found, choose(sequences, [len(context) for context in contexts]), strict=True))
 
-    written = iter(world.spread([p for p in plans if not p.prefix_complete], write))
-    rows = []
-    for plan in plans:
-        if plan.prefix_complete:
-            rows.append(Row(plan, [], [], truncated=plan.prefix_truncated))
-        else:
-            one, ids = next(written)
-            drawn = None if sampling.plain else one.drawn_logprobs
-            cut = one.finish_reason == "length"
-            rows.append(Row(plan, one.tokens, one.logprobs, cut, drawn, chosen_ids=ids))
-    return rows
+    written = iter(world.spread(continued, write))
+    return [
+        Row(plan, [], [], truncated=plan.prefix_truncated)
+        if plan.prefix_complete
+        else row_of(plan, *next(written))
+        for plan in plans
+    ]
+
+
+def to_continue(plans: Sequence[RowPlan]) -> list[RowPlan]:
+    """The rows that the student continues."""
+    return [plan for plan in plans if not plan.prefix_complete]
 
 
 def stored_rows(

@@ -18,7 +18,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation, IdTable, Sampling, choose_with
+from tropd.pipeline.models.engines.base import Finished, Generation, IdTable, Sampling, choose_with
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.run.processes.child_environment import become_child, child_environment
 from tropd.storage.errors import TropdError
@@ -68,8 +68,9 @@ class SamplingProcess:
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Generation]:
-        """See ``Sampler.generate``.
+        """See ``Sampler.generate``; ``finished`` hears nothing, as all continuations come over together.
 
         Raises:
             TropdError: the process has ended.

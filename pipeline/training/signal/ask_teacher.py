@@ -78,37 +78,10 @@ def ask_teacher(
         scorers: the teachers by name; they are asked at the same time.
         teacher_of: name of a row's teacher.
     """
-    items = [
-        (
-            teacher_of(row),
-            ScoreItem(
-                tokens=np.asarray([*row.scored_after, *row.tokens], dtype=np.int32),
-                start=len(row.scored_after),
-                student_logprobs=row.sampler_array.astype(np.float32),
-                seed=partition_seed(row),
-                chosen=row.chosen_ids,
-            ),
-        )
-        for row in rows
-        if row.tokens
-    ]
-
-    # Which rows are right is known here alone; what the service needs for it, it gives everywhere (see needs).
-    partition = AllTrusted() if objective.partition.rule == "reward" else objective.partition
+    items = [(teacher_of(row), item_of(row)) for row in rows if row.tokens]
 
     def ask_one(name: str, sequences: list[ScoreItem]) -> list[ScoredItem]:
-        request = ScoreRequest(
-            sequences=sequences,
-            partition=partition,
-            topk=needs.topk,
-            k=needs.k,
-            entropy=needs.entropy,
-            vocab_limit=vocab_limit,
-            # Of a small vocabulary, all of it is chosen.
-            chosen=0 if sequences[0].chosen is None else sequences[0].chosen.shape[1],
-            overlap=needs.overlap,
-        )
-        return list(scorers[name].score(request).items)
+        return list(scorers[name].score(request_of(sequences, objective, needs, vocab_limit)).items)
 
     def ask(share: list[tuple[str, ScoreItem]]) -> list[ScoredItem]:
         parts: dict[str, list[ScoreItem]] = defaultdict(list)
@@ -121,13 +94,48 @@ def ask_teacher(
             answers = {name: iter(future.result()) for name, future in asked.items()}
         return [next(answers[name]) for name, _ in share]
 
-    answers = world.spread(items, ask)
+    return teacher_data([item for _, item in items], world.spread(items, ask), needs)
+
+
+def item_of(row: Row) -> ScoreItem:
+    """The question about a row that has tokens."""
+    return ScoreItem(
+        tokens=np.asarray([*row.scored_after, *row.tokens], dtype=np.int32),
+        start=len(row.scored_after),
+        student_logprobs=row.sampler_array.astype(np.float32),
+        seed=partition_seed(row),
+        chosen=row.chosen_ids,
+    )
+
+
+def request_of(
+    sequences: Sequence[ScoreItem], objective: Objective, needs: TeacherNeeds, vocab_limit: int
+) -> ScoreRequest:
+    """The question about some rows, at least one."""
+    return ScoreRequest(
+        sequences=sequences,
+        # Which rows are right is known here alone; what the service needs for it, it gives everywhere (see needs).
+        partition=AllTrusted() if objective.partition.rule == "reward" else objective.partition,
+        topk=needs.topk,
+        k=needs.k,
+        entropy=needs.entropy,
+        vocab_limit=vocab_limit,
+        # Of a small vocabulary, all of it is chosen.
+        chosen=0 if sequences[0].chosen is None else sequences[0].chosen.shape[1],
+        overlap=needs.overlap,
+    )
+
+
+def teacher_data(
+    items: Sequence[ScoreItem], answers: Sequence[ScoredItem], needs: TeacherNeeds
+) -> TeacherData:
+    """The answers about a step's rows that have tokens, in the order of the rows."""
     if not answers:
         return TeacherData.nothing(needs.entropy)
     first = np.cumsum([0, *(len(a.teacher_logprobs) for a in answers)])
     topk, overlap = RaggedTopk.empty(), None
     if needs.chosen:
-        topk = _chosen_topk([item for _, item in items], answers)
+        topk = _chosen_topk(items, answers)
         shares = [a.chosen_overlap for a in answers if a.chosen_overlap is not None]
         overlap = np.concatenate(shares) if needs.overlap else None
     if needs.topk != "none":

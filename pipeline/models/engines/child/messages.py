@@ -86,12 +86,13 @@ class Rest:
 
 @dataclass(frozen=True)
 class Generate:
-    """See ``Sampler.generate``."""
+    """See ``Sampler.generate``. With ``tells``, continuations are ``Told`` of before all are ``Written``."""
 
     prompts: Ragged
     sampling: Sampling
     seeds: tuple[int, ...]
     max_tokens: tuple[int, ...]
+    tells: bool
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,14 @@ class Written:
             )
             for i, (tokens, reason) in enumerate(zip(self.tokens.rows(), self.reasons, strict=True))
         ]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One continuation, while others are still written: no answer yet."""
+
+    number: int
+    generation: Generation
 
 
 @dataclass(frozen=True)

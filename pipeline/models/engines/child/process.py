@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import Generation, IdTable, Sampling
+from tropd.pipeline.models.engines.base import Finished, Generation, IdTable, Sampling
 from tropd.pipeline.models.engines.child import serve
 from tropd.pipeline.models.engines.child.messages import (
     Answer,
@@ -40,6 +41,7 @@ from tropd.pipeline.models.engines.child.messages import (
     SetWeights,
     Start,
     Started,
+    Told,
     Written,
 )
 from tropd.pipeline.models.engines.child.weights import handles, layout_of, open_memory, views
@@ -164,15 +166,17 @@ class EngineProcess:
         *,
         seeds: Sequence[int],
         max_tokens: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Generation]:
         """See ``Sampler.generate``.
 
         Raises:
             TropdError: see ``set_weights``; or the engine's own.
         """
-        question = Generate(Ragged.of(prompts, np.int32), sampling, tuple(seeds), tuple(max_tokens))
-        answer = self._ask(question, Written, self._deadlines.answer, f"answered {len(prompts)} prompts")
-        return answer.generations()
+        rows, tells = Ragged.of(prompts, np.int32), finished is not None
+        question = Generate(rows, sampling, tuple(seeds), tuple(max_tokens), tells)
+        did = f"answered {len(prompts)} prompts"
+        return self._ask(question, Written, self._deadlines.answer, did, finished).generations()
 
     def token_logprobs(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
@@ -210,13 +214,26 @@ class EngineProcess:
                 break
         self._connection.close()
 
-    def _ask(self, question: Question, kind: type[Expected], deadline: Deadline, did: str) -> Expected:
+    def _ask(
+        self,
+        question: Question,
+        kind: type[Expected],
+        deadline: Deadline,
+        did: str,
+        finished: Finished | None = None,
+    ) -> Expected:
         with self._lock:
+            end = time.monotonic() + deadline.seconds
             try:
                 self._connection.send(question)
-                if not self._connection.poll(deadline.seconds):
-                    raise self._late(deadline, did)
-                answer: Answer = self._connection.recv()
+                while True:
+                    if not self._connection.poll(max(0.0, end - time.monotonic())):
+                        raise self._late(deadline, did)
+                    answer: Answer | Told = self._connection.recv()
+                    if not isinstance(answer, Told):
+                        break
+                    if finished is not None:
+                        finished(answer.number, answer.generation)
             except (EOFError, OSError) as error:
                 raise self._ended(did) from error
         if isinstance(answer, Failed):

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from torch import Tensor
 
-from tropd.pipeline.models.engines.base import choose_with
+from tropd.pipeline.models.engines.base import Finished, choose_with
 from tropd.pipeline.models.engines.child.messages import (
     Answer,
     Done,
@@ -32,6 +32,7 @@ from tropd.pipeline.models.engines.child.messages import (
     Start,
     Started,
     StudentEngine,
+    Told,
     Written,
 )
 from tropd.pipeline.models.engines.child.weights import views
@@ -49,7 +50,7 @@ def main(descriptor: int) -> None:
             question: Question = connection.recv()
         except EOFError:
             os._exit(0)
-        connection.send(_answer(serving, question))
+        connection.send(_answer(serving, question, lambda number, one: connection.send(Told(number, one))))
 
 
 class _Serving:
@@ -59,7 +60,7 @@ class _Serving:
         self._engine: StudentEngine | None = None
         self._weights: dict[str, Tensor] = {}
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: Question, finished: Finished) -> Answer:
         if isinstance(question, Start):
             if question.memory is not None:
                 self._weights = views(question.memory, question.layout)
@@ -78,9 +79,12 @@ class _Serving:
             case Rest():
                 engine.rest()
                 return Done()
-            case Generate(prompts, sampling, seeds, max_tokens):
+            case Generate(prompts, sampling, seeds, max_tokens, tells):
                 rows = [row.tolist() for row in prompts.rows()]
-                return Written.of(engine.generate(rows, sampling, seeds=seeds, max_tokens=max_tokens))
+                told = finished if tells else None
+                return Written.of(
+                    engine.generate(rows, sampling, seeds=seeds, max_tokens=max_tokens, finished=told)
+                )
             case Score(sequences, starts):
                 scores = engine.score([row.tolist() for row in sequences.rows()], starts)
                 return Scored(Ragged.of([one.token_logprobs for one in scores], np.float32))
@@ -89,9 +93,9 @@ class _Serving:
                 return Likeliest.of(choose_with(engine)(rows, starts, k, limit), k)
 
 
-def _answer(serving: _Serving, question: Question) -> Answer:
+def _answer(serving: _Serving, question: Question, finished: Finished) -> Answer:
     try:
-        return serving.answer(question)
+        return serving.answer(question, finished)
     except Exception as error:
         traceback.print_exc()  # into the log
         known: TropdError | None = error if isinstance(error, TropdError) else None

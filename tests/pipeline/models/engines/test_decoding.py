@@ -76,6 +76,49 @@ def test_responses_do_not_depend_on_when_rows_leave(monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_rows_are_told_of_when_they_are_done_while_others_are_written() -> None:
+    class Counting:
+        """Writes token 3 in every row, and counts its steps."""
+
+        def __init__(self) -> None:
+            self.steps = self.rows = 0
+
+        def start(self, prompts: Sequence[Sequence[int]], room: int, draws: torch.Tensor) -> ChosenTokens:
+            self.rows = len(prompts)
+            return self.step(draws)
+
+        def step(self, draws: torch.Tensor) -> ChosenTokens:
+            self.steps += 1
+            zeros = torch.zeros(self.rows)
+            return torch.full((self.rows,), 3), zeros, zeros
+
+        def select(self, keep: torch.Tensor) -> None:
+            self.rows = len(keep)
+
+    decoder, limits = Counting(), [1, 9, 17, 5]
+    told: list[Any] = []
+    found = decode(
+        decoder,
+        [[2]] * 4,
+        seeds=range(4),
+        limits=limits,
+        stop_ids=[],
+        device=torch.device("cpu"),
+        finished=lambda row, generation: told.append((row, decoder.steps, generation)),
+    )
+    assert told == [(row, limits[row], found[row]) for row in (0, 3, 1, 2)]
+
+
+def test_an_engine_tells_of_every_row_under_its_own_number() -> None:
+    engine = TransformersEngine(short_model("lean"), [1, 7], batch_size=3)
+    asked: dict[str, Any] = {"seeds": range(7), "max_tokens": [1, 9, 17, 5, 1, 2, 3]}
+    prompts, told = [[2 + n] for n in range(7)], []
+    expected = engine.generate(prompts, Sampling(), **asked)
+    found = engine.generate(prompts, Sampling(), **asked, finished=lambda *one: told.append(one))
+    assert found == expected
+    assert sorted(told, key=lambda one: one[0]) == list(enumerate(expected))
+
+
 @pytest.mark.parametrize("lean", [True, False])
 def test_prompts_are_read_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch, lean: bool) -> None:
     """The activations of a whole batch of long prefixes would not fit."""

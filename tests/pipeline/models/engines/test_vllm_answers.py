@@ -13,9 +13,14 @@ import pytest
 import torch
 
 from tropd.pipeline.config.sections.model_settings import VllmConfig
-from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.base import Generation, Sampling
 from tropd.pipeline.models.engines.vllm import VllmEngine
-from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, checked_logprobs
+from tropd.pipeline.models.engines.vllm_answers import (
+    PromptLogprobs,
+    answer_scores,
+    checked_logprobs,
+    outputs_of,
+)
 from tropd.storage.errors import ConfigError, TropdError
 
 
@@ -107,6 +112,33 @@ def pretended_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def test_outputs_are_told_of_as_they_finish_and_come_back_in_order() -> None:
+    def output(number: int, finished: bool) -> Any:
+        logprobs = SimpleNamespace(logprobs=[-float(number)], start_indices=[0])
+        answer = SimpleNamespace(token_ids=[number], logprobs=logprobs, finish_reason="stop")
+        return SimpleNamespace(request_id=str(number), finished=finished, outputs=[answer])
+
+    # Numbers go on from earlier requests; names may have more characters than outputs.
+    steps = [[output(8, False)], [output(9, True)], [output(10, True), output(8, True)]]
+    llm = SimpleNamespace(
+        enqueue=lambda inputs, parameters, use_tqdm: ["8-6f1c", "9", "10-0a"],
+        llm_engine=SimpleNamespace(has_unfinished_requests=lambda: bool(steps), step=lambda: steps.pop(0)),
+    )
+    told: list[Any] = []
+    outputs = outputs_of(llm, [1, 2, 3], [None] * 3, lambda place, one: told.append((place, len(steps), one)))
+    assert [one.request_id for one in outputs] == ["8", "9", "10"]
+    assert told == [
+        (1, 1, Generation([9], [-9.0], "stop")),
+        (2, 0, Generation([10], [-10.0], "stop")),
+        (0, 0, Generation([8], [-8.0], "stop")),
+    ]
+
+
+def test_a_vllm_without_the_two_parts_tells_nothing() -> None:
+    llm = SimpleNamespace(generate=lambda inputs, parameters, use_tqdm: [*inputs])
+    assert outputs_of(llm, [1, 2], [None] * 2, lambda place, one: pytest.fail("told")) == [1, 2]
 
 
 def test_vllm_refuses_a_model_whose_decoding_and_scoring_differ(tmp_path: Path, pretended_vllm: None) -> None:

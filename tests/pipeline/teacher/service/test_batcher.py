@@ -128,6 +128,21 @@ def test_a_culprit_spoils_only_its_own_request(table_engine: Any, culprit: int, 
     assert batcher.waiting_tokens == 0
 
 
+def test_a_request_that_is_to_be_alone_is_not_merged_whoever_waits(table_engine: Any) -> None:
+    batcher = Batcher(table_engine, batch_tokens=1000, queue_tokens=10_000)
+    table_engine.gate.clear()
+    futures = [batcher.submit(ask(item([2, 3])))]
+    assert table_engine.entered.wait(10)
+    for number, alone in enumerate((True, True, False, True, False, False)):
+        futures.append(batcher.submit(ask(item([2, number])), client=f"c{number}", alone=alone))
+    table_engine.gate.set()
+    for future in futures:
+        future.result(10)
+    calls = [[tokens[1] for tokens in call] for call in table_engine.calls[1:]]
+    assert calls == [[0], [1], [2], [3], [4, 5]]
+    batcher.close()
+
+
 def test_batches_stay_within_the_budget_and_in_order(table_engine: Any) -> None:
     batcher = Batcher(table_engine, batch_tokens=10, queue_tokens=10_000)
     table_engine.gate.clear()

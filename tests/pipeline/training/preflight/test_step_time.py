@@ -21,8 +21,8 @@ from tropd.pipeline.training.preflight.step_time import (
 
 ROOT = Path(__file__).parents[4]
 PAPER = StepWork(prompt=200, lengths=(8096,) * 512)
-# Two batches of rollouts in each process.
-SERVED = NodeLayout(trainers=7, student="transformers", servers=1, batch_size=51)
+# Two batches of rollouts in each process; the teacher is asked when both are written, as it was then.
+SERVED = NodeLayout(trainers=7, student="transformers", servers=1, batch_size=51, asks_early=False)
 REFERENCE = NodeLayout(
     trainers=8, student="vllm", servers=0, masks=False, micro_batch_tokens=33_000, is_reference=True
 )
@@ -62,6 +62,18 @@ def test_one_teacher_answers_one_after_another_and_many_at_once() -> None:
     assert step(first).teacher == pytest.approx(8 * step(everywhere).teacher, rel=1e-6)
     two = replace(everywhere, trainers=6, servers=2)
     assert step(two).teacher == pytest.approx(4 * step(everywhere).teacher, rel=0.02)
+
+
+def test_a_server_works_while_rows_of_other_lengths_are_written() -> None:
+    tail = StepWork(prompt=200, lengths=(2000,) * 448 + (8096,) * 64)
+    early = NodeLayout(trainers=6, student="vllm", servers=2)
+    late = replace(early, asks_early=False)
+    assert step(early, tail).rollout == step(late, tail).rollout
+    # When the longest rows end, all others are answered: 65 % of the tokens.
+    assert step(early, tail).teacher < 0.4 * step(late, tail).teacher
+    assert step(early).teacher == pytest.approx(step(late).teacher)  # all end together
+    beside = NodeLayout(trainers=8, student="vllm", servers=0)
+    assert step(beside, tail) == step(replace(beside, asks_early=False), tail)
 
 
 def test_without_a_teacher_nothing_waits_for_it() -> None:

@@ -27,7 +27,9 @@ SUPPORT = str(Path(stand_in_engine.__file__).parent)
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": SUPPORT, "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, build: Any = stand_in_engine.build, update: float = 60.0) -> EngineProcess:
+def start(
+    folder: Path, build: Any = stand_in_engine.build, update: float = 60.0, answer: float = 60.0
+) -> EngineProcess:
     return EngineProcess(
         build,
         STATE,
@@ -37,7 +39,7 @@ def start(folder: Path, build: Any = stand_in_engine.build, update: float = 60.0
         deadlines=Deadlines(
             Deadline(120.0, "vllm.start_seconds"),
             Deadline(update, "vllm.update_seconds"),
-            Deadline(60.0, "vllm.answer_seconds"),
+            Deadline(answer, "vllm.answer_seconds"),
         ),
     )
 
@@ -73,6 +75,28 @@ def test_it_answers_with_the_weights_it_has(engine: EngineProcess) -> None:
         assert [table.tolist() for table in ids] == [[[2, 3], [3, 4]], [[5, 6]], []]
         assert ids[2].shape == (0, 2)
     assert engine.generate([], Sampling(), seeds=[], max_tokens=[]) == []
+
+
+def test_it_tells_of_continuations_before_it_has_written_all(engine: EngineProcess) -> None:
+    engine.set_weights(STATE)
+    told: list[Any] = []
+    asked: dict[str, Any] = {**ASKED, "finished": lambda number, one: told.append((number, one))}
+    for sampling in (Sampling(), Sampling(0.5)):
+        told.clear()
+        written = engine.generate([[1, 2], [3]], sampling, **asked)
+        assert told == [(1, written[1]), (0, written[0])]
+        assert engine.generate([[1, 2], [3]], sampling, **ASKED) == written
+
+
+def test_what_it_has_told_is_there_when_the_rest_is_late(tmp_path: Path) -> None:
+    engine = start(tmp_path, answer=1.0)
+    engine.set_weights(STATE)
+    told: list[int] = []
+    asked: dict[str, Any] = {**ASKED, "finished": lambda number, one: told.append(number)}
+    with pytest.raises(TropdError, match="had not answered 2 prompts after 1 s"):
+        engine.generate([[stand_in_engine.WAITS], [3]], Sampling(), **asked)
+    assert told == [1, 0]
+    engine.close()
 
 
 def test_it_rests_until_weights_are_set(engine: EngineProcess) -> None:
