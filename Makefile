@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+BENCH_HARNESS := build/bench-harness
 STAMP := $(VENV)/.installed
 ALL_TESTS := $(VENV)/.installed-all-tests
 TYPECHECK := build/typecheck
@@ -13,7 +14,7 @@ API := tropd.pipeline tropd.storage !tropd.pipeline.models.engines.vllm !tropd.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-cache bench-service bench-memory bench-logprobs bench-train bench-train-llm bench-steps bench-node models docs lint types format clean
+.PHONY: help install demo demo-mismatch demo-llm test test-all browser test-thorough test-vllm bench bench-harness bench-cache bench-service bench-memory bench-logprobs bench-train bench-train-llm bench-steps bench-node models docs lint types format clean
 
 help:  ## List these targets
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,13 +50,22 @@ browser:
 test-all: $(STAMP) $(ALL_TESTS) browser  ## Run all tests, none left out or skipped: with Ray Serve, lm-eval and a browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/vllm --no-skips
 
-test-thorough: $(STAMP)  ## Interrupt at many more points, damage every file, read random input (40 minutes)
+test-thorough: $(STAMP) $(BENCH_HARNESS)/.installed  ## Interrupt at many more points, damage every file, read random input (40 minutes)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
-		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/e2e/test_gpus.py tests/pipeline/test_fuzz.py
+		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/e2e/test_gpus.py tests/pipeline/test_fuzz.py \
+		tests/pipeline/stages/evaluation/harness
+
+# lighteval pins other versions, so it has an environment of its own; no model runs there. Only packages are downloaded.
+$(BENCH_HARNESS)/.installed: pipeline/stages/evaluation/harness/requirements.txt
+	test -x $(BENCH_HARNESS)/bin/python || $(PYTHON) -m venv $(BENCH_HARNESS)
+	$(BENCH_HARNESS)/bin/python -m pip install --quiet --no-compile --requirement $<
+	touch $@
+
+bench-harness: $(BENCH_HARNESS)/.installed  ## Install lighteval, which has GPQA, MMLU-Redux, IFBench and LiveCodeBench, in build/
 
 # DRY_RUN=1 shows the plan and makes nothing; SEEDS, WORKERS and GPUS as in tropd reproduce --help.
-reproduce-%: $(STAMP)  ## Make a table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
+reproduce-%: $(STAMP) $(if $(DRY_RUN),,$(BENCH_HARNESS)/.installed)  ## Make a table of the paper (table3 … table6) on GPUs; DRY_RUN=1 shows stages, GPU-hours and checks
 	$(BIN)/tropd reproduce $* -w runs/$* $(if $(DRY_RUN),--dry-run) $(if $(GPUS),--gpus $(GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WORKERS),--workers $(WORKERS))
 
 rehearse-%: $(STAMP)  ## Run the same stages with two tiny models, on a CPU, in minutes

@@ -25,14 +25,16 @@ def fetch(
     force: Annotated[bool, typer.Option("--force", help="Rewrite files that already exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the prompt files from data.sources: Hugging Face datasets or local files, mixed by weight."""
+    """Write the prompt files from data.sources (Hugging Face datasets or local files), and lighteval's questions."""
+    from tropd.pipeline.stages.evaluation.harness.judging import fetch_questions, judged
     from tropd.pipeline.stages.fetch import fetch_sources
     from tropd.storage.errors import ConfigError
 
     run = open_workspace(workspace, settings)
-    if not run.config.data.sources:
+    if not run.config.data.sources and not judged(run.config):
         raise ConfigError("data.sources is empty", hint="docs/data.md lists the possible sources")
     made = fetch_sources(run, run.config.data.sources, force=force)
+    made |= {file: {"judge": "lighteval"} for file in fetch_questions(run, force=force)}
     if as_json:
         print_json(made)
         return

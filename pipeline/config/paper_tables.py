@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from importlib import resources
 
 from pydantic import Field, ValidationError
@@ -15,14 +16,45 @@ REHEARSAL = "rehearsal"
 TINY = {"parameters": 200_000, "layers": 3, "hidden": 64, "intermediate": 192, "vocab": 64}
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A benchmark of the paper whose questions and judgment are lighteval's."""
+
+    task: str
+    module: str
+    dataset: str
+    """Its place on the hub."""
+    problems: int
+    samples: int
+    """Responses to each: all numbers of the paper's column are multiples of one over ``problems`` times this."""
+    metric: str | None = None
+    gated: bool = False
+    """The dataset is given only to an account that has accepted its terms."""
+    runs_code: bool = False
+
+    def settings(self, name: str) -> str:
+        """The benchmark as a part of a ``config.toml``."""
+        metric = f', metric = "{self.metric}"' if self.metric else ""
+        code = "    # runs code that the model wrote: only with evaluation.allow_code = true" * self.runs_code
+        return (
+            f'\n[[evaluation.benchmarks]]\nname = "{name}"{code}\nproblems = "data/{name.lower()}.jsonl"\n'
+            f'samples = {self.samples}\nlighteval = {{ task = "{self.task}", '
+            f'module = "lighteval.tasks.tasks.{self.module}"{metric} }}\n'
+        )
+
+
 ELSEWHERE = {
-    "GPQA-Diamond": "lm-eval, gpqa_diamond_cot_zeroshot (its dataset is gated on the hub)",
-    "MMLU-Redux": "lm-eval, mmlu_redux_generative",
-    "IFBench": "lighteval, ifbench_test, or IFBench's own package",
-    "LiveCodeBench-v6": "lighteval's lcb tasks, or LiveCodeBench's own package; it runs code that the model wrote",
+    "GPQA-Diamond": Elsewhere("gpqa:diamond", "gpqa", "Idavidrein/gpqa", 198, 4, gated=True),
+    "MMLU-Redux": Elsewhere("mmlu_redux_2", "mmlu_redux", "edinburgh-dawg/mmlu-redux-2.0", 5700, 1),
+    "IFBench": Elsewhere(
+        "ifbench_test", "ifbench.main", "allenai/IFBench_test", 294, 1, metric="prompt_level_loose_acc"
+    ),
+    "LiveCodeBench-v6": Elsewhere(
+        "lcb:codegeneration_v6", "lcb.main", "lighteval/code_generation_lite", 175, 1, runs_code=True
+    ),
 }
-"""Benchmarks of the paper that tropd does not have itself, with the harness that has them. The first two are measured
-where evaluation.harness has a task of that name."""
+"""Benchmarks of the paper that tropd does not have itself. They are measured where ``evaluation.benchmarks``, or
+``evaluation.harness``, has one of that name."""
 AVERAGE = "average"
 """The paper's mean over the benchmarks of a table."""
 

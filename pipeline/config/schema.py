@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import model_validator
 
 from tropd.pipeline.config.sections.data_settings import DataConfig, PrefixesConfig, ScoresConfig
-from tropd.pipeline.config.sections.evaluation_settings import DemoConfig, EvaluationConfig
+from tropd.pipeline.config.sections.evaluation_settings import Benchmark, DemoConfig, EvaluationConfig
 from tropd.pipeline.config.sections.model_settings import (
     RuntimeConfig,
     ServiceConfig,
@@ -21,6 +21,14 @@ from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunC
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.objectives.objective import Importance, Objective, entropy_part, needs_rewards
 from tropd.pipeline.objectives.spec import Apart, Inert, Spec
+
+AS_FETCHED = {
+    "id_field": "id",
+    "prompt_field": "prompt",
+    "answer_field": "answer",
+    "template": "{prompt}",
+}
+"""How the questions are read that ``tropd fetch`` writes for lighteval's benchmarks."""
 
 
 class Config(Spec):
@@ -80,11 +88,19 @@ class Config(Spec):
         return self.evaluation.max_tokens or self.rollout.max_tokens
 
     @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """Those that are measured: all, but for those that run a model's code without evaluation.allow_code."""
+        allowed = self.evaluation.allow_code
+        return tuple(one for one in self.evaluation.benchmarks if allowed or not one.runs_code)
+
+    @property
     def evaluation_sets(self) -> dict[str, EvaluationConfig]:
         """Settings of each set of problems by name; that of [evaluation] itself has an empty name."""
         sets = {"": self.evaluation.model_copy(update={"benchmarks": (), "harness": ()})}
-        for benchmark in self.evaluation.benchmarks:
+        for benchmark in self.benchmarks:
             own = {n: v for n, v in benchmark if v is not None and n in EvaluationConfig.model_fields}
+            if benchmark.lighteval is not None:  # which judges later
+                own["grader"] = "exact"
             sets[benchmark.name] = sets[""].model_copy(update=own)
         return sets
 
@@ -92,10 +108,12 @@ class Config(Spec):
     def problem_files(self) -> dict[str, DataConfig]:
         """Location of each set's problems, as ``evaluation``, and how they are read."""
         files = {"": self.data}
-        for benchmark in self.evaluation.benchmarks:
-            own = {
+        for benchmark in self.benchmarks:
+            own: dict[str, Any] = {
                 n: v for n, v in benchmark if v is not None and n in DataConfig.model_fields and n != "limit"
             }
+            if benchmark.lighteval is not None:
+                own |= AS_FETCHED
             files[benchmark.name] = self.data.model_copy(update=own | {"evaluation": benchmark.problems})
         return files
 
@@ -268,6 +286,14 @@ def _evaluation_conflicts(config: Config) -> Iterator[str]:
             "evaluation.benchmarks, evaluation.harness: 'eval' is how results name the problems of [evaluation] itself; "
             "set another name"
         )
+    for one in config.evaluation.benchmarks:
+        own = ("grader", "id_field", "prompt_field", "answer_field", "template")
+        wrong = [field for field in own if getattr(one, field) is not None]
+        if one.lighteval is not None and wrong:
+            yield (
+                f"evaluation.benchmarks, {one.name!r}: lighteval writes its questions and judges it, so "
+                f"{', '.join(wrong)} would have no effect: leave that out, or leave lighteval out"
+            )
     for name, part in config.evaluation_sets.items():
         owner = f"evaluation.benchmarks, {name!r}" if name else "evaluation.pass_at"
         if (most := max(part.pass_at, default=0)) > part.samples:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tropd.pipeline.config.paper_tables import AVERAGE, ELSEWHERE, PaperTable, Setting
+from tropd.pipeline.config.paper_tables import ELSEWHERE, PaperTable, Setting
 from tropd.pipeline.config.recipe_files import recipe_text
 from tropd.pipeline.config.resolve import load_config
 from tropd.pipeline.experiments.compare import compare
@@ -25,6 +25,7 @@ from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
 from tropd.pipeline.run.progress import Reporter
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.evaluate import read_marks
+from tropd.pipeline.stages.evaluation.harness.judging import fetch_questions
 from tropd.pipeline.stages.evaluation.statistics import Estimate, average
 from tropd.pipeline.stages.fetch import fetch_sources
 from tropd.pipeline.stages.prefixes import generate_prefixes
@@ -89,7 +90,9 @@ def open_setting(job: Job, setting: Setting, reporter: Reporter) -> Run:
     """The workspace of a setting, with its recipe; an existing ``config.toml`` stays as it is."""
     workspace = Workspace.create(job.root / setting.name)
     if not workspace.config_path.exists():
-        write_text_atomic(workspace.config_path, recipe_text(setting.recipe))
+        # A rehearsal has no number of the paper, and so none of these columns.
+        theirs = "".join(one.settings(name) for name, one in ELSEWHERE.items() if name in setting.columns)
+        write_text_atomic(workspace.config_path, recipe_text(setting.recipe) + theirs)
     return Run(workspace, load_config(workspace.config_path, job.assignments), reporter, job.assignments)
 
 
@@ -107,6 +110,7 @@ def reproduce(job: Job, reporter: Reporter) -> Result:
             prepare(run)
         else:
             fetch_sources(run, [training_source(setting.domains, run.config.data.limit), *EVALUATIONS])
+            fetch_questions(run)
         # Teacher trajectories need no student, but its tokenizer is compared: where SFT makes it, that of its base.
         before = run
         if setting.sft_from is not None:
@@ -154,7 +158,7 @@ def _row(
     for benchmark in benchmarks:
         parts = [folder / "eval" / benchmark / f"part-{who}.parquet" for folder in folders]
         harness = [part.with_name(f"harness-{who}.json") for part in parts]
-        if benchmark not in (*ELSEWHERE, AVERAGE):
+        if all(part.is_file() for part in parts):
             found = _pooled(parts)
         elif all(part.is_file() for part in harness):
             found = _of_harness(harness)

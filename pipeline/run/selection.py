@@ -189,8 +189,10 @@ def data_fields(run: Run, which: str, name: str = "") -> dict[str, Scalar]:
 def _data_file(run: Run, which: str, name: str = "") -> Path:
     path = run.workspace.resolve(getattr(run.config.problem_files[name], which))
     if not path.is_file():
+        theirs = any(one.name == name and one.lighteval is not None for one in run.config.benchmarks)
+        hint = "set data.prompts / data.evaluation; for the demo recipes run tropd prepare first"
         raise DataError(
             f"{f'benchmark {name!r}' if name else f'data.{which}'}: {path} does not exist",
-            hint="set data.prompts / data.evaluation; for the demo recipes run tropd prepare first",
+            hint="tropd fetch writes lighteval's questions there" if theirs else hint,
         )
     return path

@@ -95,6 +95,21 @@ def test_the_tables_have_the_numbers_of_all_columns() -> None:
     assert checked >= 30
 
 
+def test_the_papers_own_numbers_say_how_many_responses_there_were() -> None:
+    """Each is a multiple of one over questions times responses, to the two decimals that are given."""
+    checked = 0
+    for name in table_names():
+        for setting in load_table(name, rehearse=False).settings:
+            for paper in (setting.paper_before, setting.paper_teacher, *(row.paper for row in setting.rows)):
+                for column, one in ELSEWHERE.items():
+                    if column in paper:
+                        count = one.problems * one.samples
+                        nearest = round(round(paper[column] / 100 * count) / count * 100, 2)
+                        assert nearest == pytest.approx(paper[column], abs=0.0051), (name, column)
+                        checked += 1
+    assert checked >= 50
+
+
 def test_what_a_harness_measured_stands_beside_the_paper() -> None:
     block = ResultBlock(
         title="models",
@@ -124,6 +139,8 @@ def test_a_dry_run_needs_no_gpu_and_no_network(
         "sizes are those of the table",
         "planned for 8, here are 0",
         "downloads: 18.8 GB",
+        "lighteval's gpqa:diamond, 198 questions, avg@4",
+        "allow_code=true",
     ):
         assert words in shown
     assert " NO: " not in shown

@@ -11,6 +11,7 @@ from tropd.pipeline.config.sections.value_types import (
     MOST,
     MOST_ROWS,
     MOST_TOKENS,
+    WEEK,
     Count,
     GraderName,
     Number,
@@ -18,6 +19,25 @@ from tropd.pipeline.config.sections.value_types import (
     Whole,
 )
 from tropd.pipeline.objectives.spec import Apart, Inert, Spec
+
+RUN_CODE = ("lcb",)
+"""Tasks of lighteval, or groups of them, that run code from a response."""
+
+
+class LightevalTask(Spec):
+    """A task of lighteval (`make bench-harness`), which gives the questions and judges the responses."""
+
+    task: str = Field(min_length=1)
+    """Its name, or that of a group: `gpqa:diamond`, `mmlu_redux_2`, `ifbench_test`, `lcb:codegeneration_v6`."""
+    module: Apart[str] = Field(min_length=1)
+    """The module that has it in its TASKS_TABLE, such as `lighteval.tasks.tasks.gpqa`, or a Python file of your own (a
+    relative path is inside the workspace)."""
+    metric: str | None = None
+    """The metric that says whether a response is right, where the task has several."""
+
+    @property
+    def runs_code(self) -> bool:
+        return self.task.partition(":")[0] in RUN_CODE
 
 
 class Benchmark(Spec):
@@ -27,6 +47,8 @@ class Benchmark(Spec):
     """Name in tables, and of its folder in eval/."""
     problems: str
     """JSONL file; a relative path is inside the workspace."""
+    lighteval: LightevalTask | None = None
+    """The task whose questions `tropd fetch` writes to that file, and which judges the responses instead of a grader."""
     grader: GraderName | None = None
     """See evaluation.grader."""
     samples: int | None = Field(default=None, ge=1, le=MOST_ROWS)
@@ -49,6 +71,11 @@ class Benchmark(Spec):
     """Field with the expected answer."""
     template: Template | None = None
     """See data.template."""
+
+    @property
+    def runs_code(self) -> bool:
+        """True where judging runs code that the model wrote."""
+        return self.lighteval is not None and self.lighteval.runs_code
 
 
 class HarnessTask(Spec):
@@ -102,6 +129,11 @@ class EvaluationConfig(Spec):
     """The k of pass@k that are reported; each at most `samples`."""
     benchmarks: Apart[tuple[Benchmark, ...]] = ()
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
+    allow_code: Inert[bool] = False
+    """Measure benchmarks of lighteval that run code from a response (LiveCodeBench), in a process without network.
+    Otherwise they are left out."""
+    judging_seconds: Inert[float] = Field(default=4 * 3600.0, gt=0.0, le=WEEK)
+    """Longest time in which lighteval judges all responses of a model to a benchmark."""
     harness: Apart[tuple[HarnessTask, ...]] = ()
     """Tasks of lm-eval, for benchmarks that tropd does not have."""
 

@@ -36,6 +36,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import data_fields, evaluation_problems
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.stages.evaluation.distance_summary import summarize_distance
+from tropd.pipeline.stages.evaluation.harness.judging import check_judges, judge, judged, judged_fields
 from tropd.pipeline.stages.evaluation.held_out import (
     NUM_PROMPTS,
     TEACHER,
@@ -102,7 +103,7 @@ def fingerprint(run: Run, final: Path, whom: Sequence[Who], problems: Problems) 
         own |= section_fields("evaluation", settings)
         own["evaluation.max_tokens"] = settings.max_tokens or config.rollout.max_tokens
         fields |= {f"{prefix}{k}": v for k, v in own.items()}
-    fields |= harness_fields(run) | held_out_fields(run, problems.get(("", "student")))
+    fields |= judged_fields(run) | harness_fields(run) | held_out_fields(run, problems.get(("", "student")))
     for who in whom:
         role, folder = _model_of(who, final)
         of_model = model_fields(run, role, folder) | stop_fields(run, role, folder) | engine_fields(run, role)
@@ -163,6 +164,7 @@ def evaluate(
             run.reporter.info("evaluate: done before, nothing to do")
             return stage.manifest
         check_harness(run)
+        check_judges(run)
         tell_ungraded(run, next(found.prompts for (name, _), found in problems.items() if not name))
         students: dict[str, Path | None] = {who: _model_of(who, final)[1] for who in whom if who != "teacher"}
         held_out = None
@@ -208,7 +210,8 @@ def _open(run: Run, final: Path, who: Who) -> tuple[Sampler, Any]:
 
 def _tell_unanswered(run: Run, folder: Path, whom: Sequence[Who]) -> None:
     """Warn of sets where no model's response has an answer: the grader does not fit then."""
-    for name, settings in run.config.evaluation_sets.items():
+    graded = {name: one for name, one in run.config.evaluation_sets.items() if name not in judged(run.config)}
+    for name, settings in graded.items():
         answers = [pq.read_table(folder / part_file(name, who), columns=["answer"])["answer"] for who in whom]
         if any(len(column) for column in answers) and all(c.null_count == len(c) for c in answers):
             rule = " with evaluation.answer_pattern" if settings.grader == "pattern" else ""
@@ -252,7 +255,7 @@ def _evaluate_one(
                     assert engine is not None
                     make_piece(run, stage, who, piece, engine, tokenizer, {} if name else known)
                 task.advance(piece.size)
-            join_pieces(stage, who, name, group)
+            join_pieces(stage, who, name, group, partial(judge, run, name, who))
 
 
 def _known(folder: Path, who: Who, held_out: HeldOut) -> Mapping[str, Trajectory]:

@@ -71,7 +71,7 @@ def check_harness(run: Run) -> None:
         ConfigError: no such task exists, or code cannot be isolated here.
     """
     for task in run.config.evaluation.harness:
-        if task.runs_code and not _can_isolate():
+        if task.runs_code and not can_isolate():
             raise ConfigError(
                 f"{task.task} runs code that the model wrote, which needs a process without network; "
                 f"`{' '.join(ISOLATED)} true` does not work here",
@@ -146,6 +146,13 @@ def task_metrics(results: dict[str, Any], task: str) -> list[Metric]:
     return metrics
 
 
+def can_isolate() -> bool:
+    """True where a process can be started that has no network."""
+    if shutil.which(ISOLATED[0]) is None:
+        return False
+    return subprocess.run([*ISOLATED, "true"], capture_output=True, check=False).returncode == 0
+
+
 def _model_arguments(run: Run, role: str, folder: Path) -> list[str]:
     settings: ModelConfig = getattr(run.config, role)
     arguments: dict[str, Any] = {"pretrained": folder, "dtype": settings.settled_dtype}
@@ -195,12 +202,6 @@ def _call(arguments: Sequence[str], *, isolated: bool = False) -> subprocess.Com
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, errors="replace"
     )
-
-
-def _can_isolate() -> bool:
-    if shutil.which(ISOLATED[0]) is None:
-        return False
-    return subprocess.run([*ISOLATED, "true"], capture_output=True, check=False).returncode == 0
 
 
 def _tail(done: subprocess.CompletedProcess[str]) -> str:

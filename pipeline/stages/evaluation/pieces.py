@@ -101,12 +101,19 @@ def make_piece(
     stage.commit(piece.name, rows=len(responses))
 
 
-def join_pieces(stage: Stage, who: str, name: str, pieces: Sequence[Piece]) -> None:
-    """Write all pieces of a set of problems as one file and commit it."""
+def join_pieces(
+    stage: Stage, who: str, name: str, pieces: Sequence[Piece], judge: Callable[[pa.Table], pa.Table]
+) -> None:
+    """Write all pieces of a set of problems as one file and commit it.
+
+    Args:
+        judge: gives the responses the marks that they lack, if any.
+    """
     part = part_file(name, who)
     tables = [pq.read_table(stage.folder / piece.name) for piece in pieces] or [SCHEMA.empty_table()]
-    _write_table(stage.folder / part, pa.concat_tables(tables))
-    stage.commit(part, rows=sum(table.num_rows for table in tables))
+    responses = judge(pa.concat_tables(tables))
+    _write_table(stage.folder / part, responses)
+    stage.commit(part, rows=responses.num_rows)
 
 
 def drop_pieces(stage: Stage) -> None:

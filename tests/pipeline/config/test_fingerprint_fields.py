@@ -182,7 +182,7 @@ MARKED = {
         ("importance_clip", "micro_batch_tokens", "dropout"),
     ),
     "evaluation": (
-        ("batch_size", "grading_seconds", "pass_at"),
+        ("batch_size", "grading_seconds", "pass_at", "allow_code", "judging_seconds"),
         ("max_tokens", "distance_prompts", "benchmarks", "harness"),
     ),
     "demo": (

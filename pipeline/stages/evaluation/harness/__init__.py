@@ -1,0 +1,1 @@
+"""Benchmarks whose questions and judgment are lighteval's, while tropd writes the responses."""
