@@ -90,6 +90,7 @@ COVERED_BY = {
     "tropd.pipeline.models.engines.vllm": "tests/vllm/test_engine.py",
     "tropd.pipeline.models.runtime": "tests/pipeline/models/test_loading.py",
     "tropd.pipeline.objectives.estimators": "tests/pipeline/objectives/test_estimators_exact.py",
+    "tropd.pipeline.objectives.extrapolation.settings": "tests/pipeline/training/extrapolation/test_search.py",
     "tropd.pipeline.objectives.loss": "tests/pipeline/objectives/test_recipes.py",
     "tropd.pipeline.objectives.needs": "tests/pipeline/objectives/test_recipes.py",
     "tropd.pipeline.objectives.objective": "tests/pipeline/objectives/test_recipes.py",

@@ -49,4 +49,7 @@ def describe_needs(objective: Objective) -> str:
         parts.append("cached top-k on prefixes")
     if needs_rewards(objective):
         parts = [*(parts or ["nothing"]), "and a reward of each response"]
+    if objective.extrapolation is not None:
+        answers = objective.extrapolation.score == "accuracy"
+        parts.append(f"and held-out problems{' with answers' if answers else ''}")
     return "; ".join(parts) or "none while training"

@@ -133,6 +133,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _reward_conflicts(config)
     yield from _training_conflicts(config)
     yield from _follow_conflicts(config)
+    yield from _extrapolation_conflicts(config)
     yield from _evaluation_conflicts(config)
     yield from _problem_conflicts(config)
 
@@ -272,6 +273,44 @@ def _follow_conflicts(config: Config) -> Iterator[str]:
     ):
         if wrong:
             yield f"teacher.follow does not go with {name} as it is: {remedy}, or leave teacher.follow out"
+
+
+def _extrapolation_conflicts(config: Config) -> Iterator[str]:
+    objective = config.objective
+    settings = objective.extrapolation
+    if settings is None:
+        return
+    if config.train.max_staleness:
+        yield (
+            "objective.extrapolation and train.max_staleness exclude each other: the next step's responses would be of "
+            "weights from before the extrapolation, more than an update away; set train.max_staleness = 0, or leave "
+            "objective.extrapolation out"
+        )
+    if settings.problems not in config.evaluation_sets:
+        names = ", ".join(repr(name) for name in config.evaluation_sets if name) or "there is none"
+        yield (
+            f"objective.extrapolation.problems = {settings.problems!r} is none of evaluation.benchmarks ({names}): set "
+            "the name of one, or leave objective.extrapolation.problems out"
+        )
+    elif settings.score == "accuracy" and any(
+        one.name == settings.problems and one.lighteval is not None for one in config.benchmarks
+    ):
+        yield (
+            f"objective.extrapolation.problems = {settings.problems!r} is judged by lighteval, not while training: set "
+            "the name of another benchmark, or objective.extrapolation.score = 'reverse_kl'"
+        )
+    elif settings.score == "accuracy" and not config.problem_files[settings.problems].answer_field:
+        yield (
+            "objective.extrapolation.score = 'accuracy' needs answers, and data.answer_field is empty: set "
+            "data.answer_field, or objective.extrapolation.score = 'reverse_kl'"
+        )
+    if settings.score == "reverse_kl" and not (
+        objective.rollouts == "student" and teacher_needs(objective).token_logprobs
+    ):
+        yield (
+            f"objective.extrapolation.score = 'reverse_kl' asks the teacher of a training that asks it, and objective "
+            f"{objective.name!r} does not: set objective.extrapolation.score = 'accuracy'"
+        )
 
 
 def _evaluation_conflicts(config: Config) -> Iterator[str]:

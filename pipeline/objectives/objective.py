@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from tropd.pipeline.objectives.extrapolation.settings import Extrapolation
 from tropd.pipeline.objectives.partition_specs import TOKEN_RULES, AllTrusted, Partition
 from tropd.pipeline.objectives.rewards.terms import RewardTerm
 from tropd.pipeline.objectives.spec import MOST_FACTOR, Apart, Inert, Spec
@@ -185,6 +186,8 @@ class Objective(Spec):
     """Weights on student tokens, multiplied."""
     reward: Apart[RewardTerm | None] = None
     """The part of a row's reward in the advantages of k1, where the method uses rewards ([reward] says whence)."""
+    extrapolation: Apart[Extrapolation | None] = None
+    """Extrapolation of the weights after some of the steps, whatever the loss; none by default."""
     importance: Importance = Importance()
     """Correction for rollouts from another distribution."""
     k: int = Field(default=64, ge=1, le=1024)

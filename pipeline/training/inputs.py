@@ -15,6 +15,7 @@ from tropd.pipeline.stages.evaluation.held_out import tell_ungraded
 from tropd.pipeline.stages.scores import check_token_ids
 from tropd.pipeline.teacher.connect import teacher_fields
 from tropd.pipeline.teacher.reading import AS_TEACHER, context_fields, prompts_of, scored_prompts
+from tropd.pipeline.training.extrapolation.validation import Validation, read_validation
 from tropd.pipeline.training.signal.from_cache import CachedScores
 from tropd.storage.errors import ConfigError, DataError
 from tropd.storage.formats.trajectory_store import TrajectoryStore
@@ -34,6 +35,8 @@ class Inputs:
     cached: CachedScores | None
     problems: Encoded | None
     """To evaluate on along the way."""
+    validation: Validation | None = None
+    """To score extrapolated weights on, where the objective extrapolates."""
 
 
 def student_prompts(run: Run) -> Encoded:
@@ -78,7 +81,8 @@ def read_inputs(run: Run, needs: TeacherNeeds, found: Encoded) -> Inputs:
     if config.train.evaluate_every:
         problems = evaluation_problems(run, tokenizer, longest)
         tell_ungraded(run, problems.prompts)
-    return Inputs(prompts, store, stored, cached, problems)
+    validation = read_validation(run, tokenizer, longest)
+    return Inputs(prompts, store, stored, cached, problems, validation)
 
 
 def _check_prompts(

@@ -23,6 +23,7 @@ from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.teacher.connect import check_pairs
 from tropd.pipeline.training.distance.along import evaluate_student
+from tropd.pipeline.training.extrapolation.search import extrapolate, is_due
 from tropd.pipeline.training.inputs import student_prompts
 from tropd.pipeline.training.memory_plan import PHASES
 from tropd.pipeline.training.preflight.preflight import require_room
@@ -206,8 +207,9 @@ def _update(training: _Training, step: int, prepared: Prepared) -> StepRecord:
         for group in session.optimizer.param_groups:
             group["lr"] = learning_rate
         session.optimizer.step()
-        if session.following is not None:
-            session.following.follow(session.student.model, step + 1)
+    extrapolated = _extrapolate(training, step + 1)
+    if session.following is not None:
+        session.following.follow(session.student.model, step + 1)
     return {
         "step": step,
         **step_metrics(inputs, outcome),
@@ -216,7 +218,29 @@ def _update(training: _Training, step: int, prepared: Prepared) -> StepRecord:
         "prefix_length_scheduled": prepared.prefix_limit,
         "grad_norm": norm,
         "learning_rate": learning_rate,
+        **extrapolated,
     }
+
+
+def _extrapolate(training: _Training, done: int) -> StepRecord:
+    """Extrapolate the weights after ``done`` steps, where that is due; returns metrics of it.
+
+    Raises:
+        InterruptedStageError: a stop was requested while it waited for the teacher. The weights of now are no step's.
+    """
+    session = training.session
+    if session.base_weights is None or not is_due(done):
+        return {}
+    try:
+        with training.timeline.span("extrapolate", done - 1):
+            return extrapolate(session)
+    except StopRequestedError:
+        run = session.run
+        raise InterruptedStageError(
+            f"train: stopped in step {done} of {run.config.train.steps}, while waiting for the teacher's judgment of "
+            "extrapolated weights; the last checkpoint stands",
+            hint=f"run {run.command(STAGE)} to resume",
+        ) from None
 
 
 def _gradient(session: Session, inputs: StepInputs) -> tuple[StepOutcome, float]:
@@ -250,8 +274,8 @@ def _save(training: _Training, done: int, inputs: StepInputs) -> None:
     training.journal.sync()
     with training.timeline.span("checkpoint", done):
         rows = training.preparation.rows_ahead(done)
-        also = {} if session.following is None else session.following.tensors()
-        training.checkpoints.save(done, session.student.model, session.optimizer, training.sums, rows, also)
+        model, changing = session.student.model, session.changing
+        training.checkpoints.save(done, model, session.optimizer, training.sums, rows, changing)
 
 
 def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], list[Row] | None]:
@@ -264,8 +288,7 @@ def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], l
             )
         newest = newest_checkpoint(stage)
     newest = session.world.tell(newest)
-    also = {} if session.following is None else session.following.tensors()
-    first, sums = load_checkpoint(newest, session.student.model, session.optimizer, also)
+    first, sums = load_checkpoint(newest, session.student.model, session.optimizer, session.changing)
     rows = load_rows(newest, planned_rows(session, first)) if session.ahead else None
     if stage is not None:
         prune_checkpoints(stage, session.run.config.train.keep_checkpoints)

@@ -163,6 +163,13 @@ def memory_parts(
         MemoryPart("log-probs: the head's gradient", 4.0 * student.vocab * student.hidden, "", "train"),
         *_rollout_parts(config, student, longest_prompt, -(-rows // processes), compute, cached, gpu_bytes),
     ]
+    if config.objective.extrapolation is not None:
+        name, remedy = "weights to extrapolate from, float32", "objective.extrapolation"
+        # Those to go back to are there while candidates are scored, when gradients are not.
+        parts += [
+            MemoryPart(name, 4 * share, remedy),
+            MemoryPart("weights to go back to, float32", 4 * share, remedy, "rollout"),
+        ]
     if masks_rows(config, on_gpu=not on_cpu):
         copied = 2 * student.heads * student.head_dim * compute
         parts.append(
@@ -293,9 +300,12 @@ def disk_bytes(config: Config, student: ModelShape) -> dict[str, float]:
     """Upper bounds, with every response of full length: cache, checkpoints, final model."""
     prompts = config.data.limit or config.train.steps * config.rollout.prompts_per_step
     tokens = prompts * config.prefixes.samples_per_prompt * config.prefix_max_tokens
+    per_parameter = 12.0 if config.objective.extrapolation is None else 16.0
     return {
         "prefixes and scores": float((8 + CACHE_BYTES) * tokens),
-        "checkpoints": 12.0 * trained_parameters(config, student) * (config.train.keep_checkpoints + 1),
+        "checkpoints": per_parameter
+        * trained_parameters(config, student)
+        * (config.train.keep_checkpoints + 1),
         "final student": float(BYTES[config.student.settled_dtype] * student.parameters),
     }
 

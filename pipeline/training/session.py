@@ -17,6 +17,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.teacher.by_domain import teacher_of, with_only
 from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.training.distance.held_out_set import HeldOutSet
+from tropd.pipeline.training.extrapolation.base_weights import BaseWeights
 from tropd.pipeline.training.inputs import Inputs
 from tropd.pipeline.training.memory_plan import ModelShape
 from tropd.pipeline.training.preflight.mfu import TrainingPeak, training_peak
@@ -58,6 +59,8 @@ class Session:
     """Prompts and responses on which the student is compared with its teacher along the way."""
     judge: Judge | None = None
     """Source of rewards, where the objective looks at them."""
+    base_weights: BaseWeights | None = None
+    """The weights to extrapolate from, where the objective does."""
 
     @property
     def needs(self) -> TeacherNeeds:
@@ -69,6 +72,12 @@ class Session:
         """The teacher that follows the student, if it does."""
         found = [scorer for scorer in self.scorers.values() if isinstance(scorer, FollowingTeacher)]
         return found[0] if found else None
+
+    @property
+    def changing(self) -> dict[str, torch.Tensor]:
+        """Tensors besides student and optimizer that change with the steps, by their names in a checkpoint."""
+        found = {} if self.following is None else self.following.tensors()
+        return found | ({} if self.base_weights is None else self.base_weights.tensors())
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -25,6 +25,7 @@ from tropd.pipeline.teacher.client.client import TeacherClient
 from tropd.pipeline.teacher.connect import connect_teachers, start_teachers
 from tropd.pipeline.teacher.local_service import LocalTeacher
 from tropd.pipeline.training.distance.held_out_set import read_held_out
+from tropd.pipeline.training.extrapolation.base_weights import BaseWeights
 from tropd.pipeline.training.inputs import read_inputs
 from tropd.pipeline.training.preflight.preflight import gathers_once
 from tropd.pipeline.training.reward.judges import open_judge
@@ -110,6 +111,7 @@ def open_session(
         world.gather(gathers_once(run, world.size, longest - config.rollout.max_tokens))
     )
     shard(passes, world, gathers_once=roomy)
+    extrapolation = objective.extrapolation
     return Session(
         run=run,
         world=world,
@@ -124,6 +126,7 @@ def open_session(
         problems=_graded(run, inputs.problems),
         held_out=held_out,
         judge=judge,
+        base_weights=None if extrapolation is None else BaseWeights(student.model, extrapolation.parameters),
     )
 
 

@@ -22,6 +22,7 @@ from tropd.pipeline.run.selection import data_fields
 from tropd.pipeline.run.upstream import finished
 from tropd.pipeline.teacher.connect import teacher_fields
 from tropd.pipeline.teacher.reading import context_fields
+from tropd.pipeline.training.extrapolation.validation import validation_fields
 from tropd.pipeline.training.record.final_model import FINAL
 from tropd.pipeline.training.reward.judges import reward_fields
 from tropd.storage.formats.step_log import log_problems
@@ -44,7 +45,7 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     fields |= section_fields("objective", config.objective)
     if config.objective.reward is not None:
         fields |= section_fields("objective.reward", config.objective.reward)
-    fields |= reward_fields(run)
+    fields |= reward_fields(run) | validation_fields(run)
     fields |= section_fields("rollout", config.rollout) | section_fields("train", config.train)
     fields |= engine_fields(run, "student")
     if config.student.lora is not None:

@@ -86,6 +86,18 @@ CURVES: tuple[Curve, ...] = (
         percent=True,
     ),
     Curve(
+        "extrapolation",
+        "Scores of extrapolated weights",
+        (
+            Line("extrapolation_score", "as updated", GREY, smooth=False),
+            Line("extrapolation_score_after", "as kept", GREEN, smooth=False),
+        ),
+        "accuracy, or −nats per token",
+        "Score on held-out problems after the steps 1, 2, 4, 8, …, of the weights that the update left, and of those "
+        "that the extrapolation kept.",
+        "rises; where both lines are one, no extrapolation was better.",
+    ),
+    Curve(
         "reward",
         "Reward",
         (

@@ -48,8 +48,11 @@ class HeldOut:
         return HeldOut([self.prompts[i] for i in indices], [self.teachers[i] for i in indices])
 
 
-def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
-    """The prompts to compare on: ``evaluation.distance_prompts`` of the problems that a teacher of the run can read.
+def held_out_prompts(run: Run, problems: Encoded, wanted: int | None = None) -> HeldOut:
+    """The prompts to compare on: those of the problems that a teacher of the run can read.
+
+    Args:
+        wanted: of them, spread over all; ``evaluation.distance_prompts`` if not given.
 
     Raises:
         ConfigError: a domain's teacher has no training prompt, or reads a prompt in another way than the student.
@@ -66,7 +69,7 @@ def held_out_prompts(run: Run, problems: Encoded) -> HeldOut:
         name = teacher_of(run, one.prompt.domain)
         if name in room and ((most := room[name]) is None or len(one.tokens) <= most):
             usable.append((one, name))
-    chosen = [usable[i] for i in evenly(len(usable), run.config.evaluation.distance_prompts)]
+    chosen = [usable[i] for i in evenly(len(usable), wanted or run.config.evaluation.distance_prompts)]
     told = as_teachers_read(
         run, replace(problems, prompts=[one for one, _ in chosen]), "evaluation", response
     )

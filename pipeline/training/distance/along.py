@@ -15,11 +15,11 @@ import numpy as np
 
 from tropd.pipeline.models.memory import within_memory
 from tropd.pipeline.run.interrupt import StopRequestedError
-from tropd.pipeline.stages.evaluation.distance import sampled_distances, topk_distances
-from tropd.pipeline.stages.evaluation.held_out import as_told, sample_responses
+from tropd.pipeline.stages.evaluation.distance import TokenDistances, sampled_distances, topk_distances
+from tropd.pipeline.stages.evaluation.held_out import HeldOut, as_told, sample_responses
 from tropd.pipeline.stages.evaluation.responses import Response, respond
 from tropd.pipeline.stages.evaluation.teacher_answers import TeacherAnswer, ask_service
-from tropd.pipeline.training.distance.held_out_set import HeldOutSet, TeacherResponse
+from tropd.pipeline.training.distance.held_out_set import TeacherResponse
 from tropd.pipeline.training.session import Session
 from tropd.storage.formats.step_log import StepRecord
 from tropd.storage.formats.trajectories import Trajectory
@@ -36,36 +36,49 @@ def evaluate_student(session: Session) -> StepRecord:
     record: StepRecord = {}
     known: Mapping[str, Trajectory] = {}
     if session.held_out is not None and session.held_out.prompts.prompts:
-        responses = _write(session, session.held_out)
+        responses = write_responses(session, session.held_out.prompts)
         known = {response.prompt_id: response for response in responses}
-        record |= _of_student(session, session.held_out, responses)
+        record |= _of_student(session, session.held_out.prompts, responses)
         record |= _of_teacher(session, session.held_out.written)
     record |= _accuracy(session, known)
     session.rolling.rest()
     return record
 
 
-def _write(session: Session, held_out: HeldOutSet) -> list[Trajectory]:
-    """One response of the student to each prompt."""
+def write_responses(session: Session, held_out: HeldOut) -> list[Trajectory]:
+    """One response of the student to each prompt. Its weights are those of the engine."""
 
     def write(share: list[int]) -> list[Trajectory]:
-        prompts = held_out.prompts.at(share)
+        prompts = held_out.at(share)
         return sample_responses(
             session.run, session.rolling.engine, session.student.tokenizer, prompts, "student"
         )
 
-    return session.world.spread(range(len(held_out.prompts.prompts)), write)
+    return session.world.spread(range(len(held_out.prompts)), write)
 
 
-def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Trajectory]) -> StepRecord:
+def _of_student(session: Session, held_out: HeldOut, responses: Sequence[Trajectory]) -> StepRecord:
     """Length, and where services score, distances per token."""
-    names = dict(
-        zip((prompt.id for prompt in held_out.prompts.prompts), held_out.prompts.teachers, strict=True)
-    )
     record: StepRecord = {
         "distance_prompts": len(responses),
         "distance_length": float(np.mean([len(response.tokens) for response in responses])),
     }
+    if not (distances := reverse_distances(session, held_out, responses)):
+        return record
+    acceptance = np.concatenate([one.acceptance for one in distances if one.acceptance is not None])
+    record["distance_reverse_kl"] = float(np.concatenate([one.kl for one in distances]).mean())
+    record["distance_acceptance"] = float(acceptance.mean())
+    return record
+
+
+def reverse_distances(
+    session: Session, held_out: HeldOut, responses: Sequence[Trajectory]
+) -> list[TokenDistances] | None:
+    """Distances of the student's responses to these prompts, where services score and something was written.
+
+    None if a stop was requested while the teacher was away.
+    """
+    names = dict(zip((prompt.id for prompt in held_out.prompts), held_out.teachers, strict=True))
     # A student that a step has ruined is found before its checkpoint, not by the teacher.
     written = [
         response
@@ -82,26 +95,20 @@ def _of_student(session: Session, held_out: HeldOutSet, responses: Sequence[Traj
         try:
             for name, scorer in scorers.items():
                 mine = [response for response in share if names[response.prompt_id] == name]
-                answers = ask_service(
-                    scorer, as_told(held_out.prompts, mine), k=0, vocab_limit=session.vocab_limit
-                )
+                answers = ask_service(scorer, as_told(held_out, mine), k=0, vocab_limit=session.vocab_limit)
                 found |= {response.prompt_id: one for response, one in zip(mine, answers, strict=True)}
         except StopRequestedError:  # while the teacher is away; the step itself is done, and will be saved
             return [None] * len(share)
         return [found[response.prompt_id] for response in share]
 
     answers = session.world.spread(written, ask)
-    distances = [
+    if None in answers:
+        return None
+    return [
         sampled_distances(np.array(response.sampled_logprobs, dtype=np.float32), answer.logprobs)
         for response, answer in zip(written, answers, strict=True)
         if answer is not None
     ]
-    if not distances or None in answers:
-        return record
-    acceptance = np.concatenate([one.acceptance for one in distances if one.acceptance is not None])
-    record["distance_reverse_kl"] = float(np.concatenate([one.kl for one in distances]).mean())
-    record["distance_acceptance"] = float(acceptance.mean())
-    return record
 
 
 def _of_teacher(session: Session, written: Sequence[TeacherResponse]) -> StepRecord:

@@ -12,6 +12,11 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.experiments.api import distill
 from tropd.storage.errors import ConfigError
 
+LIGHTEVAL = """
+objective.name = 'effopd'
+objective.extrapolation.problems = 'b'
+evaluation.benchmarks = [{ name = 'b', problems = 'p', lighteval = { task = 't', module = 'm' } }]
+"""
 # Settings, the field that the refusal names, and what it says to do.
 OBJECTIVES = [
     (
@@ -122,6 +127,31 @@ CONFIGURATIONS = [
         "train.attention = 'flash_attention_3'\nruntime.device = 'cpu'",
         "runtime.device",
         "set runtime.device = 'cuda', or train.attention = 'auto'",
+    ),
+    (
+        "objective.name = 'effopd'\ntrain.max_staleness = 1",
+        "train.max_staleness",
+        "set train.max_staleness = 0, or leave objective.extrapolation out",
+    ),
+    (
+        "objective.name = 'effopd'\nobjective.extrapolation.problems = 'b'",
+        "objective.extrapolation.problems",
+        "set the name of one, or leave objective.extrapolation.problems out",
+    ),
+    (
+        "objective.name = 'effopd'\ndata.answer_field = ''",
+        "data.answer_field",
+        "set data.answer_field, or objective.extrapolation.score = 'reverse_kl'",
+    ),
+    (
+        LIGHTEVAL,
+        "objective.extrapolation.problems",
+        "set the name of another benchmark, or objective.extrapolation.score = 'reverse_kl'",
+    ),
+    (
+        "objective.name = 'grpo'\nobjective.extrapolation.score = 'reverse_kl'",
+        "objective.extrapolation.score",
+        "set objective.extrapolation.score = 'accuracy'",
     ),
     ("evaluation.pass_at = [4]", "evaluation.pass_at", "raise samples, or lower pass_at"),
     (

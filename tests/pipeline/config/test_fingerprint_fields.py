@@ -165,7 +165,7 @@ MARKED = {
     "prefixes": (("batch_size",), ()),
     "scores": (("batch_tokens",), ()),
     "rollout": (("batch_size",), ("stop_ids",)),
-    "objective": (("title", "source", "confidence", "formula", "own_context"), ("reward",)),
+    "objective": (("title", "source", "confidence", "formula", "own_context"), ("reward", "extrapolation")),
     "reward": (("seconds", "workers", "batch_rows"), ()),
     "train": (
         (

@@ -123,6 +123,7 @@ EXPECTED = {
     "opsa": 1.0 * math.log(S[0]),
     "fire-opd": fire_opd(),
     # One row: its weight over the mean of all is 1.
+    "effopd": (K1[0] + K1[1]) / 2,
     "renio": (clipped_forward_kl(0) + clipped_forward_kl(1)) / 2,
     "tropd-cached": (K1[0] + TRUNCATED[1] + kl(with_tail(CACHED_T), with_tail(CACHED_S))) / 3,
     "full-fkl": sum(TRUNCATED) / 2,

@@ -15,6 +15,7 @@ from tropd.pipeline.config.sections.model_settings import LoraSettings
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel
 from tropd.pipeline.models.loading import num_parameters
+from tropd.pipeline.objectives.extrapolation.settings import Extrapolation
 from tropd.pipeline.training.memory_plan import (
     GATHERED,
     MemoryPart,
@@ -144,6 +145,19 @@ def test_known_sizes_and_what_more_processes_save() -> None:
     with_teacher = {p.name: p.bytes for p in memory_parts(here, shape, shape, 1)}
     assert with_teacher["teacher"] == 2 * shape.parameters
     assert disk_bytes(config, shape)["checkpoints"] == 12 * shape.parameters * 3
+
+
+def test_extrapolation_takes_a_copy_of_the_weights_and_another_while_it_samples() -> None:
+    config, shape = paper_config(), shape_of("Qwen3-8B")
+    objective = config.objective.model_copy(update={"extrapolation": Extrapolation()})
+    also = config.model_copy(update={"objective": objective})
+    for processes in (1, 8):
+        before, after = ({p.name: p for p in memory_parts(c, shape, None, processes)} for c in (config, also))
+        added = [after[name] for name in after.keys() - before.keys() if "float32" in name]
+        assert {part.phase: part.bytes for part in added} == dict.fromkeys(
+            ("", "rollout"), 4 * shape.parameters / processes
+        )
+    assert disk_bytes(also, shape)["checkpoints"] == 16 * shape.parameters * 3
 
 
 def gathered(name: str, processes: int, gpu_bytes: float = 80e9) -> list[MemoryPart]:

@@ -1,0 +1,1 @@
+"""Extrapolation of the weights after an update, as data; ``training/extrapolation`` does it."""
