@@ -45,6 +45,8 @@ class LoadedModel:
     """Token ids that end its responses."""
     compiles: bool = False
     """Whether its layers are to be compiled."""
+    graphs: bool = False
+    """Whether it decodes with CUDA graphs, on a GPU."""
 
     def engine(
         self, *, batch_size: int, batch_tokens: int = 16384, autocast: torch.dtype | None = None
@@ -57,6 +59,7 @@ class LoadedModel:
             num_tokens=num_tokens(self.tokenizer),
             autocast=autocast,
             compiles=self.compiles,
+            graphs=self.graphs,
         )
 
 
@@ -86,7 +89,8 @@ def load_role(run: Run, role: str, folder: Path | None = None) -> LoadedModel:
             folder, dtype=settings.settled_dtype, device=device, trust_remote_code=settings.trust_remote_code
         )
     ends = stop_ids(run.workspace, run.config, role, folder)
-    return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
+    runtime = run.config.runtime
+    return LoadedModel(folder, model, tokenizer, ends, runtime.compile, runtime.cuda_graphs)
 
 
 def open_engine(

@@ -233,6 +233,14 @@ def _rollout_parts(
         + (2 * student.heads + 4 * student.kv_heads) * student.head_dim
         + 6 * student.hidden
     )
+    # Of its own: logits and, in a lower precision, the output layer's weights; outside it the logits again.
+    head = compute * student.vocab * student.hidden if compute < BYTES["float32"] else 0
+    graph = MemoryPart(
+        "CUDA graph of a decoding step",
+        float(head + 3 * 4 * batch * student.vocab),
+        "runtime.cuda_graphs = false",
+        "rollout",
+    )
     return [
         MemoryPart(
             "KV cache of rollouts",
@@ -242,6 +250,7 @@ def _rollout_parts(
             "rollout.batch_size, rollout.max_tokens",
             "rollout",
         ),
+        *([graph] if config.runtime.cuda_graphs and device.type == "cuda" else []),
         MemoryPart(
             "first pass of rollouts: prompts, teacher prefixes",
             float(min(batch * first, max(batch, PREFILL_TOKENS)) * (passed + first)),

@@ -26,7 +26,8 @@ from tropd.pipeline.config.recipe_files import load_objective, recipe_names
 from tropd.pipeline.config.sections.model_settings import LoraSettings
 from tropd.pipeline.config.sections.training_settings import TrainConfig
 from tropd.pipeline.models.engines.base import Sampling, everywhere
-from tropd.pipeline.models.engines.transformers import TransformersEngine, batches_of
+from tropd.pipeline.models.engines.scoring import batches_of
+from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.output import logprobs
 from tropd.pipeline.objectives.needs import needs_student_pass
 from tropd.pipeline.training.update.gradients import StepInputs, backpropagate
@@ -239,17 +240,36 @@ def _generate(
     stops: tuple[int, ...] = (1,),
     model: Any = None,
     batch_size: int = 64,
+    graphs: bool = False,
+    autocast: bool = False,
 ) -> Numbers:
     """Rows are decoded together; ``equal`` prompts need no padding."""
     engine = TransformersEngine(
-        place.put(model or STUDENT).to(dtype), stops, num_tokens=V, lean=False, batch_size=batch_size
+        place.put(model or STUDENT).to(dtype),
+        stops,
+        num_tokens=V,
+        lean=False,
+        batch_size=batch_size,
+        graphs=graphs,
+        autocast=HALF if autocast else None,
     )
     prompts = [row.context[:4] if equal else row.context for row in _rows()]
     prompts = [[*p, *([2] * (4 - len(p)))] if equal else p for p in prompts]
     engine.generate(prompts[:2], sampling, seeds=[0, 1], max_tokens=[1, 1])  # it proves itself
+    proved = engine.graphs.replays if engine.graphs else 0
     options: dict[str, Any] = {"seeds": list(range(9)), "max_tokens": [NEW_TOKENS] * 8 + [5]}
     with place.counting(NEW_TOKENS // 16):
         found = engine.generate(prompts, sampling, **options)
+    if graphs and place.kind != "cpu":
+        assert engine.graphs is not None
+        assert engine.graphs.works
+        assert engine.graphs.replays > proved + max(len(one.tokens) for one in found) - 5
+    if autocast:  # tokens may differ: their log-probs are those of the weights in float32, but for rounding
+        exact = TransformersEngine(model or STUDENT, [1], num_tokens=V)
+        rows = [[*prompt, *one.tokens] for prompt, one in zip(prompts, found, strict=True)]
+        scores = exact.score(rows, [len(prompt) for prompt in prompts])
+        gaps = np.concatenate([one.logprobs - s.token_logprobs for one, s in zip(found, scores, strict=True)])
+        return {"beyond rounding": max(0.0, float(np.abs(gaps).max()) - 0.2)}
     return {
         "tokens": [token for one in found for token in one.tokens],
         "log-probs": [value for one in found for value in one.logprobs],
@@ -305,6 +325,8 @@ CASES: dict[str, Case] = {
     "generate equal prompts": partial(_generate, equal=True),
     "generate a batch and one row": partial(_generate, batch_size=8, model=PADDED),
     "generate with stops": partial(_generate, stops=(1, 2, 3)),
+    "generate graphs": partial(_generate, graphs=True),
+    "generate graphs bfloat16": partial(_generate, graphs=True, autocast=True, model=PADDED),
     "generate padded vocabulary": partial(_generate, model=PADDED),
 }
 if find_spec("peft"):

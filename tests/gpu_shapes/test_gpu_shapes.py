@@ -40,6 +40,7 @@ QUICK = (
     "score bfloat16",
     "generate with stops",
     "generate a batch and one row",
+    "generate graphs",
 )
 SLOW = (
     *(f"step {name}" for name in recipe_names("objectives") if name != "sft" and f"step {name}" not in QUICK),
@@ -51,6 +52,7 @@ SLOW = (
     "generate greedy",
     "generate nucleus",
     "generate equal prompts",
+    "generate graphs bfloat16",
     "generate padded vocabulary",
 )
 # Shares of the largest number. In bfloat16, products on the CPU have other sums.

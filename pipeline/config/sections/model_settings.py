@@ -45,6 +45,10 @@ class RuntimeConfig(Spec):
     time, and sample on a CPU in about 40 % less. A model of 135M parameters gains 7 % of a step on a CPU, after half a
     minute to minutes at the start of each process. Needs a C++ compiler on a CPU. A resumed run may then differ in the
     last digits. vLLM ignores this."""
+    cuda_graphs: bool = False
+    """On a GPU, without vLLM: launch each decoding step of Llama, Mistral, Qwen2 and Qwen3 at once (CUDA graphs). Each
+    process first compares them with the model itself, and does without where they fail or differ. Off until somebody has
+    run it on a GPU: docs/scale.md, Decoding without vLLM."""
 
 
 class ModelConfig(Spec):

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.decoding import ChosenTokens
 from tropd.pipeline.models.engines.draw import sample_tokens
+from tropd.pipeline.models.engines.graphs.allocated_cache import allocated, is_allocated
+from tropd.pipeline.models.engines.graphs.token_graph import GraphUse, TokenGraph
 from tropd.pipeline.models.output.output_layer import SplitModel
 from tropd.pipeline.models.runtime import to_device
 
@@ -35,6 +36,7 @@ class ModelDecoder:
         longest: tokens that a row may have, prompt included.
         sampling: how tokens are chosen.
         prefill_tokens: tokens of prompts, padding included, per pass.
+        graphs: with them, steps are CUDA graphs.
     """
 
     def __init__(
@@ -44,11 +46,14 @@ class ModelDecoder:
         longest: int,
         sampling: Sampling,
         prefill_tokens: int = PREFILL_TOKENS,
+        graphs: GraphUse | None = None,
     ) -> None:
         self._model = model
         self._prefill_tokens = prefill_tokens
         self._split = split
         self._sampling = sampling
+        self._graphs = graphs
+        self._graph: TokenGraph | None = None
         self._last_position = longest - 1
         self._cache = DynamicCache(config=model.config)
         # State-space models call it otherwise, and their masks are for new tokens only.
@@ -65,28 +70,40 @@ class ModelDecoder:
         """See ``Decoder.start``."""
         ids, mask = left_pad(prompts, self._next.device)
         width = mask.shape[1]
-        self._cache = _allocated(self._model.config, width + min(room, FIRST_STEPS))
+        self._cache = allocated(self._model.config, width + min(room, FIRST_STEPS))
         self._mask = torch.nn.functional.pad(mask, (0, room), value=1)
         # On a CPU, to look whether anything is padded takes no wait.
         self._is_padded = self._next.device.type == "cpu" or any(len(p) < width for p in prompts)
         self._next = mask.sum(dim=-1)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         # Other kinds of cache may take the prompt at once or token by token only.
-        in_parts = all(type(layer) is _AllocatedLayer for layer in self._cache.layers)
+        in_parts = is_allocated(self._cache)
         parts = prefill_parts(len(ids), width, self._prefill_tokens if in_parts else ids.numel())
         for columns in parts[:-1]:
             self._read(ids[:, columns], positions[:, columns])
-        return self._choose(ids[:, parts[-1]], positions[:, parts[-1]], draws)
+        choice = self._choose(self._read(ids[:, parts[-1]], positions[:, parts[-1]]), draws)
+        if self._graphs is not None and self._graphs.works and in_parts:
+            self._graph = TokenGraph(self._graphs, self._split, self._cache, self._length)
+        return choice
 
     def step(self, draws: Tensor) -> ChosenTokens:
         """See ``Decoder.step``."""
         # Rows that are done ride along for a while, and may get ahead of the model's last position.
         positions = self._next.clamp(max=self._last_position).unsqueeze(-1)
         self._next = self._next + 1
-        return self._choose(self._tokens.unsqueeze(-1), positions, draws)
+        ids = self._tokens.unsqueeze(-1)
+        logits = None if self._graph is None else self._graph.next_logits(ids, positions, self._mask)
+        if logits is None:
+            self._graph = None
+            logits = self._read(ids, positions)
+        else:
+            self._length += 1
+        return self._choose(logits, draws)
 
     def select(self, keep: Tensor) -> None:
         """See ``Decoder.select``."""
+        if self._graph is not None:
+            self._graph.forget()
         # As batch_select_indices, which layers of linear attention do not have.
         self._cache.reorder_cache(keep)
         self._mask, self._next, self._tokens = self._mask[keep], self._next[keep], self._tokens[keep]
@@ -106,57 +123,10 @@ class ModelDecoder:
             past_key_values=self._cache,
         )
 
-    def _choose(self, ids: Tensor, positions: Tensor, draws: Tensor) -> ChosenTokens:
-        choice = sample_tokens(self._read(ids, positions), draws, self._sampling)
+    def _choose(self, logits: Tensor, draws: Tensor) -> ChosenTokens:
+        choice = sample_tokens(logits, draws, self._sampling)
         self._tokens = choice[0]
         return choice
-
-
-class _AllocatedLayer(DynamicLayer):
-    """A cache layer that writes into a buffer, doubled when it is full; DynamicLayer would copy at every token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._length = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = [
-                states.new_empty((*states.shape[:2], self._capacity, states.shape[-1]))
-                for states in (key_states, value_states)
-            ]
-        end = self._length + key_states.shape[-2]
-        if end > self._buffers[0].shape[2]:
-            self._buffers = [_grown(buffer, self._length, end) for buffer in self._buffers]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._length : end] = states
-        self._expose(end)
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._buffers = [buffer[beam_idx] for buffer in self._buffers]
-        self._expose(self._length)
-
-    def _expose(self, length: int) -> None:
-        self._length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-
-def _grown(buffer: Tensor, length: int, needed: int) -> Tensor:
-    larger = buffer.new_empty((*buffer.shape[:2], max(needed, 2 * length), buffer.shape[3]))
-    larger[:, :, :length] = buffer[:, :, :length]
-    return larger
-
-
-def _allocated(config: Any, capacity: int) -> DynamicCache:
-    """The model's own kind of cache; plain full-attention layers get a buffer."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_AllocatedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
 
 
 def prefill_parts(rows: int, width: int, tokens: int) -> list[slice]:

@@ -23,6 +23,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Differences in nats that rounding explains; of a log-prob below -1, the same as a share of it."""
 MOST_PROMPT_TOKENS = 96
 NEW_TOKENS = 8
+TOKENS_OF_GRAPHS = (24, 8, 24)
+"""Of three rows: one leaves the others at the first look at the tokens, see ``decoding.STEPS_ON_GPU``."""
 
 TokenRows = Sequence[Sequence[int]]
 Logprobs = Callable[[TokenRows, Sequence[int]], Sequence[Floats32]]

@@ -5,16 +5,17 @@ Legend: n positions · H hidden size · V vocabulary · k alternatives per posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tropd.pipeline.models.engines.base import ChosenScores
 from tropd.pipeline.models.output import vocabulary_sums
 from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace
-from tropd.pipeline.models.runtime import to_host
+from tropd.pipeline.models.runtime import to_device, to_host
 
 LOGIT_ELEMENTS = 1 << 26
 """Logits held at once: 2^26 float32 numbers, 256 MiB."""
@@ -135,3 +136,30 @@ def _logits(split: SplitModel, states: Tensor) -> Iterator[tuple[slice, Tensor]]
     for low in range(0, len(states), size or 1):
         rows = slice(low, low + size)
         yield rows, split.own_logits(states[rows], space)
+
+
+def right_pad(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (1 token, 0 padding) ``[len(rows), width]``."""
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(np.int64)
+    return to_device(ids, device), to_device(mask, device)
+
+
+def batches_of(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of sequences that go through a model together: shortest first, at most ``budget`` tokens with padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for rows in _token_budget_batches([len(sequences[i]) for i in order], budget):
+        yield [order[r] for r in rows]
+
+
+def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
+    """Consecutive ranges of rows (lengths rising) whose padded size stays within the budget, at least one row each."""
+    batches: list[range] = []
+    low = 0
+    for high in range(1, len(lengths) + 1):
+        if high == len(lengths) or (high + 1 - low) * lengths[high] > budget:
+            batches.append(range(low, high))
+            low = high
+    return batches

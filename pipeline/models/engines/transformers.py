@@ -16,10 +16,11 @@ from tropd.pipeline.models.engines import base, proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.decoding import Decoder, batch_sizes, decode
 from tropd.pipeline.models.engines.decoding_any import ModelDecoder
+from tropd.pipeline.models.engines.graphs.known import graphs_for
 from tropd.pipeline.models.engines.lean import compiled
 from tropd.pipeline.models.engines.lean.lean_decoder import LeanDecoder, LeanModel, is_lean
 from tropd.pipeline.models.engines.residual import float32_stream, takes_float32_stream
-from tropd.pipeline.models.engines.scoring import score_states, topk_of
+from tropd.pipeline.models.engines.scoring import batches_of, right_pad, score_states, topk_of
 from tropd.pipeline.models.loading import context_length
 from tropd.pipeline.models.output.output_layer import SplitModel, split_model
 from tropd.pipeline.models.runtime import (
@@ -32,6 +33,7 @@ from tropd.pipeline.models.runtime import (
     to_host,
 )
 from tropd.storage.arrays import Floats32
+from tropd.storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TransformersEngine:
         num_tokens: ids that the tokenizer has; all rows of the output layer if None.
         autocast: lower precision for matrix products, where the weights are kept in float32 for training.
         compiles: compile the model's layers and, where the model is one that ``lean_decoder`` knows, its decoding step.
+        graphs: on a GPU, decode with CUDA graphs (see ``token_graph``) where they prove right.
         lean: decode without the model's modules (see ``lean_decoder``), or with them; None: without, if equal.
     """
 
@@ -72,6 +75,7 @@ class TransformersEngine:
         num_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         compiles: bool = False,
+        graphs: bool = False,
         lean: bool | None = None,
     ) -> None:
         self.model = model
@@ -80,6 +84,8 @@ class TransformersEngine:
         self._stop_ids = sorted(stop_ids)
         self._compiles = compiles
         self._lean = lean
+        self.graphs = graphs_for(model) if graphs else None
+        """Those of its decoding steps, if it makes any."""
         self._has_scored = False
         self._has_generated = False
         self._prepared: set[Sampling] = set()
@@ -203,7 +209,7 @@ class TransformersEngine:
 
     def _decoder(self, weights: LeanModel | None, longest: int, sampling: Sampling) -> Decoder:
         if weights is None:
-            return ModelDecoder(self.model, self._split, longest, sampling, self._batch_tokens)
+            return ModelDecoder(self.model, self._split, longest, sampling, self._batch_tokens, self.graphs)
         forward = compiled.choose_compiled if self._compiles else None
         return LeanDecoder(weights, longest, sampling, forward, self._batch_tokens)
 
@@ -317,7 +323,7 @@ class TransformersEngine:
     def _states(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = _right_pad(sequences, max(map(len, sequences)), self.model.device)
+        ids, mask = right_pad(sequences, max(map(len, sequences)), self.model.device)
         hidden = self._split.hidden(input_ids=ids, attention_mask=mask)
         spans = [(row, start, len(sequences[row])) for row, start in enumerate(starts)]
         # The hidden state at position t predicts token t + 1.
@@ -335,15 +341,26 @@ class TransformersEngine:
     # --------------------------------------------------------------------------------------- proof
 
     def _prove_decoding(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        rows = proof.few(prompts, self.max_length - proof.NEW_TOKENS)
+        if self.graphs is not None:
+            try:
+                with self.graphs.short():
+                    self._prove_tokens(prompts, sampling, proof.TOKENS_OF_GRAPHS)
+            except ConfigError as error:  # the model may decode right without
+                self.graphs.give_up(error)
+        if self.graphs is None or not self.graphs.works:
+            self._prove_tokens(prompts, sampling, [proof.NEW_TOKENS] * 3)
+
+    def _prove_tokens(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, counts: Sequence[int]
+    ) -> None:
+        rows = proof.few(prompts, self.max_length - max(counts))
         # Greedy, but compiled code is made for a way of sampling.
         how = sampling if self._compiles else Sampling(0.0)
         name = type(self.model).__name__
         plain = proof.plain_logprobs(self.model, self._autocast, self._split.limit)
         with proof.refusing(name):
             for prompts in (rows, rows[:1]):  # with padding, and without
-                counts = [proof.NEW_TOKENS] * len(prompts)
-                drawn = self._continue(prompts, how, range(len(prompts)), counts, ())
+                drawn = self._continue(prompts, how, range(len(prompts)), counts[: len(prompts)], ())
                 tokens, logprobs = [g.tokens for g in drawn], [g.logprobs for g in drawn]
                 proof.check_decoding(name, prompts, tokens, logprobs, plain, self._tolerance)
 
@@ -370,31 +387,3 @@ class TransformersEngine:
                 raise ValueError(f"sequence {number}: {len(sequence)} tokens, the model takes {longest}")
             if min(sequence) < 0 or max(sequence) >= vocab_size:
                 raise ValueError(f"sequence {number}: a token id is outside 0 … {vocab_size - 1}")
-
-
-def _right_pad(
-    rows: Sequence[Sequence[int]], width: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = tokens
-    mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(np.int64)
-    return to_device(ids, device), to_device(mask, device)
-
-
-def batches_of(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of sequences that go through a model together: shortest first, at most ``budget`` tokens with padding."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for rows in _token_budget_batches([len(sequences[i]) for i in order], budget):
-        yield [order[r] for r in rows]
-
-
-def _token_budget_batches(lengths: Sequence[int], budget: int) -> list[range]:
-    """Consecutive ranges of rows (lengths rising) whose padded size stays within the budget, at least one row each."""
-    batches: list[range] = []
-    low = 0
-    for high in range(1, len(lengths) + 1):
-        if high == len(lengths) or (high + 1 - low) * lengths[high] > budget:
-            batches.append(range(low, high))
-            low = high
-    return batches

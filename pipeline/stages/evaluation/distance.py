@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd.pipeline.models.engines.scoring import LOGIT_ELEMENTS, LOGIT_ELEMENTS_ON_CPU
-from tropd.pipeline.models.engines.transformers import TransformersEngine, batches_of
+from tropd.pipeline.models.engines.scoring import LOGIT_ELEMENTS, LOGIT_ELEMENTS_ON_CPU, batches_of
+from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.output import vocabulary_sums
 from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel, is_plain, workspace

@@ -166,7 +166,7 @@ def _sampling_engine(
     remote = settings.trust_remote_code
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=remote)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
-    loaded = LoadedModel(folder, model, tokenizer, stop_ids, runtime.compile)
+    loaded = LoadedModel(folder, model, tokenizer, stop_ids, runtime.compile, runtime.cuda_graphs)
     engine = loaded.engine(batch_size=rollout.batch_size, autocast=autocast)
     engine.prepare(sampling_of(rollout))
     return engine

@@ -202,7 +202,8 @@ def trainable_student(run: Run, folder: Path, device: torch.device, world: World
         attend_in_float32(model)
     tokenizer = role_tokenizer(run, "student", folder)
     ends = stop_ids(run.workspace, run.config, "student", folder)
-    return LoadedModel(folder, model, tokenizer, ends, run.config.runtime.compile)
+    runtime = run.config.runtime
+    return LoadedModel(folder, model, tokenizer, ends, runtime.compile, runtime.cuda_graphs)
 
 
 def check_attention(run: Run, world: World) -> None:

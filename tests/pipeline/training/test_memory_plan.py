@@ -210,3 +210,16 @@ def test_adapters_take_less_than_all_weights() -> None:
     everything, adapters = total(""), total("lora = { rank = 16 }")
     # 16 bytes per parameter for training all, 2 for frozen bfloat16 weights.
     assert everything - adapters == pytest.approx(1.1 * 14e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("device", "planned"), [("cuda", 1), ("cpu", 0)])
+def test_a_graph_of_a_decoding_step_has_memory_of_its_own(device: str, planned: int) -> None:
+    runtime = f"[runtime]\ndevice = '{device}'\ncuda_graphs = true\n"
+    text = f"{runtime}[rollout]\nbatch_size = 64\n[student]\ndtype = 'bfloat16'"
+    shape = shape_of("Qwen3-1.7B")
+    parts = memory_parts(parse_config(text).config, shape, None, 1)
+    graphs = [part for part in parts if "CUDA graph" in part.name]
+    assert len(graphs) == planned
+    for part in graphs:
+        assert part.bytes > 2 * shape.vocab * shape.hidden
+        assert part.phase == "rollout"

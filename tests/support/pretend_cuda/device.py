@@ -12,23 +12,11 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+from pretend_cuda.graphs import WAITING, Capture, Graph
 from pretend_cuda.record import Record, where
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
-# Operations whose result, or its size, the host has to know.
-WAITING = {
-    "_local_scalar_dense",
-    "_unique2",
-    "allclose",
-    "equal",
-    "is_nonzero",
-    "item",
-    "masked_select",
-    "nonzero",
-    "unique_dim",
-    "unique_consecutive",
-}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # Products of two lower precisions whose sums come out in float32: CPUs have none.
 WIDE_PRODUCTS = [overload for overload in [getattr(aten.mm, "dtype", None)] if overload is not None]
@@ -315,6 +303,8 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "set_device": lambda *_: None,
     "synchronize": lambda *_: _record.wait("synchronize"),
     "mem_get_info": lambda *_: (80 << 30, 80 << 30),
+    "CUDAGraph": Graph,
+    "graph": Capture,
 }
 
 

@@ -336,20 +336,25 @@ def _all_plain(model: Any) -> bool:
     )
 
 
+def is_known(model: Any) -> bool:
+    """True if a model says that it is one of the plain architectures, in a precision that is known."""
+    config = model.config
+    return (
+        config.model_type in ARCHITECTURES
+        and model.dtype in TOLERANCES
+        and not getattr(config, "sliding_window", None)
+        and getattr(getattr(model.model, "rotary_emb", None), "rope_type", "") in ROTARY
+        and _all_plain(model)
+    )
+
+
 def is_lean(model: Any) -> bool:
     """True if a model decodes the same without its modules: known, on a CPU, and equal on a few padded tokens.
 
     These are compared in the precision of its weights.
     """
     config = model.config
-    if (
-        config.model_type not in ARCHITECTURES
-        or model.device.type != "cpu"
-        or model.dtype not in TOLERANCES
-        or getattr(config, "sliding_window", None)
-        or getattr(getattr(model.model, "rotary_emb", None), "rope_type", "") not in ROTARY
-        or not _all_plain(model)
-    ):
+    if model.device.type != "cpu" or not is_known(model):
         return False
     ids = (torch.arange(12).view(2, 6) * 7 + 1) % config.vocab_size
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
