@@ -6,9 +6,9 @@ is neither refused nor trusted without a word.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tropd.pipeline.config.schema import to_plain
 from tropd.pipeline.config.sections.model_settings import ModelConfig
@@ -18,24 +18,16 @@ from tropd.pipeline.models.loading import (
     load_tokenizer,
     weights_digest,
 )
-from tropd.pipeline.models.stops import stop_ids
-from tropd.pipeline.models.tokenizers import tokenizer_identity
-from tropd.pipeline.objectives.spec import Spec, field_marks
-from tropd.storage.stage.fingerprint import Scalar, flatten
-from tropd.storage.stage.manifest import FILE_NAME as MANIFEST
-
-if TYPE_CHECKING:
-    pass
-import json
-from collections.abc import Mapping
-
 from tropd.pipeline.models.model_files import GENERATION_CONFIG
-from tropd.pipeline.models.tokenizers import CHAT_TEMPLATE
+from tropd.pipeline.models.stops import stop_ids
+from tropd.pipeline.models.tokenizers import CHAT_TEMPLATE, tokenizer_identity
+from tropd.pipeline.objectives.spec import Spec, field_marks
 from tropd.pipeline.problems.encoding import Encoded, token_digest
 from tropd.pipeline.run.opening import template_file
 from tropd.pipeline.run.run import Run
 from tropd.storage.disk.atomic import content_digest
-from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.fingerprint import Fingerprint, Scalar, flatten
+from tropd.storage.stage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage.stage import Stage
 
 AS_TOKENS = " as token ids"
