@@ -33,7 +33,8 @@ def with_rewards(
     """The rows with their rewards. A row without any keeps None, if ``reward.missing`` allows it.
 
     Raises:
-        TropdError: naming step, prompt and row: the function failed, or a row has no reward and must have one.
+        TropdError: naming step, prompt and row: the function failed, or a row has no reward and must have one; or none
+            has one.
     """
     groups: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -46,22 +47,18 @@ def with_rewards(
             prompt = prompts[rows[index].plan.prompt_index]
             where = f"step {step}, prompt {prompt.id!r}, response {place + 1} of {len(group)}"
             found[index] = _rewarded(rows[index], value, where, config)
+    if answers and all(row.reward is None for row in found):
+        raise TropdError(
+            f"none of the {len(rows)} rows of step {step} has a reward, so it has nothing to learn from; the first: "
+            f"{_reason(answers[0][0])}",
+            hint="check the source of rewards on this run's own responses; train/samples.jsonl has some",
+        )
     return found
 
 
 def rows_to_train_on(rows: Sequence[Row]) -> list[Row]:
-    """Those with a reward, and those in which the student wrote nothing.
-
-    Raises:
-        TropdError: no row has a reward.
-    """
-    kept = [row for row in rows if row.reward is not None or not row.tokens]
-    if len(kept) < len(rows) and not any(row.tokens for row in kept):
-        raise TropdError(
-            f"none of the {len(rows)} rows of a step has a reward, so it has nothing to learn from",
-            hint="check reward.source on this run's own responses; train/samples.jsonl has some",
-        )
-    return kept
+    """Those with a reward, and those in which the student wrote nothing."""
+    return [row for row in rows if row.reward is not None or not row.tokens]
 
 
 def step_rewards(rows: Sequence[Row], correct_from: float) -> StepRewards:
@@ -114,8 +111,11 @@ def _rewarded(row: Row, value: Judgment, where: str, reward: RewardConfig) -> Ro
         return replace(row, reward=float(value))
     if reward.missing == "drop":
         return row
-    reason = value.reason if isinstance(value, Missing) else f"it is {value}"
     raise TropdError(
-        f"{where} has no reward: {reason}",
+        f"{where} has no reward: {_reason(value)}",
         hint='mend the source of rewards and run again, or leave such rows out: reward.missing = "drop"',
     )
+
+
+def _reason(value: Judgment) -> str:
+    return value.reason if isinstance(value, Broken | Missing) else f"it is {value}"

@@ -91,5 +91,7 @@ def test_rows_without_a_reward_leave_the_step() -> None:
     found = rewarded({0: [1, None], 1: [Missing("too slow"), math.nan]}, missing="drop")
     kept = rows_to_train_on(found)
     assert kept == [found[0], found[3]], "the row that the student wrote nothing in has no reward to miss"
-    with pytest.raises(TropdError, match="none of the 5 rows"):
-        rows_to_train_on(rewarded({0: [None, None], 1: [None, None]}, missing="drop"))
+    with pytest.raises(
+        TropdError, match=r"none of the 5 rows of step 7 has a reward, .*; the first: too slow"
+    ):
+        rewarded({0: [Missing("too slow"), None], 1: [None, None]}, missing="drop")
