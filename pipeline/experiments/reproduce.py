@@ -25,7 +25,7 @@ from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
 from tropd.pipeline.run.progress import Reporter
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.evaluate import read_marks
-from tropd.pipeline.stages.evaluation.harness.judging import fetch_questions
+from tropd.pipeline.stages.evaluation.harness.judging import check_judges, fetch_questions
 from tropd.pipeline.stages.evaluation.statistics import Estimate, average
 from tropd.pipeline.stages.fetch import fetch_sources
 from tropd.pipeline.stages.prefixes import generate_prefixes
@@ -111,6 +111,7 @@ def reproduce(job: Job, reporter: Reporter) -> Result:
         else:
             fetch_sources(run, [training_source(setting.domains, run.config.data.limit), *EVALUATIONS])
             fetch_questions(run)
+            check_judges(run)
         # Teacher trajectories need no student, but its tokenizer is compared: where SFT makes it, that of its base.
         before = run
         if setting.sft_from is not None:

@@ -73,15 +73,24 @@ def _contaminated(run: Run) -> set[str]:
 
 
 def evaluation_problems(
-    run: Run, tokenizer: Any, max_length: int, name: str = "", role: str = "student"
+    run: Run,
+    tokenizer: Any,
+    max_length: int,
+    name: str = "",
+    role: str = "student",
+    *,
+    unanswered: bool = False,
 ) -> Encoded:
     """The problems of an evaluation set (``Config.evaluation_sets``) with their token ids, as a role reads them.
 
     Those of [evaluation] itself need no answer where the distance to the teacher is measured on them.
+
+    Args:
+        unanswered: they need none, whatever is measured, since a teacher reads them.
     """
     data, settings = run.config.problem_files[name], run.config.evaluation_sets[name]
     role_settings: ModelConfig = getattr(run.config, role)
-    compared = not name and role == "student" and settings.distance_prompts > 0
+    compared = unanswered or (not name and role == "student" and settings.distance_prompts > 0)
     room = _room(max_length, settings.max_tokens or run.config.rollout.max_tokens)
     return _usable_prompts(
         run,
@@ -91,7 +100,7 @@ def evaluation_problems(
         tokenizer,
         room,
         settings.limit,
-        need_answer=bool(name) or not settings.distance_prompts,
+        need_answer=not unanswered and (bool(name) or not settings.distance_prompts),
         template_args=role_settings.chat_template_args,
         also=partial(_context_fields, run) if compared else lambda domain: (),
     )

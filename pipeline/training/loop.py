@@ -164,14 +164,16 @@ def _train_steps(session: Session, stage: Stage | None, stop: StopRequest) -> Co
                 raise _interrupted(run, step, "while waiting for the teacher") from None
             record |= {f"time_{name}": seconds for name, seconds in timeline.take(step).items()}
             taken = memory_metrics(session.student.model.device, memory)
-            told = world.gather((world.take_waits(), timeline.take_events(), taken))
-            record |= of_the_fullest([taken for _, _, taken in told])
+            told = world.gather((world.take_waits(), timeline.take_events(), taken, record.get("time_ask")))
+            record |= of_the_fullest([taken for _, _, taken, _ in told])
+            if asked := [seconds for *_, seconds in told if seconds is not None]:
+                record["time_ask"] = math.fsum(asked)
             if peak is not None:
                 lengths = [len(row.sequence) for row in inputs.rows]
                 record["mfu_train"] = peak.mfu(lengths, record["time_train"])
             if world.size > 1:
-                record["exchange_seconds"] = [seconds for seconds, _, _ in told]
-                for _, events, _ in told:
+                record["exchange_seconds"] = [seconds for seconds, *_ in told]
+                for _, events, *_ in told:
                     timeline.add(events)
             sums.update({name: record[name] for name in SUMMED})
             done = step + 1

@@ -57,7 +57,7 @@ class LightevalTask:
         for number in range(4):
             yield Doc(
                 id=str(number),
-                query=f"{number}+1=",
+                query=f"{number}+1=" + "\\u2028" * (number == 3),  # an end of a line to str.splitlines
                 choices=[""],
                 gold_index=0,
                 instruction=None,

@@ -131,7 +131,7 @@ class EvaluationConfig(Spec):
     """More sets of problems, each with settings of its own (avg@n and pass@k, no greedy decoding)."""
     allow_code: Inert[bool] = False
     """Measure benchmarks of lighteval that run code from a response (LiveCodeBench), in a process without network.
-    Otherwise they are left out."""
+    Otherwise they are left out. To be set from the first stage on: `data.decontaminate` looks at the measured ones."""
     judging_seconds: Inert[float] = Field(default=4 * 3600.0, gt=0.0, le=WEEK)
     """Longest time in which lighteval judges all responses of a model to a benchmark."""
     harness: Apart[tuple[HarnessTask, ...]] = ()

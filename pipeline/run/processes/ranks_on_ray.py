@@ -36,7 +36,7 @@ _HANDED_ON = ("TROPD_", "HF_", "WANDB_", "NCCL_", "GLOO_", "OMP_")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A place for a process, as its actor sees it."""
 
     node: str
@@ -56,13 +56,13 @@ class _Seat:
         self._asked: int | None = None
         self._store: Any = None
 
-    def look(self, proof: Path) -> Place:
+    def look(self, proof: Path) -> RankPlace:
         import ray
 
         context = ray.get_runtime_context()
         address = ray.util.get_node_ip_address()
         visible = os.environ.get(VISIBLE, "")
-        return Place(context.get_node_id(), socket.gethostname(), address, visible, proof.exists())
+        return RankPlace(context.get_node_id(), socket.gethostname(), address, visible, proof.exists())
 
     def keep_store(self, address: str) -> int:
         """Keep the store where the processes meet; returns its port."""
@@ -204,7 +204,7 @@ def _placed(ray: Any, count: int, device: Device) -> Iterator[list[Any]]:
         remove_placement_group(group)
 
 
-def ranks_of(places: Sequence[Place]) -> list[tuple[int, dict[str, str]]]:
+def ranks_of(places: Sequence[RankPlace]) -> list[tuple[int, dict[str, str]]]:
     """The places by rank, node by node: the number of each, and the variables of its process.
 
     The first node has the most processes: what process 0 finds out about memory holds for all.
@@ -227,7 +227,7 @@ def ranks_of(places: Sequence[Place]) -> list[tuple[int, dict[str, str]]]:
     return found
 
 
-def _look(ray: Any, seats: Sequence[Any], logs: Path) -> list[Place]:
+def _look(ray: Any, seats: Sequence[Any], logs: Path) -> list[RankPlace]:
     """The places of the seats.
 
     Raises:
@@ -236,7 +236,7 @@ def _look(ray: Any, seats: Sequence[Any], logs: Path) -> list[Place]:
     proof = logs / f".seen-{uuid.uuid4().hex}"
     write_text_atomic(proof, "")
     try:
-        places: list[Place] = ray.get([seat.look.remote(proof) for seat in seats])
+        places: list[RankPlace] = ray.get([seat.look.remote(proof) for seat in seats])
     finally:
         proof.unlink(missing_ok=True)
     blind = sorted({place.host for place in places if not place.shares})

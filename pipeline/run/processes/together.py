@@ -66,7 +66,7 @@ class Running:
     """Bytes that its log had before."""
 
 
-Start = Callable[[Child], AbstractContextManager[Running]]
+StartChild = Callable[[Child], AbstractContextManager[Running]]
 """Starts a child; at the end of the block it no longer runs."""
 
 
@@ -82,7 +82,7 @@ def run_together(
     hint: str,
     *,
     tick: Callable[[], None] = lambda: None,
-    start: Start | None = None,
+    start: StartChild | None = None,
 ) -> int:
     """Run processes until all have ended; if one fails, the others are ended.
 

@@ -36,7 +36,7 @@ def evaluate_student(session: Session) -> StepRecord:
     record: StepRecord = {}
     known: Mapping[str, Trajectory] = {}
     if session.held_out is not None and session.held_out.prompts.prompts:
-        responses = write_responses(session, session.held_out.prompts)
+        responses = write_held_out(session, session.held_out.prompts)
         known = {response.prompt_id: response for response in responses}
         record |= _of_student(session, session.held_out.prompts, responses)
         record |= _of_teacher(session, session.held_out.written)
@@ -45,7 +45,7 @@ def evaluate_student(session: Session) -> StepRecord:
     return record
 
 
-def write_responses(session: Session, held_out: HeldOut) -> list[Trajectory]:
+def write_held_out(session: Session, held_out: HeldOut) -> list[Trajectory]:
     """One response of the student to each prompt. Its weights are those of the engine."""
 
     def write(share: list[int]) -> list[Trajectory]:

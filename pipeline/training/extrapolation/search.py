@@ -5,7 +5,8 @@
 from θ_base becomes 3, 5, 7, 9, 11 times as long. AdamW's moments stay as they are, and so does everything that is not
 extrapolated. Source: EffOPD, arXiv 2605.11739, and its code (caiyuchen-ustc/EffOPD).
 
-All of it is a function of θ, θ_base, the run's seed and the problems: a run that was killed repeats it to the same bits.
+All of it is a function of θ, θ_base, the run's seed and the problems: a run that was killed repeats it to the same
+bits, as long as no grader runs out of time (``evaluation.grading_seconds``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from tropd.pipeline.objectives.extrapolation.settings import Extrapolation
 from tropd.pipeline.run.interrupt import StopRequestedError
 from tropd.pipeline.stages.evaluation.responses import Response, respond
-from tropd.pipeline.training.distance.along import reverse_distances, write_responses
+from tropd.pipeline.training.distance.along import reverse_distances, write_held_out
 from tropd.pipeline.training.extrapolation.base_weights import BaseWeights
 from tropd.pipeline.training.extrapolation.validation import Validation
 from tropd.pipeline.training.session import Session
@@ -100,7 +101,7 @@ def _score(session: Session, validation: Validation) -> float:
     try:
         if validation.problems:
             return _accuracy(session, validation)
-        responses = write_responses(session, validation.prompts)
+        responses = write_held_out(session, validation.prompts)
         distances = reverse_distances(session, validation.prompts, responses)
         if distances is None:
             raise StopRequestedError

@@ -15,7 +15,7 @@ from tropd.pipeline.stages.evaluation.held_out import HeldOut, held_out_prompts
 from tropd.storage.errors import DataError
 from tropd.storage.stage.fingerprint import Scalar
 
-DECIDING = ("temperature", "top_p", "limit", "grader", "answer_pattern")
+DECIDING = ("temperature", "top_p", "grader", "answer_pattern")
 """Settings of an evaluation set that accuracies depend on, besides the length of responses."""
 
 
@@ -45,14 +45,15 @@ def read_validation(run: Run, tokenizer: Any, longest: int) -> Validation | None
         return None
     name = extrapolation.problems
     settings = run.config.evaluation_sets[name]
-    found = evaluation_problems(run, tokenizer, longest, name)
+    by_teacher = extrapolation.score == "reverse_kl"
+    found = evaluation_problems(run, tokenizer, longest, name, unanswered=by_teacher)
     if not name:
         run.reporter.warning(
             f"weights are chosen on {extrapolation.most} or fewer of the problems that the run is evaluated on "
             f"({run.config.data.evaluation}), so its accuracy on them flatters it: objective.extrapolation.problems "
             "names another set, one of evaluation.benchmarks"
         )
-    if extrapolation.score == "reverse_kl":
+    if by_teacher:
         return Validation(settings, [], held_out_prompts(run, found, extrapolation.most))
     graded = [one for one in found.prompts if one.prompt.answer is not None]
     if not graded:
@@ -72,8 +73,11 @@ def validation_fields(run: Run) -> dict[str, Scalar]:
     name = extrapolation.problems
     settings = run.config.evaluation_sets[name]
     fields = dict(data_fields(run, "evaluation", name))
-    fields["evaluation.max_tokens"] = settings.max_tokens or run.config.rollout.max_tokens
+    fields["evaluation.limit"] = settings.limit
+    # Responses to held-out prompts are as long as those of [evaluation] itself.
+    fields["evaluation.max_tokens"] = run.config.evaluation_max_tokens
     if extrapolation.score == "accuracy":
+        fields["evaluation.max_tokens"] = settings.max_tokens or run.config.rollout.max_tokens
         fields |= {f"evaluation.{field}": getattr(settings, field) for field in DECIDING}
         fields["evaluation.grading_rules"] = RULES
     own = section_fields("objective.extrapolation", extrapolation)

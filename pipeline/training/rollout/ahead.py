@@ -85,6 +85,8 @@ class Preparation:
         self._timeline = timeline
         self._pool = pool
         self._pending: _Pending | None = None
+        self._asked: AskedAsFinished | None = None
+        """The last that were begun."""
 
     def begin(self, step: int, rows: list[Row] | None = None) -> None:
         """Prepare a step in the background with the weights as they are now; nothing without staleness.
@@ -110,6 +112,11 @@ class Preparation:
             self._refresh(step)
             return self._prepare(step, self._rolled(step))
 
+    def give_up(self) -> None:
+        """Ask the teacher for nothing more."""
+        if self._asked is not None:
+            self._asked.give_up()
+
     def rows_ahead(self, step: int) -> list[Row] | None:
         """The rows of a step that was begun, as soon as they are rolled out; None if it was not.
 
@@ -131,7 +138,7 @@ class Preparation:
         if not self._session.asks_as_finished:
             return replace(before, rows=self._rows(step))
         plans = planned_rows(self._session, step)
-        asked = ask_about(self._session, self._timeline, step, plans)
+        asked = self._asked = ask_about(self._session, self._timeline, step, plans)
         try:
             return replace(before, rows=self._rows(step, asked.finished), asked=asked)
         except BaseException:
@@ -153,7 +160,7 @@ class Preparation:
         with self._timeline.span("score", step):
             if rolled.asked is None and self._session.asks_as_finished:  # rows of a checkpoint
                 plans = [row.plan for row in rolled.rows]
-                asked = ask_about(self._session, self._timeline, step, plans)
+                asked = self._asked = ask_about(self._session, self._timeline, step, plans)
                 written = {row.plan.seed: row for row in rolled.rows}
                 for plan in self._session.aside.share(to_continue(plans)):
                     asked.finished(written[plan.seed])
@@ -165,12 +172,18 @@ class Preparation:
 def open_preparation(session: Session, timeline: Timeline, stop: StopRequest) -> Iterator[Preparation]:
     """Prepare steps while the block runs; work under way at its end is given up."""
     if not session.ahead:
-        yield Preparation(session, timeline, None)
+        preparation = Preparation(session, timeline, None)
+        try:
+            yield preparation
+        finally:
+            preparation.give_up()
         return
     with ThreadPoolExecutor(1, thread_name_prefix="preparation") as pool:
+        preparation = Preparation(session, timeline, pool)
         try:
-            yield Preparation(session, timeline, pool)
+            yield preparation
         finally:
+            preparation.give_up()
             # The thread may be waiting for a teacher that is away.
             stop.end()
             session.rolling.close()

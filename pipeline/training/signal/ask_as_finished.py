@@ -127,7 +127,8 @@ class AskedAsFinished:
             rows = [self._rows[seed] for seed in request.rows if self._rows[seed].tokens]
             try:
                 answers = self._ask(teacher, rows) if rows else []
+                found = {row.plan.seed: one for row, one in zip(rows, answers, strict=True)}
             except BaseException as error:
                 self._answered.put(error)
                 return
-            self._answered.put({row.plan.seed: one for row, one in zip(rows, answers, strict=True)})
+            self._answered.put(found)

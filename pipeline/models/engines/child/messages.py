@@ -86,7 +86,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class Generate:
-    """See ``Sampler.generate``. With ``tells``, continuations are ``Told`` of before all are ``Written``."""
+    """See ``Sampler.generate``. With ``tells``, continuations are ``OneWritten`` of before all are ``Written``."""
 
     prompts: Ragged
     sampling: Sampling
@@ -150,7 +150,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Told:
+class OneWritten:
     """One continuation, while others are still written: no answer yet."""
 
     number: int

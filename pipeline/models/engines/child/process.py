@@ -33,6 +33,7 @@ from tropd.pipeline.models.engines.child.messages import (
     FindLikeliest,
     Generate,
     Likeliest,
+    OneWritten,
     Question,
     Ragged,
     Rest,
@@ -41,7 +42,6 @@ from tropd.pipeline.models.engines.child.messages import (
     SetWeights,
     Start,
     Started,
-    Told,
     Written,
 )
 from tropd.pipeline.models.engines.child.weights import handles, layout_of, open_memory, views
@@ -229,8 +229,8 @@ class EngineProcess:
                 while True:
                     if not self._connection.poll(max(0.0, end - time.monotonic())):
                         raise self._late(deadline, did)
-                    answer: Answer | Told = self._connection.recv()
-                    if not isinstance(answer, Told):
+                    answer: Answer | OneWritten = self._connection.recv()
+                    if not isinstance(answer, OneWritten):
                         break
                     if finished is not None:
                         finished(answer.number, answer.generation)

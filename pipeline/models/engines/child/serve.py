@@ -23,6 +23,7 @@ from tropd.pipeline.models.engines.child.messages import (
     FindLikeliest,
     Generate,
     Likeliest,
+    OneWritten,
     Question,
     Ragged,
     Rest,
@@ -32,7 +33,6 @@ from tropd.pipeline.models.engines.child.messages import (
     Start,
     Started,
     StudentEngine,
-    Told,
     Written,
 )
 from tropd.pipeline.models.engines.child.weights import views
@@ -50,7 +50,9 @@ def main(descriptor: int) -> None:
             question: Question = connection.recv()
         except EOFError:
             os._exit(0)
-        connection.send(_answer(serving, question, lambda number, one: connection.send(Told(number, one))))
+        connection.send(
+            _answer(serving, question, lambda number, one: connection.send(OneWritten(number, one)))
+        )
 
 
 class _Serving:

@@ -81,7 +81,7 @@ class TokenGraph:
         self._use, self._split, self._cache = use, split, cache
         self._layers: list[Any] = cache.layers
         self._length = length
-        self._inputs: Inputs | None = None
+        self._inputs: StaticInputs | None = None
         self._graph: Any = None
         self._is_current = False
         """Whether the graph is that of the inputs; otherwise it only holds the memory that the next one will take."""
@@ -118,7 +118,7 @@ class TokenGraph:
         columns = min(columns, self._layers[0].capacity, mask.shape[1])
         if self._inputs is None or self._inputs.columns != columns:
             self.forget()
-            self._inputs = Inputs(
+            self._inputs = StaticInputs(
                 torch.empty_like(ids), torch.empty_like(positions), ids.new_zeros(1), mask[:, :columns].bool()
             )
             self._inputs.write(ids, positions, self._length)
@@ -134,7 +134,7 @@ class TokenGraph:
         self._length = length
         return logits
 
-    def _first(self, inputs: Inputs) -> Tensor:
+    def _first(self, inputs: StaticInputs) -> Tensor:
         """The pass without a graph, in the stream that it will be made in: libraries get ready there."""
         stream, here = self._use.stream(), torch.cuda.current_stream(self._use.device)
         stream.wait_stream(here)
@@ -144,7 +144,7 @@ class TokenGraph:
         inputs.logits = torch.empty_like(logits)
         return inputs.logits.copy_(logits)
 
-    def _capture(self, inputs: Inputs) -> None:
+    def _capture(self, inputs: StaticInputs) -> None:
         stream, here = self._use.stream(), torch.cuda.current_stream(self._use.device)
         graph = torch.cuda.CUDAGraph()
         pool = None if self._graph is None else self._graph.pool()
@@ -159,7 +159,7 @@ class TokenGraph:
         here.wait_stream(stream)
         self._graph, self._is_current = graph, True
 
-    def _pass(self, inputs: Inputs) -> Tensor:
+    def _pass(self, inputs: StaticInputs) -> Tensor:
         for layer in self._layers:
             layer.place = (inputs.column, inputs.columns)
         try:
@@ -175,7 +175,7 @@ class TokenGraph:
 
 
 @dataclass
-class Inputs:
+class StaticInputs:
     """What a graph reads and writes, besides weights and cache."""
 
     ids: Tensor

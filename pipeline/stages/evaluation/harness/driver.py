@@ -45,7 +45,7 @@ def questions(wanted: dict[str, Any], target: Path, records: Path) -> None:
                 fields = {field: getattr(doc, field) for field in KEPT}
                 line = json.dumps({"task": name, "lighteval": VERSION, **fields}, sort_keys=True)
                 if not tried:  # what a metric downloads, or lacks, is found before the long stages
-                    verdict(config, wanted["metric"], json.loads(line), "")
+                    mark_of(config, wanted["metric"], json.loads(line), "")
                     tried = True
                 prompt = prompts.prepare_prompt_api(doc)[-1]["content"]
                 row = {
@@ -58,7 +58,7 @@ def questions(wanted: dict[str, Any], target: Path, records: Path) -> None:
                 print(line, file=kept)
 
 
-def judge(wanted: dict[str, Any], records: Path, responses: Path, verdicts: Path) -> None:
+def mark_all(wanted: dict[str, Any], records: Path, responses: Path, verdicts: Path) -> None:
     """Write 0 or 1 for each response; these name their questions by the record's digest."""
     configs = task_configs(wanted)
     known = {hashlib.sha256(line.encode()).hexdigest(): json.loads(line) for line in _lines(records)}
@@ -74,7 +74,7 @@ def judge(wanted: dict[str, Any], records: Path, responses: Path, verdicts: Path
                 sys.exit(
                     f"the questions are those of lighteval {record['lighteval']}, and {VERSION} is installed here"
                 )
-            print(verdict(configs[record["task"]], wanted["metric"], record, row["response"]), file=out)
+            print(mark_of(configs[record["task"]], wanted["metric"], record, row["response"]), file=out)
 
 
 def task_configs(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def task_configs(wanted: dict[str, Any]) -> dict[str, Any]:
     return configs
 
 
-def verdict(config: Any, metric: str | None, record: dict[str, Any], response: str) -> int:
+def mark_of(config: Any, metric: str | None, record: dict[str, Any], response: str) -> int:
     """The metric of one response: 0 or 1."""
     fields = {name: record[name] for name in KEPT}
     doc = Doc(task_name=record["task"], **fields)
@@ -123,4 +123,4 @@ def _lines(path: Path) -> Iterator[str]:
 
 if __name__ == "__main__":
     mode, settings, *paths = sys.argv[1:]
-    (questions if mode == "questions" else judge)(json.loads(settings), *map(Path, paths))
+    (questions if mode == "questions" else mark_all)(json.loads(settings), *map(Path, paths))

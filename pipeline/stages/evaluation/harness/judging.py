@@ -153,8 +153,10 @@ def judge(run: Run, name: str, who: str, responses: pa.Table) -> pa.Table:
 
 
 def _digests(questions: Path) -> Mapping[str, str]:
-    lines = questions.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    with questions.open(
+        encoding="utf-8", newline="\n"
+    ) as lines:  # not by str.splitlines, which knows other ends
+        rows = [json.loads(line) for line in lines]
     return {row["id"]: row[RECORD] for row in rows}
 
 

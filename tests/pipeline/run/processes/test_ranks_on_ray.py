@@ -11,7 +11,7 @@ import pytest
 from waiting import eventually
 
 from tropd.pipeline.run.processes import ranks_on_ray
-from tropd.pipeline.run.processes.ranks_on_ray import Place, ranks_of, run_ranks_on_ray
+from tropd.pipeline.run.processes.ranks_on_ray import RankPlace, ranks_of, run_ranks_on_ray
 from tropd.storage.errors import ConfigError, TropdError
 
 SAYS = """
@@ -29,8 +29,8 @@ time.sleep(600)
 """
 
 
-def place(node: str, visible: str) -> Place:
-    return Place(node, f"host-{node}", f"10.0.0.{node}", visible, shares=True)
+def place(node: str, visible: str) -> RankPlace:
+    return RankPlace(node, f"host-{node}", f"10.0.0.{node}", visible, shares=True)
 
 
 def test_ranks_are_numbered_node_by_node_and_see_their_nodes_gpus() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from tropd.storage.errors import ConfigError
 PARTS = Extrapolation().parameters
 
 
+@pytest.fixture
+def own_model(tiny_model: Any) -> Any:
+    return copy.deepcopy(tiny_model)
+
+
 def values(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -26,12 +32,12 @@ def moved(model: Any, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-2)
 
 
-def test_it_is_the_naive_extrapolation_of_attention_and_mlps(tiny_model: Any) -> None:
-    base, start = BaseWeights(tiny_model, PARTS), values(tiny_model)
-    moved(tiny_model, 0)
-    before = values(tiny_model)
+def test_it_is_the_naive_extrapolation_of_attention_and_mlps(own_model: Any) -> None:
+    base, start = BaseWeights(own_model, PARTS), values(own_model)
+    moved(own_model, 0)
+    before = values(own_model)
     base.stretch(2.0 / 3.0)
-    after = values(tiny_model)
+    after = values(own_model)
     stretched = set()
     for name, value in before.items():
         theta, theta_base = (np.asarray(x, dtype=np.float64) for x in (value, start[name]))
@@ -46,21 +52,21 @@ def test_it_is_the_naive_extrapolation_of_attention_and_mlps(tiny_model: Any) ->
     }
 
 
-def test_copies_bring_the_weights_back_to_the_bit(tiny_model: Any) -> None:
-    base = BaseWeights(tiny_model, PARTS)
-    moved(tiny_model, 1)
-    copies, before = base.copies(), values(tiny_model)
+def test_copies_bring_the_weights_back_to_the_bit(own_model: Any) -> None:
+    base = BaseWeights(own_model, PARTS)
+    moved(own_model, 1)
+    copies, before = base.copies(), values(own_model)
     base.stretch(2.0)
-    assert any(not torch.equal(before[name], value) for name, value in values(tiny_model).items())
+    assert any(not torch.equal(before[name], value) for name, value in values(own_model).items())
     base.restore(copies)
-    assert all(torch.equal(before[name], value) for name, value in values(tiny_model).items())
+    assert all(torch.equal(before[name], value) for name, value in values(own_model).items())
 
 
-def test_only_what_is_trained_takes_part_and_something_has_to(tiny_model: Any) -> None:
-    names = [name for name, _ in tiny_model.named_parameters()]
-    for name, parameter in tiny_model.named_parameters():
+def test_only_what_is_trained_takes_part_and_something_has_to(own_model: Any) -> None:
+    names = [name for name, _ in own_model.named_parameters()]
+    for name, parameter in own_model.named_parameters():
         parameter.requires_grad_("down_proj" in name)
-    found = BaseWeights(tiny_model, PARTS).tensors()
+    found = BaseWeights(own_model, PARTS).tensors()
     assert set(found) == {f"extrapolation.{name}" for name in names if "down_proj" in name}
     with pytest.raises(ConfigError, match=r"objective\.extrapolation\.parameters = \['router'\]: no trained"):
-        BaseWeights(tiny_model, ["router"])
+        BaseWeights(own_model, ["router"])

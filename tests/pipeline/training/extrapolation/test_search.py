@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from tropd.storage.errors import FingerprintMismatchError, InterruptedStageError
 
 def line(model: Any) -> tuple[BaseWeights, Callable[[], float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Base weights, a matrix of the student as it is, and as it was at base and after an update."""
+    model = copy.deepcopy(model)
     base = BaseWeights(model, Extrapolation().parameters)
     matrix = model.model.layers[0].mlp.down_proj.weight
     start = matrix.detach().numpy().astype(np.float64)

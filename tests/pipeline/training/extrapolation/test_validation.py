@@ -87,3 +87,32 @@ def test_problems_without_answers_are_refused_unless_the_teacher_decides(
             found = read_validation(run, load_tokenizer(tiny_models), 40)
             assert found is not None
             assert len(found.prompts.prompts) == 6
+
+
+def test_a_named_set_for_the_teacher_needs_no_answers_but_the_fields_of_its_context(
+    make: Any, tiny_models: Path
+) -> None:
+    settings = (
+        "objective.extrapolation={score='reverse_kl', problems='other'}",
+        "evaluation.distance_prompts=0",
+    )
+    context = "teacher.context.template='{prompt}{hint}'"
+    run, _ = make(*settings, context)
+    path = run.workspace.root / "data" / "other.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}+1=", "hint": "7"}) + "\n" for n in range(4)))
+    found = read_validation(run, load_tokenizer(tiny_models), 40)
+    assert found is not None
+    assert [one.prompt.fields for one in found.prompts.prompts] == [{"hint": "7"}] * 4
+    path.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    with pytest.raises(DataError, match="no field 'hint'"):
+        read_validation(run, load_tokenizer(tiny_models), 40)
+
+
+def test_a_limit_and_lengths_are_told_whatever_the_score(make: Any) -> None:
+    run, _ = make(
+        "objective.extrapolation={score='reverse_kl', problems='other'}",
+        "evaluation.limit=5",
+        "evaluation.max_tokens=6",
+    )
+    fields = validation_fields(run)
+    assert (fields["validation.evaluation.limit"], fields["validation.evaluation.max_tokens"]) == (5, 6)

@@ -162,7 +162,7 @@ def _columns_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_mask_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_graph.Inputs, "allowed", lambda self: self.mask[:, None, None, :])
+    monkeypatch.setattr(token_graph.StaticInputs, "allowed", lambda self: self.mask[:, None, None, :])
 
 
 def _old_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +180,14 @@ def _fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = token_graph.Inputs.allowed
+    allowed = token_graph.StaticInputs.allowed
 
     def waiting(self: Any) -> torch.Tensor:
         found = allowed(self)
         assert found.any().item()
         return found
 
-    monkeypatch.setattr(token_graph.Inputs, "allowed", waiting)
+    monkeypatch.setattr(token_graph.StaticInputs, "allowed", waiting)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_graphs_that_are_wrong_are_given_up(
     model = make("Qwen3")
     expected = generate(engine_of(model, graphs=False))
     graphed = engine_of(model, graphs=True)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="tropd"):
         mistake(monkeypatch)
         found = generate(graphed)
     assert not use_of(graphed).works
@@ -224,7 +224,7 @@ def test_a_graph_that_fails_between_two_tokens_costs_nothing(
         replay(self)
 
     monkeypatch.setattr(Graph, "replay", failing)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="tropd"):
         assert_same(generate(graphed), expected)
     assert left == [0]
     assert "without CUDA graphs: CUDA error: unspecified launch failure" in caplog.text

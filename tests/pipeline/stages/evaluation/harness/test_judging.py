@@ -88,7 +88,7 @@ def test_questions_are_fetched_asked_and_judged_once(
     assert fetch_questions(run) == ["data/ifbench.jsonl"]
     assert fetch_questions(run) == []
     questions = [json.loads(line) for line in (run.workspace.root / "data" / "ifbench.jsonl").open()]
-    assert [row["prompt"] for row in questions] == ["0+1=", "1+1=", "2+1=", "3+1="]
+    assert [row["prompt"] for row in questions] == ["0+1=", "1+1=", "2+1=", "3+1=\u2028"]
     manifest = evaluate(run, whom=BEFORE)
     rows = pq.read_table(run.workspace.stage("eval") / "IFBench" / "part-before.parquet").to_pylist()
     assert len(rows) == 6  # evaluation.limit = 2
