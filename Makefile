@@ -53,7 +53,8 @@ test-all: $(STAMP) $(ALL_TESTS) browser  ## Run all tests, none left out or skip
 test-thorough: $(STAMP) $(BENCH_HARNESS)/.installed  ## Interrupt at many more points, damage every file, read random input (40 minutes)
 	TROPD_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 1200 tests/storage/test_faults.py \
 		tests/pipeline/test_stage_faults.py tests/e2e/test_interruptions.py tests/e2e/test_training_ahead.py \
-		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/e2e/test_gpus.py tests/pipeline/test_fuzz.py \
+		tests/e2e/test_reproduce.py tests/e2e/test_damage.py tests/e2e/test_verdicts.py tests/e2e/test_gpus.py tests/e2e/test_rewards.py \
+		tests/pipeline/test_fuzz.py \
 		tests/pipeline/stages/evaluation/harness
 
 # lighteval pins other versions, so it has an environment of its own; no model runs there. Only packages are downloaded.

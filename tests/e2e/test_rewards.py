@@ -70,7 +70,7 @@ def test_rewards_alone_train_without_a_teacher(tropd: Any, prepared: Path, copy:
 
 @pytest.mark.slow
 @pytest.mark.slowest
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_killed_run_with_a_function_ends_with_the_same_bits(
     tropd: Any, prepared: Path, copy: Any, teacher_url: str, staleness: int
 ) -> None:
