@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listening import Listening
 
 from tropd.pipeline.config.resolve import parse_config
-from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training import loop, train_stage
 from tropd.pipeline.training.inputs import student_prompts
@@ -19,19 +19,6 @@ from tropd.storage.stage.fingerprint import Fingerprint
 from tropd.storage.stage.manifest import Manifest, describe_shard, write_manifest
 
 CLIP = "train.importance_clip"
-
-
-class Listening:
-    """A reporter that keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(SILENT, name)
-
-    def warning(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def opened(run: Run, *assignments: str) -> tuple[Run, Listening]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listening import Listening
 from tiny_runs import make_run
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models.loading import load_tokenizer
-from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.extrapolation.validation import read_validation, validation_fields
 from tropd.storage.errors import DataError
@@ -23,19 +23,6 @@ name = "other"
 problems = "data/other.jsonl"
 temperature = 0.6
 """
-
-
-class Listening:
-    """A reporter that keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(SILENT, name)
-
-    def warning(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listening import Listening
 from paper_node import NODE, STUDENT, TEACHER
 from tiny_runs import make_run
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models import directories
-from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.preflight import preflight
 from tropd.pipeline.training.preflight.machine import look_at_machine
@@ -22,19 +22,6 @@ from tropd.storage.errors import ConfigError
 ON_THE_HUB = (
     '[student]\nmodel = "some/student"\n[teacher]\nmodel = "some/teacher"\n[objective]\nname = "opd"\n'
 )
-
-
-class Listening:
-    """A reporter that keeps its warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(SILENT, name)
-
-    def warning(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def of_hub_models(run: Run) -> Run:
