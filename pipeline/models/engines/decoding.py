@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -171,20 +172,24 @@ def _segment(
     going = left > 0
     count = np.count_nonzero(going)
     enough = count - max(1, int(DONE_SHARE * count))
-    found: list[list[Any]] = []
+    found: list[list[npt.NDArray[Any]]] = []
     steps = 0
     remaining = iter(choices)
     while np.count_nonzero(going) > enough and (some := list(itertools.islice(remaining, every))):
         steps += len(some)
-        # On the host: these are few numbers. Alone they need no stack.
-        alone = len(some) == 1
-        parts = [part[0].unsqueeze(0) if alone else torch.stack(part) for part in zip(*some, strict=True)]
-        found.append(to_host(*parts))
+        found.append(_on_host(some))
         for stop in stop_ids:
             going &= (found[-1][0] != stop).all(axis=0)
         going &= left > steps
     tokens, logprobs, drawn = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return tokens, logprobs, drawn
+
+
+def _on_host(steps: Sequence[ChosenTokens]) -> list[npt.NDArray[Any]]:
+    """Tokens and log-probs ``[n, B]`` of n steps, which are few numbers."""
+    if len(steps) == 1 and steps[0][0].device.type == "cpu":  # a small model's step is short beside a few copies
+        return [part.numpy()[None] for part in steps[0]]
+    return to_host(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
 
 
 def batch_sizes(rows: int, most: int, device: torch.device) -> list[int]:

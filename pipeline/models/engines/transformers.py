@@ -172,7 +172,8 @@ class TransformersEngine:
         stop_ids: Sequence[int],
         finished: base.Finished | None = None,
     ) -> list[Generation]:
-        limits = [min(m, self.max_length - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
+        room = self.max_length  # looked up in the model's configuration, which is slow
+        limits = [min(m, room - len(p)) for m, p in zip(max_tokens, prompts, strict=True)]
         order = sorted((i for i, m in enumerate(limits) if m), key=lambda i: (len(prompts[i]), -limits[i]))
         if len(order) > 1 and self._batch_size > 1:
             self.prepare(sampling)
