@@ -117,10 +117,10 @@ def unusual(config: Config, origins: Origins) -> list[str]:
         if is_unusual(value):
             shown = list(value) if isinstance(value, tuple) else value
             found.append(f"{path} = {shown} is unusual: {reason} ({origins.of(tuple(path.split('.')))})")
-    if config.objective.reward is not None and config.rollout.samples_per_prompt == 1:
+    if config.rollout.samples_per_prompt == 1 and _compares_rows(config):
         found.append(
             f"rollout.samples_per_prompt = 1 leaves {config.objective.name} nothing to compare a response with, so "
-            f"rewards change nothing: set it to 2 or more ({origins.of(('rollout', 'samples_per_prompt'))})"
+            f"objective.reward adds nothing: set it to 2 or more ({origins.of(('rollout', 'samples_per_prompt'))})"
         )
     train = config.train
     if train.warmup < train.warmup_steps:
@@ -129,6 +129,14 @@ def unusual(config: Config, origins: Origins) -> list[str]:
             f"rises over the first {train.warmup} ({origins.of(('train', 'warmup_steps'))})"
         )
     return found
+
+
+def _compares_rows(config: Config) -> bool:
+    """True if objective.reward is of whole rows over others to the prompt: tokens' own are compared within a row too."""
+    term = config.objective.reward
+    if term is None:
+        return False
+    return term.kind == "margin" or (term.weight > 0 and config.reward.per == "row")
 
 
 def checked(model: type[Checked], data: Plain, origins: Origins, prefix: Location = ()) -> Checked:

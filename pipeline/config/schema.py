@@ -18,7 +18,7 @@ from tropd.pipeline.config.sections.model_settings import (
 )
 from tropd.pipeline.config.sections.reward_settings import RewardConfig
 from tropd.pipeline.config.sections.training_settings import RolloutConfig, RunConfig, SftConfig, TrainConfig
-from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.needs import learns_by_comparison_alone, teacher_needs
 from tropd.pipeline.objectives.objective import Importance, Objective, entropy_part, needs_rewards
 from tropd.pipeline.objectives.spec import Apart, Inert, Spec
 
@@ -213,6 +213,13 @@ def _reward_conflicts(config: Config) -> Iterator[str]:
         )
     if not needs_rewards(objective):
         return
+    alone = config.rollout.samples_per_prompt == 1 and reward.per == "row"
+    if alone and learns_by_comparison_alone(objective):
+        yield (
+            "rollout.samples_per_prompt = 1 leaves rewards nothing to compare a response with, and "
+            "objective.reward.distillation = 0 no other loss, so nothing would be trained: set "
+            "rollout.samples_per_prompt = 2 or more, or objective.reward.distillation above 0"
+        )
     if reward.source == "grader" and not config.data.answer_field:
         yield (
             f"objective {objective.name!r} needs rewards, and reward.source = 'grader' answers to grade with, but "

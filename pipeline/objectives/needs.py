@@ -13,6 +13,7 @@ from tropd.pipeline.objectives.objective import (
     TopkForwardKL,
     TopkReverseKL,
     entropy_part,
+    learning_regions,
     policy_gradients,
 )
 from tropd.pipeline.objectives.token_weight_specs import (
@@ -98,6 +99,17 @@ def rewards_only(objective: Objective) -> bool:
         and objective.partition.rule == "all"
         and bool(policy_gradients(objective))
         and all(weight.kind == "student_entropy_top" for weight in objective.token_weights)
+    )
+
+
+def learns_by_comparison_alone(objective: Objective) -> bool:
+    """True if every loss is K1 whose only advantage is a reward's over the others of its group: 0 in a group of one."""
+    term = objective.reward
+    return (
+        term is not None
+        and term.kind == "group"
+        and term.distillation == 0
+        and all(isinstance(getattr(objective, name).loss, K1) for name in learning_regions(objective))
     )
 
 

@@ -332,13 +332,8 @@ def entropy_part(objective: Objective) -> str:
 def _without_effect(objective: Objective) -> Iterator[str]:
     """Settings that would change nothing, and an objective that nothing is learned from."""
     students = objective.rollouts != "teacher"
-    regions = {
-        "trust": students and objective.partition.rule != "none",
-        "outlier": students and objective.partition.rule != "all",
-        "guidance": objective.schedule.kind != "none",
-    }
-    names = [name for name, has_tokens in regions.items() if has_tokens]
-    learning = [name for name in names if _learns(getattr(objective, name))]
+    names = _regions_with_tokens(objective)
+    learning = learning_regions(objective)
     if not learning:
         ways = (f"{name}.loss.estimator other than 'zero' with {name}.weight above 0" for name in names)
         yield (
@@ -362,6 +357,21 @@ def _without_effect(objective: Objective) -> Iterator[str]:
             "importance.clip weighs terms that depend on which tokens were drawn (k1, or a partition.rule that looks at "
             "them), and there are none here: leave importance.clip out"
         )
+
+
+def _regions_with_tokens(objective: Objective) -> list[str]:
+    students = objective.rollouts != "teacher"
+    regions = {
+        "trust": students and objective.partition.rule != "none",
+        "outlier": students and objective.partition.rule != "all",
+        "guidance": objective.schedule.kind != "none",
+    }
+    return [name for name, has_tokens in regions.items() if has_tokens]
+
+
+def learning_regions(objective: Objective) -> list[str]:
+    """Names of the regions that have tokens and a loss on them."""
+    return [name for name in _regions_with_tokens(objective) if _learns(getattr(objective, name))]
 
 
 def depends_on_draw(loss: Estimator) -> bool:

@@ -24,12 +24,11 @@ from tropd.pipeline.problems.chat_messages import (
     with_system,
 )
 from tropd.storage.disk.atomic import write_text_atomic
-from tropd.storage.errors import DataError
+from tropd.storage.errors import DataError, closest
 from tropd.storage.formats.record_fields import field_names, field_text, value_at
 from tropd.storage.formats.records import read_records, record_unit
 
 MAX_SHOWN = 10
-CONTEXT = "teacher.context"
 PROMPT, MESSAGES = "prompt", "messages"
 """Default field of the prompt, and the field that may hold a conversation where that one is missing."""
 
@@ -76,17 +75,17 @@ def scan_prompts(
     *,
     need_answer: bool = False,
     check_answer: bool = False,
-    also: Callable[[str], Sequence[str]] = lambda domain: (),
+    also: Callable[[str], Mapping[str, str]] = lambda domain: {},
 ) -> tuple[list[Prompt], list[Reject]]:
     """The usable prompts of a file (JSON lines, one JSON array, Parquet or CSV), and its bad records.
 
     Args:
         need_answer: a record without an answer is bad.
         check_answer: so is one whose answer exists and is not text; otherwise the answer is not looked at.
-        also: further fields that a record of a domain needs (see ``Prompt.fields``).
+        also: further fields that a record of a domain needs (see ``Prompt.fields``), and the setting that names each.
 
     Raises:
-        DataError: the file is missing, cannot be read, or has no records.
+        DataError: the file is missing, cannot be read, or has no records; or none of them has a further field.
     """
     if not path.is_file():
         raise DataError(
@@ -96,14 +95,19 @@ def scan_prompts(
     prompts: list[Prompt] = []
     rejects: list[Reject] = []
     seen: dict[str, int] = {}
+    lacked: dict[tuple[str, str], bool] = {}
+    columns: set[str] = set()
     for record in read_records(path):
         try:
             if record.fields is None:
                 raise ValueError(record.problem)
             prompt = _prompt(record.fields, record.number, config, need_answer, check_answer)
-            if names := also(prompt.domain):
+            if named := also(prompt.domain):
+                columns.update(record.fields)
+                for further in named.items():
+                    lacked[further] = lacked.get(further, True) and not _has(record.fields, further[0])
                 prompt = replace(
-                    prompt, fields={name: needed_text(record.fields, name, CONTEXT) for name in names}
+                    prompt, fields={name: needed_text(record.fields, name, by) for name, by in named.items()}
                 )
             if prompt.id in seen:
                 unit = record_unit(path)
@@ -115,7 +119,18 @@ def scan_prompts(
         prompts.append(prompt)
     if not prompts and not rejects:
         raise DataError(f"{path} has no prompts")
+    for (name, setting), by_all in lacked.items():
+        if by_all:
+            raise DataError(
+                f"{setting} names the field {name!r}, and no record of {path} has it: {closest(name, sorted(columns))}"
+                f"fields: {field_names(dict.fromkeys(columns))}",
+                hint=f"write the name of a field in the braces of {setting}; other braces, such as {{}}, are text",
+            )
     return prompts, rejects
+
+
+def _has(record: Mapping[str, Any], path: str) -> bool:
+    return path in record or value_at(record, path) is not None
 
 
 def refuse(path: Path, rejects: Sequence[Reject]) -> None:

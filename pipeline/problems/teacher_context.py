@@ -15,12 +15,13 @@ _FIELD = re.compile(r"\{([A-Za-z_][\w.-]*)\}")
 """A field's name, or path, in braces. Braces around anything else are text, as in LaTeX."""
 
 
-def named_fields(context: TeacherContext | None) -> tuple[str, ...]:
-    """The fields of a record that a context names, besides the prompt; none without a context."""
+def named_fields(context: TeacherContext | None) -> dict[str, str]:
+    """The fields of a record that a context names, besides the prompt, and which of its settings does; none without a
+    context."""
     if context is None:
-        return ()
-    names = _FIELD.findall(context.template + (context.system or ""))
-    return tuple(dict.fromkeys(name for name in names if name != PROMPT))
+        return {}
+    texts = {"template": context.template, "system": context.system or ""}
+    return {name: text for text in texts for name in _FIELD.findall(texts[text]) if name != PROMPT}
 
 
 def in_context(prompt: Prompt, context: TeacherContext) -> Prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def evaluation_problems(
         settings.limit,
         need_answer=not unanswered and (bool(name) or not settings.distance_prompts),
         template_args=role_settings.chat_template_args,
-        also=partial(_context_fields, run) if compared else lambda domain: (),
+        also=partial(_context_fields, run) if compared else lambda domain: {},
     )
 
 
@@ -112,9 +112,12 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def _context_fields(run: Run, domain: str) -> Sequence[str]:
-    """Fields of a record that the context of its teacher names."""
-    return named_fields(run.config.teacher.context_of(domain))
+def _context_fields(run: Run, domain: str) -> dict[str, str]:
+    """Fields of a record that the context of its teacher names, and the setting that names each."""
+    teacher = run.config.teacher
+    own = [f"teacher.by_domain.{n}" for n, one in enumerate(teacher.by_domain) if one.domain == domain]
+    table = f"{own[0] if own else 'teacher'}.context"
+    return {name: f"{table}.{text}" for name, text in named_fields(teacher.context_of(domain)).items()}
 
 
 def _usable_prompts(
@@ -128,7 +131,7 @@ def _usable_prompts(
     need_answer: bool,
     left_out: Collection[str] = (),
     template_args: Mapping[str, Any] = {},
-    also: Callable[[str], Sequence[str]] = lambda domain: (),
+    also: Callable[[str], Mapping[str, str]] = lambda domain: {},
 ) -> Encoded:
     """Prompts that are whole and fit. Others stop the stage, or go to ``rejects/`` with ``data.skip_bad``."""
     prompts, bad_lines = scan_prompts(

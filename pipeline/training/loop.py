@@ -34,6 +34,7 @@ from tropd.pipeline.training.record.checkpoint import (
     newest_checkpoint,
     prune_checkpoints,
     remove_uncommitted,
+    settings_of,
 )
 from tropd.pipeline.training.record.final_model import export_student
 from tropd.pipeline.training.record.journal import Journal, open_journal
@@ -51,7 +52,13 @@ from tropd.pipeline.training.rollout.engine_check import check_engine
 from tropd.pipeline.training.rollout.rows import Row
 from tropd.pipeline.training.session import Session
 from tropd.pipeline.training.setup import open_session
-from tropd.pipeline.training.train_stage import STAGE, check_finished, open_train_stage
+from tropd.pipeline.training.train_stage import (
+    STAGE,
+    check_finished,
+    open_train_stage,
+    rounding_settings,
+    tell_rounding,
+)
 from tropd.pipeline.training.update.gradients import NonFiniteError, StepInputs, StepOutcome, backpropagate
 from tropd.pipeline.training.update.micro_batches import longest_row
 from tropd.pipeline.training.update.optimizer import learning_rate_at
@@ -277,7 +284,8 @@ def _save(training: _Training, done: int, inputs: StepInputs) -> None:
     with training.timeline.span("checkpoint", done):
         rows = training.preparation.rows_ahead(done)
         model, changing = session.student.model, session.changing
-        training.checkpoints.save(done, model, session.optimizer, training.sums, rows, changing)
+        settings = rounding_settings(session.run)
+        training.checkpoints.save(done, model, session.optimizer, training.sums, rows, changing, settings)
 
 
 def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], list[Row] | None]:
@@ -296,6 +304,7 @@ def _resume(session: Session, stage: Stage | None) -> tuple[int, Counter[str], l
         prune_checkpoints(stage, session.run.config.train.keep_checkpoints)
     if first:
         session.run.reporter.info(f"train: resuming after step {first} of {session.run.config.train.steps}")
+        tell_rounding(session.run, settings_of(newest))
     return first, Counter(sums), rows
 
 

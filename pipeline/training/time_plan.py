@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import mean
 
 import torch
@@ -31,6 +32,8 @@ TOKENS = 96
 MOST_STOP = 0.75
 TRAINED = (4, 64)
 """Rows and columns of the batch that the student is trained on."""
+EVALUATIONS = "evaluations while training"
+EXTRAPOLATIONS = "extrapolations, at most"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Rates:
     """Tokens of the teacher's responses."""
     stopped: bool
     """Whether nearly all of these came to their end."""
+
+    @property
+    def student_scoring(self) -> float:
+        """A forward pass is a third of a training pass."""
+        return 3 * self.student_training
 
     def expected_length(self, most: int) -> float:
         """Tokens of a response of at most ``most``: the mean of those measured, or all where many of these were cut."""
@@ -119,10 +127,11 @@ def _training_rate(run: Run) -> tuple[float, int]:
 
 
 def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[str, float]:
-    """Seconds of each stage, of ``a step`` of training among them, by the configuration and the rates.
+    """Seconds of each stage, by the configuration and the rates; and the parts of ``train``: ``a step``, all evaluations
+    along the way, and all extrapolations.
 
-    Stages whose data the objective does not need are left out. Training is counted as if the student wrote every token
-    itself: teacher prefixes make early steps faster.
+    What the run does not do is left out. Training is counted as if the student wrote every token itself: teacher prefixes
+    make early steps faster.
     """
     prefixes = min(
         amounts.prompts, config.data.limit or amounts.prompts, config.prefixes.limit or amounts.prompts
@@ -137,6 +146,10 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
     answer = rates.expected_length(config.evaluation_max_tokens)
     answers = problems * (1 + config.evaluation.samples)
     rates_of = (rates.student_sampling, rates.student_sampling, rates.teacher_sampling)
+    aside = {
+        EVALUATIONS: _evaluations(config, rates, amounts.prompt_length, problems),
+        EXTRAPOLATIONS: _extrapolations(config, rates, amounts.prompt_length, problems),
+    }
     needed = needed_data(config.objective)
     data = {
         "prefixes": ("generate-prefixes", written * length / rates.teacher_sampling),
@@ -145,9 +158,47 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
     return {
         **dict(data[folder] for folder in needed if folder in data),
         "a step": step,
-        "train": config.train.steps * step,
+        **{name: seconds for name, seconds in aside.items() if seconds},
+        "train": config.train.steps * step + sum(aside.values()),
         "evaluate": sum(answers * answer / rate for rate in rates_of),
     }
+
+
+def _evaluations(config: Config, rates: Rates, prompt_length: float, problems: int) -> float:
+    """Of all evaluations along the way (``train.evaluate_every``), and the teacher's responses before the first step.
+
+    Where responses of the distance serve for the accuracy too (``evaluation.temperature = 1``), they are counted twice.
+    """
+    train = config.train
+    if not train.evaluate_every:
+        return 0.0
+    answer = rates.expected_length(config.evaluation_max_tokens)
+    compared = min(problems, config.evaluation.distance_prompts)
+    graded = min(problems, train.evaluate_problems) if config.data.answer_field else 0
+    read = compared * (prompt_length + answer)
+    before = compared * answer / rates.teacher_sampling + read / rates.teacher_scoring
+    each = (compared + 2 * graded) * answer / rates.student_sampling  # graded ones greedy and sampled
+    each += (
+        read / rates.teacher_scoring + read / rates.student_scoring
+    )  # of the student's responses, and the teacher's
+    return before + ceil(train.steps / train.evaluate_every) * each
+
+
+def _extrapolations(config: Config, rates: Rates, prompt_length: float, problems: int) -> float:
+    """Of the scores of ``objective.extrapolation``, as if every attempt were accepted."""
+    settings = config.objective.extrapolation
+    if settings is None:
+        return 0.0
+    # Problems of another set are not counted before it is read.
+    scored = settings.most if settings.problems else min(problems, settings.most)
+    by_teacher = settings.score == "reverse_kl"
+    own = config.evaluation_sets[settings.problems].max_tokens or config.rollout.max_tokens
+    answer = rates.expected_length(config.evaluation_max_tokens if by_teacher else own)
+    seconds = answer / rates.student_sampling
+    if by_teacher:
+        seconds += (prompt_length + answer) / rates.teacher_scoring
+    searches = config.train.steps.bit_length()  # after the steps 1, 2, 4, 8, …
+    return searches * (1 + settings.attempts) * scored * seconds
 
 
 def estimate(run: Run, prompts: Sequence[Sequence[int]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tropd.pipeline.objectives.needs import teacher_needs
@@ -26,7 +26,7 @@ from tropd.pipeline.training.extrapolation.validation import validation_fields
 from tropd.pipeline.training.record.final_model import FINAL
 from tropd.pipeline.training.reward.judges import reward_fields
 from tropd.storage.formats.step_log import log_problems
-from tropd.storage.stage.fingerprint import Fingerprint
+from tropd.storage.stage.fingerprint import Fingerprint, Scalar
 from tropd.storage.stage.manifest import check_shard
 from tropd.storage.stage.stage import Stage, open_stage
 
@@ -63,6 +63,33 @@ def fingerprint(run: Run, prompts: Encoded) -> Fingerprint:
     if config.objective.rollouts == "stored":
         fields["upstream.rollout-scores"] = finished(run, "rollout-scores").fingerprint
     return fingerprint_of(run, fields)
+
+
+def rounding_settings(run: Run) -> dict[str, Scalar]:
+    """Settings on which only the rounding of a run depends: not in its fingerprint, but in its checkpoints."""
+    config = run.config
+    settings: dict[str, Scalar] = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
+    if config.objective.rollouts != "stored" and teacher_needs(config.objective).token_logprobs:
+        settings["service.batch_tokens"] = config.service.batch_tokens
+    return settings
+
+
+def tell_rounding(run: Run, before: Mapping[str, Scalar]) -> None:
+    """Warn where a run resumes with other settings than ``before``, those of its checkpoint, and so rounds otherwise."""
+    changed = [
+        f"{name} is {_shown(now)} now, and was {_shown(before[name])}"
+        for name, now in rounding_settings(run).items()
+        if name in before and before[name] != now
+    ]
+    if changed:
+        run.reporter.warning(
+            f"train: {'; '.join(changed)}: the remaining steps are rounded otherwise, so the last digits of the weights "
+            "are not those of a run with one value"
+        )
+
+
+def _shown(value: Scalar) -> str:
+    return "not set" if value is None else str(value)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from tropd.pipeline.training.world import ALONE, World
 from tropd.storage.disk.aside import aside_folder, set_aside
 from tropd.storage.disk.atomic import atomic_directory, explain_disk_errors
 from tropd.storage.errors import DamagedShardError, InterruptedStageError, TropdError
+from tropd.storage.stage.fingerprint import Scalar
 from tropd.storage.stage.manifest import CHECKPOINTS as FOLDER
 from tropd.storage.stage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage.manifest import check_shard
@@ -68,6 +69,7 @@ class CheckpointWriter:
         counters: dict[str, Any],
         rows: Sequence[Row] | None = None,
         also: Mapping[str, torch.Tensor] = {},
+        settings: Mapping[str, Scalar] = {},
     ) -> None:
         """Copy the state after ``step`` steps; write it, commit it, then delete the oldest.
 
@@ -75,13 +77,14 @@ class CheckpointWriter:
             counters: JSON-serializable sums over the run so far.
             rows: those of the next step, where they are rolled out already.
             also: tensors of others that change with the student, by their names in the checkpoint.
+            settings: those that the steps were made with and no fingerprint has (see ``settings_of``).
 
         Raises:
             DiskError: the checkpoint before this one could not be written.
         """
         self.wait()
         tensors = copied(_model_tensors(model) | _optimizer_tensors(model, optimizer) | dict(also))
-        state = json.dumps({"step": step, "counters": counters}, sort_keys=True)
+        state = json.dumps({"step": step, "counters": counters, "settings": dict(settings)}, sort_keys=True)
         own = None if rows is None else row_tensors(rows)
         self._writing = self._pool.submit(self._write, step, tensors, state, own)
 
@@ -277,6 +280,11 @@ def load_checkpoint(
     load_tensors(folder / TENSORS, tensors)
     saved = json.loads((folder / STATE).read_text())
     return int(saved["step"]), dict(saved["counters"])
+
+
+def settings_of(folder: Path | None) -> dict[str, Scalar]:
+    """The settings that a checkpoint was saved with; none without one, or in one of an earlier version."""
+    return {} if folder is None else dict(json.loads((folder / STATE).read_text()).get("settings", {}))
 
 
 def _checkpoints(stage: Stage) -> list[str]:

@@ -72,6 +72,19 @@ CONFIGURATIONS = [
         "evaluation.max_tokens",
         "lower evaluation.max_tokens, or raise vllm.max_model_len",
     ),
+    (
+        "objective.name = 'grpo'\nrollout.samples_per_prompt = 1",
+        "rollout.samples_per_prompt",
+        "set rollout.samples_per_prompt = 2 or more, or objective.reward.distillation above 0",
+    ),
+    (
+        (
+            "objective = { name = 'tropd-noguidance', outlier.weight = 0, "
+            "reward = { kind = 'group', distillation = 0 } }\nrollout.samples_per_prompt = 1"
+        ),
+        "objective.reward.distillation",
+        "nothing would be trained",
+    ),
     ("objective.name = 'tropd-cached'\nscores.k = 9", "scores.k", "lower objective.k, or raise scores.k"),
     (
         "scores.k = 9\n[objective]\nname = 'offline-opd'\ntrust.loss.baseline = 'kl'",
@@ -271,6 +284,15 @@ def test_ablations_that_leave_a_part_without_tokens_are_none(text: str) -> None:
         "vllm.max_model_len = 99",
         "data.answer_field = ''\nevaluation.benchmarks = [{ name = 'b', problems = 'p', answer_field = 'a' }]",
         "scores.k = 9\nobjective.name = 'offline-opd'",
+        "rollout.samples_per_prompt = 1\nobjective.name = 'dgrpo'",
+        (
+            "rollout.samples_per_prompt = 1\n"
+            "objective = { name = 'tropd-noguidance', reward = { kind = 'group', distillation = 0 } }"
+        ),
+        (
+            "rollout.samples_per_prompt = 1\nobjective.name = 'grpo'\n"
+            "reward = { source = 'function', function = 'own:judge', per = 'token' }"
+        ),
     ],
 )
 def test_the_possible_is_not_refused(text: str) -> None:

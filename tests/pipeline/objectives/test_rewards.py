@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,7 +15,7 @@ from tropd.pipeline.config.problems import unusual
 from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.objectives.loss import TokenBatch, floored_log_ratio, plan_step, region_losses
-from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.needs import learns_by_comparison_alone, teacher_needs
 from tropd.pipeline.objectives.objective import Objective, needs_rewards
 from tropd.pipeline.objectives.partition import partition_tokens
 from tropd.pipeline.objectives.rewards.advantages import (
@@ -154,7 +155,7 @@ def loss_and_gradient(objective: Objective, given: StepRewards | None) -> tuple[
     statistics = TokenStatistics(
         rows, floored_log_ratio(teacher, STUDENT), student_logprobs=STUDENT.astype(np.float64), rewards=given
     )
-    groups = np.array(GROUPS)[rows]
+    groups = (np.array(GROUPS) if given is None else given.groups)[rows]
     none = np.zeros(0, dtype=np.int64)
     plan = plan_step(objective, regions, statistics, groups=groups, guidance_rows=none, progress=0.1)
     leaf = torch.from_numpy(STUDENT.astype(np.float64)).requires_grad_()
@@ -300,8 +301,22 @@ def warnings(text: str) -> list[str]:
     return unusual(found.config, found.origins)
 
 
-def test_one_response_per_prompt_is_warned_of() -> None:
+def test_one_response_per_prompt_is_warned_of_where_its_reward_adds_nothing() -> None:
     text = '[rollout]\nsamples_per_prompt = 1\n[objective]\nname = "{}"\n'
-    (warning,) = warnings(text.format("grpo"))
-    assert "leaves grpo nothing to compare" in warning
-    assert not warnings(text.format("tropd"))
+    for name in ("dgrpo", "uni-opd"):
+        (warning,) = warnings(text.format(name))
+        assert f"leaves {name} nothing to compare" in warning
+    for name in ("tropd", "scope", 'dgrpo"\nreward.weight = 0 #'):
+        assert not warnings(text.format(name))
+    by_token = '[reward]\nsource = "function"\nfunction = "own:judge"\nper = "token"\n'
+    assert not warnings(text.format("dgrpo") + by_token)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_rewards_alone_train_a_group_of_one_by_its_tokens_only(by_token: bool) -> None:
+    """The refusal of one response per prompt is exact."""
+    given = rewards(tokens=[float(token % 3) for token in range(TOKENS)] if by_token else None)
+    alone = replace(given, groups=np.arange(len(GROUPS)))
+    _, gradient = loss_and_gradient(load_objective("grpo"), alone)
+    assert np.any(gradient) == by_token
+    assert learns_by_comparison_alone(load_objective("grpo"))

@@ -1,4 +1,6 @@
-"""Training in bfloat16 that was begun before its rollouts were weighted: finished it stays, else it says what changes."""
+"""Runs that go on with something else than they were begun with: finished ones stay, the others say what changes.
+
+Here: training in bfloat16 that was begun before its rollouts were weighted, and settings that change rounding."""
 
 from __future__ import annotations
 
@@ -72,3 +74,25 @@ def test_what_is_begun_now_records_it(tiny_run: Run) -> None:
     ):
         run, _ = opened(tiny_run, *assignments)
         assert train_stage.fingerprint(run, student_prompts(run)).fields.get(CLIP) == recorded
+
+
+def test_other_sizes_of_passes_are_told_when_it_resumes(tiny_run: Run) -> None:
+    sizes = ("train.micro_batch_tokens=4096", "service.batch_tokens=512")
+    begun, _ = opened(tiny_run, *sizes)
+    run, said = opened(tiny_run, "train.micro_batch_tokens=4096", "service.batch_tokens=256")
+    assert train_stage.fingerprint(run, student_prompts(run)) == train_stage.fingerprint(
+        begun, student_prompts(begun)
+    )
+    before = train_stage.rounding_settings(begun)
+    assert before == {"train.micro_batch_tokens": 4096, "service.batch_tokens": 512}
+    train_stage.tell_rounding(run, before)
+    [warning] = said.warnings
+    assert warning.startswith(
+        "train: service.batch_tokens is 256 now, and was 512: the remaining steps are rounded"
+    )
+    train_stage.tell_rounding(begun, before)
+    for earlier in ({}, {"train.micro_batch_tokens": 4096}):  # of a version that kept none, or fewer
+        train_stage.tell_rounding(run, earlier)
+    assert len(said.warnings) == 1
+    alone, _ = opened(tiny_run, *sizes, 'objective.name="sft"')
+    assert "service.batch_tokens" not in train_stage.rounding_settings(alone), "no teacher is asked"

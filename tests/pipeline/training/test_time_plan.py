@@ -9,6 +9,8 @@ from tropd.pipeline.config.schema import Config
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.memory_plan import prompt_tokens
 from tropd.pipeline.training.time_plan import (
+    EVALUATIONS,
+    EXTRAPOLATIONS,
     Amounts,
     Rates,
     estimate,
@@ -54,6 +56,40 @@ def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
     seconds = seconds_of_stages(limited, cut, Amounts(40, 6, 5.0))
     assert seconds["generate-prefixes"] == 20 * 50 / 100
     assert seconds["evaluate"] == pytest.approx(9 * 50 * 0.02)
+
+
+def test_evaluations_while_training_are_a_part_of_it() -> None:
+    text = "evaluate_every = 2\nevaluate_problems = 5\n[evaluation]\ndistance_prompts = 4\n"
+    amounts = Amounts(prompts=40, problems=6, prompt_length=5.0)
+    seconds = seconds_of_stages(config(text), RATES, amounts)
+    before = 4 * 15 / 100 + 4 * 20 / 1000
+    each = (4 + 2 * 5) * 15 / 200 + 4 * 20 / 1000 + 4 * 20 / 1500
+    assert seconds[EVALUATIONS] == pytest.approx(before + 2 * each)  # after the steps 2 and 3
+    assert seconds["train"] == pytest.approx(3 * seconds["a step"] + seconds[EVALUATIONS])
+    few = seconds_of_stages(config(text), RATES, Amounts(prompts=40, problems=3, prompt_length=5.0))
+    each = (3 + 2 * 3) * 15 / 200 + 3 * 20 / 1000 + 3 * 20 / 1500
+    assert few[EVALUATIONS] == pytest.approx(3 * 15 / 100 + 3 * 20 / 1000 + 2 * each)
+    ungraded = seconds_of_stages(config(f'{text}[data]\nanswer_field = ""\n'), RATES, amounts)
+    assert seconds[EVALUATIONS] - ungraded[EVALUATIONS] == pytest.approx(2 * 2 * 5 * 15 / 200)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_one"),
+    [
+        ("most = 4", 15 / 200),
+        ("most = 9, score = 'reverse_kl'", 15 / 200 + 20 / 1000),
+        ("most = 9, problems = 'other'", 12 / 200),
+    ],
+)
+def test_extrapolations_are_a_part_of_training_too(settings: str, of_one: float) -> None:
+    text = (
+        f"[objective]\nname = 'effopd'\nextrapolation = {{ attempts = 3, {settings} }}\n"
+        "[[evaluation.benchmarks]]\nname = 'other'\nproblems = 'p'\nmax_tokens = 12\n"
+    )
+    seconds = seconds_of_stages(config(text), RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
+    scored = 9 if "other" in settings else min(6, int(settings.removeprefix("most = ")[0]))
+    assert seconds[EXTRAPOLATIONS] == pytest.approx(2 * 4 * scored * of_one)  # after the steps 1 and 2
+    assert seconds["train"] == pytest.approx(3 * seconds["a step"] + seconds[EXTRAPOLATIONS])
 
 
 def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:

@@ -263,7 +263,8 @@ def test_a_record_without_the_field_and_a_context_without_room_stop_before_any_w
     monkeypatch.setattr("tropd.pipeline.models.loading.load_model", None)
     for stage in (generate_prefixes, loop.train):
         with pytest.raises(
-            DataError, match=r"line 2: no field 'answer' \(fields: id, prompt; see teacher\.context\)"
+            DataError,
+            match=r"line 2: no field 'answer' \(fields: id, prompt; see teacher\.context\.template\)",
         ):
             stage(run)
     long = settled(run, 'teacher.context={ template = "{prompt}' + "1" * 40 + '" }', *SELF)

@@ -17,6 +17,7 @@ from tropd.pipeline.training.record.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     remove_uncommitted,
+    settings_of,
 )
 from tropd.storage.disk.atomic import content_digest
 from tropd.storage.errors import DamagedShardError, DiskFullError, TropdError
@@ -51,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     ):
         for step in range(3):
             train(model, optimizer, range(step, step + 1))
-            writer.save(step + 1, model, optimizer, {"tokens": step})
+            writer.save(step + 1, model, optimizer, {"tokens": step}, settings={"size": step})
     return tmp_path / "train"
 
 
@@ -77,6 +78,7 @@ def test_training_goes_on_bit_for_bit(stage: Stage) -> None:
     train(straight, straight_optimizer, range(6))
     resumed, resumed_optimizer = model_and_optimizer(seed=5)
     assert load_checkpoint(newest_checkpoint(stage), resumed, resumed_optimizer) == (3, {"tokens": 2})
+    assert settings_of(newest_checkpoint(stage)) == {"size": 2}
     train(resumed, resumed_optimizer, range(3, 6))
     for (name, one), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from listening import Listening
 from tiny_runs import make_run
 
 from tropd.pipeline.config.resolve import parse_config
@@ -119,7 +120,11 @@ def test_weights_that_are_not_finite_are_never_in_a_checkpoint(
     assert checkpoints(run) == ["checkpoints/step-000001", "checkpoints/step-000002"]
     assert saved_batch(run)["step"] == 2
     monkeypatch.undo()
-    assert train(run).complete  # it goes on from there
+    said, smaller = Listening(), run.config.train.model_copy(update={"micro_batch_tokens": 64})
+    resolved = replace(run.resolved, config=run.config.model_copy(update={"train": smaller}))
+    assert train(replace(run, reporter=said, resolved=resolved)).complete  # it goes on from there
+    [warning] = said.warnings
+    assert "train.micro_batch_tokens is 64 now, and was not set" in warning
 
 
 def test_the_teacher_is_not_asked_about_log_probs_that_are_none(
