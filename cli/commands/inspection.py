@@ -231,7 +231,7 @@ def config_explain(
 
 @objectives_app.callback(invoke_without_command=True)
 def objectives_list(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the methods, each with its needs of the teacher and its source."""
+    """List the methods, each with its needs; --json has their sources too."""
     if context.invoked_subcommand:
         return
     from tropd.pipeline.config.objective_list import list_objectives
@@ -240,12 +240,15 @@ def objectives_list(context: typer.Context, as_json: JsonOption = False) -> None
     if as_json:
         print_json([vars(e) for e in entries])
     else:
-        print_table(("name", "method", "teacher needs"), [(e.name, e.title, e.needs) for e in entries])
+        print_table(("name", "method", "needs"), [(e.name, e.title, e.needs) for e in entries])
+        say("\nK1: a policy gradient with advantage log pi_T(x) - log pi_S(x) of the student's own token x")
+        say("outliers: tokens of the student that the method's partition does not trust")
+        say("tropd objectives show NAME prints a method's formula, source, and how sure it is")
 
 
 @objectives_app.command("show")
 def objectives_show(name: str, as_json: JsonOption = False) -> None:
-    """Show a method's formula, source, teacher needs and recipe."""
+    """Show a method's formula, source, needs and recipe."""
     from tropd.pipeline.config.objective_list import describe_needs
     from tropd.pipeline.config.recipe_files import load_objective, recipe_text
     from tropd.pipeline.config.schema import to_plain
@@ -258,6 +261,6 @@ def objectives_show(name: str, as_json: JsonOption = False) -> None:
     say(objective.name, style="bold", end="")
     say(f"  {objective.title}")
     say(f"source: {objective.source}\nconfidence: {objective.confidence}")
-    say(f"teacher needs: {describe_needs(objective)}\n")
+    say(f"needs: {describe_needs(objective)}\n")
     say(f"{objective.formula.strip()}\n")
     say(f"# recipe\n{recipe_text(name, 'objectives')}", end="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tropd.pipeline.config.recipe_files import load_objective, recipe_names
-from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.needs import needed_data, teacher_needs
 from tropd.pipeline.objectives.objective import Objective, needs_rewards
 
 
@@ -31,25 +31,33 @@ def list_objectives() -> list[ObjectiveEntry]:
 
 
 def describe_needs(objective: Objective) -> str:
-    """Its needs of the teacher, and of rewards, in words."""
+    """Its needs in words: of the teacher, and of rewards, contexts and held-out problems."""
     needs = teacher_needs(objective)
     parts = []
+    if "rollouts" in needed_data(objective):
+        parts.append("stored responses of the student")
     if needs.token_logprobs:
-        parts.append("log-prob of each student token")
+        parts.append("the teacher's log-prob of each student token")
     if needs.topk != "none":
         where = "outliers" if needs.topk == "outliers" else "every student token"
-        parts.append(f"top-{needs.k} on {where}")
+        parts.append(f"its top {needs.k} at {where}")
     if needs.chosen:
-        parts.append(f"log-probs of the student's top {needs.chosen} on every student token, and their tail")
+        parts.append(f"its log-probs of the student's top {needs.chosen} at every student token")
     if needs.overlap:
-        parts.append("their overlap with its own")
+        parts.append("how many of these are in its own")
     if needs.entropy:
-        parts.append("entropy")
+        parts.append("its entropy at every student token")
+    if "prefixes" in needed_data(objective):
+        parts.append("its responses, written before" if parts else "the teacher's responses, written before")
     if needs.cached_topk:
-        parts.append("cached top-k on prefixes")
+        parts.append("its top k there")
+    if not needs.token_logprobs:
+        parts.append("no teacher while training")
+    if objective.own_context:
+        parts.append("a context for it (teacher.context)")
     if needs_rewards(objective):
-        parts = [*(parts or ["nothing"]), "and a reward of each response"]
+        parts.append("a reward of each response")
     if objective.extrapolation is not None:
         answers = objective.extrapolation.score == "accuracy"
-        parts.append(f"and held-out problems{' with answers' if answers else ''}")
-    return "; ".join(parts) or "none while training"
+        parts.append(f"held-out problems{' with answers' if answers else ''}")
+    return "; ".join(parts)

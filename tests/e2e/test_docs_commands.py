@@ -111,8 +111,8 @@ def test_the_tutorial_runs_as_written(tropd: Any, prepared: Path, tmp_path: Path
 
 def test_the_method_page_lists_every_method_and_names_code_that_exists() -> None:
     text = (ROOT / "docs" / "method.md").read_text()
-    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.+?) \|", text.split("## Methods")[1], re.MULTILINE))
-    assert rows == {entry.name: entry.title for entry in list_objectives()}
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|", text.split("## Methods")[1], re.MULTILINE)
+    assert rows == [(entry.name, entry.title, entry.needs) for entry in list_objectives()]
     code = "\n".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
     for name in re.findall(r"`([a-z]\w*_\w+)`", text.split("## Methods")[0]):
         assert re.search(rf"(def |\"|\b){name}(\"|\(|\b)", code), name

@@ -187,7 +187,8 @@ def _segment(
 
 def _on_host(steps: Sequence[ChosenTokens]) -> list[npt.NDArray[Any]]:
     """Tokens and log-probs ``[n, B]`` of n steps, which are few numbers."""
-    if len(steps) == 1 and steps[0][0].device.type == "cpu":  # a small model's step is short beside a few copies
+    # A small model's step is short beside a few copies.
+    if len(steps) == 1 and steps[0][0].device.type == "cpu":
         return [part.numpy()[None] for part in steps[0]]
     return to_host(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
 
