@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm makes an environment that has it")
 
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.models.engines.base import Sampling, SequenceScores
@@ -24,22 +24,28 @@ V, LONGEST = 24, 64
 TOLERANCE = 1e-4
 
 
-def make_model(tied: bool) -> Any:
-    """Heads of 32, the smallest that vLLM's CPU attention takes."""
-    config = Qwen3Config(
-        vocab_size=V,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=tied,
-        max_position_embeddings=LONGEST,
-        initializer_range=0.2,
-    )
+def make_model(tied: bool, biased: bool = False) -> Any:
+    """Heads of 32, the smallest that vLLM's CPU attention takes; ``biased``: queries, keys and values, as in Qwen2."""
+    sizes: dict[str, Any] = {
+        "vocab_size": V,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": LONGEST,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).eval()
+    if not biased:
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32)).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+    return model
 
 
 def open_engine(folder: Path, **options: Any) -> VllmEngine:
@@ -210,11 +216,11 @@ def test_a_student_reports_what_its_tokens_were_drawn_from(
         np.testing.assert_allclose(found.drawn_logprobs, expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "biased"), [(True, False), (False, False), (True, True)])
 def test_after_each_update_the_weights_are_the_trainers(
-    tied: bool, tmp_path: Path, sequences: list[list[int]]
+    tied: bool, biased: bool, tmp_path: Path, sequences: list[list[int]]
 ) -> None:
-    model = make_model(tied)
+    model = make_model(tied, biased)
     model.save_pretrained(tmp_path)
     engine, reference = open_engine(tmp_path, in_training=True), TransformersEngine(model, [1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -30,6 +30,7 @@ from tropd.pipeline.models.engines import base, proof
 from tropd.pipeline.models.engines.base import Generation, Sampling, SequenceScores, TopkWhere, everywhere
 from tropd.pipeline.models.engines.child import vllm_transfer
 from tropd.pipeline.models.engines.vllm_answers import PromptLogprobs, answer_scores, outputs_of, written
+from tropd.pipeline.models.output.vllm_head import head_overrides, keep_rows
 from tropd.pipeline.models.runtime import DTYPES
 from tropd.storage.arrays import Floats32
 from tropd.storage.errors import ConfigError
@@ -88,13 +89,16 @@ class VllmEngine:
         self._tolerance = proof.tolerance(DTYPES[dtype])
         self._is_proven = False
         options: dict[str, Any] = {"distributed_executor_backend": "uni"} if _on_cpu() else {}
+        overrides = head_overrides(folder, dtype, settings.quantization, on_gpu=not _on_cpu())
         if in_training:
-            options["hf_overrides"] = {"tie_word_embeddings": False}
+            overrides["tie_word_embeddings"] = False
             # Of the distribution drawn from, for the importance weights; those at temperature 1 are scored.
             options["logprobs_mode"] = "processed_logprobs"
             options["enable_sleep_mode"] = self._sleeps
             if self._parallel == 1:
                 options["weight_transfer_config"] = vllm_transfer.config()
+        if overrides:
+            options["hf_overrides"] = overrides
         if settings.quantization is not None:
             options["quantization"] = settings.quantization
         # One thread makes all calls, for every caller: vLLM's CPU kernels want the thread that they were set up in.
@@ -356,22 +360,6 @@ class VllmEngine:
                 )
             if min(sequence) < 0 or max(sequence) >= self._vocab_size:
                 raise ValueError(f"sequence {number}: a token id is outside 0 … {self._vocab_size - 1}")
-
-
-def keep_rows(number: int, model: torch.nn.Module) -> bool:
-    """Have a model of vLLM compute no more logits than these: the softmax is over tokens, for samples and for scores.
-
-    vLLM cuts off its own padding in this way. (``allowed_token_ids`` would leave the log-probs those of all
-    rows.) Returns whether the model has the layer that does so.
-    """
-    layers: list[Any] = [
-        layer
-        for layer in model.modules()
-        if hasattr(layer, "org_vocab_size") and hasattr(layer, "_get_logits")
-    ]
-    for layer in layers:
-        layer.org_vocab_size = min(layer.org_vocab_size, number)
-    return bool(layers)
 
 
 def _import_vllm() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from tropd.pipeline.config.sections.value_types import Dtype
 from tropd.pipeline.models.engines.base import Choose, Sampler, choose_with
 from tropd.pipeline.models.engines.child.process import Deadline, Deadlines, EngineProcess
 from tropd.pipeline.models.engines.child.vllm_transfer import for_vllm
+from tropd.pipeline.models.engines.child.weights import can_hand_over
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.loading import context_length, load_model, load_tokenizer
 from tropd.pipeline.models.runtime import DTYPES, configure_runtime
@@ -97,7 +99,7 @@ def _vllm_process(run: Run, whole_model: Any, folder: Path, world: World) -> Eng
     """The student in vLLM, in a process beside this one, on the same GPU."""
     settings = run.config.vllm
     alone = settings.tensor_parallel_size == 1
-    on_gpu = whole_model.device.type == "cuda"
+    as_handles = whole_model.device.type == "cuda" and alone and can_hand_over(os.environ)
     log = run.workspace.logs / f"student-engine-{world.rank}.log"
     with loading(run, "student", folder):
         engine = EngineProcess(
@@ -111,7 +113,7 @@ def _vllm_process(run: Run, whole_model: Any, folder: Path, world: World) -> Eng
                 Deadline(settings.update_seconds, "vllm.update_seconds"),
                 Deadline(settings.answer_seconds, "vllm.answer_seconds"),
             ),
-            as_handles=on_gpu and alone,
+            as_handles=as_handles,
         )
     if not engine.sleeps:
         run.reporter.info(

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Granite
 
 from tropd.pipeline.models.engines.base import Sampling
 from tropd.pipeline.models.engines.transformers import TransformersEngine
-from tropd.pipeline.models.engines.vllm import keep_rows
 from tropd.pipeline.models.output import logprobs
 from tropd.pipeline.models.output.logprobs import Lookups, token_logprobs
 from tropd.pipeline.models.output.output_layer import SplitModel
+from tropd.pipeline.models.output.vllm_head import keep_rows
 from tropd.pipeline.models.tokenizers import num_tokens
 from tropd.pipeline.objectives.partition_specs import AllTrusted
 from tropd.pipeline.run import opening

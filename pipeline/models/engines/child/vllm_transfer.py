@@ -13,22 +13,34 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from tropd.pipeline.models.engines.child.weights import ALLOCATOR_SETTINGS
+from tropd.storage.errors import ConfigError
+
 NAME = "tropd"
-# Settings of the trainer's allocator: vLLM's sleep mode needs one of its own, which refuses some of them.
-_OF_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def for_vllm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process for vLLM, made from that of another."""
-    return {name: value for name, value in environment.items() if name not in _OF_ALLOCATOR}
+    """The environment of a process for vLLM, made from that of another: without the settings of its allocator, some of
+    which vLLM's own, for its sleep mode, refuses."""
+    return {name: value for name, value in environment.items() if name not in ALLOCATOR_SETTINGS}
 
 
 @cache
 def config() -> Any:
-    """vLLM's configuration of the backend, which is registered with it in this process."""
-    from vllm.config import WeightTransferConfig
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+    """vLLM's configuration of the backend, which is registered with it in this process.
+
+    Raises:
+        ConfigError: this vLLM has another interface.
+    """
+    try:
+        from vllm.config import WeightTransferConfig
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+    except ImportError as error:
+        raise _too_old() from error
+    # Before 0.25 this was the worker's affair, which would not call ``update_weights`` below.
+    if not hasattr(IPCWeightTransferEngine, "start_weight_update"):
+        raise _too_old()
 
     class Beside(IPCWeightTransferEngine):
         def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -40,3 +52,10 @@ def config() -> Any:
 
     WeightTransferEngineFactory.register_engine(NAME, Beside)
     return WeightTransferConfig(backend=NAME)
+
+
+def _too_old() -> ConfigError:
+    return ConfigError(
+        "this vLLM cannot take the weights of a student in training: its weight transfer is another one",
+        hint='install vLLM 0.27 or later, or set student.engine = "transformers"',
+    )

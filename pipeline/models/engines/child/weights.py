@@ -24,6 +24,8 @@ from tropd.storage.errors import MemoryFullError
 
 SHARED = Path("/dev/shm")
 _ALIGNED = 64
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables for PyTorch's allocator: the new name and the old one."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,28 @@ def views(descriptor: int, layout: WeightLayout) -> dict[str, Tensor]:
     }
 
 
+def can_hand_over(environment: Mapping[str, str]) -> bool:
+    """Whether another process may open this one's GPU memory by a handle.
+
+    Expandable segments it opens by file descriptors of this process (``pidfd_getfd``), which the system forbids in most
+    containers: github.com/pytorch/pytorch/issues/165685.
+    """
+    settings = ",".join(environment.get(name, "") for name in ALLOCATOR_SETTINGS)
+    return "expandable_segments:true" not in settings.lower().replace(" ", "")
+
+
 def handles(state: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor]]:
     """A state on a GPU as vLLM's ``IPCWeightTransferUpdateInfo``, and the tensors that must live until it is taken."""
-    device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    device = next(iter(state.values())).device
+    name = str(torch.cuda.get_device_properties(device).uuid)
     kept = [value.detach().to(_cast(value.dtype, dtype)).contiguous() for value in state.values()]
     update = {
         "names": list(state),
         "dtype_names": [str(value.dtype).removeprefix("torch.") for value in kept],
         "shapes": [list(value.shape) for value in kept],
-        "ipc_handles": [{device: reduce_tensor(value)[1]} for value in kept],
+        "ipc_handles": [{name: reduce_tensor(value)[1]} for value in kept],
     }
-    torch.cuda.synchronize()  # all copies are made
+    torch.cuda.synchronize(device)  # all copies are made
     return update, kept
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from tropd.pipeline.config.sections.model_settings import VllmConfig
 from tropd.pipeline.models.engines.base import Generation, Sampling
+from tropd.pipeline.models.engines.child import vllm_transfer
 from tropd.pipeline.models.engines.vllm import VllmEngine
 from tropd.pipeline.models.engines.vllm_answers import (
     PromptLogprobs,
@@ -112,6 +113,42 @@ def pretended_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_model_in_bfloat16_is_opened_with_logits_in_float32(
+    on_gpu: bool, tmp_path: Path, pretended_vllm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def llm(**options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(apply_model=lambda change: [True])
+
+    cast(Any, sys.modules["vllm"]).LLM = llm
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    (tmp_path / "config.json").write_text("{}")
+    VllmEngine(tmp_path, [1], VllmConfig(), dtype="bfloat16", num_tokens=24, max_length=64, most_topk=8)
+    assert asked.get("hf_overrides") == ({"head_dtype": "float32"} if on_gpu else None)
+
+
+@pytest.mark.parametrize("version", ["no weight transfer", "the worker's affair"])
+def test_a_vllm_that_cannot_take_weights_so_is_refused_by_its_version(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = "vllm.distributed.weight_transfer"
+    for name in ("vllm", "vllm.config", "vllm.distributed", base, f"{base}.factory", f"{base}.ipc_engine"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    if version == "the worker's affair":
+        for name, attribute in (
+            ("vllm.config", "WeightTransferConfig"),
+            (f"{base}.factory", "WeightTransferEngineFactory"),
+            (f"{base}.ipc_engine", "IPCWeightTransferEngine"),
+        ):
+            setattr(sys.modules[name], attribute, type(attribute, (), {}))
+    with pytest.raises(ConfigError, match="cannot take the weights of a student in training") as refused:
+        vllm_transfer.config()
+    assert "vLLM 0.27" in str(refused.value.hint)
 
 
 def test_outputs_are_told_of_as_they_finish_and_come_back_in_order() -> None:

@@ -18,6 +18,7 @@ from beside_engine import BesideEngine
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models.engines.base import Sampling
+from tropd.pipeline.models.engines.child.weights import ALLOCATOR_SETTINGS
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.loading import load_model
 from tropd.pipeline.run.opening import LoadedModel
@@ -146,3 +147,27 @@ def test_one_that_samples_while_the_student_trains_stays_awake(
             rollout_engine(own, stack, student, student.model, student.folder, None, World()).rest()
         assert asked == expected
         assert "cannot sleep on a CPU" in said.lines[0]
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_weights_on_a_gpu_go_over_as_handles_unless_its_memory_is_in_expandable_segments(
+    variable: str | None, run: Run, student: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def beside(*_: Any, **options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(sleeps=True, choose=None, close=lambda: None)
+
+    monkeypatch.setattr(sampler, "EngineProcess", beside)
+    monkeypatch.setattr(sampler, "vllm_builder", lambda *_, **__: None)
+    monkeypatch.setattr(sampler, "merged_state", lambda model: {})
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "expandable_segments:True")
+    whole = SimpleNamespace(device=torch.device("cuda", 3))
+    with ExitStack() as stack:
+        rollout_engine(run, stack, student, whole, student.folder, None, World())
+    assert asked["as_handles"] == (variable is None)
+    assert not set(ALLOCATOR_SETTINGS) & set(asked["environment"])
