@@ -122,6 +122,14 @@ def unusual(config: Config, origins: Origins) -> list[str]:
             f"rollout.samples_per_prompt = 1 leaves {config.objective.name} nothing to compare a response with, so "
             f"objective.reward adds nothing: set it to 2 or more ({origins.of(('rollout', 'samples_per_prompt'))})"
         )
+    left_out = [one.name for one in config.evaluation.benchmarks if one not in config.benchmarks]
+    if config.data.decontaminate is not None and left_out:
+        found.append(
+            f"data.decontaminate compares training prompts with benchmarks that are measured, so not with "
+            f"{', '.join(left_out)}: set evaluation.allow_code = true before the first stage if they are to be "
+            "(later it is another choice of prompts, with which finished stages are refused), or delete their "
+            f"evaluation.benchmarks ({origins.of(('data', 'decontaminate'))})"
+        )
     train = config.train
     if train.warmup < train.warmup_steps:
         found.append(

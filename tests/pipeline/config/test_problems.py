@@ -73,3 +73,18 @@ def test_unknown_names_are_refused_with_those_there_are(
         ask()
     assert message in str(caught.value)
     assert valid in str(caught.value)
+
+
+def test_a_benchmark_that_training_prompts_are_not_compared_with_is_told() -> None:
+    lighteval = "{ task = 'lcb:codegeneration_v6', module = 'lcb.main' }"
+    text = f"[[evaluation.benchmarks]]\nname = 'lcb'\nproblems = 'p'\nlighteval = {lighteval}\n"
+
+    def told(*given: str) -> list[str]:
+        found = parse_config(text, given)
+        return problems.unusual(found.config, found.origins)
+
+    (sentence,) = told("data.decontaminate=13")
+    assert "so not with lcb: set evaluation.allow_code = true before the first stage" in sentence
+    assert "(--set data.decontaminate=13)" in sentence
+    assert not told("data.decontaminate=13", "evaluation.allow_code=true")
+    assert not told()
