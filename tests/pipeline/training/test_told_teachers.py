@@ -11,20 +11,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from listening import Listening
+from teacher_here import TeacherHere, asked_here
 from tiny_runs import make_models, make_run
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
 from tropd.pipeline.run.opening import load_role
-from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.evaluate import evaluate
 from tropd.pipeline.stages.prefixes import generate_prefixes
 from tropd.pipeline.stages.scores import score_teacher
-from tropd.pipeline.teacher.service.batcher import score_requests
-from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse, encode_request
-from tropd.pipeline.training import loop, setup
+from tropd.pipeline.teacher.wire.messages import encode_request
+from tropd.pipeline.training import loop
 from tropd.pipeline.training.inputs import read_inputs, student_prompts
 from tropd.pipeline.training.record.checkpoint import TENSORS
 from tropd.pipeline.training.record.sharded_tensors import load_tensors, stored_tensors
@@ -73,35 +73,21 @@ def losses(run: Run) -> list[float]:
     return found
 
 
-class InProcess:
-    """A client whose teacher is here."""
-
-    tokens_scored = topk_tokens = bytes_sent = bytes_received = retries = 0
-    queue_seconds = 0.0
-    replicas: tuple[()] = ()
-    url = "here"
-
-    def __init__(self, run: Run) -> None:
-        loaded = load_role(run, "teacher")
-        self.engine = TransformersEngine(loaded.model, loaded.stop_ids, num_tokens=24)
-        self.requests: list[ScoreRequest] = []
-
-    def score(self, request: ScoreRequest) -> ScoreResponse:
-        self.requests.append(request)
-        return score_requests(self.engine, [request])[0]
+def of_run(run: Run) -> TeacherHere:
+    loaded = load_role(run, "teacher")
+    return TeacherHere(TransformersEngine(loaded.model, loaded.stop_ids, num_tokens=24))
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[InProcess]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[TeacherHere]:
     """Training asks a teacher in this process."""
-    opened: list[InProcess] = []
+    opened: list[TeacherHere] = []
 
-    def connect(run: Run, *_: Any, **__: Any) -> dict[str, InProcess]:
-        opened.append(InProcess(run))
+    def connect(run: Run, *_: Any, **__: Any) -> dict[str, TeacherHere]:
+        opened.append(of_run(run))
         return {"": opened[-1]}
 
-    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
-    monkeypatch.setattr(setup, "connect_teachers", connect)
+    asked_here(monkeypatch, connect)
     return opened
 
 
@@ -146,7 +132,7 @@ def test_the_teacher_is_asked_about_the_same_tokens_and_requests_without_a_conte
     prompt = student_prompts(run).prompts[3]
     plan = RowPlan(0, 3, prompt.tokens, [4, 5], None, False, 7, teacher_tokens=prompt.teacher_tokens)
     row = Row(plan, [6, 7, 8], [-1.0, -2.0, -3.0], False)
-    scorer, objective = InProcess(run), run.config.objective
+    scorer, objective = of_run(run), run.config.objective
     answer = ask_teacher({"": scorer}, [row], objective, teacher_needs(objective), 24)  # type: ignore[dict-item]
     naive = log_probs(load_role(run, "teacher").model, [*after(run, "p3"), 4, 5], [6, 7, 8], 24)
     np.testing.assert_allclose(answer.teacher_logprobs, naive[range(3), [6, 7, 8]], atol=1e-4)
@@ -183,7 +169,7 @@ def test_distances_compare_what_the_student_reads_with_what_the_teacher_is_told(
 
 
 def test_a_student_that_is_told_nothing_more_has_nothing_to_learn(
-    tmp_path: Path, models: Path, in_process: list[InProcess]
+    tmp_path: Path, models: Path, in_process: list[TeacherHere]
 ) -> None:
     for name in ("opsd", "pw-opsd", "caopd"):
         run = settled(
@@ -200,7 +186,7 @@ def test_a_student_that_is_told_nothing_more_has_nothing_to_learn(
 
 
 def test_what_it_is_told_is_learned_and_a_stopped_run_goes_on_to_the_same_bits(
-    tmp_path: Path, models: Path, in_process: list[InProcess], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, in_process: list[TeacherHere], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*SELF, *SMALL)
     whole, halted = (told(tmp_path / name, models, *settings) for name in ("whole", "halted"))
@@ -225,7 +211,7 @@ def test_what_it_is_told_is_learned_and_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_another_context_is_refused_by_name(
-    tmp_path: Path, models: Path, in_process: list[InProcess]
+    tmp_path: Path, models: Path, in_process: list[TeacherHere]
 ) -> None:
     run = told(tmp_path / "run", models, *SELF, *SMALL)
     loop.train(run)
@@ -280,20 +266,12 @@ def test_the_student_as_teacher_is_its_model_in_its_precision(tmp_path: Path, mo
 
 
 def test_a_method_for_a_told_teacher_says_so_where_none_is_told(
-    tmp_path: Path, models: Path, in_process: list[InProcess]
+    tmp_path: Path, models: Path, in_process: list[TeacherHere]
 ) -> None:
-    said: list[str] = []
-
-    class Listening:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(SILENT, name)
-
-        def warning(self, message: str) -> None:
-            said.append(message)
-
+    said = Listening()
     run = settled(make_run(tmp_path / "run", models), *SELF, *SMALL, "train.steps=1")
-    loop.train(replace(run, reporter=Listening()))
-    assert any("'opsd' is meant for a teacher that is told more" in message for message in said)
+    loop.train(replace(run, reporter=said))
+    assert any("'opsd' is meant for a teacher that is told more" in message for message in said.warnings)
 
 
 FOLLOWING = (*SELF, *SMALL, "train.keep_checkpoints=9")

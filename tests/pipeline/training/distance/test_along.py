@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from teacher_here import TeacherHere, asked_here, teacher_of
 from tiny_runs import make_models, make_run
 
 from tropd.pipeline.config.resolve import parse_config
@@ -21,7 +22,6 @@ from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.evaluation.distance import exact_distances
 from tropd.pipeline.stages.prefixes import generate_prefixes
-from tropd.pipeline.teacher.service.batcher import score_requests
 from tropd.pipeline.training import loop, setup
 from tropd.pipeline.training.distance import held_out_set
 from tropd.pipeline.training.loop import train
@@ -45,8 +45,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs whose teacher answers without a service around it."""
-    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
-    monkeypatch.setattr(setup, "connect_teachers", lambda *_, **__: {"": Counting(teacher_folder)})
+    asked_here(monkeypatch, lambda *_, **__: {"": teacher_of(teacher_folder)})
 
     def made(name: str, *, every: int = 1, objective: str = "opd") -> Run:
         run = make_run(tmp_path / name, tiny_models, extra=SETTINGS.format(every=every))
@@ -58,25 +57,6 @@ def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: p
         return run
 
     return made
-
-
-class Counting:
-    """The teacher without a service around it; it counts what it answers, as a client does."""
-
-    url = "http://teacher"
-
-    replicas: tuple[Any, ...] = ()
-    tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
-    queue_seconds = 0.0
-
-    def __init__(self, models: Path) -> None:
-        model = load_model(models, dtype="float32", device=torch.device("cpu"))
-        self._engine = TransformersEngine(model, [1])
-
-    def score(self, request: Any) -> Any:
-        answer = score_requests(self._engine, [request])[0]
-        self.tokens_scored += sum(len(item.teacher_logprobs) for item in answer.items)
-        return answer
 
 
 def records(run: Run) -> list[dict[str, Any]]:
@@ -172,14 +152,14 @@ def test_without_a_service_there_is_the_forward_kl(make: Any, monkeypatch: pytes
 
 
 def test_a_stop_while_the_teacher_is_away_costs_no_step(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Counting.score
+    original = TeacherHere.score
 
-    def score(self: Counting, request: Any) -> Any:
+    def score(self: TeacherHere, request: Any) -> Any:
         if len(request.sequences) == 4 and request.topk == "none" and request.sequences[0].seed == 0:
             raise StopRequestedError
         return original(self, request)
 
-    monkeypatch.setattr(Counting, "score", score)
+    monkeypatch.setattr(TeacherHere, "score", score)
     run = make("run")
     train(run)
     assert len(records(run)) == 3

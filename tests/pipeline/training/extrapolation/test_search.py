@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from teacher_here import TeacherHere, asked_here, teacher_of
 from tiny_runs import make_models, make_run
 
 from tropd.pipeline.config.resolve import parse_config
-from tropd.pipeline.models.engines.transformers import TransformersEngine
-from tropd.pipeline.models.loading import load_model
 from tropd.pipeline.objectives.extrapolation.settings import Extrapolation
 from tropd.pipeline.run.interrupt import StopRequestedError
 from tropd.pipeline.run.run import Run
-from tropd.pipeline.teacher.service.batcher import score_requests
-from tropd.pipeline.training import setup
 from tropd.pipeline.training.extrapolation.base_weights import BaseWeights
 from tropd.pipeline.training.extrapolation.search import is_due, search
 from tropd.pipeline.training.loop import train
@@ -95,22 +92,6 @@ checkpoint_every = 1
 """
 
 
-class Teacher:
-    """The teacher without a service around it."""
-
-    url = "http://teacher"
-    replicas: tuple[Any, ...] = ()
-    tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
-    queue_seconds = 0.0
-
-    def __init__(self, models: Path) -> None:
-        model = load_model(models, dtype="float32", device=torch.device("cpu"))
-        self._engine = TransformersEngine(model, [1])
-
-    def score(self, request: Any) -> Any:
-        return score_requests(self._engine, [request])[0]
-
-
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("teacher"), seed=1)
@@ -118,8 +99,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_models: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
-    monkeypatch.setattr(setup, "connect_teachers", lambda *_, **__: {"": Teacher(teacher_folder)})
+    asked_here(monkeypatch, lambda *_, **__: {"": teacher_of(teacher_folder)})
 
     def made(name: str, score: str = "reverse_kl", *assignments: str) -> Run:
         run = make_run(tmp_path / name, tiny_models, extra=SETTINGS.format(score=score))
@@ -204,15 +184,15 @@ def test_what_the_scores_depend_on_cannot_change_within_a_run(make: Any) -> None
 def test_a_stop_while_the_teacher_is_away_leaves_the_last_checkpoint(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, run = Teacher.score, make("run")
+    original, run = TeacherHere.score, make("run")
 
-    def score(self: Teacher, request: Any) -> Any:
+    def score(self: TeacherHere, request: Any) -> Any:
         saved = (run.workspace.stage("train") / "checkpoints" / "step-000003").exists()
         if saved and {sequence.seed for sequence in request.sequences} == {0}:
             raise StopRequestedError
         return original(self, request)
 
-    monkeypatch.setattr(Teacher, "score", score)
+    monkeypatch.setattr(TeacherHere, "score", score)
     with pytest.raises(InterruptedStageError, match="step 4 of 5, while waiting for the teacher's judgment"):
         train(run)
     names = sorted(path.name for path in (run.workspace.stage("train") / "checkpoints").iterdir())

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from teacher_here import TeacherHere
 
 from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.sections.training_settings import RolloutConfig
 from tropd.pipeline.models.engines.base import choose_with
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.objectives.needs import teacher_needs
-from tropd.pipeline.teacher.service.batcher import score_requests
-from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse
 from tropd.pipeline.training.record.checkpoint import ROWS, load_rows, row_tensors
 from tropd.pipeline.training.rollout.choosing import all_chosen_ids, choosing
 from tropd.pipeline.training.rollout.rows import Row, RowPlan, roll_out
@@ -73,21 +72,6 @@ def test_a_checkpoint_keeps_the_ids_of_rows_that_wait(rows: list[Row], tmp_path:
     assert all(row.chosen_ids is None for row in kept)
 
 
-class Asked:
-    """A teacher in this process, which keeps what it was asked."""
-
-    tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
-    queue_seconds = 0.0
-
-    def __init__(self, model: Any) -> None:
-        self.engine = TransformersEngine(model, [1])
-        self.requests: list[ScoreRequest] = []
-
-    def score(self, request: ScoreRequest) -> ScoreResponse:
-        self.requests.append(request)
-        return score_requests(self.engine, [request])[0]
-
-
 @pytest.mark.parametrize(("name", "overlap"), [("rkl-topk", False), ("prune-opd", True)])
 def test_the_teacher_is_asked_about_these_ids_and_nothing_else(
     tiny_model: Any, rows: list[Row], name: str, overlap: bool
@@ -95,7 +79,7 @@ def test_the_teacher_is_asked_about_these_ids_and_nothing_else(
     teacher = copy.deepcopy(tiny_model)
     with torch.no_grad():
         teacher.lm_head.weight.mul_(1.5)
-    objective, scorer = load_objective(name, {"k": K}), Asked(teacher)
+    objective, scorer = load_objective(name, {"k": K}), TeacherHere(TransformersEngine(teacher, [1]))
     data = ask_teacher({"": scorer}, rows, objective, teacher_needs(objective), V)
     (request,) = scorer.requests
     assert (request.topk, request.k, request.chosen, request.overlap) == ("none", 0, K, overlap)

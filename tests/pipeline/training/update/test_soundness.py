@@ -11,39 +11,17 @@ from typing import Any
 import pytest
 import torch
 from listening import Listening
+from teacher_here import asked_here, teacher_of
 from tiny_runs import make_run
 
 from tropd.pipeline.config.resolve import parse_config
-from tropd.pipeline.models.engines.transformers import TransformersEngine
-from tropd.pipeline.models.loading import load_model
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages.prefixes import generate_prefixes
-from tropd.pipeline.teacher.service.batcher import score_requests
-from tropd.pipeline.teacher.wire.messages import ScoreRequest, ScoreResponse
-from tropd.pipeline.training import loop, setup
+from tropd.pipeline.training import loop
 from tropd.pipeline.training.loop import train
 from tropd.pipeline.training.setup import open_session
 from tropd.storage.errors import TropdError
 from tropd.storage.stage.manifest import read_manifest
-
-
-class Teacher:
-    """The teacher without a service around it; it counts what it is asked."""
-
-    url = "http://teacher"
-
-    replicas: tuple[Any, ...] = ()
-    tokens_scored = topk_tokens = bytes_sent = bytes_received = 0
-    queue_seconds = 0.0
-
-    def __init__(self, models: Path) -> None:
-        model = load_model(models, dtype="float32", device=torch.device("cpu"))
-        self._engine = TransformersEngine(model, [1])
-        self.asked = 0
-
-    def score(self, request: ScoreRequest) -> ScoreResponse:
-        self.asked += 1
-        return score_requests(self._engine, [request])[0]
 
 
 def make(folder: Path, models: Path, objective: str, **settings: Any) -> Run:
@@ -132,12 +110,11 @@ def test_the_teacher_is_not_asked_about_log_probs_that_are_none(
 ) -> None:
     run = make(tmp_path / "run", tiny_models, "opd", learning_rate=1e-3, checkpoint_every=50)
     spoil(monkeypatch, after=0, value=math.nan)
-    teacher = Teacher(tiny_models)
-    monkeypatch.setattr(setup, "start_teachers", lambda *_, **__: {})
-    monkeypatch.setattr(setup, "connect_teachers", lambda *_, **__: {"": teacher})
+    teacher = teacher_of(tiny_models)
+    asked_here(monkeypatch, lambda *_, **__: {"": teacher})
     with pytest.raises(TropdError, match=r"step 1: the student's log-probs of its own tokens are not finite"):
         train(run)
-    assert teacher.asked == 1
+    assert len(teacher.requests) == 1
     assert checkpoints(run) == []
     batch = saved_batch(run)
     assert (batch["step"], len(batch["rows"])) == (1, 16)
