@@ -20,8 +20,8 @@ NAME = "tropd"
 
 
 def for_vllm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process for vLLM, made from that of another: without the settings of its allocator, some of
-    which vLLM's own, for its sleep mode, refuses."""
+    """The environment of a process for vLLM, made from that of another: without the settings of its allocator, since
+    vLLM's sleep mode does not go with all of them."""
     return {name: value for name, value in environment.items() if name not in ALLOCATOR_SETTINGS}
 
 
