@@ -12,21 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from tropd.storage.formats.step_log import read_log
+from trained import final, metrics
 
 SETTINGS = ("--set", "objective.extrapolation={most=16}", "--set", "train.learning_rate=3e-3")
-
-
-def metrics(workspace: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_", "checksum"))}
-        for record in read_log(workspace / "train" / "metrics.jsonl").whole
-    ]
-
-
-def final(workspace: Path) -> bytes:
-    return (workspace / "train" / "final" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

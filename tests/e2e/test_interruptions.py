@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trained import metrics
 from waiting import eventually
 
 from tropd.storage.disk.atomic import content_digest
-from tropd.storage.formats.step_log import read_log
 
 KILLS = 5 if os.environ.get("TROPD_THOROUGH") else 2
 # Stage, command, folder it writes, stages that must not be there yet.
@@ -31,14 +31,6 @@ STAGES = {
 }
 # Training tiny models takes long: test_prepare_resumed.py kills it without a command around it.
 COMMANDS = [pytest.param(c, marks=pytest.mark.slowest) if c == "prepare" else c for c in STAGES]
-
-
-def metrics(workspace: Path) -> list[dict[str, Any]]:
-    """Records without what a clock or the wire measured."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_"))}
-        for record in read_log(workspace / "train" / "metrics.jsonl").whole
-    ]
 
 
 def state(workspace: Path, folder: str) -> Any:

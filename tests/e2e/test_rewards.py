@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trained import final, metrics
 
 from tropd.storage.formats.samples_file import read_samples
-from tropd.storage.formats.step_log import read_log
 from tropd.storage.formats.trajectories import read_trajectories
 
 FOUR = ("--set", "rollout.samples_per_prompt=4", "--set", "rollout.prompts_per_step=4")
@@ -32,17 +32,6 @@ def with_objective(workspace: Path, name: str, reward: str = "") -> Path:
     before = next(line for line in text.splitlines() if line.startswith("name = "))
     path.write_text(text.replace(before, f'name = "{name}"') + (f"\n[reward]\n{reward}\n" if reward else ""))
     return workspace
-
-
-def metrics(workspace: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_", "checksum"))}
-        for record in read_log(workspace / "train" / "metrics.jsonl").whole
-    ]
-
-
-def final(workspace: Path) -> bytes:
-    return (workspace / "train" / "final" / "model.safetensors").read_bytes()
 
 
 def test_rewards_alone_train_without_a_teacher(tropd: Any, prepared: Path, copy: Any) -> None:

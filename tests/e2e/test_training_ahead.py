@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trained import final, metrics
 from waiting import eventually
-
-from tropd.storage.formats.step_log import read_log
 
 # Kills of a run of sixty steps, strict and one step ahead.
 KILLS = ((0, 12), (1, 8)) if os.environ.get("TROPD_THOROUGH") else ((0, 1), (1, 2))
@@ -23,20 +22,11 @@ AHEAD = ("--set", "train.max_staleness=1")
 OF_ROWS = ("tokens_on_policy", "teacher_topk_tokens", "k1_mean", "response_length_mean", "acceptance_mean")
 
 
-def metrics(workspace: Path) -> list[dict[str, Any]]:
-    """Records without what a clock or the machine measured; a line under way is not there yet."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith(("time_", "memory_"))}
-        for record in read_log(workspace / "train" / "metrics.jsonl").whole
-    ]
-
-
 def result(workspace: Path) -> Any:
     """The final weights, the last checkpoint and the metrics."""
     shards = json.loads((workspace / "train" / "manifest.json").read_text())["shards"]
     checkpoints = sorted(name for name in shards if name.startswith("checkpoints/"))
-    final = (workspace / "train" / "final" / "model.safetensors").read_bytes()
-    return final, {name: shards[name] for name in checkpoints[-1:]}, metrics(workspace)
+    return final(workspace), {name: shards[name] for name in checkpoints[-1:]}, metrics(workspace)
 
 
 def test_rows_are_those_of_the_weights_before_the_last_update(
