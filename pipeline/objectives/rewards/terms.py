@@ -1,6 +1,6 @@
 """The part of a row's reward in the loss, as data: terms that are added to the advantages of K1.
 
-The formulas are in ``rewards.py``; ``partition.rule = "reward"`` and the token weight ``dual_perplexity`` look at
+The formulas are in ``advantages.py``; ``partition.rule = "reward"`` and the token weight ``dual_perplexity`` look at
 rewards too.
 """
 
