@@ -77,7 +77,6 @@ COVERED_BY = {
     "tropd.pipeline.experiments.demo.tiny_models": "tests/pipeline/experiments/demo/test_task.py",
     "tropd.pipeline.experiments.dry_run": "tests/e2e/test_reproduce.py",
     "tropd.pipeline.experiments.paper_data": "tests/pipeline/stages/test_fetch.py",
-    "tropd.pipeline.experiments.reproduce": "tests/e2e/test_reproduce.py",
     "tropd.pipeline.experiments.sft": "tests/e2e/test_reproduce.py",
     "tropd.pipeline.experiments.starting.look": "tests/pipeline/experiments/starting/test_draft.py",
     "tropd.pipeline.experiments.starting.start": "tests/pipeline/experiments/starting/test_draft.py",

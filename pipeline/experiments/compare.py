@@ -114,7 +114,7 @@ def _each(jobs: Sequence[tuple[Path, str | None, int]], workers: int, gpus: int)
     devices = context.SimpleQueue()
     for number in range(size):
         devices.put(number % gpus)
-    with ProcessPoolExecutor(size, context, _use_one_gpu, (devices,)) as pool:
+    with ProcessPoolExecutor(size, context, use_one_gpu, (devices,)) as pool:
         futures = [pool.submit(_run_cell, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -126,7 +126,7 @@ def _each(jobs: Sequence[tuple[Path, str | None, int]], workers: int, gpus: int)
             raise
 
 
-def _use_one_gpu(devices: Any) -> None:
+def use_one_gpu(devices: Any) -> None:
     """In a worker that starts: the next GPU is its only one."""
     become_child(child_environment(one_device=False) | device_variables(devices.get()))
 

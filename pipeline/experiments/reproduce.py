@@ -125,7 +125,7 @@ def reproduce(job: Job, reporter: Reporter) -> Result:
         cells = compare(
             run, [row.objective for row in setting.rows], job.seeds, workers=job.workers, gpus=job.gpus
         )
-        blocks.append(_block(run, setting, cells))
+        blocks.append(made_block(run, setting, cells))
     result = Result(title=job.table.title, rehearsal=job.rehearsal, seeds=job.seeds, blocks=blocks)
     write_text_atomic(job.root / f"{job.name}.json", result.model_dump_json(indent=1) + "\n")
     write_text_atomic(job.root / f"{job.name}.md", to_markdown(result))
@@ -137,7 +137,8 @@ def _with(job: Job, run: Run, assignment: str) -> Run:
     return Run(run.workspace, load_config(run.workspace.config_path, assignments), run.reporter, assignments)
 
 
-def _block(run: Run, setting: Setting, cells: Sequence[Cell]) -> ResultBlock:
+def made_block(run: Run, setting: Setting, cells: Sequence[Cell]) -> ResultBlock:
+    """The numbers of a setting whose runs are finished."""
     root = run.workspace.root
     measured = [b.name for b in run.config.evaluation.benchmarks]
     benchmarks = [*measured, *(name for name in setting.columns if name not in measured)]

@@ -14,6 +14,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from tropd.pipeline.run.processes.child_environment import child_environment, is_rank
 from tropd.pipeline.training.reward import worker
 from tropd.storage.errors import ConfigError
 
@@ -87,7 +88,13 @@ class FunctionPool:
             max_workers=workers,
             context=multiprocessing.get_context("spawn"),
             initializer=worker.start,
-            initargs=(function, [str(folder) for folder in folders], str(log)),
+            # A rank's function sees the rank's GPU, and takes itself for no rank; otherwise it sees all.
+            initargs=(
+                function,
+                [str(folder) for folder in folders],
+                str(log),
+                child_environment(one_device=is_rank()),
+            ),
         )
 
     def check(self) -> None:

@@ -11,19 +11,22 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from tropd.pipeline.run.processes.child_environment import become_child
 
 _function: Callable[[list[dict[str, Any]]], Any] | None = None
 _problem = ""
 
 
-def start(name: str, folders: Sequence[str], log: str) -> None:
-    """Import the function ``module:name`` once, looking into ``folders`` first; what it prints goes to the file ``log``.
+def start(name: str, folders: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
+    """Take on an environment, and import the function ``module:name`` once, looking into ``folders`` first.
 
-    A failure is kept for the first call to tell.
+    What it prints goes to the file ``log``. A failure is kept for the first call to tell.
     """
     global _function, _problem
+    become_child(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

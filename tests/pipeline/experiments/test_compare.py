@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.experiments import compare as compare_module
 from tropd.pipeline.experiments.compare import cell_config
 from tropd.pipeline.run.cells import Cell
+from tropd.pipeline.run.processes.child_environment import become_child
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.storage.workspace import Workspace
@@ -53,3 +57,24 @@ def test_a_run_of_a_comparison_has_all_gpus(
         monkeypatch.setattr(compare_module, name, stub)
     compare_module.compare(run, ["opd", "sft"], 1, gpus=8)
     assert used == [("before", 8), ("opd", 8), ("after", 8), ("sft", 8), ("after", 8)]
+
+
+def test_workers_of_a_comparison_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,6")
+    waiting, before, seen = [0, 2], dict(os.environ), []
+    try:
+        while waiting:
+            os.environ.update(before)  # as a worker inherits it
+            compare_module.use_one_gpu(SimpleNamespace(get=lambda: waiting.pop(0)))
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    finally:
+        become_child(before)
+    assert seen == ["3", "6"]
+
+
+def test_an_objective_that_needs_entropies_is_scored_outside_of_vllm(tiny_run: Run) -> None:
+    in_vllm = tiny_run.config.teacher.model_copy(update={"engine": "vllm", "scoring_engine": None})
+    config = tiny_run.config.model_copy(update={"teacher": in_vllm})
+    run = replace(tiny_run, resolved=replace(tiny_run.resolved, config=config))
+    scorers = {name: cell_config(run, Cell(name, 0)).teacher.scorer for name in ("opd", "eopd")}
+    assert scorers == {"opd": "vllm", "eopd": "transformers"}

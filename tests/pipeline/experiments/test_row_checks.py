@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from paper_node import NODE, paper_needs
 
+from tropd.pipeline.config.paper_tables import load_table
 from tropd.pipeline.config.schema import Config
+from tropd.pipeline.experiments import dry_run
 from tropd.pipeline.experiments.compare import cell_config, compare
 from tropd.pipeline.experiments.row_checks import check_engines, check_table_rows
 from tropd.pipeline.run.cells import Cell
@@ -71,6 +73,14 @@ def test_a_server_is_asked_for_the_needs_of_every_row(tiny_run: Run, server: str
     assert check.what.startswith("eopd: objective 'eopd' needs the teacher's entropy")
     fine = check_engines(run, {"opd": cell_config(run, Cell("opd", 0))})
     assert [c.holds for c in fine] == [True]
+
+
+def test_a_dry_run_of_a_table_asks_too(tiny_run: Run, server: str) -> None:
+    setting = load_table("table3", rehearse=False).settings[0]
+    (label,) = [row.label for row in setting.rows if row.objective == "eopd"]
+    checks = dry_run.check_rows(with_teacher(tiny_run, server), setting, paper_needs(8), NODE)
+    wrong = [check.what for check in checks if check.holds is False]
+    assert any(what.startswith(f"{label}: objective 'eopd' needs the teacher's entropy") for what in wrong)
 
 
 def test_a_comparison_is_refused_before_it_evaluates_or_trains(tiny_run: Run, server: str) -> None:

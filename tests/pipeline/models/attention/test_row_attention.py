@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import (
 
 from tropd.pipeline.models.attention import row_attention
 from tropd.pipeline.models.attention.row_attention import ROW_ATTENTION, attend_in_rows, row_inputs
+from tropd.pipeline.training.update import student as students
+from tropd.pipeline.training.world import World
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -179,3 +183,16 @@ def test_the_kernel_is_asked_in_its_own_terms(monkeypatch: pytest.MonkeyPatch, w
     )
     assert asked == [(5, 5, (-1 if window is None else window - 1, 0), True)]
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_student_in_half_precision_on_a_gpu_attends_so(
+    tiny_run: Any, tiny_models: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several processes too: none has masks that grow with the square of a line."""
+    monkeypatch.setattr(students, "pick_device", lambda _: torch.device("cuda"))
+    chosen = tiny_run.config.student.model_copy(update={"dtype": "bfloat16"})
+    config = tiny_run.config.model_copy(update={"student": chosen})
+    run = replace(tiny_run, resolved=replace(tiny_run.resolved, config=config))
+    made = students.trainable_student(run, tiny_models, torch.device("cpu"), World(size=processes)).model
+    assert made.config._attn_implementation == ROW_ATTENTION

@@ -30,6 +30,12 @@ def some(rows: Rows) -> list[float | None]:
     return [None if row["id"] == "b" else float("nan") if row["id"] == "c" else 1.0 for row in rows]
 
 
+def environment(rows: Rows) -> list[float]:
+    """The number of its GPU; 99 in a rank of torchrun."""
+    rank = any(name.startswith(("TORCHELASTIC_", "MASTER_")) or name.endswith("RANK") for name in os.environ)
+    return [99.0 if rank else float(os.environ["CUDA_VISIBLE_DEVICES"].replace(",", "."))] * len(rows)
+
+
 def raises(rows: Rows) -> list[float]:
     raise KeyError("verdict")
 

@@ -59,6 +59,22 @@ def test_answers_of_functions(opened: Open, name: str, expected: object) -> None
         assert answer == expected
 
 
+@pytest.mark.parametrize(("rank", "gpus"), [(True, 7.0), (False, 5.7)])
+def test_in_a_rank_it_is_none_and_sees_the_ranks_gpu(
+    opened: Open, rank: bool, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "x",
+        "TORCHELASTIC_RUN_ID": "1",
+    }
+    for name, value in {**(variables if rank else {}), "CUDA_VISIBLE_DEVICES": "5,7"}.items():
+        monkeypatch.setenv(name, value)
+    assert opened("environment").call([ROWS[:1]]) == [[gpus]]
+
+
 def test_a_call_that_hangs_costs_its_own_rows_only(opened: Open) -> None:
     began = time.monotonic()
     good, hung, later = opened("hangs", seconds=1.5).call([ROWS[:1], ROWS[1:2], ROWS[2:]])

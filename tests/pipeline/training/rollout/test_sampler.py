@@ -112,6 +112,32 @@ def test_old_weights_are_found_and_new_ones_pass(rolling: Rolling, student: Load
     check()
 
 
+def test_the_engine_of_a_rank_is_no_rank_and_sees_its_gpu(
+    run: Run, student: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, str] = {}
+
+    class Beside(SimpleNamespace):
+        sleeps, choose = True, None
+
+        def __init__(self, *_: Any, **options: Any) -> None:
+            environment.update(options["environment"])
+
+        def rest(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(sampler, "EngineProcess", Beside)
+    monkeypatch.setattr(sampler, "vllm_builder", lambda *_, **__: None)
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**rank, "CUDA_VISIBLE_DEVICES": "5,7"}.items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as stack:
+        rollout_engine(run, stack, student, student.model, student.folder, None, World(rank=1, size=2))
+    assert not rank.keys() & environment.keys()
+    assert environment["CUDA_VISIBLE_DEVICES"] == "7"
+
+
 def test_one_that_samples_while_the_student_trains_stays_awake(
     run: Run, student: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

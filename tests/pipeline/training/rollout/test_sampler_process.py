@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,12 +26,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tiny_runs import make_models
 
+RANK = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "5,7"}
 PROMPTS = [[3, 4, 5], [6, 7], [8]]
 ASKED: dict[str, Any] = {"seeds": [0, 1, 2], "max_tokens": [12, 9, 5]}
 
 
 def build(folder: Path) -> TransformersEngine:
     torch.set_num_threads(1)
+    if multiprocessing.parent_process() is not None:
+        (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
     model = load_model(folder, dtype="float32", device=torch.device("cpu"), trust_remote_code=False)
     return TransformersEngine(model, [1], batch_size=2)
 
@@ -50,7 +55,9 @@ def others() -> set[Any]:
 
 
 @pytest.fixture
-def sampler(folder: Path, others: set[Any]) -> Iterator[SamplingProcess]:
+def sampler(folder: Path, others: set[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[SamplingProcess]:
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
     process = SamplingProcess(partial(build, folder), build(folder).model.state_dict(), 40)
     yield process
     process.close()
@@ -71,6 +78,11 @@ def test_it_samples_as_this_process_would_and_sees_new_weights(
     second = sampler.generate(PROMPTS, Sampling(), **ASKED)
     assert second == here.generate(PROMPTS, Sampling(), **ASKED) != first
     assert sampler.max_length == 40
+    there = json.loads(
+        (folder / "environment.json").read_text()
+    )  # of a process that is no rank, and has its GPU
+    assert not {"RANK", "LOCAL_RANK", "MASTER_PORT"} & there.keys()
+    assert there["CUDA_VISIBLE_DEVICES"] == "7"
     ids = sampler.choose(PROMPTS, [1, 1, 1], 3, 20)
     for found, expected in zip(ids, choose_with(here)(PROMPTS, [1, 1, 1], 3, 20), strict=True):
         assert np.array_equal(found, expected)
