@@ -74,6 +74,8 @@ def compare(
     whole = gpus if workers == 1 else 1
     refuse_plan(check_engines(run, configs), "this comparison")
     require_room(run, whole, 0)
+    for config in configs.values():  # one that needs more would be refused after days, at its turn
+        require_room(replace(run, resolved=replace(run.resolved, config=config), reporter=SILENT), whole, 0)
     if any(spec.rollouts == "stored" for spec in specs):
         generate_rollouts(run, execution=Execution(gpus=gpus))
         score_teacher(run, source_stage="rollouts", execution=Execution(gpus=gpus))

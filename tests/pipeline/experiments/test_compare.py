@@ -24,6 +24,7 @@ from tropd.pipeline.run.cells import Cell
 from tropd.pipeline.run.processes.child_environment import become_child
 from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
+from tropd.storage.errors import ConfigError
 from tropd.storage.workspace import Workspace
 
 
@@ -57,6 +58,27 @@ def test_a_run_of_a_comparison_has_all_gpus(
         monkeypatch.setattr(compare_module, name, stub)
     compare_module.compare(run, ["opd", "sft"], 1, gpus=8)
     assert used == [("before", 8), ("opd", 8), ("after", 8), ("sft", 8), ("after", 8)]
+
+
+def test_every_row_has_room_before_the_first_begins(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", tiny_models)
+
+    def no_room(cell: Run, gpus: int, longest: int) -> None:
+        if cell.config.objective.name == "eopd":
+            raise ConfigError(f"eopd does not fit on {gpus} GPUs")
+
+    stubs: dict[str, Any] = {
+        "finished": lambda *_: None,
+        "require_room": no_room,
+        "train_on": lambda *_: pytest.fail("trained"),
+        "evaluate": lambda *_, **__: pytest.fail("evaluated"),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(compare_module, name, stub)
+    with pytest.raises(ConfigError, match="eopd does not fit on 8 GPUs"):
+        compare_module.compare(run, ["opd", "eopd"], 1, gpus=8)
 
 
 def test_workers_of_a_comparison_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
