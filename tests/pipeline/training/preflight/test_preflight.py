@@ -14,6 +14,9 @@ from tiny_runs import make_run
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.models import directories
 from tropd.pipeline.run.run import Run
+from tropd.pipeline.stages.prefixes import generate_prefixes
+from tropd.pipeline.stages.scores import score_teacher
+from tropd.pipeline.training import loop
 from tropd.pipeline.training.preflight import preflight
 from tropd.pipeline.training.preflight.machine import look_at_machine
 from tropd.pipeline.training.preflight.preflight import gathers_once, plan_run, require_room, runs_on_cpu
@@ -83,6 +86,15 @@ def test_training_is_refused_where_it_cannot_fit(tiny_run: Run) -> None:
     full = replace(small, memory=1e12, disk=1000.0)
     with pytest.raises(ConfigError, match=r"disk: at most .* needed"):
         require_room(tiny_run, 1, 10, machine=full)
+
+
+def test_training_looks_before_it_opens_a_model(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_teacher(tiny_run, source_stage=generate_prefixes(tiny_run).stage)
+    small = replace(look_at_machine(tiny_run.workspace.root, gpus=False), memory=1e9)
+    monkeypatch.setattr(preflight, "look_at_machine", lambda *_, **__: small)
+    monkeypatch.setattr(loop, "open_session", lambda *_: pytest.fail("a model was opened"))
+    with pytest.raises(ConfigError, match="training cannot be made here"):
+        loop.train(tiny_run)
 
 
 def test_long_responses_that_would_not_fit_are_a_warning(tmp_path: Path, tiny_models: Path) -> None:
