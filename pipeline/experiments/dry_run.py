@@ -90,7 +90,7 @@ def plan_table(job: Job, machine: Machine | None = None, *, runs_here: bool = Fa
             checks += check_machine(needs, machine, disk=disk, runs_here=runs_here)
             checks += [
                 *check_teacher_stages(needs, machine),
-                *check_rows(run, setting, _of_a_run(job, needs), machine),
+                *checks_of_rows(run, setting, _of_a_run(job, needs), machine),
             ]
         yield SettingPlan(
             title=setting.title,
@@ -173,7 +173,7 @@ def _of_a_run(job: Job, needs: Needs) -> Needs:
     return replace(needs, gpus=1) if job.workers > 1 else needs
 
 
-def check_rows(run: Run, setting: Setting, needs: Needs, machine: Machine) -> Iterator[Check]:
+def checks_of_rows(run: Run, setting: Setting, needs: Needs, machine: Machine) -> Iterator[Check]:
     """Check each row of a setting against its teacher and the GPUs."""
     try:
         cells = _cells(run, setting)

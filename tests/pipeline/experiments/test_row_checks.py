@@ -78,7 +78,7 @@ def test_a_server_is_asked_for_the_needs_of_every_row(tiny_run: Run, server: str
 def test_a_dry_run_of_a_table_asks_too(tiny_run: Run, server: str) -> None:
     setting = load_table("table3", rehearse=False).settings[0]
     (label,) = [row.label for row in setting.rows if row.objective == "eopd"]
-    checks = dry_run.check_rows(with_teacher(tiny_run, server), setting, paper_needs(8), NODE)
+    checks = dry_run.checks_of_rows(with_teacher(tiny_run, server), setting, paper_needs(8), NODE)
     wrong = [check.what for check in checks if check.holds is False]
     assert any(what.startswith(f"{label}: objective 'eopd' needs the teacher's entropy") for what in wrong)
 

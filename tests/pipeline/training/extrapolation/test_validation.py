@@ -91,7 +91,7 @@ def test_a_named_set_for_the_teacher_needs_no_answers_but_the_fields_of_its_cont
     assert found is not None
     assert [one.prompt.fields for one in found.prompts.prompts] == [{"hint": "7"}] * 4
     path.write_text(json.dumps({"prompt": "1+1="}) + "\n")
-    with pytest.raises(DataError, match="no field 'hint'"):
+    with pytest.raises(DataError, match="names the field 'hint'"):
         read_validation(run, load_tokenizer(tiny_models), 40)
 
 
