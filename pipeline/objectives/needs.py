@@ -91,11 +91,8 @@ def teacher_needs(objective: Objective) -> TeacherNeeds:
 
 def rewards_only(objective: Objective) -> bool:
     """True if nothing in the loss depends on the teacher: rewards are all that is learned from."""
-    term = objective.reward
     return (
-        term is not None
-        and term.kind == "group"
-        and term.distillation == 0
+        _group_rewards_alone(objective)
         and objective.partition.rule == "all"
         and bool(policy_gradients(objective))
         and all(weight.kind == "student_entropy_top" for weight in objective.token_weights)
@@ -104,13 +101,15 @@ def rewards_only(objective: Objective) -> bool:
 
 def learns_by_comparison_alone(objective: Objective) -> bool:
     """True if every loss is K1 whose only advantage is a reward's over the others of its group: 0 in a group of one."""
-    term = objective.reward
-    return (
-        term is not None
-        and term.kind == "group"
-        and term.distillation == 0
-        and all(isinstance(getattr(objective, name).loss, K1) for name in learning_regions(objective))
+    return _group_rewards_alone(objective) and all(
+        isinstance(getattr(objective, name).loss, K1) for name in learning_regions(objective)
     )
+
+
+def _group_rewards_alone(objective: Objective) -> bool:
+    """True if K1's advantages are those of groups of rewards, without the teacher's part."""
+    term = objective.reward
+    return term is not None and term.kind == "group" and term.distillation == 0
 
 
 def needs_reference(objective: Objective) -> bool:

@@ -177,10 +177,10 @@ def _evaluations(config: Config, rates: Rates, prompt_length: float, problems: i
     graded = min(problems, train.evaluate_problems) if config.data.answer_field else 0
     read = compared * (prompt_length + answer)
     before = compared * answer / rates.teacher_sampling + read / rates.teacher_scoring
-    each = (compared + 2 * graded) * answer / rates.student_sampling  # graded ones greedy and sampled
-    each += (
-        read / rates.teacher_scoring + read / rates.student_scoring
-    )  # of the student's responses, and the teacher's
+    written = (compared + 2 * graded) * answer  # graded ones greedy and sampled
+    # The teacher scores the student's responses, and the student the teacher's.
+    scored = read / rates.teacher_scoring + read / rates.student_scoring
+    each = written / rates.student_sampling + scored
     return before + ceil(train.steps / train.evaluate_every) * each
 
 

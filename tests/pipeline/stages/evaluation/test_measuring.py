@@ -16,12 +16,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "teacher"))
 
+from listening import Listening
 from running import running
 from tiny_runs import make_models, make_run
 
 from tropd.pipeline.config.resolve import parse_config
 from tropd.pipeline.run.opening import load_role
-from tropd.pipeline.run.progress import SILENT
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.run.selection import evenly
 from tropd.pipeline.stages.evaluation import evaluate as evaluation
@@ -43,21 +43,6 @@ from tropd.storage.verify.verify import verify_workspace
 FEW = "[evaluation]\ndistance_prompts = 4\n"
 
 
-class Listener:
-    """A reporter that remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(SILENT, name)
-
-    def info(self, message: str) -> None:
-        self.said.append(message)
-
-    warning = info
-
-
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("teacher"), seed=1)
@@ -66,7 +51,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_config(run: Run, old: str, new: str) -> Run:
     text = run.workspace.config_path.read_text().replace(old, new)
     run.workspace.config_path.write_text(text)
-    return replace(run, resolved=parse_config(text, where="config.toml"), reporter=Listener())  # type: ignore[arg-type]
+    return replace(run, resolved=parse_config(text, where="config.toml"), reporter=Listening())  # type: ignore[arg-type]
 
 
 @pytest.fixture
