@@ -48,6 +48,10 @@ CACHE_BYTES = 95
 """Per token of the teacher cache (docs/cache.md)."""
 GPU_BYTES = 80e9
 """Memory of a GPU whose size is not known."""
+SLEEPING = 2e9
+"""Of vLLM's share, what a sleeping engine keeps: CUDA's context, kernels' workspaces, CUDA graphs. Seen were 0.8 GB (a
+model of 1B, github.com/NVIDIA-NeMo/RL/issues/223) and 1.1 GB (vllm-project/vllm/issues/32714); graphs of many sizes take
+up to 1.5 GB more (vllm-project/vllm/issues/47654)."""
 CONTEXT = 0.6e9
 """Of CUDA, in each process on a GPU."""
 
@@ -180,9 +184,11 @@ def memory_parts(
                 "train",
             )
         )
+    processes_here = 1 if teacher is None else 2
     if on_cpu:
-        processes_here = 1 if teacher is None else 2
         parts.append(MemoryPart("programs and libraries", LIBRARIES * processes_here, ""))
+    else:
+        parts.append(MemoryPart("CUDA's contexts", CONTEXT * processes_here, ""))
     if on_cpu and config.student.engine == "transformers":
         parts.append(MemoryPart("weights arranged for sampling", compute * student.parameters, ""))
     if config.train.max_staleness and config.student.engine == "transformers":
@@ -222,8 +228,11 @@ def _rollout_parts(
     """Memory of sampling ``rows`` responses in one process."""
     if config.student.engine == "vllm" and not _on_cpu(config):
         part = vllm_part("student in vLLM", config, gpu_bytes)
-        # Its engine sleeps while the student trains, unless it samples then.
-        return [part if config.train.max_staleness else replace(part, phase="rollout")]
+        if config.train.max_staleness:  # it samples while the student trains
+            return [part]
+        kept = min(SLEEPING, part.bytes)
+        asleep = MemoryPart("asleep, student in vLLM", kept, "vllm.enforce_eager = true")
+        return [replace(part, bytes=part.bytes - kept, phase="rollout"), asleep]
     device = torch.device("cpu" if _on_cpu(config) else "cuda")
     batch = max(batch_sizes(rows, config.rollout.batch_size, device))
     prefix = 0 if config.objective.schedule.kind == "none" else config.prefix_max_tokens

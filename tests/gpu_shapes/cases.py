@@ -25,7 +25,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from tropd.pipeline.config.recipe_files import load_objective, recipe_names
 from tropd.pipeline.config.sections.model_settings import LoraSettings
 from tropd.pipeline.config.sections.training_settings import TrainConfig
+from tropd.pipeline.models.engines import transformers
 from tropd.pipeline.models.engines.base import Sampling, everywhere
+from tropd.pipeline.models.engines.decoding import decode
 from tropd.pipeline.models.engines.scoring import batches_of
 from tropd.pipeline.models.engines.transformers import TransformersEngine
 from tropd.pipeline.models.output import logprobs
@@ -258,8 +260,10 @@ def _generate(
     engine.generate(prompts[:2], sampling, seeds=[0, 1], max_tokens=[1, 1])  # it proves itself
     proved = engine.graphs.replays if engine.graphs else 0
     options: dict[str, Any] = {"seeds": list(range(9)), "max_tokens": [NEW_TOKENS] * 8 + [5]}
-    with place.counting(NEW_TOKENS // 16):
+    with place.counting(NEW_TOKENS // 16), mock.patch.object(transformers, "decode", wraps=decode) as batches:
         found = engine.generate(prompts, sampling, **options)
+    # A last row would take a GPU another batch: there it joins the others.
+    assert batches.call_count == (2 if batch_size < len(prompts) and place.kind == "cpu" else 1)
     if graphs and place.kind != "cpu":
         assert engine.graphs is not None
         assert engine.graphs.works

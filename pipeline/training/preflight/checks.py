@@ -164,7 +164,7 @@ def _host(needs: Needs, machine: Machine) -> Check:
 
 
 def _shared(needs: Needs, machine: Machine) -> Check:
-    needed = needs.shared_bytes()
+    needed = needs.shared_bytes(hands_over=machine.hands_over)
     if not needed:
         return Check(True, "/dev/shm: not needed")
     if machine.shared_memory is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from tropd.pipeline.models.engines.child.weights import can_hand_over
+
 SHARED_MEMORY = Path("/dev/shm")
 QUERY_SECONDS = 20.0
 MIB = float(1 << 20)
@@ -37,6 +39,8 @@ class Machine:
     """Free in /dev/shm; None where no such place exists."""
     disk: float
     """Free where the workspace lies."""
+    hands_over: bool = True
+    """Whether a process can open the memory of another one's GPU (see ``can_hand_over``)."""
 
 
 def look_at_machine(folder: Path, *, gpus: bool = True) -> Machine:
@@ -52,6 +56,7 @@ def look_at_machine(folder: Path, *, gpus: bool = True) -> Machine:
         memory=float(psutil.virtual_memory().total),
         shared_memory=float(shutil.disk_usage(SHARED_MEMORY).free) if SHARED_MEMORY.is_dir() else None,
         disk=float(shutil.disk_usage(there).free),
+        hands_over=can_hand_over(os.environ),
     )
 
 

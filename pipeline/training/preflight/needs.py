@@ -189,15 +189,21 @@ class Needs:
         weights = 4.0 * self.here * self.student.parameters
         return weights + services * self._weights().bytes + processes * LIBRARIES
 
-    def shared_bytes(self) -> float:
-        """Bytes in /dev/shm: weights for a process that samples ahead, buffers of NCCL."""
+    def shared_bytes(self, *, hands_over: bool = True) -> float:
+        """Bytes in /dev/shm: weights for an engine in another process, buffers of NCCL.
+
+        Args:
+            hands_over: whether a process can open the memory of another one's GPU instead.
+        """
         config, needed = self.config, 0.0
         if config.train.max_staleness and config.student.engine == "transformers":
             whole = self.gpus == 1 and config.student.lora is None
             size = 4 if whole else BYTES[config.student.settled_dtype]
             needed += float(self.here * size * self.student.parameters)
-        if config.student.engine == "vllm" and config.vllm.tensor_parallel_size > 1:
-            needed += 4.0 * self.student.parameters
+        if config.student.engine == "vllm" and not self.on_cpu:
+            alone = config.vllm.tensor_parallel_size == 1
+            engines = self.here if alone and not hands_over else int(not alone)
+            needed += float(engines * BYTES[config.student.settled_dtype] * self.student.parameters)
         return needed + (FOR_NCCL if self.here > 1 and not self.on_cpu else 0.0)
 
     def longest_answer(self) -> float:

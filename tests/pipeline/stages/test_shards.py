@@ -18,6 +18,7 @@ from tropd.pipeline.run.run import Run
 from tropd.pipeline.stages import shards
 from tropd.pipeline.stages.prefixes import generate_prefixes, generate_rollouts
 from tropd.pipeline.stages.scores import open_scorer, score_teacher
+from tropd.pipeline.stages.shard_work import ShardSpec, Work
 from tropd.pipeline.stages.shards import Execution, Part
 from tropd.storage.disk.atomic import content_digest
 from tropd.storage.errors import (
@@ -28,6 +29,7 @@ from tropd.storage.errors import (
     StageLockedError,
     TropdError,
 )
+from tropd.storage.stage.fingerprint import Fingerprint
 from tropd.storage.stage.job_parts import part_folder, parts_folder
 from tropd.storage.stage.manifest import read_manifest
 from tropd.storage.stage.stage import lock_stage
@@ -129,6 +131,50 @@ def test_a_part_of_a_complete_stage_has_nothing_to_do(tiny_run: Run) -> None:
     assert not parts_folder(tiny_run.workspace.stage("prefixes")).exists()
     with pytest.raises(ConfigError, match="--force and --shards"):
         generate_prefixes(tiny_run, execution=Execution(Part(1, 2)), force=True)
+
+
+# ------------------------------------------------------------------------------------------ GPUs
+
+
+@pytest.mark.parametrize(
+    ("stage", "teacher", "expected"),
+    [
+        # A scorer of its own takes one GPU, however many the engine that generates is spread over.
+        ("scores", {"engine": "vllm", "scoring_engine": "transformers"}, (4, 1)),
+        ("scores", {"engine": "transformers", "scoring_engine": "vllm"}, (2, 2)),
+        ("prefixes", {"engine": "vllm", "scoring_engine": "transformers"}, (2, 2)),
+        ("rollouts", {"engine": "vllm"}, (4, 1)),
+    ],
+)
+def test_a_part_has_the_gpus_of_the_engine_that_makes_it(
+    tiny_run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    teacher: dict[str, str],
+    expected: tuple[int, int],
+) -> None:
+    text = tiny_run.workspace.config_path.read_text() + "[vllm]\ntensor_parallel_size = 2\n"
+    settings = [f"teacher.{name}={value}" for name, value in teacher.items()]
+    run = replace(tiny_run, resolved=parse_config(text, settings, where="x"))
+    started: list[tuple[int, int]] = []
+
+    def parts(command: Any, count: int, logs: Path, name: str, *, devices_each: int, tick: Any) -> None:
+        started.append((count, devices_each))
+
+    monkeypatch.setattr(shards, "run_parts", parts)
+
+    def open_maker(run: Run) -> Any:
+        def make(number: int, folder: Path, advance: Any) -> dict[str, int]:
+            (folder / f"part-{number}").write_text("made")
+            return {f"part-{number}": 1}
+
+        return make
+
+    work = Work("made", "shards", [ShardSpec(n, (f"part-{n}",), 1) for n in range(4)], open_maker)
+    shards.run_stage(
+        run, stage, Fingerprint({}), lambda: work, lambda opened: opened.finish(), execution=Execution(gpus=4)
+    )
+    assert started == [expected]
 
 
 # ------------------------------------------------------------------------------------------- Ray

@@ -114,6 +114,10 @@ def test_shared_memory_of_a_container() -> None:
     # The weights of eight sampling processes.
     assert "/dev/shm: 29.4 GB needed" in refused(everything(ahead, small))
     assert "train.max_staleness = 0" in refused(everything(ahead, small))
+    beside = paper_needs(8, "student.engine=vllm")
+    # Handles of GPU memory need none; where they are forbidden, each engine has the weights in bfloat16.
+    assert "/dev/shm: 1.0 GB needed" in refused(everything(beside, small))
+    assert "/dev/shm: 29.4 GB needed" in refused(everything(beside, replace(small, hands_over=False)))
 
 
 def test_main_memory_of_all_ranks_and_disk() -> None:
