@@ -102,8 +102,6 @@ def open_session(
             "that are packed into one line",
             hint='set train.attention = "auto"',
         )
-    if world.size == 1:  # sharded, its parts are in main memory here
-        prove_pass(passes, tokens_of(inputs.prompts), precision)
     if student.compiles:
         compile_layers(student.model)
     # Everywhere or nowhere: otherwise the processes would wait for each other.
@@ -111,6 +109,7 @@ def open_session(
         world.gather(gathers_once(run, world.size, longest - config.rollout.max_tokens))
     )
     shard(passes, world, gathers_once=roomy)
+    prove_pass(passes, whole_model, tokens_of(inputs.prompts))
     extrapolation = objective.extrapolation
     return Session(
         run=run,

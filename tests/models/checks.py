@@ -138,7 +138,7 @@ def _scores(model: Any) -> str:
 def _gradient(model: Any) -> str:
     """Of a weighted sum of log-probs, by the training pass in chunks, and by autograd through plain passes."""
     passes = StudentPass(model)
-    prove_pass(passes, ROWS, None)
+    prove_pass(passes, model, ROWS)
     model.train()
     plan = RowPlan(0, 0, (), (), None, False, 0)
     rows = [

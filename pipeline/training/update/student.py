@@ -143,7 +143,6 @@ def gathered_step(student: StudentPass, rounds: int) -> Iterator[Callable[[int],
     if not (student.gathers_once and isinstance(student, FSDPModule)):
         yield lambda number: None
         return
-    units = [module for module in student.modules() if isinstance(module, FSDPModule)]
 
     def begin(number: int) -> None:
         last = number == rounds - 1
@@ -158,8 +157,14 @@ def gathered_step(student: StudentPass, rounds: int) -> Iterator[Callable[[int],
         # As FSDP begins: all but the outermost unit, which the backward pass needs first.
         student.set_reshard_after_forward(True)
         student.set_reshard_after_forward(False, recurse=False)
-        for unit in units:  # they are, unless the step was cut short
-            unit.reshard()
+        reshard(student)  # it is, unless the step was cut short
+
+
+def reshard(student: StudentPass) -> None:
+    """Give up weights that passes without a gradient have gathered: until then its parameters are whole tensors."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,31 +14,40 @@ from tropd.pipeline.models.output.logprobs import Lookups
 from tropd.pipeline.models.runtime import autocast, evaluation_mode
 from tropd.pipeline.training.rollout.rows import Row, RowPlan
 from tropd.pipeline.training.update.micro_batches import Layout, micro_batches
-from tropd.pipeline.training.update.student import StudentPass
+from tropd.pipeline.training.update.student import StudentPass, reshard
 from tropd.storage.arrays import Floats32
 
 
-def prove_pass(
-    passes: StudentPass, sequences: Sequence[Sequence[int]], precision: torch.dtype | None
-) -> None:
-    """Try rows of the run, packed or padded as they will be.
+def prove_pass(passes: StudentPass, whole_model: Any, sequences: Sequence[Sequence[int]]) -> None:
+    """Try rows of the run, packed or padded as they will be. Every process takes part, with the same rows.
+
+    Args:
+        whole_model: the same weights as the model of ``passes``, which may be sharded.
 
     Raises:
         ConfigError: the model cannot be trained right.
     """
-    model = passes.model
+    model, precision = passes.model, passes.precision
     name, rows = type(model).__name__, proof.few(sequences)
     rows.append(rows[1])  # the halves fit into one line
 
     def scored(rows: proof.TokenRows, starts: Sequence[int]) -> list[Floats32]:
-        with torch.no_grad(), evaluation_mode(model), autocast(model.device, precision):
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            autocast(model.device, precision),
+            torch.compiler.set_stance("force_eager"),
+        ):
             written = [_row(list(row), start) for row, start in zip(rows, starts, strict=True)]
             # In one batch, whatever its size: they are few.
             return row_logprobs(passes, written, sum(len(row) for row in rows) * len(rows))
 
-    with proof.refusing(name):
-        plain = proof.plain_logprobs(model, precision, passes.split.limit)
-        proof.require_equal_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
+    try:
+        with proof.refusing(name):
+            plain = proof.plain_logprobs(whole_model, precision, passes.split.limit)
+            proof.require_equal_scores(name, rows, scored, plain, proof.tolerance(precision or model.dtype))
+    finally:
+        reshard(passes)
 
 
 def row_logprobs(passes: StudentPass, rows: Sequence[Row], budget: int) -> list[Floats32]:

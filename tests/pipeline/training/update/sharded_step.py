@@ -1,7 +1,7 @@
 """One of several processes that make a step's gradient together; started by test_student.py, not a test itself.
 
 Arguments: the rank, the number of processes, and a folder. Written there by each process for each case, for a step that
-gathers once and for one that does not: whole gradients, and counts of collectives.
+gathers once and for one that does not: whole gradients, and counts of collectives; and what the proof of its pass found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from step_inputs import make_inputs, make_rows
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -27,11 +28,15 @@ from tropd.pipeline.training.update import gradients as gradients_module
 from tropd.pipeline.training.update.forward import pass_idly
 from tropd.pipeline.training.update.gradients import backpropagate
 from tropd.pipeline.training.update.student import StudentPass, shard, whole
+from tropd.pipeline.training.update.trainer_proof import prove_pass
 from tropd.pipeline.training.world import World
+from tropd.storage.errors import ConfigError
 
 CASES = (("tropd", "float32"), ("entropy-opd", "float32"), ("tropd", "bfloat16"))
 """Objectives, of which the second has a pass for statistics first; and the precision of the passes."""
 BUDGET = 10
+ROWS = [[5, 6, 7, 8, 9, 10, 12, 13], [11, 12, 13, 14]]
+"""That a pass is proved on."""
 
 
 class Counting(TorchDispatchMode):
@@ -100,6 +105,30 @@ def step(
     return gradients, counts
 
 
+def proved(world: World, gathers_once: bool) -> dict[str, Any]:
+    """The proof of a pass, and of one whose rows see each other; and how many parameters are left whole."""
+    found: dict[str, Any] = {}
+    for name in ("right", "blind"):
+        student, _ = models()
+        passes = StudentPass(student, torch.bfloat16)
+        shard(passes, world, gathers_once=gathers_once)
+        hidden = passes.split.hidden
+
+        def blind(hidden: Any = hidden, **inputs: Any) -> Any:
+            inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
+            return hidden(**inputs)
+
+        if name == "blind":
+            object.__setattr__(passes.split, "hidden", blind)
+        try:
+            prove_pass(passes, models()[0], ROWS)
+            found[name] = "proved"
+        except ConfigError as error:
+            found[name] = str(error)
+        found[f"{name}, whole"] = sum(not isinstance(p, DTensor) for p in passes.parameters())
+    return found
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
@@ -110,6 +139,8 @@ def main(rank: int, size: int, folder: Path) -> None:
             file = folder / f"{objective}-{precision}-{name}-{rank}"
             save_file(gradients, file.with_suffix(".safetensors"))
             file.with_suffix(".json").write_text(json.dumps(counts))
+    for name, once in (("once", True), ("each", False)):
+        (folder / f"proof-{name}-{rank}.json").write_text(json.dumps(proved(world, once)))
     dist.destroy_process_group()
 
 

@@ -79,3 +79,12 @@ def test_gradients_of_lower_precision_are_added_up_in_float32(written: Path) -> 
     once, each = (load_file(written / f"tropd-bfloat16-{name}-0.safetensors") for name in ("once", "each"))
     assert all(value.dtype == torch.float32 for value in once.values())
     assert distance(once, each) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["once", "each"])
+def test_a_sharded_pass_is_proved_by_whole_weights_and_sharded_again(name: str, written: Path) -> None:
+    for rank in range(2):
+        found = json.loads((written / f"proof-{name}-{rank}.json").read_text())
+        assert found["right"] == "proved"
+        assert "Qwen3ForCausalLM: log-probs of scored tokens differ" in found["blind"]
+        assert found["right, whole"] == found["blind, whole"] == 0
