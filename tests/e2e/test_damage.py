@@ -98,6 +98,7 @@ def bench(
     )
 
 
+@pytest.mark.slowest
 @pytest.mark.parametrize(("state", "command", "how", "name"), SAMPLE)
 def test_a_damaged_file_is_named_or_changes_nothing(
     bench: Bench, state: str, command: str, how: str, name: str

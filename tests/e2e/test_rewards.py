@@ -34,6 +34,7 @@ def with_objective(workspace: Path, name: str, reward: str = "") -> Path:
     return workspace
 
 
+@pytest.mark.slowest
 def test_rewards_alone_train_without_a_teacher(tropd: Any, prepared: Path, copy: Any) -> None:
     reward = 'source = "function"\nfunction = "own:reward"\nmissing = "drop"'
     workspace = with_objective(copy(prepared), "grpo", reward)
@@ -117,6 +118,7 @@ def test_prompts_without_answers_are_refused_before_anything_is_loaded(
     assert 'reward.missing = "drop"' in refused.output
 
 
+@pytest.mark.slowest
 def test_rewards_of_stored_rollouts(tropd: Any, prepared: Path, copy: Any) -> None:
     reward = 'source = "field"\nfield = "score"\nfile = "rewards.jsonl"'
     workspace = with_objective(copy(prepared), "offline-opd", reward)
