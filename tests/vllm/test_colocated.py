@@ -17,7 +17,7 @@ from waiting import eventually
 
 from tropd.pipeline.models.engines.child import serve
 
-STEPS = 10 if os.environ.get("TROPD_THOROUGH") else 6
+STEPS = 12 if os.environ.get("TROPD_THOROUGH") else 6
 SMALL = (
     *("train.checkpoint_every=2", "train.evaluate_every=5", f"train.steps={STEPS}", "vllm.check_every=1"),
     *("rollout.prompts_per_step=8", "train.learning_rate=1e-3", "teacher.timeout_seconds=5"),
@@ -25,7 +25,10 @@ SMALL = (
 PARTS = ("rank", "engine", "service", "launcher")
 # Step on record at which a part of the run is killed, and which of its processes.
 SAMPLE = [(1, "rank", 1), (3, "engine", 0)]
-ALL = [(step, part, step % 2) for step, part in enumerate((*PARTS, *PARTS[::-1], "rank", "engine"))]
+ALL = [
+    (step, part, 0 if part == "launcher" else step % 2)
+    for step, part in enumerate((*PARTS, *PARTS[::-1], "rank", "engine"))
+]
 KILLS = ALL if os.environ.get("TROPD_THOROUGH") else SAMPLE
 # Of a record: times, memory, how often the service was asked again, and the checksum over all that.
 OF_THIS_MACHINE = ("time_", "memory_", "mfu_", "teacher_retries", "exchange_seconds", "checksum")
@@ -41,8 +44,11 @@ def test_two_processes_with_an_engine_each_are_as_good_as_one(
     assert process.wait(600) == 0, said.read_text()[-3000:]
     found = records(workspace)
     assert len(found) == 100
-    # Rows of a step are written by both engines: after each of the hundred updates both have the trainer's weights.
-    assert max(record["sampler_logprob_difference_max"] for record in found) < 1e-4
+    # Rows of a step are written by both engines: after each update both have the trainer's weights. None is a step in
+    # which the teacher's prefixes fill all responses.
+    differences = [record["sampler_logprob_difference_max"] for record in found]
+    assert len([value for value in differences if value is not None]) > 80
+    assert max(value for value in differences if value is not None) < 1e-4
     logs = sorted(path.name for path in (workspace / "logs").glob("student-engine-*"))
     assert logs == ["student-engine-0.log", "student-engine-1.log"]
     assert "cannot sleep on a CPU" in said.read_text()
