@@ -50,7 +50,7 @@ def field_text(record: Mapping[str, Any], path: str, setting: str) -> str | None
     except ValueError as error:
         way_out = ""
         if isinstance(value, list | Mapping) and value:
-            way_out = f'; name one of its values: {setting} = "{path}{_first(value)}"'
+            way_out = f"; name one of its values in {setting}: {path}{_first(value)}"
         raise ValueError(f"field {path!r} {error}{way_out}") from None
 
 

@@ -69,7 +69,7 @@ def test_a_record_that_lacks_a_field_is_named(tmp_path: Path) -> None:
         (4, "no field 'hint' (fields: other, prompt; see teacher.context.system)"),
         (
             5,
-            "field 'hint' is a list of 1 values, not text; name one of its values: teacher.context.system = \"hint.0\"",
+            "field 'hint' is a list of 1 values, not text; name one of its values in teacher.context.system: hint.0",
         ),
     ]
 

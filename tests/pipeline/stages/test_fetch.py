@@ -229,7 +229,7 @@ def test_values_are_read_as_a_run_reads_them_or_refused(run: Run) -> None:
         fetch_sources(run, [source])
     for words in (
         "record 3: field 'answer' is true",
-        "record 4: field 'answer' is a list of 2 values, not text; name one of its values: answer = \"answer.0\"",
+        "record 4: field 'answer' is a list of 2 values, not text; name one of its values in answer: answer.0",
         "record 5: field 'answer' is empty",
         'record 7: .*set data.chat = true, or name one text: prompt = "prompt.0.content"',
         "record 8: field 'prompt' is null",

@@ -53,10 +53,10 @@ def test_text_and_numbers_are_text(value: Any, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (["6"], r"is a list of 1 values, not text; name one of its values: data.answer_field = \"x.0\"$"),
+        (["6"], r"is a list of 1 values, not text; name one of its values in data.answer_field: x\.0$"),
         ([], "is a list of 0 values, not text$"),
-        ([{"id": 1, "value": ["y"]}], r"data.answer_field = \"x.0.value.0\""),
-        ({"k": [1]}, r"is an object of 1 fields, not text; .*\"x.k.0\""),
+        ([{"id": 1, "value": ["y"]}], r"in data.answer_field: x\.0\.value\.0$"),
+        ({"k": [1]}, r"is an object of 1 fields, not text; .* in data.answer_field: x\.k\.0$"),
         (True, 'is true, not text; write "true" if that is meant'),
         (float("nan"), "is nan, no number"),
         (Decimal("1e400"), "no number that can be"),
