@@ -231,7 +231,7 @@ def _rollout_parts(
         if config.train.max_staleness:  # it samples while the student trains
             return [part]
         kept = min(SLEEPING, part.bytes)
-        asleep = MemoryPart("asleep, student in vLLM", kept, "vllm.enforce_eager = true")
+        asleep = MemoryPart("sleeping student in vLLM", kept, "vllm.enforce_eager = true")
         return [replace(part, bytes=part.bytes - kept, phase="rollout"), asleep]
     device = torch.device("cpu" if _on_cpu(config) else "cuda")
     batch = max(batch_sizes(rows, config.rollout.batch_size, device))

@@ -45,7 +45,7 @@ def test_a_step_gathers_once_where_every_process_has_room() -> None:
 def test_a_student_in_vllm_takes_its_share_while_it_writes() -> None:
     needs = paper_needs(8, "student.engine=vllm", "vllm.gpu_memory_utilization=0.5")
     (share,) = [part for part in needs.training()["each GPU"] if part.name == "student in vLLM"]
-    (asleep,) = [part for part in needs.training()["each GPU"] if part.name == "asleep, student in vLLM"]
+    (asleep,) = [part for part in needs.training()["each GPU"] if part.name == "sleeping student in vLLM"]
     assert (share.bytes + asleep.bytes, share.phase, asleep.phase) == (40e9, "rollout", "")
     assert 1e9 < asleep.bytes < 3e9
     ahead = paper_needs(8, "student.engine=vllm", "train.max_staleness=1")
