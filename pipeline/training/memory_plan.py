@@ -230,9 +230,12 @@ def _rollout_parts(
         part = vllm_part("student in vLLM", config, gpu_bytes)
         if config.train.max_staleness:  # it samples while the student trains
             return [part]
-        kept = min(SLEEPING, part.bytes)
-        asleep = MemoryPart("sleeping student in vLLM", kept, "vllm.enforce_eager = true")
-        return [replace(part, bytes=part.bytes - kept, phase="rollout"), asleep]
+        asleep = MemoryPart("vLLM of the student, asleep", SLEEPING, "vllm.enforce_eager = true")
+        return [
+            replace(part, phase="rollout"),
+            replace(asleep, phase="score"),
+            replace(asleep, phase="train"),
+        ]
     device = torch.device("cpu" if _on_cpu(config) else "cuda")
     batch = max(batch_sizes(rows, config.rollout.batch_size, device))
     prefix = 0 if config.objective.schedule.kind == "none" else config.prefix_max_tokens

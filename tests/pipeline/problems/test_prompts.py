@@ -47,7 +47,7 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
         ('{"prompt": "x", "answer": " "}', "line 2: field 'answer' is empty, and an answer is needed"),
         (
             '{"prompt": "x", "answer": ["6"]}',
-            "line 2: field 'answer' is a list .*answer_field = \"answer.0\"",
+            "line 2: field 'answer' is a list .* in data.answer_field: answer.0",
         ),
         ('{"prompt": "x", "answer": {}}', "line 2: field 'answer' is an object"),
         ('{"prompt": "x", "answer": true}', "line 2: field 'answer' is true"),
@@ -56,7 +56,7 @@ def test_good_files_are_read_whatever_their_field_names(tmp_path: Path) -> None:
         ('{"prompt": "x", "answer": "1", "id": ["b"]}', "line 2: field 'id' is a list"),
         ('{"prompt": "x", "answer": "1", "domain": "\\ud800"}', "line 2: field 'domain' holds half"),
         ('{"prompt": null}', "line 2: field 'prompt' is null"),
-        ('{"prompt": ["x"]}', "line 2: field 'prompt' is a list .*prompt_field = \"prompt.0\""),
+        ('{"prompt": ["x"]}', "line 2: field 'prompt' is a list .* in data.prompt_field: prompt.0"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
