@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tropd.cli.options import SetOption
+from tropd.cli.options import SetOption, SkipBadOption, with_skip_bad
 from tropd.cli.render import make_reporter, print_table, say
 
 
@@ -36,6 +36,7 @@ def init(
         str | None, typer.Option(help="Field with the answer; detected if not given.")
     ] = None,
     settings: SetOption = None,
+    skip_bad: SkipBadOption = False,
     measure: Annotated[
         bool, typer.Option(help="Load the models for seconds, to measure the time of answers and steps.")
     ] = True,
@@ -72,7 +73,7 @@ def init(
         objective=objective,
         prompt_field=prompt_field,
         answer_field=answer_field,
-        assignments=tuple(settings or ()),
+        assignments=tuple(with_skip_bad(settings, skip_bad)),
         measures=measure,
     )
     draft = start_run(request, make_reporter())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 LONGEST_NAP_SECONDS = 0.1
@@ -46,8 +47,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(request: StopRequest) -> Iterator[StopRequest]:
-    """Collect SIGINT and SIGTERM; a second one interrupts at once. Outside the main thread, nothing is caught."""
+def stop_on_signal(request: StopRequest, word: str = "") -> Iterator[StopRequest]:
+    """Collect SIGINT and SIGTERM; a second one interrupts at once. Outside the main thread, nothing is caught.
+
+    Args:
+        word: said on standard error at the first one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -56,6 +61,9 @@ def stop_on_signal(request: StopRequest) -> Iterator[StopRequest]:
         if request:
             raise KeyboardInterrupt
         request.signal = number
+        if word:
+            with suppress(OSError):
+                os.write(2, f"\n{word}\n".encode())  # Python's own streams may be in the middle of a line
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

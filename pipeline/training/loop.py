@@ -129,7 +129,8 @@ def train(run: Run, *, force: bool = False) -> Manifest:
         stop = StopRequest()
         session = open_session(run, stack, world, prompts, run.reporter.warning, stop.sleep)
         # Only now: until the first step nothing needs saving, and Ctrl-C ends at once.
-        stack.enter_context(stop_on_signal(stop))
+        word = "train: stopping after this step, with a checkpoint; once more stops at once, without"
+        stack.enter_context(stop_on_signal(stop, word if world.leads else ""))
         sums = _train_steps(session, stage, stop)
         session.rolling.gather()
         if stage is not None:

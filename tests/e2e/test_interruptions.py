@@ -103,6 +103,7 @@ def test_sigterm_while_training_saves_a_checkpoint(
     long = ["--set", "train.steps=400", "--set", "train.checkpoint_every=400"]
     result = tropd(*arguments("train", workspace, teacher_url), *long, after=2.5, signal=signal.SIGTERM)
     assert result.code == 130, result.output
+    assert "train: stopping after this step, with a checkpoint; once more stops at once" in result.output
     assert "a checkpoint was saved" in result.output
     (checkpoint,) = (workspace / "train" / "checkpoints").iterdir()
     steps = int(checkpoint.name.removeprefix("step-"))

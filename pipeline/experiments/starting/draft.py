@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import tomlkit
 import torch
 
@@ -23,9 +22,11 @@ from tropd.pipeline.experiments.starting.look import (
     Lengths,
     Models,
     count_tokens,
+    free_memory,
     look_at_data,
     look_at_models,
 )
+from tropd.pipeline.objectives.needs import learns_by_comparison_alone
 from tropd.pipeline.run.progress import Reporter
 from tropd.pipeline.run.run import Run
 from tropd.pipeline.training.memory_plan import ModelShape, memory_parts, peak_bytes
@@ -46,6 +47,11 @@ MOST_HELD_OUT = {"cuda": 500, "cpu": 64}
 STEPS = {"cuda": 200, "cpu": 100}
 PASSES = 5
 """Most times that a prompt is trained on."""
+LEAST_STEPS = 20
+CHECKPOINTS = 10
+"""Of a run, at least."""
+GROUP = 4
+"""Responses to a prompt whose rewards are compared, on a CPU."""
 CPU_ROWS = 16
 """Prompts of a step on a CPU, with one response each."""
 UNKNOWN_LENGTH = {"cuda": 2048, "cpu": 256}
@@ -201,17 +207,18 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
     and the number of problems."""
     names = request.prompt_field, request.answer_field
     template = draft.given.get("data.template", "{prompt}")
-    data = look_at_data(request.prompts, models.chat, template, *names)
-    graded, lengths = data, count_tokens(data, models)
+    skip_bad = bool(draft.given.get("data.skip_bad", False))
+    data = look_at_data(request.prompts, models.chat, template, *names, skip_bad=skip_bad)
+    graded, lengths = data, count_tokens(data, models, skip_bad=skip_bad)
     if request.evaluation is not None:
-        graded = look_at_data(request.evaluation, models.chat, template, *names)
+        graded = look_at_data(request.evaluation, models.chat, template, *names, skip_bad=skip_bad)
         if graded.fields.prompt != data.fields.prompt:
             raise ConfigError(
                 f"the prompt is in {data.fields.prompt!r} in {data.path}, but in {graded.fields.prompt!r} in "
                 f"{graded.path}",
                 hint="name one that both have with --prompt-field, or rename it in one of the files",
             )
-        count_tokens(graded, models)
+        count_tokens(graded, models, skip_bad=skip_bad)
         num_problems = len(graded.prompts)
         draft.choose("data.prompts", str(data.path), f"{len(data.prompts):,} prompts")
         draft.choose("data.evaluation", str(graded.path), f"{num_problems:,} problems")
@@ -229,6 +236,8 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
             f"data: {num_problems} of {len(by_line):,} prompts of {data.path} are held out for evaluation, at random, "
             f"and none of them is trained on in another record ({TRAIN_FILE}, {EVALUATION_FILE})"
         )
+    if data.left_out:
+        draft.notes.append(f"data: {data.left_out} records of {data.path} cannot be used, and are left out")
     others = f" (also there: {', '.join(data.fields.others)})" if data.fields.others else ""
     draft.choose("data.prompt_field", data.fields.prompt, f"the field that holds the prompts{others}")
     if others:
@@ -288,15 +297,23 @@ def _choose_sizes(
     most, why = _response_length(models, data, lengths, rates, device)
     draft.choose("rollout.max_tokens", most, why)
     rows, samples = (CPU_ROWS, 1) if device == "cpu" else (128, 4)
+    why = "more prompts teach more than more responses to one"
+    if samples == 1 and learns_by_comparison_alone(parse_config(draft.text()).config.objective):
+        rows, samples = CPU_ROWS // GROUP, GROUP
+        why = "a reward is compared with those of other responses to the prompt"
     per_step = draft.choose(
         "rollout.prompts_per_step",
         min(rows, len(data.prompts)),
         "fewer than the default 128, for a CPU" if rows <= len(data.prompts) else "all prompts in each step",
     )
-    draft.choose("rollout.samples_per_prompt", samples, "more prompts teach more than more responses to one")
+    draft.choose("rollout.samples_per_prompt", samples, why)
     passes = math.ceil(PASSES * len(data.prompts) / per_step)
     reason = f"{PASSES} passes over the prompts" if passes < STEPS[device] else "half the default, for a CPU"
-    steps = draft.choose("train.steps", min(STEPS[device], max(20, passes)), reason)
+    if passes < LEAST_STEPS:
+        reason = f"few prompts: {LEAST_STEPS * per_step / len(data.prompts):.0f} passes over them"
+    steps = draft.choose("train.steps", min(STEPS[device], max(LEAST_STEPS, passes)), reason)
+    every = min(_default("train.checkpoint_every"), max(1, int(steps) // CHECKPOINTS))
+    draft.choose("train.checkpoint_every", every, "a run that is stopped loses little")
     needed = steps * per_step
     if needed < len(data.prompts):
         draft.choose("data.limit", needed, f"{steps} steps of {per_step} prompts: each is seen once")
@@ -364,13 +381,6 @@ def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> 
         total = needed()
     note = f"memory: about {total / 1e9:.1f} GB for training, {free / 1e9:.1f} GB are free"
     draft.notes.append(note if total <= free else f"{note}: it will hardly fit; tropd plan shows remedies")
-
-
-def free_memory(device: str) -> float:
-    """Bytes that are free on a device."""
-    if device == "cuda" and torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return float(psutil.virtual_memory().available)
 
 
 def _tell(

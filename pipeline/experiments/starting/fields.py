@@ -52,7 +52,7 @@ class Fields:
     messages: bool
     """True if prompts are lists of messages."""
     others: tuple[str, ...]
-    """Fields that could be the prompt as well."""
+    """Fields that could be the prompt as well, or a part of it, at least in some records."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,14 @@ def find_fields(
     for name, option in ((prompt, "--prompt-field"), (answer, "--answer-field")):
         if name is not None and not any(value_at(record, name) is not None for record in records):
             raise ConfigError(f"{path}: no record has the field {name!r} of {option}", hint=_there(records))
-    usable = [name for name in PROMPTS if all(_is_prompt(value_at(record, name)) for record in records)]
+    filled = {name: _share(records, lambda r, n=name: _is_prompt(value_at(r, n))) for name in PROMPTS}
+    # A few records without it are told by their lines, when the prompts are read.
+    usable = [name for name in PROMPTS if filled[name] == 1] or [
+        name for name in PROMPTS if filled[name] >= 0.5
+    ]
     if prompt is None and not usable:
         raise ConfigError(
-            f"{path}: no field looks like the prompt of every record (looked for: {', '.join(PROMPTS)})",
+            f"{path}: no field looks like the prompt of most records (looked for: {', '.join(PROMPTS)})",
             hint=f"name it with --prompt-field; {_there(records)}",
         )
     chosen = prompt or usable[0]
@@ -111,7 +115,12 @@ def find_fields(
         found = (name for name in ANSWERS if name != chosen and _is_filled(records, name))
         answer = next(found, None)
     messages = any(is_messages(value_at(record, chosen)) for record in records)
-    return Fields(chosen, answer, messages, tuple(name for name in usable if name not in (chosen, answer)))
+    return Fields(
+        chosen,
+        answer,
+        messages,
+        tuple(name for name in PROMPTS if filled[name] and name not in (chosen, answer)),
+    )
 
 
 def _there(records: Sequence[Mapping[str, Any]]) -> str:
@@ -159,5 +168,5 @@ def grading_of(answers: Sequence[str]) -> Grading:
     return Grading("exact", "answers are short texts: right is a response that is nothing but the answer")
 
 
-def _share(texts: Sequence[str], fits: Any) -> float:
-    return sum(bool(fits(text)) for text in texts) / len(texts)
+def _share(values: Sequence[Any], fits: Any) -> float:
+    return sum(bool(fits(value)) for value in values) / len(values)

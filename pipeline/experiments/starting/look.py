@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from tropd.pipeline.config.sections.data_settings import DataConfig
 from tropd.pipeline.config.sections.model_settings import ModelConfig
 from tropd.pipeline.experiments.starting.fields import Fields, find_fields, sample_records
@@ -48,6 +51,8 @@ class Data:
     prompts: Sequence[Prompt]
     records: Sequence[Mapping[str, Any]]
     """The first ones, as they are in the file."""
+    left_out: int = 0
+    """Records that cannot be used, with ``data.skip_bad``."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,18 @@ def look_at_models(workspace: Workspace, teacher: str, student: str, chat: bool 
 
 
 def look_at_data(
-    path: Path, chat: bool, template: str, prompt_field: str | None, answer_field: str | None
+    path: Path,
+    chat: bool,
+    template: str,
+    prompt_field: str | None,
+    answer_field: str | None,
+    *,
+    skip_bad: bool = False,
 ) -> Data:
-    """The prompts of a file, all of them usable.
+    """The usable prompts of a file.
+
+    Args:
+        skip_bad: leave out records that cannot be used, instead of refusing the file.
 
     Raises:
         ConfigError, DataError: the file, its fields or some records cannot be used.
@@ -117,12 +131,16 @@ def look_at_data(
         prompt_field=fields.prompt, answer_field=fields.answer or "", chat=chat, template=template
     )
     prompts, rejects = scan_prompts(path, data)
-    refuse(path, rejects)
-    return Data(path, fields, prompts, records)
+    if not (skip_bad and prompts):
+        refuse(path, rejects)
+    return Data(path, fields, prompts, records, len(rejects))
 
 
-def count_tokens(data: Data, models: Models) -> Lengths:
+def count_tokens(data: Data, models: Models, *, skip_bad: bool = False) -> Lengths:
     """The first prompts as the models read them.
+
+    Args:
+        skip_bad: pass over prompts that are too long, or that the template does not take.
 
     Raises:
         DataError: the tokenizer or its chat template does not take some, or they leave no room for a response.
@@ -131,7 +149,15 @@ def count_tokens(data: Data, models: Models) -> Lengths:
     found = encode_prompts(
         data.prompts[:LOOKED_AT], models.tokenizer, chat=models.chat, max_length=models.context - 1
     )
-    refuse(data.path, found.rejects)
+    if not (skip_bad and found.prompts):
+        refuse(data.path, found.rejects)
     if models.chat:
         check_same_prompts(found.prompts, models.tokenizer, models.teacher_tokenizer)
     return Lengths(tokens_of(found.prompts), found.date)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on a device."""
+    if device == "cuda" and torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    return float(psutil.virtual_memory().available)

@@ -182,3 +182,44 @@ def test_a_larger_student_learns_with_a_smaller_rate() -> None:
     sizes = [rate for _, rate in drafting.LEARNING_RATES]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == Config(objective=parse_config("").config.objective).train.learning_rate
+
+
+def test_rewards_that_are_compared_get_several_responses(request_: Request) -> None:
+    config = parse_config(draft_run(replace(request_, objective="grpo"), SILENT).text()).config
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (4, 4)
+    config = parse_config(draft_run(request_, SILENT).text()).config
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (16, 1)
+
+
+def test_bad_records_are_named_or_left_out_as_asked(request_: Request, tmp_path: Path) -> None:
+    records = [*sums(30), {"promt": "1+1="}, {"prompt": ""}]
+    path = write(tmp_path / "some-bad.jsonl", records)
+    bad = replace(request_, prompts=path)
+    with pytest.raises(
+        DataError, match=r"(?s)line 31: no field 'prompt'.*line 32: field 'prompt' is empty"
+    ) as caught:
+        draft_run(bad, SILENT)
+    assert "--skip-bad (data.skip_bad = true)" in (caught.value.hint or "")
+    draft = draft_run(replace(bad, assignments=("data.skip_bad=true",)), SILENT)
+    assert any(note.startswith("data: 2 records of ") for note in draft.notes)
+    kept = [json.loads(line)["id"] for name in draft.files for line in draft.files[name].splitlines()]
+    assert sorted(kept, key=int) == [str(number) for number in range(1, 31)]
+    assert parse_config(draft.text()).config.data.skip_bad
+
+
+def test_a_part_of_the_prompt_in_another_field_is_told(request_: Request, tmp_path: Path) -> None:
+    records = [{"instruction": f"Translate {n}.", "input": "le mot" if n % 3 else ""} for n in range(20)]
+    draft = draft_run(replace(request_, prompts=write(tmp_path / "alpaca.jsonl", records)), SILENT)
+    assert (
+        "prompts are taken from 'instruction' (also there: input): --prompt-field names another"
+        in draft.notes
+    )
+
+
+def test_few_prompts_are_seen_often_and_runs_have_checkpoints(request_: Request, tmp_path: Path) -> None:
+    draft = draft_run(replace(request_, prompts=write(tmp_path / "few.jsonl", sums(8))), SILENT)
+    config = parse_config(draft.text()).config
+    assert (config.train.steps, config.train.checkpoint_every) == (20, 2)
+    assert "few prompts: 20 passes over them" in draft.text()
+    given = replace(request_, assignments=("train.steps=3",))
+    assert parse_config(draft_run(given, SILENT).text()).config.train.checkpoint_every == 1
