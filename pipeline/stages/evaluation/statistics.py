@@ -66,7 +66,8 @@ def token_mean(
 
     Tokens of one problem are alike, so that problems are resampled. The interval is studentized (Efron and Tibshirani
     1993, §12.5, with the standard error of a ratio): KLs are so skewed that percentiles, BCa too, cover 0.86 to 0.92 with
-    16 to 64 problems. Its ends are NaN with fewer than three problems.
+    16 to 64 problems. Where nearly all problems are alike its ends are percentiles. They are NaN with fewer than three
+    problems.
 
     Args:
         bounds: between which such a mean lies.
@@ -82,8 +83,14 @@ def token_mean(
     drawn = generator.integers(len(totals), size=(RESAMPLES, len(totals)))
     ratios, errors = _ratio(totals[drawn], counts[drawn])
     varied = errors > 0.0
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    # Few problems differ from the others, and many resamples have none of them: no error to divide by. (Of three, a
+    # ninth of the resamples have one alone, whatever their values.)
+    if len(totals) > 3 and varied.mean() < tails[1]:
+        ends = np.clip(np.quantile(ratios, tails), *bounds)
+        return Estimate(value, float(ends[0]), float(ends[1]))
     quotients = (ratios[varied] - value) / errors[varied]
-    most, least = np.quantile(quotients, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
+    least, most = np.quantile(quotients, tails)
     low, high = (float(np.clip(value - q * error, *bounds)) for q in (most, least))
     return Estimate(value, low, high)
 

@@ -103,6 +103,16 @@ def test_a_mean_over_tokens_weighs_problems_by_their_tokens() -> None:
     assert np.isnan(token_mean([], [], bounds=(0.0, 1.0)).value)
 
 
+def test_where_nearly_all_are_alike_the_interval_has_two_sides_and_ends_among_the_values() -> None:
+    lengths = token_mean([48.0] * 14 + [12.0], [1] * 15, bounds=(0.0, np.inf))
+    assert 36.0 < lengths.low < lengths.value == pytest.approx(45.6)
+    assert lengths.value < lengths.high <= 48.0
+    cut = token_mean([1.0] * 14 + [0.0], [1] * 15, bounds=(0.0, 1.0))
+    assert (cut.low < 0.9, cut.high) == (True, 1.0)
+    rare = token_mean([0.0] * 19 + [1.0], [1] * 20, bounds=(0.0, 1.0))
+    assert (rare.low, rare.high > 0.1) == (0.0, True)
+
+
 def test_wilson_solves_its_defining_equation() -> None:
     z = 1.959963984540054
     for share, size in ((0.4, 50), (0.03, 500), (1.0, 12), (0.0, 7)):
