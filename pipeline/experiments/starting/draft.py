@@ -16,7 +16,7 @@ from tropd.pipeline.config.resolve import parse_assignment, parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.sections.model_settings import LoraSettings
 from tropd.pipeline.experiments.starting.fields import answers_of, grading_of
-from tropd.pipeline.experiments.starting.holdout import record_lines, split
+from tropd.pipeline.experiments.starting.holdout import record_lines, repeated, split
 from tropd.pipeline.experiments.starting.look import (
     Data,
     Lengths,
@@ -48,8 +48,7 @@ STEPS = {"cuda": 200, "cpu": 100}
 PASSES = 5
 """Most times that a prompt is trained on."""
 LEAST_STEPS = 20
-CHECKPOINTS = 10
-"""Of a run, at least."""
+LEAST_CHECKPOINTS = 10
 GROUP = 4
 """Responses to a prompt whose rewards are compared, on a CPU."""
 CPU_ROWS = 16
@@ -222,6 +221,10 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
         num_problems = len(graded.prompts)
         draft.choose("data.prompts", str(data.path), f"{len(data.prompts):,} prompts")
         draft.choose("data.evaluation", str(graded.path), f"{num_problems:,} problems")
+        if again := repeated(graded.prompts, data.prompts):
+            draft.notes.append(
+                f"data: {again} of {num_problems:,} problems are also trained on; see tropd contamination"
+            )
     else:
         total = len(data.prompts)
         held_out = min(MOST_HELD_OUT[device], max(1, round(HELD_OUT * total), min(ENOUGH, total // 4)))
@@ -312,7 +315,7 @@ def _choose_sizes(
     if passes < LEAST_STEPS:
         reason = f"few prompts: {LEAST_STEPS * per_step / len(data.prompts):.0f} passes over them"
     steps = draft.choose("train.steps", min(STEPS[device], max(LEAST_STEPS, passes)), reason)
-    every = min(_default("train.checkpoint_every"), max(1, int(steps) // CHECKPOINTS))
+    every = min(_default("train.checkpoint_every"), max(1, int(steps) // LEAST_CHECKPOINTS))
     draft.choose("train.checkpoint_every", every, "a run that is stopped loses little")
     needed = steps * per_step
     if needed < len(data.prompts):

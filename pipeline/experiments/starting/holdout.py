@@ -25,7 +25,7 @@ def split(prompts: Sequence[Prompt], num_held_out: int, seed: int, path: Path) -
     """
     groups: dict[str, list[int]] = {}
     for prompt in prompts:
-        groups.setdefault(" ".join(prompt.text.casefold().split()), []).append(prompt.line)
+        groups.setdefault(_plainly(prompt), []).append(prompt.line)
     if len(groups) < 2:
         raise DataError(
             f"{path} has one prompt only, so none can be held out",
@@ -36,6 +36,16 @@ def split(prompts: Sequence[Prompt], num_held_out: int, seed: int, path: Path) -
     held = min(num_held_out, len(groups) - 1)
     # One of each: a repeated problem is no second piece of evidence.
     return [line for group in shuffled[held:] for line in group], [group[0] for group in shuffled[:held]]
+
+
+def repeated(problems: Sequence[Prompt], prompts: Sequence[Prompt]) -> int:
+    """Number of problems whose text, but for case and spaces, is a prompt's too."""
+    texts = {_plainly(prompt) for prompt in prompts}
+    return sum(_plainly(problem) in texts for problem in problems)
+
+
+def _plainly(prompt: Prompt) -> str:
+    return " ".join(prompt.text.casefold().split())
 
 
 def record_lines(path: Path, numbers: Sequence[int]) -> str:

@@ -223,3 +223,12 @@ def test_few_prompts_are_seen_often_and_runs_have_checkpoints(request_: Request,
     assert "few prompts: 20 passes over them" in draft.text()
     given = replace(request_, assignments=("train.steps=3",))
     assert parse_config(draft_run(given, SILENT).text()).config.train.checkpoint_every == 1
+
+
+def test_problems_that_are_trained_on_are_told(request_: Request, tmp_path: Path) -> None:
+    own = write(tmp_path / "same.jsonl", [*sums(5), {"prompt": "another", "answer": "1"}])
+    notes = draft_run(replace(request_, evaluation=own), SILENT).notes
+    assert "data: 5 of 6 problems are also trained on; see tropd contamination" in notes
+    others = write(tmp_path / "others.jsonl", [{"prompt": "another", "answer": "1"}])
+    notes = draft_run(replace(request_, evaluation=others), SILENT).notes
+    assert not any("also trained on" in note for note in notes)
