@@ -17,6 +17,7 @@ STRIDE = 4 if os.environ.get("TROPD_THOROUGH") else 50
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+@pytest.mark.slowest
 def test_a_rerun_after_a_kill_gives_the_undisturbed_bytes(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(STRIDE)],

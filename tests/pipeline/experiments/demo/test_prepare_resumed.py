@@ -170,6 +170,7 @@ def test_force_starts_over_and_keeps_the_old_output_aside(undisturbed: Run, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.slowest
 def test_a_kill_at_any_point_and_a_rerun_end_as_if_nothing_had_happened(
     undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
