@@ -240,7 +240,7 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
             f"and none of them is trained on in another record ({TRAIN_FILE}, {EVALUATION_FILE})"
         )
     if data.left_out:
-        draft.notes.append(f"data: {data.left_out} records of {data.path} cannot be used, and are left out")
+        draft.notes.append(f"data: bad records of {data.path} that are left out: {data.left_out}")
     others = f" (also there: {', '.join(data.fields.others)})" if data.fields.others else ""
     draft.choose("data.prompt_field", data.fields.prompt, f"the field that holds the prompts{others}")
     if others:

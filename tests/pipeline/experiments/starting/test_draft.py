@@ -201,7 +201,7 @@ def test_bad_records_are_named_or_left_out_as_asked(request_: Request, tmp_path:
         draft_run(bad, SILENT)
     assert "--skip-bad (data.skip_bad = true)" in (caught.value.hint or "")
     draft = draft_run(replace(bad, assignments=("data.skip_bad=true",)), SILENT)
-    assert any(note.startswith("data: 2 records of ") for note in draft.notes)
+    assert f"data: bad records of {path} that are left out: 2" in draft.notes
     kept = [json.loads(line)["id"] for name in draft.files for line in draft.files[name].splitlines()]
     assert sorted(kept, key=int) == [str(number) for number in range(1, 31)]
     assert parse_config(draft.text()).config.data.skip_bad
