@@ -17,7 +17,7 @@ from waiting import eventually
 
 from tropd.pipeline.models.engines.child import serve
 
-STEPS = 30 if os.environ.get("TROPD_THOROUGH") else 6
+STEPS = 30 if os.environ.get("TROPD_THOROUGH") else 8
 SMALL = (
     *("train.checkpoint_every=2", "train.evaluate_every=5", f"train.steps={STEPS}", "vllm.check_every=1"),
     *("rollout.prompts_per_step=8", "train.learning_rate=1e-3", "teacher.timeout_seconds=5"),
