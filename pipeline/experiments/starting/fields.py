@@ -101,10 +101,8 @@ def find_fields(
         if name is not None and not any(value_at(record, name) is not None for record in records):
             raise ConfigError(f"{path}: no record has the field {name!r} of {option}", hint=_there(records))
     filled = {name: _share(records, lambda r, n=name: _is_prompt(value_at(r, n))) for name in PROMPTS}
-    # A few records without it are told by their lines, when the prompts are read.
-    usable = [name for name in PROMPTS if filled[name] == 1] or [
-        name for name in PROMPTS if filled[name] >= 0.5
-    ]
+    # Records without it, if they are few, are told by their lines when the prompts are read.
+    usable = [name for name in PROMPTS if filled[name] == max(filled.values()) > 0.5]
     if prompt is None and not usable:
         raise ConfigError(
             f"{path}: no field looks like the prompt of most records (looked for: {', '.join(PROMPTS)})",
