@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tropd.pipeline.config.resolve import ResolvedConfig
 from tropd.pipeline.config.schema import Config
@@ -14,9 +13,6 @@ from tropd.pipeline.config.sections.model_settings import TeacherConfig
 from tropd.pipeline.run.automatic import settled
 from tropd.pipeline.run.progress import Reporter
 from tropd.storage.workspace import Workspace
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from tropd.pipeline.run.run import Run
 from tropd.storage.errors import DamagedShardError, TropdError
 from tropd.storage.stage.manifest import FILE_NAME as MANIFEST
 from tropd.storage.stage.manifest import Manifest, holds_output, read_manifest
 from tropd.storage.workspace import stage_kind
-
-if TYPE_CHECKING:
-    pass
-from tropd.pipeline.run.run import Run
 
 
 def finished(run: Run, stage: str) -> Manifest:

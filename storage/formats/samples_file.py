@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tropd.storage.disk.atomic import write_text_atomic
 from tropd.storage.formats.step_log import log_line, read_log, resume_log, sampled_steps
 from tropd.storage.workspace import SAMPLES
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Part(BaseModel):
