@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,10 @@ def scores(data: Path = DATA, kept: Path = KEPT) -> dict[str, dict[str, np.ndarr
     vocabulary.
     """
     kept.mkdir(parents=True, exist_ok=True)
+    if not (kept / "seen.npz").exists() and not (data / "train.jsonl").exists():
+        sys.exit(
+            f"{data} does not exist: put GSM8K's train.jsonl and test.jsonl there (fields question, answer)"
+        )
     if not (kept / "seen.npz").exists():
         _make(data, kept)
     return {name: dict(np.load(kept / f"{name}.npz")) for name in NUM_TOKENS}
