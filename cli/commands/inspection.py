@@ -51,7 +51,13 @@ def status(workspace: WorkspaceOption, as_json: JsonOption = False) -> None:
         print_json({**found.model_dump(mode="json"), "verdicts": [v.model_dump() for v in verdicts]})
         return
     rows = [
-        (s.name, s.state, s.progress_text, human_bytes(s.bytes), f"{s.seconds:.1f} s" if s.seconds else "")
+        (
+            s.name,
+            s.state if s.needed else "not needed",
+            s.progress_text,
+            human_bytes(s.bytes),
+            f"{s.seconds:.1f} s" if s.seconds else "",
+        )
         for s in found.stages
     ]
     print_table(("stage", "state", "progress", "size", "time"), rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,10 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from tropd.pipeline.config.resolve import load_config
 from tropd.pipeline.config.schema import Config
+from tropd.pipeline.objectives.needs import needed_data
 from tropd.storage.disk.atomic import content_size
 from tropd.storage.errors import TropdError
 from tropd.storage.formats.step_log import read_log
 from tropd.storage.stage.manifest import (
+    CHECKPOINTS,
     FILE_NAME,
     Manifest,
     broken_shards,
@@ -28,7 +31,15 @@ from tropd.storage.stage.manifest import (
     read_manifest,
 )
 from tropd.storage.stage.stage import stage_seconds
-from tropd.storage.workspace import EVALUATED, METRICS, STAGES, Workspace, shown_path, stage_kind
+from tropd.storage.workspace import (
+    CACHE_STAGES,
+    EVALUATED,
+    METRICS,
+    STAGES,
+    Workspace,
+    shown_path,
+    stage_kind,
+)
 
 StageState = Literal["not started", "in progress", "complete", "damaged"]
 
@@ -58,6 +69,10 @@ class StageStatus(BaseModel):
     fingerprint: str | None = None
     problem: str = ""
     """The damaged, stale or differently configured part, in words."""
+    saved: int | None = None
+    """Steps that the newest checkpoint has: those after it are repeated after a stop. None where all are kept."""
+    needed: bool = True
+    """False if the run does without: a purely on-policy one trains without prefixes and their scores."""
     lost: bool = False
     """True if rerunning the stage cannot repair it: files are put back, or it is started over."""
 
@@ -67,7 +82,10 @@ class StageStatus(BaseModel):
         if self.done is None:
             return ""
         counted = f"{self.done} of {self.total}" if self.total is not None else f"{self.done}"
-        return f"step {counted}" if self.unit == "steps" else f"{counted} {self.unit}"
+        if self.unit != "steps":
+            return f"{counted} {self.unit}"
+        saved = {None: "", 0: ", none saved yet"}.get(self.saved, f", saved up to step {self.saved}")
+        return f"step {counted}{saved}"
 
 
 class Status(BaseModel):
@@ -87,12 +105,6 @@ class Status(BaseModel):
         return next((s for s in self.stages if s.name == name), None)
 
 
-def is_needed(stage: StageStatus, stages: list[StageStatus]) -> bool:
-    """True if the run needs a stage: a purely on-policy one trains without prefixes and their scores."""
-    trains = any(s.name == "train" and s.state != "not started" for s in stages)
-    return not (trains and stage.name in ("prefixes", "scores") and stage.state == "not started")
-
-
 def workspace_status(workspace: Workspace) -> Status:
     """Look at every stage. Damaged files become part of the answer; only an unreadable disk raises."""
     config: Config | None = None
@@ -107,7 +119,8 @@ def workspace_status(workspace: Workspace) -> Status:
         if name == "report":
             stages.append(_report_status(workspace, stages))
         elif name != "models" or _prepares(workspace, config):
-            stages.append(_stage_status(workspace, name, config, seconds, stages))
+            found = _stage_status(workspace, name, config, seconds, stages)
+            stages.append(found.model_copy(update={"needed": _is_needed(workspace, found, config)}))
     command, reason = _next(workspace, stages, config_problem)
     return Status(
         workspace=workspace.root.name,
@@ -121,6 +134,15 @@ def workspace_status(workspace: Workspace) -> Status:
 def _prepares(workspace: Workspace, config: Config | None) -> bool:
     """True if this run makes its own models (demo recipes), or has done so."""
     return (config is not None and config.demo.enabled) or (workspace.stage("models") / FILE_NAME).exists()
+
+
+def _is_needed(workspace: Workspace, stage: StageStatus, config: Config | None) -> bool:
+    """False for data that was not made, and that the run has trained without or has no use for; a demo shows all."""
+    if stage.name not in CACHE_STAGES or stage.state != "not started":
+        return True
+    trains = (workspace.stage("train") / FILE_NAME).exists()
+    made = config is None or config.demo.enabled or stage.name in needed_data(config.objective)
+    return made and not trains
 
 
 def _stage_status(
@@ -170,6 +192,7 @@ def _stage_status(
         bytes=size,
         seconds=spent,
         fingerprint=manifest.fingerprint,
+        saved=_saved_steps(manifest, done) if name == "train" else None,
         problem="; ".join(broken.values())
         or (_trial(workspace, manifest, config, total) if name == "train" else ""),
         lost=bool(broken) and not can_go_on(manifest, broken),
@@ -203,7 +226,8 @@ def _progress(
         steps = count_steps(workspace.stage("train") / METRICS)
         return steps, _asked_steps(manifest, config), "steps"
     if name == "eval":
-        return shards, max(shards, len(EVALUATED)), "parts"
+        models = _evaluated(manifest, config)
+        return models, models if manifest.complete else len(EVALUATED), "models"
     if name == "models":
         return shards, shards if manifest.complete else None, "parts"
     shards = len({shard.split(".")[0] for shard in manifest.shards})
@@ -213,6 +237,23 @@ def _progress(
         upstream = next((s for s in earlier if s.name == "prefixes" and s.state == "complete"), None)
         return shards, upstream.done if upstream else None, "shards"
     return shards, _prefix_shards(workspace, config), "shards"
+
+
+def _saved_steps(manifest: Manifest, done: int) -> int | None:
+    """Steps of the newest checkpoint, where training goes on from it with fewer than are on record."""
+    if manifest.complete:
+        return None
+    steps = [int(name.rpartition("-")[2]) for name in manifest.shards if name.startswith(f"{CHECKPOINTS}/")]
+    saved = max(steps, default=0)
+    return saved if saved < done else None
+
+
+def _evaluated(manifest: Manifest, config: Config | None) -> int:
+    """Models with all responses: to the problems, to those of each benchmark, and to each task of lm-eval."""
+    files = Counter(Path(name).stem.rpartition("-") for name in manifest.shards)
+    sets = len(config.evaluation_sets) if config else 1
+    tasks = len(config.evaluation.harness) if config else 0
+    return sum(files["part", "-", who] >= sets and files["harness", "-", who] >= tasks for who in EVALUATED)
 
 
 def _asked_steps(manifest: Manifest, config: Config | None) -> int | None:
@@ -265,10 +306,10 @@ def _report_status(workspace: Workspace, stages: list[StageStatus]) -> StageStat
     problem = ""
     try:
         written = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]
-        seen = {name: (s["state"], s["fingerprint"], s["rows"], s["done"]) for name, s in written.items()}
+        seen = {name: (s["state"], s["fingerprint"], s["rows"]) for name, s in written.items()}
         if not (folder / "index.html").is_file():
             state, problem = "damaged", "index.html is missing"
-        elif seen != {s.name: (s.state, s.fingerprint, s.rows, s.done) for s in stages}:
+        elif seen != {s.name: (s.state, s.fingerprint, s.rows) for s in stages}:
             state, problem = "in progress", "the report is older than the results"
     except FileNotFoundError:
         state = "not started"
@@ -282,7 +323,7 @@ def _next(workspace: Workspace, stages: list[StageStatus], config_problem: str) 
         return workspace.command("config show"), f"the configuration cannot be read: {config_problem}"
     for stage in stages:
         command = workspace.command(stage.command)
-        if stage.state == "complete" or not is_needed(stage, stages):
+        if stage.state == "complete" or not stage.needed:
             continue
         if stage.state == "not started":
             return command, f"{stage.command} has not been run yet"

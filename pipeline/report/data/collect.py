@@ -21,7 +21,7 @@ from tropd.pipeline.report.data.facts import Cache, Distance, Evaluation, Report
 from tropd.pipeline.report.data.provenance import describe_provenance
 from tropd.pipeline.report.data.runs import summarize_runs
 from tropd.pipeline.report.data.training_metrics import read_metrics, summarize_training
-from tropd.pipeline.report.status import StageStatus, is_needed, workspace_status
+from tropd.pipeline.report.status import StageStatus, workspace_status
 from tropd.pipeline.report.verdicts.headline import headline
 from tropd.pipeline.report.verdicts.verdicts import find_verdicts
 from tropd.storage.errors import TropdError
@@ -72,7 +72,7 @@ def _build_report(workspace: Workspace) -> Report:
     cache = _cache(manifests)
     acceptance_map, sample_problems = _read_samples(workspace, training, manifests.get("train"))
 
-    for stage in (stage for stage in stages if is_needed(stage, stages)):
+    for stage in (stage for stage in stages if stage.needed):
         missing += _missing_of_stage(stage, files.problems)
     missing += [*metric_problems, *sample_problems, *dict.fromkeys(files.problems)]
     missing += _missing_results(stages, training, trained, evaluation)

@@ -18,7 +18,7 @@ limit = 10
 [prefixes]
 shard_prompts = 4
 [objective]
-name = "tropd"
+name = "{objective}"
 [train]
 steps = 20
 [demo]
@@ -28,9 +28,9 @@ enabled = {enabled}
 COMMANDS = {kind.name: kind.command for kind in STAGES if kind.listed}
 
 
-def make(tmp_path: Path, *, demo: bool = True) -> Workspace:
+def make(tmp_path: Path, *, demo: bool = True, objective: str = "tropd") -> Workspace:
     workspace = Workspace.create(tmp_path / "my run")
-    workspace.config_path.write_text(CONFIG.format(enabled=str(demo).lower()))
+    workspace.config_path.write_text(CONFIG.format(enabled=str(demo).lower(), objective=objective))
     return workspace
 
 
@@ -134,9 +134,44 @@ def test_training_counts_steps(tmp_path: Path) -> None:
     status = workspace_status(workspace)
     train = status.stage("train")
     assert train is not None
-    assert (train.progress_text, train.rows) == ("step 7 of 20", 7)
+    assert (train.progress_text, train.rows) == ("step 7 of 20, none saved yet", 7)
     assert str(status.next_command).startswith("tropd train -w ")
-    assert status.next_reason == "train is not finished (step 7 of 20)"
+    assert status.next_reason == "train is not finished (step 7 of 20, none saved yet)"
+
+
+@pytest.mark.parametrize(("saved", "text"), [(5, "step 7 of 20, saved up to step 5"), (7, "step 7 of 20")])
+def test_training_tells_what_a_stop_would_lose(tmp_path: Path, saved: int, text: str) -> None:
+    workspace = make(tmp_path)
+    finish(workspace)
+    (workspace.stage("train") / "checkpoints").mkdir()
+    stage(workspace, "train", {f"checkpoints/step-{step:06d}": step for step in (3, saved)}, complete=False)
+    metrics(workspace, 7)
+    train = workspace_status(workspace).stage("train")
+    assert train is not None
+    assert train.progress_text == text
+
+
+def test_an_evaluation_counts_the_models_that_have_all_responses(tmp_path: Path) -> None:
+    workspace = make(tmp_path)
+    finish(workspace)
+    shards = ["responses-before", "responses-after", "distance-before", "part-before", "part-after-00000"]
+    stage(workspace, "eval", {f"{name}.parquet": 8 for name in shards}, complete=False)
+    found = workspace_status(workspace).stage("eval")
+    assert found is not None
+    assert found.progress_text == "1 of 3 models"
+
+
+@pytest.mark.parametrize(
+    ("objective", "without"),
+    [("opd", ["prefixes", "scores"]), ("tropd", ["scores"]), ("tropd-cached", [])],
+)
+def test_data_that_the_objective_has_no_use_for_is_not_asked_for(
+    tmp_path: Path, objective: str, without: list[str]
+) -> None:
+    workspace = make(tmp_path, demo=False, objective=objective)
+    status = workspace_status(workspace)
+    assert [s.name for s in status.stages if not s.needed] == without
+    assert ("tropd train" in str(status.next_command)) == ("prefixes" in without)
 
 
 def test_steps_that_were_repeated_count_once(tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_an_unfinished_run_says_how_far_it_is(empty_workspace: Workspace, tools:
     tools["write_metrics"](root, tools["metric_rows"](40), '{"step": 41, "lo')
     tools["write_evaluation"](root, {"before": tools["evaluation_rows"]("before")}, complete=False)
     report = as_json(empty_workspace)
-    assert "train: stage is not finished (step 40 of 100)" in report["missing"]
-    assert "eval: stage is not finished (1 of 3 parts)" in report["missing"]
+    assert "train: stage is not finished (step 40 of 100, none saved yet)" in report["missing"]
+    assert "eval: stage is not finished (1 of 3 models)" in report["missing"]
     assert "eval: no sampled or greedy answers of the student after training" in report["missing"]
     assert report["training"]["steps"] == 40
     assert report["evaluation"]["before"]["greedy"]["problems"] == 120

@@ -135,7 +135,7 @@ def test_an_unfinished_run(empty_workspace: Workspace, tools: Tools) -> None:
     tools["write_stage"](root, "train", {}, complete=False)
     tools["write_metrics"](root, tools["metric_rows"](1))
     text = text_of(write_report(empty_workspace))
-    assert "train: stage is not finished (step 1 of 100)" in text
+    assert "train: stage is not finished (step 1 of 100, none saved yet)" in text
     assert "Gradient norm" in text
 
 
