@@ -22,7 +22,7 @@ from tropd.pipeline.models.loading import context_length, load_model, num_parame
 from tropd.pipeline.models.runtime import DTYPES, autocast, configure_runtime
 from tropd.pipeline.objectives.needs import needed_data
 from tropd.pipeline.problems.prompts import scan_prompts
-from tropd.pipeline.run.opening import load_role
+from tropd.pipeline.run.opening import LoadedModel, load_role
 from tropd.pipeline.run.run import Run
 
 ROWS = 8
@@ -48,6 +48,9 @@ class Rates:
     """Tokens of the teacher's responses."""
     stopped: bool
     """Whether nearly all of these came to their end."""
+    teacher_loading: float
+    """Seconds until it is ready, as is the next."""
+    student_loading: float
 
     @property
     def student_scoring(self) -> float:
@@ -78,8 +81,12 @@ def measure_rates(run: Run, prompts: Sequence[Sequence[int]]) -> Rates:
     Raises:
         ConfigError, DataError, MemoryFullError: a model cannot be loaded.
     """
-    sampling, answers, teacher_size = _sampling_rate(run, [list(tokens) for tokens in prompts[:ROWS]])
-    training, student_size = _training_rate(run)
+    began = time.perf_counter()
+    teacher = load_role(run, "teacher")
+    teacher_loading, teacher_size = time.perf_counter() - began, num_parameters(teacher.model)
+    sampling, answers = _sampling_rate(teacher, [list(tokens) for tokens in prompts[:ROWS]])
+    del teacher
+    training, student_size, student_loading = _training_rate(run)
     ratio = student_size / teacher_size
     return Rates(
         teacher_sampling=sampling,
@@ -88,27 +95,30 @@ def measure_rates(run: Run, prompts: Sequence[Sequence[int]]) -> Rates:
         student_training=training,
         lengths=tuple(len(one.tokens) for one in answers),
         stopped=mean(one.finish_reason == "stop" for one in answers) >= MOST_STOP,
+        teacher_loading=teacher_loading,
+        student_loading=student_loading,
     )
 
 
-def _sampling_rate(run: Run, prompts: list[list[int]]) -> tuple[float, list[Generation], int]:
-    """Tokens per second of the teacher, its responses, and its parameters; its memory is free afterwards."""
-    teacher = load_role(run, "teacher")
+def _sampling_rate(teacher: LoadedModel, prompts: list[list[int]]) -> tuple[float, list[Generation]]:
+    """Tokens per second of the teacher, and its responses."""
     engine = teacher.engine(batch_size=ROWS)
     seeds = list(range(len(prompts)))
     engine.generate(prompts, Sampling(), seeds=seeds, max_tokens=[2] * len(prompts))  # prepares the weights
     began = time.perf_counter()
     answers = engine.generate(prompts, Sampling(), seeds=seeds, max_tokens=[TOKENS] * len(prompts))
     seconds = time.perf_counter() - began
-    return sum(len(one.tokens) for one in answers) / seconds, answers, num_parameters(teacher.model)
+    return sum(len(one.tokens) for one in answers) / seconds, answers
 
 
-def _training_rate(run: Run) -> tuple[float, int]:
-    """Tokens per second of forward and backward pass, and the student's parameters."""
+def _training_rate(run: Run) -> tuple[float, int, float]:
+    """Tokens per second of forward and backward pass, the student's parameters, and the seconds of loading them."""
     settings = run.config.student
     device = configure_runtime(run.config.runtime)
     folder = model_directory(run.workspace, settings, "student")
+    started = time.perf_counter()
     model = load_model(folder, dtype="float32", device=device, trust_remote_code=settings.trust_remote_code)
+    loading = time.perf_counter() - started
     precision = None if settings.settled_dtype == "float32" else DTYPES[settings.settled_dtype]
     columns = min(TRAINED[1], context_length(model.config))
     rows = torch.arange(TRAINED[0] * columns, device=device).reshape(TRAINED[0], columns)
@@ -123,15 +133,15 @@ def _training_rate(run: Run) -> tuple[float, int]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         model.zero_grad(set_to_none=True)
-    return rows.numel() / min(seconds), num_parameters(model)
+    return rows.numel() / min(seconds), num_parameters(model), loading
 
 
 def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[str, float]:
     """Seconds of each stage, by the configuration and the rates; and the parts of ``train``: ``a step``, all evaluations
     along the way, and all extrapolations.
 
-    What the run does not do is left out. Training is counted as if the student wrote every token itself: teacher prefixes
-    make early steps faster.
+    Each stage loads the models that it uses. What the run does not do is left out. Training is counted as if the student
+    wrote every token itself: teacher prefixes make early steps faster.
     """
     prefixes = min(
         amounts.prompts, config.data.limit or amounts.prompts, config.prefixes.limit or amounts.prompts
@@ -152,35 +162,51 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
     }
     needed = needed_data(config.objective)
     data = {
-        "prefixes": ("generate-prefixes", written * length / rates.teacher_sampling),
-        "scores": ("score-teacher", written * (amounts.prompt_length + length) / rates.teacher_scoring),
+        "prefixes": ("generate-prefixes", rates.teacher_loading + written * length / rates.teacher_sampling),
+        "scores": (
+            "score-teacher",
+            rates.teacher_loading + written * (amounts.prompt_length + length) / rates.teacher_scoring,
+        ),
     }
+    loading = rates.student_loading + rates.teacher_loading
+    students = 2  # before and after training
+    by_teacher, by_student = _distances(config, rates, amounts.prompt_length, problems)
     return {
         **dict(data[folder] for folder in needed if folder in data),
         "a step": step,
         **{name: seconds for name, seconds in aside.items() if seconds},
-        "train": config.train.steps * step + sum(aside.values()),
-        "evaluate": sum(answers * answer / rate for rate in rates_of),
+        "train": loading + config.train.steps * step + sum(aside.values()),
+        "evaluate": loading
+        + rates.student_loading
+        + sum(answers * answer / rate for rate in rates_of)
+        + by_teacher
+        + students * by_student,
     }
 
 
-def _evaluations(config: Config, rates: Rates, prompt_length: float, problems: int) -> float:
-    """Of all evaluations along the way (``train.evaluate_every``), and the teacher's responses before the first step.
+def _distances(config: Config, rates: Rates, prompt_length: float, problems: int) -> tuple[float, float]:
+    """Seconds of the teacher's part in distances on held-out prompts, and of that of one state of the student.
 
     Where responses of the distance serve for the accuracy too (``evaluation.temperature = 1``), they are counted twice.
     """
+    answer = rates.expected_length(config.evaluation_max_tokens)
+    compared = min(problems, config.evaluation.distance_prompts)
+    read = compared * (prompt_length + answer)
+    # The teacher scores the student's responses, and the student the teacher's.
+    scored = read / rates.teacher_scoring + read / rates.student_scoring
+    by_teacher = compared * answer / rates.teacher_sampling + read / rates.teacher_scoring
+    return by_teacher, compared * answer / rates.student_sampling + scored
+
+
+def _evaluations(config: Config, rates: Rates, prompt_length: float, problems: int) -> float:
+    """Of all evaluations along the way (``train.evaluate_every``), and the teacher's responses before the first step."""
     train = config.train
     if not train.evaluate_every:
         return 0.0
     answer = rates.expected_length(config.evaluation_max_tokens)
-    compared = min(problems, config.evaluation.distance_prompts)
+    before, compared = _distances(config, rates, prompt_length, problems)
     graded = min(problems, train.evaluate_problems) if config.data.answer_field else 0
-    read = compared * (prompt_length + answer)
-    before = compared * answer / rates.teacher_sampling + read / rates.teacher_scoring
-    written = (compared + 2 * graded) * answer  # graded ones greedy and sampled
-    # The teacher scores the student's responses, and the student the teacher's.
-    scored = read / rates.teacher_scoring + read / rates.student_scoring
-    each = written / rates.student_sampling + scored
+    each = compared + 2 * graded * answer / rates.student_sampling  # greedy and sampled
     return before + ceil(train.steps / train.evaluate_every) * each
 
 

@@ -19,7 +19,8 @@ from tropd.pipeline.training.time_plan import (
     seconds_of_stages,
 )
 
-RATES = Rates(100.0, 1000.0, 200.0, 500.0, (10, 20), stopped=True)
+LOADING = {"teacher_loading": 7.0, "student_loading": 3.0}
+RATES = Rates(100.0, 1000.0, 200.0, 500.0, (10, 20), stopped=True, **LOADING)
 
 
 def config(text: str = "") -> Config:
@@ -29,14 +30,23 @@ def config(text: str = "") -> Config:
     ).config
 
 
+def distances(prompts: int, length: int) -> float:
+    """Of the teacher, and of the student before and after training."""
+    read = prompts * (5 + length)
+    of_student = prompts * length / 200 + read / 1000 + read / 1500
+    return prompts * length / 100 + read / 1000 + 2 * of_student
+
+
 def test_stages_take_what_their_tokens_take() -> None:
     asks = config('[objective.guidance.loss]\nestimator = "topk_fkl"\n')
     seconds = seconds_of_stages(asks, RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
-    assert seconds["generate-prefixes"] == 40 * 15 / 100
-    assert seconds["score-teacher"] == 40 * 20 / 1000
+    assert seconds["generate-prefixes"] == 7 + 40 * 15 / 100
+    assert seconds["score-teacher"] == 7 + 40 * 20 / 1000
     assert seconds["a step"] == pytest.approx(8 * (15 / 200 + 20 / 500 + 20 / 1000))
-    assert seconds["train"] == 3 * seconds["a step"]
-    assert seconds["evaluate"] == pytest.approx(12 * 15 * (1 / 200 + 1 / 200 + 1 / 100))
+    assert seconds["train"] == 10 + 3 * seconds["a step"]
+    assert seconds["evaluate"] == pytest.approx(
+        13 + 12 * 15 * (1 / 200 + 1 / 200 + 1 / 100) + distances(6, 15)
+    )
 
 
 def test_stages_without_use_take_no_time() -> None:
@@ -52,10 +62,10 @@ def test_stages_without_use_take_no_time() -> None:
 
 def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
     limited = config("[prefixes]\nlimit = 10\nsamples_per_prompt = 2\n[evaluation]\nlimit = 3\nsamples = 2\n")
-    cut = Rates(100.0, 1000.0, 200.0, 500.0, (20, 20), stopped=False)
+    cut = Rates(100.0, 1000.0, 200.0, 500.0, (20, 20), stopped=False, **LOADING)
     seconds = seconds_of_stages(limited, cut, Amounts(40, 6, 5.0))
-    assert seconds["generate-prefixes"] == 20 * 50 / 100
-    assert seconds["evaluate"] == pytest.approx(9 * 50 * 0.02)
+    assert seconds["generate-prefixes"] == 7 + 20 * 50 / 100
+    assert seconds["evaluate"] == pytest.approx(13 + 9 * 50 * 0.02 + distances(3, 50))
 
 
 def test_evaluations_while_training_are_a_part_of_it() -> None:
@@ -65,7 +75,7 @@ def test_evaluations_while_training_are_a_part_of_it() -> None:
     before = 4 * 15 / 100 + 4 * 20 / 1000
     each = (4 + 2 * 5) * 15 / 200 + 4 * 20 / 1000 + 4 * 20 / 1500
     assert seconds[EVALUATIONS] == pytest.approx(before + 2 * each)  # after the steps 2 and 3
-    assert seconds["train"] == pytest.approx(3 * seconds["a step"] + seconds[EVALUATIONS])
+    assert seconds["train"] == pytest.approx(10 + 3 * seconds["a step"] + seconds[EVALUATIONS])
     few = seconds_of_stages(config(text), RATES, Amounts(prompts=40, problems=3, prompt_length=5.0))
     each = (3 + 2 * 3) * 15 / 200 + 3 * 20 / 1000 + 3 * 20 / 1500
     assert few[EVALUATIONS] == pytest.approx(3 * 15 / 100 + 3 * 20 / 1000 + 2 * each)
@@ -89,7 +99,7 @@ def test_extrapolations_are_a_part_of_training_too(settings: str, of_one: float)
     seconds = seconds_of_stages(config(text), RATES, Amounts(prompts=40, problems=6, prompt_length=5.0))
     scored = 9 if "other" in settings else min(6, int(settings.removeprefix("most = ")[0]))
     assert seconds[EXTRAPOLATIONS] == pytest.approx(2 * 4 * scored * of_one)  # after the steps 1 and 2
-    assert seconds["train"] == pytest.approx(3 * seconds["a step"] + seconds[EXTRAPOLATIONS])
+    assert seconds["train"] == pytest.approx(10 + 3 * seconds["a step"] + seconds[EXTRAPOLATIONS])
 
 
 def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:
@@ -100,6 +110,7 @@ def test_a_measurement_of_tiny_models(tiny_run: Run) -> None:
     assert rates.teacher_sampling == rates.student_sampling > 0
     assert rates.teacher_scoring == 3 * rates.student_training
     assert len(rates.lengths) == 8
+    assert min(rates.teacher_loading, rates.student_loading) > 0
     seconds = estimate(tiny_run, prompts)
     assert all(value > 0 for value in seconds.values())
     there = {path.name for path in tiny_run.workspace.root.iterdir()}

@@ -106,7 +106,7 @@ def test_lengths_come_from_reference_answers_or_the_teacher(
 ) -> None:
     assert parse_config(draft_run(request_, SILENT).text()).config.rollout.max_tokens == 36  # context 40
     monkeypatch.setattr(drafting, "response_room", lambda *_: 1000)
-    rates = Rates(10, 10, 10, 10, (20, 31), stopped=True)
+    rates = Rates(10, 10, 10, 10, (20, 31), stopped=True, teacher_loading=1, student_loading=1)
     monkeypatch.setattr(drafting, "measure_rates", lambda *_: rates)
     measured = replace(request_, measures=True)
     draft = draft_run(measured, SILENT)
