@@ -23,7 +23,7 @@ from tropd.pipeline.config.recipe_files import load_objective
 from tropd.pipeline.config.resolve import dump_config, load_config, parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.experiments.row_checks import check_engines
-from tropd.pipeline.objectives.needs import teacher_needs
+from tropd.pipeline.objectives.needs import needed_data, teacher_needs
 from tropd.pipeline.run.cells import FOLDER, REFERENCE, Cell
 from tropd.pipeline.run.processes.child_environment import become_child, child_environment, device_variables
 from tropd.pipeline.run.progress import SILENT
@@ -52,8 +52,8 @@ def compare(
 ) -> list[Cell]:
     """Train and evaluate every objective with every seed; finished cells are kept.
 
-    The stages of the base workspace up to ``scores`` must be complete. Returns the cells, objectives in the order
-    given.
+    The base workspace must have the prefixes and scores that an objective needs, complete. Returns the cells, objectives
+    in the order given.
 
     Args:
         workers: runs at the same time, each on one GPU.
@@ -69,8 +69,10 @@ def compare(
     cells = [Cell(name, run.config.run.seed + s) for name in chosen for s in range(seeds)]
     configs = {cell.objective: cell_config(run, cell) for cell in cells}
     specs = [config.objective for config in configs.values()]
-    finished(run, "prefixes")
-    finished(run, "scores")
+    needed = {folder for spec in specs for folder in needed_data(spec)}
+    for folder in ("prefixes", "scores"):
+        if folder in needed:
+            finished(run, folder)
     whole = gpus if workers == 1 else 1
     refuse_plan(check_engines(run, configs), "this comparison")
     require_room(run, whole, 0)
