@@ -68,4 +68,18 @@ def distance_note(evaluation: Evaluation) -> str:
         else "from the log-probs of sampled tokens (reverse KL, acceptance) and of the teacher’s most likely (forward KL)"
     )
     prompts = max(one.prompts for one in found)
-    return f"On {prompts} held-out prompts, {how}. KLs in nats per token; the teacher’s length is the one to reach."
+    return (
+        f"On {prompts} held-out prompts, {how}. KLs in nats per token; the teacher’s length is the one to reach."
+        f"{_changed(evaluation.reverse_kl_change)}"
+    )
+
+
+def _changed(change: Measure | None) -> str:
+    if change is None or change.interval is None:
+        return ""
+    low, high = change.interval
+    chance = "; a difference that chance alone could make" if low <= 0.0 <= high and change.mean else ""
+    return (
+        f" Prompt by prompt, training changed the reverse KL by {change.mean:+.3f}"
+        f" (95\u00a0% interval {low:+.3f} to\u00a0{high:+.3f}){chance}."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from tropd.pipeline.report.data.facts import (
     Gain,
     Gains,
     GradedAnswer,
+    Measure,
 )
-from tropd.pipeline.stages.evaluation.statistics import accuracy_interval, paired_interval
+from tropd.pipeline.stages.evaluation.statistics import accuracy_interval, paired_interval, token_mean_change
 from tropd.storage.errors import TropdError
 from tropd.storage.stage.manifest import check_shard, read_manifest
 from tropd.storage.workspace import EVALUATED, Mode, Who
@@ -64,6 +66,7 @@ class EvaluationFiles:
     def __init__(self, folder: Path) -> None:
         self.problems: list[str] = []
         self.paths: dict[str, Path] = {}
+        self.distances: dict[str, Path] = {}
         try:
             manifest = read_manifest(folder)
         except (TropdError, OSError) as error:
@@ -79,8 +82,9 @@ class EvaluationFiles:
             except (TropdError, OSError) as error:
                 self.problems.append(f"eval: {str(error).splitlines()[0].replace(f'{folder}/', '')}")
                 continue
-            if name.startswith("part-") and name.endswith(".parquet"):
-                self.paths[name.removeprefix("part-").removesuffix(".parquet")] = folder / name
+            kind, _, who = name.removesuffix(".parquet").partition("-")
+            if name.endswith(".parquet") and kind in ("part", "distance"):
+                (self.paths if kind == "part" else self.distances)[who] = folder / name
 
     def read(self, who: str, columns: list[str], **filters: Any) -> list[dict[str, Any]]:
         """Rows of one model; an unreadable file is a problem and has no rows."""
@@ -123,7 +127,37 @@ def summarize_evaluation(
         after=contenders.get("after"),
         teacher=contenders.get("teacher"),
         gain=Gains(**gains),
+        reverse_kl_change=_reverse_kl_change(files),
     )
+
+
+def _reverse_kl_change(files: EvaluationFiles) -> Measure | None:
+    """Over the prompts of both students; None where they are not measured, or a file is not readable."""
+    if not {"before", "after"} <= files.distances.keys():
+        return None
+    columns = ["prompt_id", "reverse_kl", "student_tokens"]
+    try:
+        before, after = (
+            {
+                row["prompt_id"]: row
+                for row in pq.read_table(files.distances[who], columns=columns).to_pylist()
+            }
+            for who in ("before", "after")
+        )
+    except (pa.ArrowException, OSError) as error:
+        files.problems.append(f"eval: distances are not readable ({str(error).splitlines()[0]})")
+        return None
+    known = [
+        (one, after[name])
+        for name, one in before.items()
+        if name in after and None not in (one["reverse_kl"], after[name]["reverse_kl"])
+    ]
+    if not known:
+        return None
+    sums = [[row["reverse_kl"] * row["student_tokens"] for row in rows] for rows in zip(*known, strict=True)]
+    tokens = [[row["student_tokens"] for row in rows] for rows in zip(*known, strict=True)]
+    found = token_mean_change((sums[0], tokens[0]), (sums[1], tokens[1]))
+    return Measure(mean=found.value, interval=None if math.isnan(found.low) else (found.low, found.high))
 
 
 def _grade(files: EvaluationFiles, who: str) -> dict[Mode, _Graded]:

@@ -130,10 +130,12 @@ class Evaluation(ReportPart):
     after: Contender | None = None
     teacher: Contender | None = None
     gain: Gains = Gains()
+    reverse_kl_change: Measure | None = None
+    """The student's reverse KL to the teacher after minus before training, on the prompts that both answered."""
     interval_method: str = (
         "accuracy: Wilson score interval at the effective sample size of responses clustered by problem; "
         "gain: normal interval of the paired per-problem difference; "
-        "distance: studentized bootstrap over prompts"
+        "distance: studentized bootstrap over prompts, for its change over pairs of both responses"
     )
 
     @property
@@ -256,6 +258,8 @@ class RunSummary(ReportPart):
     objective: str | None
     seed: int | None
     evaluation: Evaluation
+    problems: str | None
+    """Hash of the held-out problems that it was measured on."""
     steps: int | None
     tokens_on_policy: int | None
     teacher_tokens_scored: int | None

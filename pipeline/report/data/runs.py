@@ -42,6 +42,14 @@ def run_labels(roots: Sequence[Path]) -> list[str]:
     return labels
 
 
+def measured_alike(runs: Sequence[RunSummary]) -> bool:
+    """True if no two evaluated runs are known to have other problems, or another number of prompts for the distance."""
+    evaluated = [run for run in runs if run.evaluation.after is not None]
+    files = {run.problems for run in evaluated if run.problems is not None}
+    numbers = {distance.prompts for run in evaluated if (distance := run.evaluation.distance("after"))}
+    return len(files) <= 1 and len(numbers) <= 1
+
+
 def _summarize(label: str, report: Report) -> RunSummary:
     config, training = report.config or {}, report.training
     series = training.series if training else {}
@@ -51,6 +59,7 @@ def _summarize(label: str, report: Report) -> RunSummary:
         objective=(config.get("objective") or {}).get("name") or _trained_objective(report),
         seed=(config.get("run") or {}).get("seed"),
         evaluation=report.evaluation,
+        problems=report.provenance.inputs.get("eval: data.evaluation"),
         steps=training.steps if training else None,
         tokens_on_policy=training.tokens_on_policy if training else None,
         teacher_tokens_scored=training.teacher_tokens_scored if training else None,

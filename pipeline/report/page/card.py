@@ -158,6 +158,9 @@ def _data(report: Report, config: Config) -> list[str]:
         file = Path(getattr(config.data, field)).name
         digest = report.provenance.inputs.get(f"{stage}: data.{field}")
         lines.append(f"{what}: `{file}`" + (f", SHA-256 `{digest}`" if digest else ""))
+    own = [Path(s.dataset).name for s in config.data.sources if s.dataset not in _hub_datasets(config)]
+    if own:
+        lines.append(f"From {', '.join(f'`{name}`' for name in own)}")
     if sources := _hub_datasets(config):
         lines.append(f"From {', '.join(f'[{s}](https://huggingface.co/datasets/{s})' for s in sources)}")
     if report.cache.trajectories:

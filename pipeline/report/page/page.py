@@ -21,6 +21,7 @@ from tropd.pipeline.report.data.benchmarks import benchmark_rows
 from tropd.pipeline.report.data.collect import build_report
 from tropd.pipeline.report.data.distances import NAMES, distance_note, distance_rows
 from tropd.pipeline.report.data.facts import Evaluation, Report
+from tropd.pipeline.report.data.runs import measured_alike
 from tropd.pipeline.report.page.formats import count, duration, human_bytes, percent, points, show_controls
 from tropd.pipeline.report.plots import drawing
 from tropd.pipeline.report.plots.drawing import Plot
@@ -105,6 +106,7 @@ def render_page(report: Report, plots: list[Plot]) -> str:
         cache=_cache_rows(report),
         config=_config_rows(report),
         runs=_run_rows(report),
+        alike=measured_alike(report.runs),
         acceptance=show_samples(report.acceptance_map),
         first_step=_first_written(report),
         max_tokens=MAX_TOKENS,
@@ -162,7 +164,14 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     training = report.training
     if training:
         share = training.region_fraction
-        if share.trust is not None and share.outlier is not None and share.trust + share.outlier > 0:
+        # By rewards alone, without a log-prob of the teacher's, no token is trusted or rejected.
+        known = any(value is not None for value in training.series.get("acceptance_mean", ()))
+        if (
+            known
+            and share.trust is not None
+            and share.outlier is not None
+            and share.trust + share.outlier > 0
+        ):
             trusted = share.trust / (share.trust + share.outlier)
             figures.append((percent(trusted), "student tokens trusted", "over the whole run"))
         if training.tokens_on_policy is not None:

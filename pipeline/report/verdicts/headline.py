@@ -12,15 +12,15 @@ def headline(evaluation: Evaluation) -> str:
     """The outcome in one sentence: distances where both are known, and accuracy, in sampled answers if there are any."""
     before, after = evaluation.distance("before"), evaluation.distance("after")
     if before and after and before.reverse_kl and after.reverse_kl:
-        moved = _moved(before.reverse_kl, after.reverse_kl)
+        moved = _moved(before.reverse_kl, after.reverse_kl, evaluation.reverse_kl_change)
         return f"{moved}: {_distances(before, after)}{_beside(evaluation)}."
     return _accuracy(evaluation)
 
 
-def _moved(before: Measure, after: Measure) -> str:
+def _moved(before: Measure, after: Measure, change: Measure | None) -> str:
     if max(before.mean, after.mean) < LIMITS.same:
         return "The student is where the teacher is"
-    unsure = _overlap(before, after)
+    unsure = _may_be_none(change) if change else _overlap(before, after)
     if after.mean <= (1 - LIMITS.closer) * before.mean:
         return f"The student {'may have come' if unsure else 'came'} closer to the teacher"
     if after.mean >= (1 + LIMITS.closer) * before.mean:
@@ -28,8 +28,13 @@ def _moved(before: Measure, after: Measure) -> str:
     return "The student did not come closer to the teacher"
 
 
+def _may_be_none(change: Measure) -> bool:
+    """True if the interval of the change has 0 in it, or is unknown."""
+    return change.interval is None or change.interval[0] <= 0.0 <= change.interval[1]
+
+
 def _overlap(before: Measure, after: Measure) -> bool:
-    """True if the intervals do not rule out that nothing moved; unknown ones do not either."""
+    """True if the intervals of both do not rule out that nothing moved; unknown ones do not either."""
     if before.interval is None or after.interval is None:
         return True
     return before.interval[0] <= after.interval[1] and after.interval[0] <= before.interval[1]

@@ -33,6 +33,8 @@ _USED = (
     "grad_norm",
     "sampler_logprob_difference_max",
     "teacher_retries",
+    "reward_mean",
+    "reward_groups_without_spread",
 )
 
 
@@ -63,8 +65,8 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
 
     Args:
         columns: metrics per step, with ``step``.
-        settings: values by dotted path. Used are ``objective.rollouts``, ``train.steps``, ``train.max_grad_norm``; where
-            one is missing, the verdicts that need it are not given.
+        settings: values by dotted path. Used are ``objective.rollouts``, ``objective.reward.kind``, ``train.steps``,
+            ``train.max_grad_norm``; where one is missing, the verdicts that need it are not given.
     """
     rows = _rows(columns)
     found = [
@@ -102,6 +104,7 @@ def training_verdicts(columns: Columns, settings: Mapping[str, Any]) -> list[Ver
         _far_from_teacher(rows),
         _gradient_clipped(rows, settings),
         _sampler_mismatch(rows, settings),
+        _rewards_alike(rows, settings),
         _teacher_retries(rows),
     ]
     return [one for one in found if one is not None]
@@ -182,7 +185,9 @@ def _no_student_token(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict
     if settings.get("objective.rollouts") != "student" or not isinstance(planned, int):
         return None
     empty = [step for step, tokens in _points(rows, "tokens_on_policy") if tokens == 0]
-    if len(empty) < LIMITS.no_student * planned:
+    # Of a few steps one says nothing; a trial without any student's token has tried nothing.
+    share = LIMITS.no_student if planned >= LIMITS.fewest_steps else 1.0
+    if len(empty) < share * planned:
         return None
     return verdict(
         "no-student-token",
@@ -285,6 +290,22 @@ def _sampler_mismatch(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict
         "sampler-mismatch",
         f"Sampler and trainer disagree: up to {middle:.2g} nats on one token of a step.",
         f"largest difference of a token's log-prob, median of {_steps(ends[1])}: {middle:.3g} nats",
+    )
+
+
+def _rewards_alike(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict | None:
+    """Where responses are compared within their prompt, in all steps: few alike ones at the end are a success."""
+    points = _points(rows, "reward_groups_without_spread")
+    if settings.get("objective.reward.kind") != "group" or len(points) < LIMITS.fewest_steps:
+        return None
+    alike = _mean(points)
+    if alike < LIMITS.alike:
+        return None
+    rewards = [reward for _, reward in _points(rows, "reward_mean")]
+    return verdict(
+        "rewards-alike",
+        f"For {percent(alike)} of the prompts all responses have the same reward: comparing them teaches nothing.",
+        f"mean reward of a step: {min(rewards):.3g} to {max(rewards):.3g}",
     )
 
 

@@ -59,6 +59,7 @@ class Limits:
     difference: float = 1.0
     retried: float = 0.1
     fewest_retried: int = 5
+    alike: float = 0.9
 
 
 LIMITS = Limits()
@@ -146,7 +147,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "no-student-token": Rule(
             "warning",
-            "in {no_student:.0%} or more of the planned steps no response has a token of the student's",
+            "in {no_student:.0%} or more of the planned steps no response has a token of the student's; where fewer than "
+            "{fewest_steps} are planned, in all",
             'Whichever of these is not set yet: `objective.schedule.unit = "trajectory"`, `objective.schedule.length = '
             '"uniform"`, a smaller `objective.schedule.fraction`, more `train.steps`.',
         ),
@@ -207,6 +209,13 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "sampler and trainer are, at the median of the last {part:.0%} of the steps, {difference:g} nat or more "
             "apart on the log-prob of some token",
             '`student.dtype = "float32"`, `train.max_staleness = 0`, or `train.importance_clip`, which corrects for it.',
+        ),
+        "rewards-alike": Rule(
+            "problem",
+            "an objective compares the rewards of a prompt's responses, and over all steps they are the same for "
+            "{alike:.0%} or more of the prompts",
+            "Where rewards are all lowest, easier prompts or `tropd sft` first; where all are highest, harder ones; else "
+            "a source of rewards that tells responses apart (`reward.source`), or more `rollout.samples_per_prompt`.",
         ),
         "teacher-retries": Rule(
             "warning",

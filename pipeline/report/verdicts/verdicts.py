@@ -78,7 +78,8 @@ def _measured(measure: Measure) -> str:
 
 def _grading(evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Verdict]:
     """Verdicts on whether accuracy can be believed at all."""
-    teacher, before = _either(evaluation, "teacher"), _either(evaluation, "before")
+    mode = next((mode for mode in MODES if evaluation.accuracy("teacher", mode)), MODES[0])
+    teacher, before = evaluation.accuracy("teacher", mode), evaluation.accuracy("before", mode)
     answers = {who: one.answers for who in EVALUATED if (one := _either(evaluation, who)) and one.answers}
     judges: dict[Who, Answers] = {"teacher": answers["teacher"]} if "teacher" in answers else answers
     if judges.keys() & {"teacher", "before"} and all(
@@ -89,14 +90,16 @@ def _grading(evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Verdic
     cut = _cut(evaluation, "teacher") >= LIMITS.teacher_cut
     if teacher and not cut and teacher.problems >= LIMITS.fewest_problems:
         if teacher.accuracy <= LIMITS.right:
-            sentence = f"The teacher has {percent(teacher.accuracy)} of {teacher.problems} problems right."
+            sentence = (
+                f"The teacher has {percent(teacher.accuracy)} of {teacher.problems} problems right ({mode})."
+            )
             found.append(verdict("teacher-wrong", sentence, *_examples(teacher.answers)))
         elif before and before.low > teacher.high and before.accuracy - teacher.accuracy >= LIMITS.behind:
             found.append(
                 verdict(
                     "teacher-behind",
                     f"The teacher has {percent(teacher.accuracy)} right, the student has {percent(before.accuracy)} "
-                    "before training.",
+                    f"before training ({mode}).",
                     f"95 % intervals: teacher {_interval(teacher)}, student {_interval(before)}",
                 )
             )

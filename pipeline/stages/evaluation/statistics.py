@@ -11,6 +11,8 @@ before and after      normal, of the differences per problem               the r
                       (``paired_interval``)
 mean over tokens      studentized bootstrap over problems                  distances in the summary of ``eval``
                       (``token_mean``): KLs are skewed
+its change            the same, of both means' deviations per problem      the report's first sentence
+                      (``token_mean_change``)
 several seeds         percentiles, seeds and problems resampled alike      ``compare``: an interval over problems alone
                       (``over_seeds``)                                     says nothing of another seed
 ===================== ==================================================== ==========================================
@@ -22,7 +24,7 @@ same accuracy has other ends in ``evaluate``, ``report`` and ``compare``: each a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -34,6 +36,7 @@ LEVEL = 0.95
 NORMAL = NormalDist()
 Z_95 = NORMAL.inv_cdf((1 + LEVEL) / 2)
 ProblemTable = npt.NDArray[np.float64]
+_Drawn = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -74,38 +77,80 @@ def token_mean(
     """
     totals, counts = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     value = float(totals.sum() / counts.sum()) if counts.sum() else math.nan
-    if len(totals) < 3:
+    return _studentized(value, len(totals), lambda drawn: _ratio(totals[drawn], counts[drawn]), bounds, seed)
+
+
+def token_mean_change(
+    before: tuple[Sequence[float], Sequence[float]],
+    after: tuple[Sequence[float], Sequence[float]],
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """A mean over tokens after minus before, and the interval of ``token_mean``: problems are resampled with both.
+
+    Args:
+        before, after: per problem the sum over its tokens, and their number; the same problems in both.
+    """
+    totals = np.asarray([before[0], after[0]], dtype=np.float64)
+    counts = np.asarray([before[1], after[1]], dtype=np.float64)
+
+    def change(drawn: _Drawn) -> tuple[ProblemTable, ProblemTable]:
+        ratios, deviations = _deviations(totals[:, drawn], counts[:, drawn])
+        sizes = np.abs(totals[:, drawn] / counts.sum(axis=-1, keepdims=True)[:, None]).sum(axis=0)
+        return ratios[1] - ratios[0], _error(deviations[1] - deviations[0], sizes)
+
+    value = float(np.subtract(*(totals.sum(axis=1) / counts.sum(axis=1))[::-1]))
+    return _studentized(value, totals.shape[1], change, (-math.inf, math.inf), seed)
+
+
+def _studentized(
+    value: float,
+    problems: int,
+    statistic: Callable[[_Drawn], tuple[ProblemTable, ProblemTable]],
+    bounds: tuple[float, float],
+    seed: int,
+) -> Estimate:
+    """The interval of ``token_mean``, of a statistic and its standard error over drawn problems ``[…, problems]``."""
+    if problems < 3:
         return Estimate(value, math.nan, math.nan)
-    _, error = _ratio(totals, counts)
+    error = float(statistic(np.arange(problems)[None])[1][0])
     if not error > 0.0:
         return Estimate(value, value, value)
     generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.integers(len(totals), size=(RESAMPLES, len(totals)))
-    ratios, errors = _ratio(totals[drawn], counts[drawn])
+    found, errors = statistic(generator.integers(problems, size=(RESAMPLES, problems)))
     varied = errors > 0.0
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     # Few problems differ from the others, and many resamples have none of them: no error to divide by. (Of three, a
     # ninth of the resamples have one alone, whatever their values.)
-    if len(totals) > 3 and varied.mean() < tails[1]:
-        ends = np.clip(np.quantile(ratios, tails), *bounds)
+    if problems > 3 and varied.mean() < tails[1]:
+        ends = np.clip(np.quantile(found, tails), *bounds)
         return Estimate(value, float(ends[0]), float(ends[1]))
-    quotients = (ratios[varied] - value) / errors[varied]
+    quotients = (found[varied] - value) / errors[varied]
     least, most = np.quantile(quotients, tails)
     low, high = (float(np.clip(value - q * error, *bounds)) for q in (most, least))
     return Estimate(value, low, high)
 
 
-def _ratio(
-    totals: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _ratio(totals: ProblemTable, counts: ProblemTable) -> tuple[ProblemTable, ProblemTable]:
     """Σ totals / Σ counts over the last axis ``[…, problems]``, and its linearized standard error (0: nothing varies)."""
-    problems = totals.shape[-1]
-    ratios = totals.sum(axis=-1) / counts.sum(axis=-1)
-    residuals = totals - ratios[..., None] * counts
-    squares = np.square(residuals).sum(axis=-1)
-    # Below this it is rounding.
-    squares = np.where(squares > 1e-20 * np.square(totals).sum(axis=-1), squares, 0.0)
-    return ratios, np.sqrt(squares * problems / (problems - 1)) / counts.sum(axis=-1)
+    ratios, deviations = _deviations(totals, counts)
+    return ratios, _error(deviations, totals / counts.sum(axis=-1, keepdims=True))
+
+
+def _deviations(totals: ProblemTable, counts: ProblemTable) -> tuple[ProblemTable, ProblemTable]:
+    """Σ totals / Σ counts over the last axis, and each problem's part in its deviation, linearized."""
+    tokens = counts.sum(axis=-1)
+    ratios = totals.sum(axis=-1) / tokens
+    return ratios, (totals - ratios[..., None] * counts) / tokens[..., None]
+
+
+def _error(deviations: ProblemTable, sizes: ProblemTable) -> ProblemTable:
+    """Standard error of a sum of problems' deviations; below a rounding of ``sizes`` it is 0."""
+    problems = deviations.shape[-1]
+    squares = np.square(deviations).sum(axis=-1)
+    squares = np.where(squares > 1e-20 * np.square(sizes).sum(axis=-1), squares, 0.0)
+    errors: ProblemTable = np.sqrt(squares * problems / (problems - 1))
+    return errors
 
 
 def pass_probability(n: int, c: int, k: int) -> float:

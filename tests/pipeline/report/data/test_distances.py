@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tropd.pipeline.report.data.collect import build_report
 from tropd.pipeline.report.data.distances import distance_note, distance_rows, read_distances
 from tropd.pipeline.report.page.page import render_page
+from tropd.storage.stage.manifest import describe_shard, read_manifest, write_manifest
 from tropd.storage.workspace import Workspace
 
 Tools = dict[str, Callable[..., Any]]
@@ -30,6 +33,36 @@ def test_the_table_says_what_was_measured(finished: Workspace) -> None:
     assert rows["after"] == ["0.128", "0.104", "0.930", "26.4"]
     assert rows["teacher"] == ["0", "0", "1", "26.4"]
     assert "On 64 held-out prompts, exactly" in distance_note(evaluation)
+
+
+def test_the_change_is_that_of_pairs(finished: Workspace, tools: Tools) -> None:
+    """A far prompt is far before and after: the difference is the same for all, whatever their spread."""
+    folder = finished.root / "eval"
+    far = [0.1 * i for i in range(24)]
+    for who, less in (("before", 0.0), ("after", 0.25)):
+        rows = [
+            {"who": who, "prompt_id": f"p{i}", "reverse_kl": kl - less, "student_tokens": 5}
+            for i, kl in enumerate(far)
+        ]
+        rows.append({"who": who, "prompt_id": f"only {who}", "reverse_kl": 99.0, "student_tokens": 5})
+        rows.append({"who": who, "prompt_id": "empty", "reverse_kl": None, "student_tokens": None})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"distance-{who}.parquet")
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    added = {
+        f"distance-{who}.parquet": describe_shard(folder, f"distance-{who}.parquet", 26)
+        for who in ("before", "after")
+    }
+    write_manifest(folder, manifest.model_copy(update={"shards": manifest.shards | added}))
+    evaluation = build_report(finished).evaluation
+    assert evaluation.reverse_kl_change is not None
+    assert evaluation.reverse_kl_change.mean == pytest.approx(-0.25)
+    assert evaluation.reverse_kl_change.interval == (pytest.approx(-0.25), pytest.approx(-0.25))
+    assert "Prompt by prompt, training changed the reverse KL by -0.250" in distance_note(evaluation)
+    (folder / "distance-after.parquet").write_bytes(b"torn")
+    report = build_report(finished)
+    assert report.evaluation.reverse_kl_change is None
+    assert any("distance-after.parquet" in line for line in report.missing)
 
 
 def test_problems_without_answers_are_no_lack(finished: Workspace, tools: Tools) -> None:

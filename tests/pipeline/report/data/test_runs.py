@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from tropd.cli.main import app
 from tropd.pipeline.report.data.collect import build_report
-from tropd.pipeline.report.data.runs import run_labels
+from tropd.pipeline.report.data.runs import measured_alike, run_labels
 from tropd.pipeline.report.page.page import write_report
+from tropd.storage.stage.manifest import read_manifest, write_manifest
 from tropd.storage.workspace import Workspace
 
 Tools = dict[str, Callable[..., Any]]
@@ -63,6 +64,22 @@ def test_every_run_is_shown_with_what_there_is(three: list[Workspace], tools: To
     assert tags.count("input") == 3 + 8, "a checkbox per run, a button per sampled step"
     written = json.loads((three[0].root / "report" / "report.json").read_text())
     assert written == json.loads(build_report(three[0], three[1:]).model_dump_json())
+
+
+def test_runs_that_were_measured_on_other_prompts_are_told(finished: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(finished.root, tmp_path / "other")
+    other = Workspace.open(tmp_path / "other")
+    told = "These runs were measured on different held-out prompts"
+    assert measured_alike(build_report(finished, [other]).runs)
+    assert told not in text_of(write_report(finished, [other]))
+    for workspace, digest in ((finished, "a" * 64), (other, "b" * 64)):
+        manifest = read_manifest(workspace.root / "eval")
+        assert manifest is not None
+        changed = {"fields": {**manifest.fields, "data.evaluation": digest}}
+        write_manifest(workspace.root / "eval", manifest.model_copy(update=changed))
+        runs = build_report(finished, [other]).runs
+        assert measured_alike(runs) == (workspace is finished), "of one it is not known"
+    assert told in text_of(write_report(finished, [other]))
 
 
 def test_plots_of_all_runs_are_files_too(three: list[Workspace]) -> None:

@@ -157,6 +157,7 @@ def test_a_short_trial_without_a_student_token(rows: Rows) -> None:
     trial = changed(rows[:3], "tokens_on_policy", lambda s: 0)
     assert [v.name for v in found(trial, train__steps=3)] == ["no-student-token"]
     assert found(trial) == [], "three of a hundred steps"
+    assert found(changed(rows[:3], "tokens_on_policy", lambda s: 9 * (s > 0)), train__steps=3) == []
 
 
 def test_columns_of_records_are_those_of_the_report(finished: Workspace, rows: Rows, tools: Tools) -> None:
@@ -301,6 +302,40 @@ def test_the_headline_is_as_sure_as_the_intervals(
 
     found = Evaluation(before=contender(2.0, (1.5, 2.5)), after=contender(after, interval))
     assert headline(found).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [((-1.8, -0.2), "came closer"), ((-1.8, 0.2), "may have come closer"), (None, "may have")],
+)
+def test_the_headline_goes_by_pairs_of_responses_where_they_are_known(
+    change: tuple[float, float] | None, said: str
+) -> None:
+    unknown = dict.fromkeys(("forward_kl", "acceptance", "length", "truncated", "entropy"))
+
+    def contender(mean: float, between: tuple[float, float]) -> Contender:
+        measured = Measure(mean=mean, interval=between)
+        return Contender(distance=Distance(reverse_kl=measured, prompts=24, method="exact", **unknown))
+
+    found = Evaluation(
+        before=contender(2.0, (0.5, 3.5)),
+        after=contender(1.0, (0.2, 1.9)),
+        reverse_kl_change=Measure(mean=-1.0, interval=change),
+    )
+    assert said in headline(found)
+
+
+def test_rewards_that_tell_nothing_apart(rows: Rows) -> None:
+    compared = {"objective.reward.kind": "group"}
+    alike = changed(
+        changed(rows, "reward_groups_without_spread", lambda s: 0.95), "reward_mean", lambda s: 0.0
+    )
+    (verdict,) = training_verdicts(columns_of(alike), compared)
+    assert verdict.name == "rewards-alike"
+    assert verdict.evidence == ["mean reward of a step: 0 to 0"]
+    assert training_verdicts(columns_of(alike), {}) == [], "nothing is compared"
+    learned = changed(rows, "reward_groups_without_spread", lambda s: 1.0 if s > 60 else 0.3)
+    assert training_verdicts(columns_of(learned), compared) == [], "all are right at last"
 
 
 def test_a_distance_that_grows_again(rows: Rows) -> None:

@@ -20,6 +20,7 @@ from tropd.pipeline.stages.evaluation.statistics import (
     pass_at,
     pass_probability,
     token_mean,
+    token_mean_change,
     wilson,
 )
 
@@ -73,7 +74,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(problems: int, sample
     assert 0.90 <= hits / rounds <= 0.98
 
 
-def skewed(generator: np.random.Generator, problems: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+Sums = tuple[np.ndarray, np.ndarray]  # type: ignore[type-arg]
+
+
+def skewed(generator: np.random.Generator, problems: int) -> Sums:
     """Sums over tokens and their number: KLs of most tokens are near 0, problems differ, long ones more."""
     tokens = np.maximum(1, generator.lognormal(3.0, 0.6, problems)).astype(int)
     scale = generator.gamma(1.5, 1 / 1.5, problems) * (tokens / 20) ** 0.2
@@ -101,6 +105,35 @@ def test_a_mean_over_tokens_weighs_problems_by_their_tokens() -> None:
     assert few.value == 5 / 3
     assert np.isnan([few.low, few.high]).all()
     assert np.isnan(token_mean([], [], bounds=(0.0, 1.0)).value)
+
+
+@pytest.mark.parametrize("problems", [24, 64])
+def test_the_interval_of_a_change_covers_and_is_narrower_where_problems_stay_alike(problems: int) -> None:
+    generator = np.random.default_rng(problems)
+    hits, widths, rounds = 0, [], 300
+
+    def drawn(problems: int) -> tuple[Sums, Sums]:
+        sums, tokens = skewed(generator, problems)
+        return (sums, tokens), (sums * generator.uniform(0.6, 1.0, problems), tokens)
+
+    (sums, tokens), (fewer, _) = drawn(400_000)
+    truth = (fewer.sum() - sums.sum()) / tokens.sum()
+    for seed in range(rounds):
+        before, after = drawn(problems)
+        found = token_mean_change(before, after, seed=seed)
+        alone = [token_mean(*one, bounds=(0.0, np.inf), seed=seed) for one in (before, after)]
+        assert found.value == pytest.approx(alone[1].value - alone[0].value)
+        hits += found.low <= truth <= found.high
+        widths.append((found.high - found.low) / (alone[0].high - alone[0].low))
+    assert 0.88 <= hits / rounds <= 0.98
+    assert np.median(widths) < 0.5
+
+
+def test_a_change_of_nothing_is_none() -> None:
+    same = ([1.0, 9.0, 2.0, 5.0], [1, 3, 4, 2])
+    found = token_mean_change(same, same)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert np.isnan(token_mean_change(([1.0], [1]), ([2.0], [1])).low)
 
 
 def test_where_nearly_all_are_alike_the_interval_has_two_sides_and_ends_among_the_values() -> None:
