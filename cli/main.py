@@ -34,7 +34,7 @@ from tropd.cli.terminal import open_streams, quiet_libraries, wants_debug
 from tropd.pipeline.models.memory import memory_error
 from tropd.pipeline.run.processes.child_environment import is_rank
 from tropd.pipeline.run.processes.together import follow_starter
-from tropd.storage.errors import TropdError
+from tropd.storage.errors import InterruptedStageError, TropdError
 
 app = typer.Typer(
     name="tropd",
@@ -118,7 +118,8 @@ def main() -> None:
 
 
 def _refused(error: TropdError) -> int:
-    tell(error.message, label="error: ", style="red")
+    stopped = isinstance(error, InterruptedStageError)  # as asked
+    tell(error.message, label="" if stopped else "error: ", style="yellow" if stopped else "red")
     if error.hint:
         tell(f"  → {error.hint}")
     return error.exit_code

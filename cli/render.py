@@ -96,7 +96,11 @@ def make_reporter() -> Reporter:
 class _RateColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="dim")
+        if not speed:
+            return Text("")
+        # Slow ones are steps of a large model: 0.0 a second says nothing.
+        shown = f"{speed:,.1f} {task.fields['unit']}/s" if speed >= 1 else f"{1 / speed:,.1f} s each"
+        return Text(shown, style="dim")
 
 
 class _Verdicts:

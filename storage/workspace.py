@@ -164,7 +164,9 @@ class Workspace:
         if not marker.is_file():
             raise ConfigError(
                 f"{root} is not a tropd workspace (no {MARKER} in it)",
-                hint=f"make one with: tropd init {shlex.quote(str(root))} --recipe demo",
+                hint="make one with: "
+                f"tropd init {shlex.quote(str(root))} --teacher MODEL --student MODEL --prompts FILE, "
+                f"or for the demo: tropd init {shlex.quote(str(root))} --recipe demo",
             )
         try:
             layout = json.loads(marker.read_text(encoding="utf-8"))["layout"]

@@ -374,6 +374,7 @@ def run_all(run: Run, gpus: int | None = 1) -> dict[str, Any]:
     from tropd.pipeline.experiments.demo.prepare import prepare as run_prepare
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as run_evaluate
     from tropd.pipeline.training.on_gpus import train_on
+    from tropd.storage.errors import InterruptedStageError
 
     execution = execution_of(run, None, gpus=gpus)
     if run.config.demo.enabled:
@@ -382,9 +383,12 @@ def run_all(run: Run, gpus: int | None = 1) -> dict[str, Any]:
         *stages_before_training(run, execution),
         partial(train_on, run, execution.gpus),
     ]
-    for stage in stages:
-        manifest = stage()
-        _print_summary(manifest.stage, manifest.summary)
+    try:
+        for stage in stages:
+            manifest = stage()
+            _print_summary(manifest.stage, manifest.summary)
+    except InterruptedStageError as error:  # which names the command of one stage
+        raise InterruptedStageError(error.message, hint=f"run {run.command('run')} to resume") from error
     summary = run_evaluate(run, execution=execution).summary
     for line in _accuracies(summary["accuracy"]):
         tell(line)

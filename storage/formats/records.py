@@ -152,7 +152,9 @@ def _parsed(number: int, text: str) -> Record:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        problem = _no_text(text) or f"not valid JSON ({error.msg} at column {error.colno})"
+        problem = (
+            _no_text(text) or f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+        )
         return Record(number, None, problem, _escaped(text))
     except RecursionError:
         return Record(number, None, "nested too deeply", _escaped(text))

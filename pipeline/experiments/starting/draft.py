@@ -377,7 +377,7 @@ def _fit_memory(draft: Draft, models: Models, lengths: Lengths, device: str) -> 
         if total <= MEMORY_SHARE * free:
             break
         for path, value in change.items():
-            draft.choose(path, value, f"{before / 1e9:.1f} GB would be needed, {free / 1e9:.1f} are free")
+            draft.choose(path, value, f"needs {before / 1e9:.1f} GB, may use {MEMORY_SHARE * free / 1e9:.1f}")
         if "student.lora" in change and "train.learning_rate" not in draft.given:
             rate = next(c.value for c in draft.choices if c.path == "train.learning_rate")
             draft.choose("train.learning_rate", LORA_FACTOR * rate, "adapters learn with ten times the rate")
