@@ -10,12 +10,16 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tropd.pipeline.run.progress import Reporter
@@ -111,14 +115,27 @@ def _reason(output: str) -> str:
 
 def write_teacher(gguf: Path, folder: Path) -> None:
     """Convert the GGUF file into a folder of transformers."""
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with reading_once():
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config
     if hasattr(config, "quantization_config"):  # the weights are not quantized any more
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = loaded.generation_config
-    _save(model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), folder, "")
+    _save(model, tokenizer, folder, "")
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """transformers reads the whole file for the configuration, for the weights, and for the tokenizer: seconds each."""
+    import gguf
+
+    with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+        yield
 
 
 def write_student(teacher: Path, folder: Path) -> None:

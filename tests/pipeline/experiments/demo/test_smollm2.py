@@ -42,6 +42,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
+def test_a_gguf_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs tropd[gguf]")
+    read: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", reader := lambda path: read.append(path) or object())
+    with smollm2.reading_once():
+        assert gguf.GGUFReader("m") is gguf.GGUFReader("m")
+    assert read == ["m"]
+    assert gguf.GGUFReader is reader
+
+
 def test_questions_and_models_are_made_once(tmp_path: Path, made: list[str]) -> None:
     for _ in range(2):
         assert prepare(make_run(tmp_path)).complete
