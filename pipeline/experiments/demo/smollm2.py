@@ -19,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tropd.pipeline.run.progress import Reporter
@@ -121,7 +120,7 @@ def write_teacher(gguf: Path, folder: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):  # the weights are not quantized any more
         del config.quantization_config
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
