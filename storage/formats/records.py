@@ -304,6 +304,12 @@ def _csv_records(path: Path, stream: TextIO) -> Iterator[Record]:
         names = next(rows, [])
         if len(set(names)) < len(names):
             raise DataError(f"{path} cannot be read as CSV: two columns have one name ({', '.join(names)})")
+        if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
+            shown = "tabs" if other == "\t" else f"{other!r}"
+            raise DataError(
+                f"{path} cannot be read as CSV: its columns are separated by {shown}, not by commas",
+                hint="save it with commas, or as JSON lines or Parquet",
+            )
         for row in rows:
             if not row:
                 continue

@@ -15,7 +15,7 @@ import torch
 from tropd.pipeline.config.resolve import parse_assignment, parse_config
 from tropd.pipeline.config.schema import Config
 from tropd.pipeline.config.sections.model_settings import LoraSettings
-from tropd.pipeline.experiments.starting.fields import answers_of, grading_of
+from tropd.pipeline.experiments.starting.fields import answers_of, grading_in
 from tropd.pipeline.experiments.starting.holdout import record_lines, repeated, split
 from tropd.pipeline.experiments.starting.look import (
     Data,
@@ -247,7 +247,7 @@ def _choose_data(draft: Draft, request: Request, models: Models, device: str) ->
         draft.notes.append(
             f"prompts are taken from {data.fields.prompt!r}{others}: --prompt-field names another"
         )
-    grading = grading_of(answers_of(graded.records, graded.fields.answer))
+    grading = grading_in(graded.records, graded.fields)
     if grading.grader is None:
         if graded.fields.answer is not None:
             draft.choose("data.answer_field", "", grading.reason)

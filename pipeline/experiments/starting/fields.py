@@ -29,9 +29,10 @@ PROMPTS = (
     "input",
     "text",
 )
+CHOICES = ("choices", "options")
 ANSWERS = (
-    "answer", "final_answer", "expected_answer", "target", "label", "solution", "reference", "output", "response",
-    "completion",
+    "answer", "final_answer", "expected_answer", "answerKey", "target", "label", "solution", "reference", "output",
+    "response", "completion",
 )  # fmt: skip
 MOST = 0.9
 """Share of the answers that decides the kind of all."""
@@ -85,7 +86,11 @@ def sample_records(path: Path) -> list[Mapping[str, Any]]:
     if not found:
         unit = record_unit(path)
         problem = f": {unit} {first_bad.number} {first_bad.problem}" if first_bad else ""
-        raise DataError(f"{path} has no records that can be used{problem}")
+        raise DataError(
+            f"{path} has no records that can be used{problem}",
+            hint='prompts are read from JSON lines (such as {"prompt": "1+1"}), a JSON array, Parquet, or .csv with commas; '
+            "a file of lines or tabs has to become one of these",
+        )
     return found
 
 
@@ -142,6 +147,31 @@ def answers_of(records: Sequence[Mapping[str, Any]], name: str | None) -> list[s
     """The answers that exist."""
     values = [] if name is None else [value_at(record, name) for record in records]
     return [str(value).strip() for value in values if value is not None and str(value).strip()]
+
+
+def grading_in(records: Sequence[Mapping[str, Any]], fields: Fields) -> Grading:
+    """The grader that fits the records' answers; none where these are choices that the prompts do not show."""
+    for name in CHOICES:
+        hidden = [record for record in records if _hides_choices(record, name, fields)]
+        if len(hidden) >= len(records) / 2:
+            return Grading(
+                None,
+                f"answers are positions in {name!r}, which the prompts do not show: write the choices into the prompts, "
+                "with letters, and the letter as the answer",
+            )
+    return grading_of(answers_of(records, fields.answer))
+
+
+def _hides_choices(record: Mapping[str, Any], name: str, fields: Fields) -> bool:
+    """True if a record has choices, of which the answer is none itself, and that its prompt does not have."""
+    found = value_at(record, name)
+    texts = found.get("text") if isinstance(found, Mapping) else found  # {"text": […], "label": […]} in ARC
+    answer = None if fields.answer is None else value_at(record, fields.answer)
+    if not isinstance(texts, list) or len(texts) < 2 or answer is None:
+        return False
+    shown = [str(text) for text in texts]
+    prompt = str(value_at(record, fields.prompt))
+    return str(answer) not in shown and not all(text in prompt for text in shown)
 
 
 def grading_of(answers: Sequence[str]) -> Grading:

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from tropd.pipeline.experiments.starting.fields import answers_of, find_fields, grading_of, sample_records
+from tropd.pipeline.experiments.starting.fields import (
+    answers_of,
+    find_fields,
+    grading_in,
+    grading_of,
+    sample_records,
+)
 from tropd.storage.errors import ConfigError, DataError
 
 HERE = Path("prompts.jsonl")
@@ -86,3 +92,40 @@ def test_a_file_without_records_says_what_is_wrong(tmp_path: Path) -> None:
         sample_records(path)
     path.write_text("not json\n" + json.dumps({"prompt": "x"}))
     assert sample_records(path) == [{"prompt": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "grader"),
+    [
+        ({"question": "2+2?", "choices": ["3", "4"], "answer": 1}, None),
+        ({"question": "2+2?", "options": ["3", "4"], "answer": "B"}, None),
+        ({"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}, None),
+        ({"question": "2+2? A. 3 B. 4", "choices": ["3", "4"], "answer": "B"}, "choice"),
+        ({"question": "2+2?", "choices": ["3", "4"], "answer": "4"}, "math"),
+        ({"question": "2+2?", "choices": None, "answer": 4}, "math"),
+        ({"question": "2+2?", "choices": []}, None),
+    ],
+)
+def test_choices_that_the_prompt_does_not_show_are_not_graded(
+    record: dict[str, Any], grader: str | None
+) -> None:
+    records = [record] * 3
+    grading = grading_in(records, find_fields(HERE, records))
+    assert grading.grader == grader
+    assert ("which the prompts do not show" in grading.reason) == (grader is None and "ans" in str(record))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("p.txt", "What is 1+1?\nWhat is 1+2?\n", "a file of lines or tabs has to become one of these"),
+        ("p.tsv", "prompt\tanswer\n1+1\t2\n", "a file of lines or tabs has to become one of these"),
+        ("p.csv", "prompt;answer\n1+1;2\n", "separated by ';', not by commas"),
+        ("q.csv", "prompt\tanswer\n1+1\t2\n", "separated by tabs, not by commas"),
+    ],
+)
+def test_other_files_are_told_what_to_become(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        sample_records(tmp_path / name)
+    assert says in f"{error.value} {error.value.hint}"
