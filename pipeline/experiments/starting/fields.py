@@ -88,8 +88,8 @@ def sample_records(path: Path) -> list[Mapping[str, Any]]:
         problem = f": {unit} {first_bad.number} {first_bad.problem}" if first_bad else ""
         raise DataError(
             f"{path} has no records that can be used{problem}",
-            hint='prompts are read from JSON lines (such as {"prompt": "1+1"}), a JSON array, Parquet, or .csv with commas; '
-            "a file of lines or tabs has to become one of these",
+            hint='prompts are read from JSON lines (such as {"prompt": "1+1"}), a JSON array, Parquet, or .csv with '
+            "commas; a file of lines or tabs has to become one of these",
         )
     return found
 
