@@ -83,7 +83,8 @@ def run(
     from tropd.pipeline.report.data.collect import build_report
     from tropd.storage.workspace import Workspace
 
-    summary = run_all(open_workspace(workspace, with_skip_bad(settings, skip_bad)), gpus)
+    words = "run" if gpus is None else f"run --gpus {gpus}"
+    summary = run_all(open_workspace(workspace, with_skip_bad(settings, skip_bad)), words, gpus)
     if "distance" in summary:
         print_table(*_distances(summary["distance"]))
     found = build_report(Workspace.open(workspace))
@@ -364,12 +365,16 @@ def demo(
     made = Workspace.create(workspace)
     if not made.config_path.exists():
         write_text_atomic(made.config_path, text)
-    run_all(open_workspace(workspace, settings))
+    run_all(open_workspace(workspace, settings), "demo")
     report(workspace, as_json=as_json)
 
 
-def run_all(run: Run, gpus: int | None = 1) -> dict[str, Any]:
-    """Run the stages that a run needs, in order, skipping finished ones; returns the evaluation's summary."""
+def run_all(run: Run, words: str, gpus: int | None = 1) -> dict[str, Any]:
+    """Run the stages that a run needs, in order, skipping finished ones; returns the evaluation's summary.
+
+    Args:
+        words: of the command that does so, which goes on after a stop.
+    """
     from tropd.pipeline.experiments.api import stages_before_training
     from tropd.pipeline.experiments.demo.prepare import prepare as run_prepare
     from tropd.pipeline.stages.evaluation.evaluate import evaluate as run_evaluate
@@ -388,7 +393,7 @@ def run_all(run: Run, gpus: int | None = 1) -> dict[str, Any]:
             manifest = stage()
             _print_summary(manifest.stage, manifest.summary)
     except InterruptedStageError as error:  # which names the command of one stage
-        raise InterruptedStageError(error.message, hint=f"run {run.command('run')} to resume") from error
+        raise InterruptedStageError(error.message, hint=f"run {run.command(words)} to resume") from error
     summary = run_evaluate(run, execution=execution).summary
     for line in _accuracies(summary["accuracy"]):
         tell(line)

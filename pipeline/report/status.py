@@ -226,7 +226,8 @@ def _progress(
         steps = count_steps(workspace.stage("train") / METRICS)
         return steps, _asked_steps(manifest, config), "steps"
     if name == "eval":
-        models = _evaluated(manifest, config)
+        # A configuration may have got another benchmark since.
+        models = _evaluated(manifest, None if manifest.complete else config)
         return models, models if manifest.complete else len(EVALUATED), "models"
     if name == "models":
         return shards, shards if manifest.complete else None, "parts"

@@ -20,7 +20,7 @@ from tropd.pipeline.models.directories import model_directory
 from tropd.pipeline.models.engines.base import Generation, Sampling
 from tropd.pipeline.models.loading import context_length, load_model, num_parameters
 from tropd.pipeline.models.runtime import DTYPES, autocast, configure_runtime
-from tropd.pipeline.objectives.needs import needed_data
+from tropd.pipeline.objectives.needs import needed_data, teacher_needs
 from tropd.pipeline.problems.prompts import scan_prompts
 from tropd.pipeline.run.opening import LoadedModel, load_role
 from tropd.pipeline.run.run import Run
@@ -140,7 +140,7 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
     """Seconds of each stage, by the configuration and the rates; and the parts of ``train``: ``a step``, all evaluations
     along the way, and all extrapolations.
 
-    Each stage loads the models that it uses. What the run does not do is left out. Training is counted as if the student
+    Each stage loads its models anew. What the run does not do is left out. Training is counted as if the student
     wrote every token itself: teacher prefixes make early steps faster.
     """
     prefixes = min(
@@ -168,16 +168,21 @@ def seconds_of_stages(config: Config, rates: Rates, amounts: Amounts) -> dict[st
             rates.teacher_loading + written * (amounts.prompt_length + length) / rates.teacher_scoring,
         ),
     }
-    loading = rates.student_loading + rates.teacher_loading
+    needs = teacher_needs(config.objective)
+    taught = config.train.evaluate_every or (needs.token_logprobs and config.objective.rollouts == "student")
     students = 2  # before and after training
+    times_loaded = 2 if config.evaluation.distance_prompts else 1  # to answer, and to be compared
     by_teacher, by_student = _distances(config, rates, amounts.prompt_length, problems)
     return {
         **dict(data[folder] for folder in needed if folder in data),
         "a step": step,
         **{name: seconds for name, seconds in aside.items() if seconds},
-        "train": loading + config.train.steps * step + sum(aside.values()),
-        "evaluate": loading
-        + rates.student_loading
+        "train": rates.student_loading
+        + (rates.teacher_loading if taught else 0.0)
+        + config.train.steps * step
+        + sum(aside.values()),
+        "evaluate": rates.teacher_loading
+        + students * times_loaded * rates.student_loading
         + sum(answers * answer / rate for rate in rates_of)
         + by_teacher
         + students * by_student,

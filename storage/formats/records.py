@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -304,13 +305,17 @@ def _csv_records(path: Path, stream: TextIO) -> Iterator[Record]:
         names = next(rows, [])
         if len(set(names)) < len(names):
             raise DataError(f"{path} cannot be read as CSV: two columns have one name ({', '.join(names)})")
-        if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
+        first = next(rows, None)
+        other = next(
+            (m for m in ";\t" if len(names) == 1 and first and m in names[0] and m in first[0]), None
+        )
+        if other:
             shown = "tabs" if other == "\t" else f"{other!r}"
             raise DataError(
-                f"{path} cannot be read as CSV: its columns are separated by {shown}, not by commas",
+                f"{path} cannot be read as CSV: its columns seem to be separated by {shown}, not by commas",
                 hint="save it with commas, or as JSON lines or Parquet",
             )
-        for row in rows:
+        for row in chain([] if first is None else [first], rows):
             if not row:
                 continue
             text = ",".join(row)

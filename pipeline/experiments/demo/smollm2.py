@@ -16,7 +16,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,8 +132,12 @@ def reading_once() -> Iterator[None]:
     """transformers reads the whole file for the configuration, for the weights, and for the tokenizer: seconds each."""
     import gguf
 
-    with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+    reader, name = gguf.GGUFReader, "GGUFReader"
+    setattr(gguf, name, cache(reader))
+    try:
         yield
+    finally:
+        setattr(gguf, name, reader)
 
 
 def write_student(teacher: Path, folder: Path) -> None:

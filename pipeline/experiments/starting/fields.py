@@ -86,10 +86,11 @@ def sample_records(path: Path) -> list[Mapping[str, Any]]:
     if not found:
         unit = record_unit(path)
         problem = f": {unit} {first_bad.number} {first_bad.problem}" if first_bad else ""
+        other = path.suffix.lower() not in (".jsonl", ".json", ".parquet", ".csv")
         raise DataError(
             f"{path} has no records that can be used{problem}",
             hint='prompts are read from JSON lines (such as {"prompt": "1+1"}), a JSON array, Parquet, or .csv with '
-            "commas; a file of lines or tabs has to become one of these",
+            "commas" + ("; a file of lines or tabs has to become one of these" if other else ""),
         )
     return found
 
@@ -163,15 +164,18 @@ def grading_in(records: Sequence[Mapping[str, Any]], fields: Fields) -> Grading:
 
 
 def _hides_choices(record: Mapping[str, Any], name: str, fields: Fields) -> bool:
-    """True if a record has choices, of which the answer is none itself, and that its prompt does not have."""
-    found = value_at(record, name)
-    texts = found.get("text") if isinstance(found, Mapping) else found  # {"text": […], "label": […]} in ARC
+    """True if a record's answer is the position of a choice that its prompt does not have."""
+    found, labels = value_at(record, name), []
+    if isinstance(found, Mapping):  # {"text": […], "label": […]} in ARC, {"A": …, "B": …} in MedQA
+        labels = list(found.get("label") or found)
+        found = found["text"] if isinstance(found.get("text"), list) else list(found.values())
     answer = None if fields.answer is None else value_at(record, fields.answer)
-    if not isinstance(texts, list) or len(texts) < 2 or answer is None:
+    if not isinstance(found, list) or len(found) < 2 or answer is None:
         return False
-    shown = [str(text) for text in texts]
-    prompt = str(value_at(record, fields.prompt))
-    return str(answer) not in shown and not all(text in prompt for text in shown)
+    texts, given, prompt = [str(text) for text in found], str(answer), str(value_at(record, fields.prompt))
+    number = given.isdecimal() and int(given) <= len(texts)
+    position = number or given in labels or LETTER.fullmatch(given) is not None
+    return position and given not in texts and not all(text in prompt for text in texts)
 
 
 def grading_of(answers: Sequence[str]) -> Grading:

@@ -80,6 +80,6 @@ def _changed(change: Measure | None) -> str:
     low, high = change.interval
     chance = "; a difference that chance alone could make" if low <= 0.0 <= high and change.mean else ""
     return (
-        f" Prompt by prompt, training changed the reverse KL by {change.mean:+.3f}"
-        f" (95\u00a0% interval {low:+.3f} to\u00a0{high:+.3f}){chance}."
+        f" Prompt by prompt, training changed the reverse KL by {change.mean:+.3g}"
+        f" (95\u00a0% interval {low:+.3g} to\u00a0{high:+.3g}){chance}."
     )

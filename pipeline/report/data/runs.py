@@ -43,11 +43,14 @@ def run_labels(roots: Sequence[Path]) -> list[str]:
 
 
 def measured_alike(runs: Sequence[RunSummary]) -> bool:
-    """True if no two evaluated runs are known to have other problems, or another number of prompts for the distance."""
+    """True if no two evaluated runs are known to have other problems, or another number of them."""
     evaluated = [run for run in runs if run.evaluation.after is not None]
     files = {run.problems for run in evaluated if run.problems is not None}
-    numbers = {distance.prompts for run in evaluated if (distance := run.evaluation.distance("after"))}
-    return len(files) <= 1 and len(numbers) <= 1
+    after = [run.evaluation.after for run in runs if run.evaluation.after is not None]
+    prompts = {one.distance.prompts for one in after if one.distance is not None}
+    sampled = {one.sampled.problems for one in after if one.sampled is not None}
+    greedy = {one.greedy.problems for one in after if one.greedy is not None}
+    return all(len(found) <= 1 for found in (files, prompts, sampled, greedy))
 
 
 def _summarize(label: str, report: Report) -> RunSummary:

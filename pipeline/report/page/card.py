@@ -158,11 +158,12 @@ def _data(report: Report, config: Config) -> list[str]:
         file = Path(getattr(config.data, field)).name
         digest = report.provenance.inputs.get(f"{stage}: data.{field}")
         lines.append(f"{what}: `{file}`" + (f", SHA-256 `{digest}`" if digest else ""))
-    own = [Path(s.dataset).name for s in config.data.sources if s.dataset not in _hub_datasets(config)]
+    hub = _hub_datasets(config)
+    own = dict.fromkeys(Path(s.dataset).name for s in config.data.sources if s.dataset not in hub)
     if own:
         lines.append(f"From {', '.join(f'`{name}`' for name in own)}")
-    if sources := _hub_datasets(config):
-        lines.append(f"From {', '.join(f'[{s}](https://huggingface.co/datasets/{s})' for s in sources)}")
+    if hub:
+        lines.append(f"From {', '.join(f'[{s}](https://huggingface.co/datasets/{s})' for s in hub)}")
     if report.cache.trajectories:
         lines.append(f"{report.cache.trajectories:,} trajectories of the teacher")
     if report.training is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tropd.pipeline.report.data.facts import Distance, Evaluation, Measure
 from tropd.pipeline.report.page.formats import percent
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
@@ -12,25 +14,25 @@ def headline(evaluation: Evaluation) -> str:
     """The outcome in one sentence: distances where both are known, and accuracy, in sampled answers if there are any."""
     before, after = evaluation.distance("before"), evaluation.distance("after")
     if before and after and before.reverse_kl and after.reverse_kl:
-        moved = _moved(before.reverse_kl, after.reverse_kl, evaluation.reverse_kl_change)
+        moved = movement(before.reverse_kl, after.reverse_kl, evaluation.reverse_kl_change)
         return f"{moved}: {_distances(before, after)}{_beside(evaluation)}."
     return _accuracy(evaluation)
 
 
-def _moved(before: Measure, after: Measure, change: Measure | None) -> str:
+def movement(before: Measure, after: Measure, change: Measure | None) -> str:
+    """The move of the reverse KL in words, as sure as the interval of its change by pairs, or those of both, allow."""
     if max(before.mean, after.mean) < LIMITS.same:
         return "The student is where the teacher is"
-    unsure = _may_be_none(change) if change else _overlap(before, after)
+    if change is None:
+        nearer = farther = not _overlap(before, after)
+    else:
+        low, high = change.interval or (-math.inf, math.inf)
+        nearer, farther = high < 0.0, low > 0.0
     if after.mean <= (1 - LIMITS.closer) * before.mean:
-        return f"The student {'may have come' if unsure else 'came'} closer to the teacher"
+        return f"The student {'came' if nearer else 'may have come'} closer to the teacher"
     if after.mean >= (1 + LIMITS.closer) * before.mean:
-        return f"The student {'may have ' if unsure else ''}moved away from the teacher"
+        return f"The student {'' if farther else 'may have '}moved away from the teacher"
     return "The student did not come closer to the teacher"
-
-
-def _may_be_none(change: Measure) -> bool:
-    """True if the interval of the change has 0 in it, or is unknown."""
-    return change.interval is None or change.interval[0] <= 0.0 <= change.interval[1]
 
 
 def _overlap(before: Measure, after: Measure) -> bool:

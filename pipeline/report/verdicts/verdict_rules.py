@@ -212,8 +212,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "rewards-alike": Rule(
             "problem",
-            "an objective compares the rewards of a prompt's responses, and over all steps they are the same for "
-            "{alike:.0%} or more of the prompts",
+            "an objective compares the rewards of a prompt's responses, and they are the same for {alike:.0%} or more of "
+            "the prompts, over all steps and in the first {part:.0%} of them",
             "Where rewards are all lowest, easier prompts or `tropd sft` first; where all are highest, harder ones; else "
             "a source of rewards that tells responses apart (`reward.source`), or more `rollout.samples_per_prompt`.",
         ),

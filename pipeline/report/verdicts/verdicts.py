@@ -16,6 +16,7 @@ from tropd.pipeline.report.data.facts import (
     Verdict,
 )
 from tropd.pipeline.report.page.formats import percent, points
+from tropd.pipeline.report.verdicts.headline import movement
 from tropd.pipeline.report.verdicts.training_verdicts import training_verdicts, verdict
 from tropd.pipeline.report.verdicts.verdict_rules import LIMITS
 from tropd.storage.workspace import EVALUATED, Mode, Who
@@ -57,7 +58,6 @@ def _closeness(evaluation: Evaluation) -> list[Verdict]:
         return []
     if end.mean <= (1 - LIMITS.closer) * start.mean:
         return []
-    did = "moved away from" if end.mean > (1 + LIMITS.closer) * start.mean else "did not come closer to"
     evidence = [
         f"{name}: {_measured(first)} before, {_measured(last)} after training"
         for name, first, last in (
@@ -68,7 +68,7 @@ def _closeness(evaluation: Evaluation) -> list[Verdict]:
         if first and last
     ]
     kls = f"reverse KL {start.mean:.3g} nats per token before training, {end.mean:.3g} after"
-    return [verdict("not-closer", f"The student {did} the teacher: {kls}.", *evidence)]
+    return [verdict("not-closer", f"{movement(start, end, evaluation.reverse_kl_change)}: {kls}.", *evidence)]
 
 
 def _measured(measure: Measure) -> str:

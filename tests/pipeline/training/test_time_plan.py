@@ -45,7 +45,7 @@ def test_stages_take_what_their_tokens_take() -> None:
     assert seconds["a step"] == pytest.approx(8 * (15 / 200 + 20 / 500 + 20 / 1000))
     assert seconds["train"] == 10 + 3 * seconds["a step"]
     assert seconds["evaluate"] == pytest.approx(
-        13 + 12 * 15 * (1 / 200 + 1 / 200 + 1 / 100) + distances(6, 15)
+        19 + 12 * 15 * (1 / 200 + 1 / 200 + 1 / 100) + distances(6, 15)
     )
 
 
@@ -58,6 +58,10 @@ def test_stages_without_use_take_no_time() -> None:
         "evaluate",
     ]
     assert "generate-prefixes" not in seconds_of_stages(config('[objective]\nname = "opd"\n'), RATES, amounts)
+    imitates = seconds_of_stages(config('[objective]\nname = "sft"\n'), RATES, amounts)
+    assert imitates["train"] == 3 + 3 * imitates["a step"], "without the teacher"
+    alone = seconds_of_stages(config("[evaluation]\ndistance_prompts = 0\n"), RATES, amounts)
+    assert alone["evaluate"] == pytest.approx(7 + 2 * 3 + 12 * 15 * (1 / 200 + 1 / 200 + 1 / 100))
 
 
 def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
@@ -65,7 +69,7 @@ def test_limits_count_and_what_was_cut_is_taken_as_long() -> None:
     cut = Rates(100.0, 1000.0, 200.0, 500.0, (20, 20), stopped=False, **LOADING)
     seconds = seconds_of_stages(limited, cut, Amounts(40, 6, 5.0))
     assert seconds["generate-prefixes"] == 7 + 20 * 50 / 100
-    assert seconds["evaluate"] == pytest.approx(13 + 9 * 50 * 0.02 + distances(3, 50))
+    assert seconds["evaluate"] == pytest.approx(19 + 9 * 50 * 0.02 + distances(3, 50))
 
 
 def test_evaluations_while_training_are_a_part_of_it() -> None:

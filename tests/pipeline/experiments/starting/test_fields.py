@@ -103,6 +103,10 @@ def test_a_file_without_records_says_what_is_wrong(tmp_path: Path) -> None:
         ({"question": "2+2? A. 3 B. 4", "choices": ["3", "4"], "answer": "B"}, "choice"),
         ({"question": "2+2?", "choices": ["3", "4"], "answer": "4"}, "math"),
         ({"question": "2+2?", "choices": None, "answer": 4}, "math"),
+        ({"question": "2+2?", "options": {"A": "3", "B": "4"}, "answer": "B"}, None),
+        ({"question": "2+2?", "options": ["3", "4"], "answer": "4.0"}, "math"),
+        ({"question": "2+2?", "choices": ["$3$", "$4$"], "answer": "4"}, "math"),
+        ({"question": "Of France?", "choices": ["rome", "paris"], "answer": "Paris"}, "exact"),
         ({"question": "2+2?", "choices": []}, None),
     ],
 )
@@ -120,8 +124,8 @@ def test_choices_that_the_prompt_does_not_show_are_not_graded(
     [
         ("p.txt", "What is 1+1?\nWhat is 1+2?\n", "a file of lines or tabs has to become one of these"),
         ("p.tsv", "prompt\tanswer\n1+1\t2\n", "a file of lines or tabs has to become one of these"),
-        ("p.csv", "prompt;answer\n1+1;2\n", "separated by ';', not by commas"),
-        ("q.csv", "prompt\tanswer\n1+1\t2\n", "separated by tabs, not by commas"),
+        ("p.csv", "prompt;answer\n1+1;2\n", "seem to be separated by ';', not by commas"),
+        ("q.csv", "prompt\tanswer\n1+1\t2\n", "seem to be separated by tabs, not by commas"),
     ],
 )
 def test_other_files_are_told_what_to_become(tmp_path: Path, name: str, text: str, says: str) -> None:

@@ -82,6 +82,16 @@ def test_runs_that_were_measured_on_other_prompts_are_told(finished: Workspace, 
     assert told in text_of(write_report(finished, [other]))
 
 
+def test_runs_on_a_part_of_the_same_problems_are_told_too(
+    finished: Workspace, tmp_path: Path, tools: Tools
+) -> None:
+    shutil.copytree(finished.root, tmp_path / "other")
+    other = Workspace.open(tmp_path / "other")
+    parts = {who: tools["evaluation_rows"](who, 60) for who in ("before", "after", "teacher")}
+    tools["write_evaluation"](other.root, parts, distance=tools["DISTANCES"])
+    assert not measured_alike(build_report(finished, [other]).runs)
+
+
 def test_plots_of_all_runs_are_files_too(three: list[Workspace]) -> None:
     write_report(three[0], three[1:])
     folder = three[0].root / "report" / "plots"
