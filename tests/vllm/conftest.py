@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from tropd.pipeline.config.recipe_files import recipe_text
+from tropd.pipeline.config.resolve import dump_config, parse_config
+from tropd.storage.workspace import Workspace
+
 BIN = Path(sys.executable).parent
 BOTH = ("--set", "teacher.engine=vllm", "--set", "student.engine=vllm")
 
@@ -52,6 +56,24 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     base = tmp_path_factory.mktemp("demo")
     original = base / "prepared"
     subprocess.run([BIN / "tropd", "init", original, "--recipe", "demo"], check=True)
+    run_stage("prepare", original)
+    kept = run_stage("generate-prefixes", original)["kept_fraction"]
+    return Demo(original, kept, lambda name: Path(shutil.copytree(original, base / name)))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Barely trained models and few prompts: enough where only the same rows are asked for."""
+    base = tmp_path_factory.mktemp("small")
+    original = base / "prepared"
+    sizes = (
+        "demo.teacher_steps=60",
+        "demo.student_steps=20",
+        "demo.train_problems=80",
+        "demo.eval_problems=20",
+    )
+    config = parse_config(recipe_text("demo"), (*sizes, "prefixes.keep=all")).config
+    Workspace.create(original).config_path.write_text(dump_config(config))
     run_stage("prepare", original)
     kept = run_stage("generate-prefixes", original)["kept_fraction"]
     return Demo(original, kept, lambda name: Path(shutil.copytree(original, base / name)))

@@ -74,9 +74,9 @@ def processes_of(launcher: subprocess.Popen[str]) -> dict[str, list[psutil.Proce
 
 @pytest.mark.timeout(2400)
 def test_a_run_is_resumed_to_the_same_rows_whatever_part_of_it_is_killed(
-    demo: Any, torchrun: Callable[..., Any], records: Any, tmp_path: Path
+    small: Any, torchrun: Callable[..., Any], records: Any, tmp_path: Path
 ) -> None:
-    whole, torn = demo.copy("undisturbed"), demo.copy("killed")
+    whole, torn = small.copy("undisturbed"), small.copy("killed")
     options = [part for assignment in SMALL for part in ("--set", assignment)]
     said = tmp_path / "said"
     assert torchrun(whole, said, *options).wait(300) == 0, said.read_text()[-3000:]
