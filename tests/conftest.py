@@ -49,11 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``thorough`` belong to ``make test-thorough`` alone."""
+    """Tests marked ``thorough`` belong to ``make test-thorough`` alone; those marked ``first`` begin."""
     if "TROPD_THOROUGH" not in os.environ:
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -28,6 +28,7 @@ def registry_answers(folder: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.slowest
+@pytest.mark.first
 @pytest.mark.timeout(600)
 def test_the_demo_with_a_real_model(tropd: Any, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")

@@ -104,6 +104,16 @@ def test_a_function_that_fails_stops_the_run_and_says_where(tropd: Any, prepared
     assert "own.py line 2" in failed.output
 
 
+@pytest.mark.slow
+@pytest.mark.slowest
+def test_a_reward_that_tells_nothing_apart_is_said(tropd: Any, prepared: Path, copy: Any) -> None:
+    workspace = with_objective(copy(prepared), "grpo", 'source = "function"\nfunction = "own:reward"')
+    (workspace / "own.py").write_text("def reward(rows):\n    return [0.0 for row in rows]\n")
+    tropd.ok("train", "-w", workspace, *FOUR, "--set", "train.steps=15")
+    told = tropd.ok("status", "-w", workspace).output
+    assert "For 100.0 % of the prompts all responses have the same reward" in told.replace("\u00a0", " ")
+
+
 def test_prompts_without_answers_are_refused_before_anything_is_loaded(
     tropd: Any, prepared: Path, copy: Any
 ) -> None:

@@ -15,6 +15,7 @@ from tropd.storage.errors import ConfigError
 
 @pytest.mark.timeout(900)  # a compiler on a busy machine
 @pytest.mark.slowest
+@pytest.mark.first
 def test_compiled_models_are_those_they_were_made_from() -> None:
     try:
         check_compiler()
