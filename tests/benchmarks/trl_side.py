@@ -22,7 +22,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Notes when each optimiser step begins and ends."""
+    """Notes when each optimizer step begins and ends."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []

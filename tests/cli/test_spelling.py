@@ -1,4 +1,4 @@
-"""American spelling in everything that people read: README, docs, recipes, the Makefile.
+"""American spelling in everything that people read: README, docs, recipes, pages, the Makefile.
 
 Code spans and blocks are left aside, since they quote code. ``python tests/cli/test_spelling.py`` lists the British
 spellings in the code itself, which no test refuses yet.
@@ -42,7 +42,10 @@ def prose_of(path: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
+TEMPLATES = sorted((ROOT / "pipeline" / "report" / "page").glob("*.j2"))
+
+
+@pytest.mark.parametrize("path", [*FILES, *TEMPLATES], ids=name)
 def test_the_spelling_is_american(path: Path) -> None:
     assert british(prose_of(path)) == []
 

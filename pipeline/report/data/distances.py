@@ -79,7 +79,8 @@ def _changed(change: Measure | None) -> str:
         return ""
     low, high = change.interval
     chance = "; a difference that chance alone could make" if low <= 0.0 <= high and change.mean else ""
+    value, least, most = (f"{number:+.3g}".replace("-", "\u2212") for number in (change.mean, low, high))
     return (
-        f" Prompt by prompt, training changed the reverse KL by {change.mean:+.3g}"
-        f" (95\u00a0% interval {low:+.3g} to\u00a0{high:+.3g}){chance}."
+        f" Prompt by prompt, training changed the reverse KL by {value}"
+        f" (95\u00a0% interval {least} to\u00a0{most}){chance}."
     )

@@ -216,9 +216,9 @@ def accuracy_interval(
 def wilson(share: float, size: float, z: float = Z_95) -> tuple[float, float]:
     """Wilson score interval of a binomial share."""
     shrink = 1 + z * z / size
-    centre = (share + z * z / (2 * size)) / shrink
+    center = (share + z * z / (2 * size)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def paired_interval(differences: npt.NDArray[np.float64], z: float = Z_95) -> tuple[float, float]:

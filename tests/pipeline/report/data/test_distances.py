@@ -58,7 +58,7 @@ def test_the_change_is_that_of_pairs(finished: Workspace, tools: Tools) -> None:
     assert evaluation.reverse_kl_change is not None
     assert evaluation.reverse_kl_change.mean == pytest.approx(-0.25)
     assert evaluation.reverse_kl_change.interval == (pytest.approx(-0.25), pytest.approx(-0.25))
-    assert "Prompt by prompt, training changed the reverse KL by -0.25 " in distance_note(evaluation)
+    assert "Prompt by prompt, training changed the reverse KL by \u22120.25 " in distance_note(evaluation)
     (folder / "distance-after.parquet").write_bytes(b"torn")
     report = build_report(finished)
     assert report.evaluation.reverse_kl_change is None
