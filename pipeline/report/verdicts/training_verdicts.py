@@ -296,10 +296,11 @@ def _sampler_mismatch(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict
 def _rewards_alike(rows: MetricsRows, settings: Mapping[str, Any]) -> Verdict | None:
     """Where responses are compared within their prompt, from the first steps on: once all are right is a success."""
     points = _points(rows, "reward_groups_without_spread")
-    if settings.get("objective.reward.kind") != "group":
+    ends = _ends(points)
+    if ends is None or settings.get("objective.reward.kind") != "group":
         return None
-    alike, ends = _mean(points), _ends(points)
-    if ends is None or min(alike, _mean(ends[0])) < LIMITS.alike:
+    alike = _mean(points)
+    if min(alike, _mean(ends[0])) < LIMITS.alike:
         return None
     rewards = [reward for _, reward in _points(rows, "reward_mean")]
     return verdict(

@@ -334,6 +334,9 @@ def test_rewards_that_tell_nothing_apart(rows: Rows) -> None:
     assert verdict.name == "rewards-alike"
     assert verdict.evidence == ["mean reward of a step: 0 to 0"]
     assert training_verdicts(columns_of(alike), {}) == [], "nothing is compared"
+    assert training_verdicts(columns_of(alike[:3]), compared) == []
+    assert training_verdicts(columns_of([]), compared) == [], "before the first step"
+    assert training_verdicts(columns_of(rows), compared) == [], "without that metric"
     learned = changed(rows, "reward_groups_without_spread", lambda s: 1.0 if s > 8 else 0.2)
     assert training_verdicts(columns_of(learned), compared) == [], "all are right at last"
 
