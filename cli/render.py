@@ -96,11 +96,12 @@ def make_reporter() -> Reporter:
 class _RateColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        # Slow ones are steps of a large model: 0.0 a second says nothing.
-        shown = f"{speed:,.1f} {task.fields['unit']}/s" if speed >= 1 else f"{1 / speed:,.1f} s each"
-        return Text(shown, style="dim")
+        return Text(_pace(speed, f" {task.fields['unit']}") if speed else "", style="dim")
+
+
+def _pace(speed: float, unit: str = "") -> str:
+    """Work a second; of what takes longer, such as a step of a large model, the seconds of one."""
+    return f"{speed:,.1f}{unit}/s" if speed >= 1 else f"{1 / speed:,.1f} s each"
 
 
 class _Verdicts:
@@ -163,13 +164,12 @@ class _PlainTask:
             self._said = now
             elapsed = now - self._started
             rate = (self._done - self._first) / elapsed if elapsed > 0 else 0.0
-            left = (
-                f", {(self._total - self._done) / rate:.0f} s left"
-                if rate > 0 and self._done < self._total
-                else ""
-            )
+            pace = [_pace(rate)] if rate > 0 else []
+            if rate > 0 and self._done < self._total:
+                pace.append(f"{(self._total - self._done) / rate:.0f} s left")
+            beside = f" ({', '.join(pace)})" if pace else ""
             tell(
-                f"{self._description}: {self._done:g}/{self._total:g} {self._unit} ({rate:,.1f}/s{left}) "
+                f"{self._description}: {self._done:g}/{self._total:g} {self._unit}{beside} "
                 f"{_format_values(values)}".rstrip()
             )
 

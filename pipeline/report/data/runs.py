@@ -44,8 +44,7 @@ def run_labels(roots: Sequence[Path]) -> list[str]:
 
 def measured_alike(runs: Sequence[RunSummary]) -> bool:
     """True if no two evaluated runs are known to have other problems, or another number of them."""
-    evaluated = [run for run in runs if run.evaluation.after is not None]
-    files = {run.problems for run in evaluated if run.problems is not None}
+    files = {run.problems for run in runs if run.problems is not None}
     after = [run.evaluation.after for run in runs if run.evaluation.after is not None]
     prompts = {one.distance.prompts for one in after if one.distance is not None}
     sampled = {one.sampled.problems for one in after if one.sampled is not None}
